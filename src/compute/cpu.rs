@@ -1,0 +1,87 @@
+//! The CPU engine: runs each kernel's CPU reference, in order. It makes the whole system testable on a bare machine, and lets
+//! a machine or tab without a GPU join.
+
+use std::sync::{RwLockReadGuard, RwLockWriteGuard};
+
+use super::kernel::{Access, Operand};
+use super::recording::{Buffer, Command, Recording, Storage};
+
+fn words(buffer: &Buffer) -> &std::sync::RwLock<Vec<u32>> {
+    match &buffer.inner.storage {
+        Storage::Cpu(words) => words,
+        Storage::Gpu(_) => panic!("{buffer:?} belongs to a GPU engine"),
+    }
+}
+
+pub(super) fn read(buffer: &Buffer) -> RwLockReadGuard<'_, Vec<u32>> {
+    words(buffer)
+        .read()
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+pub(super) fn write(buffer: &Buffer) -> RwLockWriteGuard<'_, Vec<u32>> {
+    words(buffer)
+        .write()
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+enum Guard<'a> {
+    Read(RwLockReadGuard<'a, Vec<u32>>),
+    Write(RwLockWriteGuard<'a, Vec<u32>>),
+}
+
+pub(super) fn run_command(command: &Command) {
+    match command {
+        Command::Dispatch(dispatch) => {
+            let mut guards: Vec<Guard<'_>> = dispatch
+                .buffers
+                .iter()
+                .zip(dispatch.kernel.bindings)
+                .map(|(buffer, binding)| match binding.access {
+                    Access::Read => Guard::Read(read(buffer)),
+                    Access::Write => Guard::Write(write(buffer)),
+                })
+                .collect();
+            let mut operands: Vec<Operand<'_>> = guards
+                .iter_mut()
+                .map(|guard| match guard {
+                    Guard::Read(words) => Operand::Read(words),
+                    Guard::Write(words) => Operand::Write(words),
+                })
+                .collect();
+            (dispatch.kernel.reference)(&dispatch.params, &mut operands);
+        }
+        Command::Copy {
+            source,
+            source_offset,
+            destination,
+            destination_offset,
+            words,
+        } => write(destination)[*destination_offset..destination_offset + words]
+            .copy_from_slice(&read(source)[*source_offset..source_offset + words]),
+        Command::Clear(buffer) => write(buffer).fill(0),
+    }
+}
+
+pub(super) fn run(recording: &Recording) {
+    recording.commands().iter().for_each(run_command);
+}
+
+/// Calls `row(index, slice)` for every `width`-long row of `out`, on all cores natively and in order in a browser. Rows are
+/// independent, so the result does not depend on the number of threads.
+pub fn for_each_row<T: Send>(out: &mut [T], width: usize, row: impl Fn(usize, &mut [T]) + Sync) {
+    if width == 0 {
+        return;
+    }
+    #[cfg(not(target_arch = "wasm32"))]
+    {
+        use rayon::prelude::*;
+        out.par_chunks_mut(width)
+            .enumerate()
+            .for_each(|(i, slice)| row(i, slice));
+    }
+    #[cfg(target_arch = "wasm32")]
+    out.chunks_mut(width)
+        .enumerate()
+        .for_each(|(i, slice)| row(i, slice));
+}

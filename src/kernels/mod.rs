@@ -1,0 +1,3 @@
+//! One file per shader: params, kernels, launchers that record them, and the CPU references that specify them.
+
+pub mod layernorm;

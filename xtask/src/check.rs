@@ -1,0 +1,81 @@
+//! `cargo xtask test`: every check in the order that fails soonest, each under its own heading with its time, stopping
+//! at the first failure. Continuous integration runs this and nothing else.
+
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+
+use crate::{bundle, command, setup};
+
+/// Runs all of it.
+pub fn run() -> Result<()> {
+    let start = Instant::now();
+    let mut times = Times(Vec::new());
+    times.step("setup", setup::everything)?;
+    times.cargo("format", &["fmt", "--all", "--check"])?;
+    times.cargo(
+        "lint, native",
+        &[
+            "clippy",
+            "--workspace",
+            "--all-targets",
+            "--",
+            "-D",
+            "warnings",
+        ],
+    )?;
+    let wasm = [
+        "clippy",
+        "--package",
+        "sflllm",
+        "--lib",
+        "--target",
+        "wasm32-unknown-unknown",
+        "--",
+        "-D",
+        "warnings",
+    ];
+    times.cargo("lint, wasm", &wasm)?;
+    // Before the tests, so that the binary they start carries the page.
+    times.step("web bundle", || bundle::build(bundle::Profile::Shipped))?;
+    times.step("tests: native, GPU and browser", || {
+        // What may be skipped on a developer's machine must run here: the set-up has just made it available.
+        let required = [("SFLLLM_REQUIRE_GPU", "1"), ("SFLLLM_REQUIRE_BROWSER", "1")];
+        command::run(
+            command::cargo()
+                .envs(required)
+                .args(["test", "--workspace"]),
+        )
+    })?;
+    times.step("documentation", || {
+        command::run(command::cargo().env("RUSTDOCFLAGS", "-D warnings").args([
+            "doc",
+            "--workspace",
+            "--no-deps",
+        ]))
+    })?;
+
+    command::heading("passed");
+    for (name, seconds) in &times.0 {
+        eprintln!("{name:<34} {seconds:>7.1} s");
+    }
+    eprintln!("{:<34} {:>7.1} s", "all", start.elapsed().as_secs_f64());
+    Ok(())
+}
+
+/// The steps that have passed, each with its seconds.
+struct Times(Vec<(&'static str, f64)>);
+
+impl Times {
+    fn step(&mut self, name: &'static str, work: impl FnOnce() -> Result<()>) -> Result<()> {
+        command::heading(name);
+        let start = Instant::now();
+        work().with_context(|| format!("{name} failed"))?;
+        self.0.push((name, start.elapsed().as_secs_f64()));
+        Ok(())
+    }
+
+    fn cargo(&mut self, name: &'static str, arguments: &[&str]) -> Result<()> {
+        self.step(name, || command::run(command::cargo().args(arguments)))
+    }
+}
