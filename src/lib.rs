@@ -1,2 +1,5 @@
 pub mod compute;
+pub mod data;
 pub mod kernels;
+pub mod model;
+pub mod split;

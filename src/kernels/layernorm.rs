@@ -1,6 +1,7 @@
 //! Layer normalisation of every row: forward, and the gradient with respect to its input (scale and shift are frozen).
 
 use crate::compute::cpu::for_each_row;
+use crate::compute::kernel::Kernel;
 use crate::compute::{Buffer, Cost, DeviceClass, Recording, linear_workgroups};
 use crate::{kernel, params};
 
@@ -47,6 +48,9 @@ kernel! {
     pub static BACKWARD_X_ROWS = "layernorm.backward_x", "layernorm", "backward_x_rows", BackwardParams,
     [d_out: Read f32, x: Read f32, gamma: Read f32, stats: Read f32, d_x: Write f32], backward_x_cpu
 }
+
+/// Every kernel of the family.
+pub static ALL: &[&Kernel] = &[&FORWARD, &FORWARD_ROWS, &BACKWARD_X, &BACKWARD_X_ROWS];
 
 /// Records `out = layernorm(x)`; `x` and `out` are (rows, width), `stats` (rows, 2) is kept for [`backward_x`].
 pub fn forward(

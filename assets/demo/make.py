@@ -1,0 +1,248 @@
+"""Makes the demo's model, tokenizer and data from nothing but the word lists in demo_text.py.
+
+    python make.py           # writes config.json, model.safetensors, tokenizer.json, train/valid/test.txt beside it
+    python make.py check     # fine-tunes the result with peft as the demo does, and prints what that gains
+
+See README.md for versions and times.
+"""
+
+import json
+import math
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.utils.logging import disable_progress_bar
+
+import demo_text
+
+HERE = Path(__file__).resolve().parent
+SEED = 2025
+THREADS = 2
+END = "<|endoftext|>"
+
+VOCAB = 1536
+WIDTH, HEADS, BLOCKS, POSITIONS = 160, 5, 4, 256
+WINDOW, BATCH, STEPS = 256, 16, 3000
+PEAK_RATE, WARMUP = 3e-3, 150
+PARAGRAPHS = 260_000
+LINES = dict(train=3000, valid=200, test=200)
+
+
+def write_data():
+    for part, lines in LINES.items():
+        text = demo_text.restaurants(SEED, part, lines)
+        (HERE / f"{part}.txt").write_text("\n".join(text) + "\n", encoding="utf-8")
+
+
+def write_tokenizer(paragraphs):
+    """Byte-level BPE. As in GPT-2's own file, the end-of-text token comes last and is listed in the vocabulary too."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB - 1,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(paragraphs, trainer)
+    tokenizer.add_special_tokens([END])
+    layout = json.loads(tokenizer.to_str())
+    layout["model"]["vocab"][END] = VOCAB - 1
+    assert layout["added_tokens"][0]["id"] == VOCAB - 1, layout["added_tokens"]
+    (HERE / "tokenizer.json").write_text(json.dumps(layout, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+
+
+def windows(tokenizer, paragraphs):
+    """Rows of WINDOW tokens, each beginning with the beginning of a paragraph; the last paragraph is cut."""
+    end = tokenizer.token_to_id(END)
+    rows, row = [], []
+    for start in range(0, len(paragraphs), 10_000):
+        for encoded in tokenizer.encode_batch(paragraphs[start : start + 10_000]):
+            row += encoded.ids + [end]
+            if len(row) >= WINDOW:
+                rows.append(row[:WINDOW])
+                row = []
+    return torch.tensor(rows, dtype=torch.int16)
+
+
+def config():
+    return GPT2Config(
+        vocab_size=VOCAB,
+        n_embd=WIDTH,
+        n_head=HEADS,
+        n_layer=BLOCKS,
+        n_positions=POSITIONS,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=VOCAB - 1,
+        eos_token_id=VOCAB - 1,
+        architectures=["GPT2LMHeadModel"],
+    )
+
+
+def pretrain(rows, steps):
+    torch.manual_seed(SEED)
+    model = GPT2LMHeadModel(config()).train()
+    print("parameters", sum(p.numel() for p in model.parameters()), "windows", len(rows), flush=True)
+    decayed = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    optimiser = torch.optim.AdamW(
+        [dict(params=decayed, weight_decay=0.05), dict(params=others, weight_decay=0.0)],
+        lr=PEAK_RATE,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SEED))
+    started, shown = time.time(), []
+    for step in range(steps):
+        rate = min((step + 1) / WARMUP, 0.02 + 0.98 * (steps - step) / (steps - WARMUP))
+        for group in optimiser.param_groups:
+            group["lr"] = PEAK_RATE * rate
+        chosen = [order[(step * BATCH + i) % len(rows)] for i in range(BATCH)]
+        batch = rows[torch.stack(chosen)].long()
+        logits = model(input_ids=batch, use_cache=False).logits
+        loss = F.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), batch[:, 1:].reshape(-1))
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        shown.append(float(loss.detach()))
+        if (step + 1) % 50 == 0:
+            print(f"step {step + 1} loss {sum(shown) / len(shown):.4f} {time.time() - started:.0f} s", flush=True)
+            shown = []
+    return model.eval()
+
+
+def save(model):
+    model.config.save_pretrained(HERE)
+    state = {k: v.detach().half().contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    save_file(state, HERE / "model.safetensors", metadata={"format": "pt"})
+    (HERE / "model.safetensors").chmod(0o644)
+
+
+def load():
+    tokenizer = Tokenizer.from_file(str(HERE / "tokenizer.json"))
+    return tokenizer, GPT2LMHeadModel.from_pretrained(HERE, dtype=torch.float32).eval()
+
+
+# ---------------------------------------------------------------------------------------------- check
+
+
+def encode(tokenizer, line):
+    """`meaning`, end of text, a space and the reference, end of text; the loss is on the reference and its end."""
+    end = tokenizer.token_to_id(END)
+    meaning, reference = line.split("||")
+    prompt = tokenizer.encode(meaning).ids + [end]
+    completion = tokenizer.encode(" " + reference).ids + [end]
+    return prompt, completion
+
+
+def collate(pairs):
+    longest = max(len(p) + len(c) for p, c in pairs)
+    ids = torch.zeros(len(pairs), longest, dtype=torch.long)
+    labels = torch.full((len(pairs), longest), -100, dtype=torch.long)
+    for row, (p, c) in enumerate(pairs):
+        ids[row, : len(p) + len(c)] = torch.tensor(p + c)
+        labels[row, len(p) : len(p) + len(c)] = torch.tensor(c)
+    return ids, labels
+
+
+def summed_loss(model, pairs):
+    ids, labels = collate(pairs)
+    logits = model(input_ids=ids, use_cache=False).logits
+    flat = logits[:, :-1].reshape(-1, logits.shape[-1])
+    loss = F.cross_entropy(flat, labels[:, 1:].reshape(-1), ignore_index=-100, reduction="sum")
+    return loss, sum(len(c) for _, c in pairs)
+
+
+@torch.no_grad()
+def perplexity(model, pairs):
+    total, tokens = 0.0, 0
+    for start in range(0, len(pairs), 20):
+        loss, count = summed_loss(model, pairs[start : start + 20])
+        total, tokens = total + float(loss), tokens + count
+    return math.exp(total / tokens)
+
+
+@torch.no_grad()
+def continue_text(model, tokenizer, prompt, limit=60):
+    """Greedy continuation up to the end of text."""
+    ids = list(prompt)
+    end = tokenizer.token_to_id(END)
+    for _ in range(limit):
+        ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        if ids[-1] == end:
+            break
+    return tokenizer.decode(ids[len(prompt) :]).strip()
+
+
+def check(rank=8, alpha=16, targets=("c_attn",), rate=4e-3, batch=8, steps=150, samples=4):
+    from peft import LoraConfig, get_peft_model
+
+    tokenizer, model = load()
+    parts = {}
+    for part in LINES:
+        lines = (HERE / f"{part}.txt").read_text(encoding="utf-8").splitlines()
+        parts[part] = [encode(tokenizer, line) for line in lines]
+        lengths = [len(p) + len(c) for p, c in parts[part]]
+        print(part, len(lines), "lines, tokens mean", round(sum(lengths) / len(lengths), 1), "longest", max(lengths))
+    before = perplexity(model, parts["valid"])
+    prompts = [p for p, _ in parts["test"][:samples]]
+    plain = [continue_text(model, tokenizer, p) for p in prompts]
+
+    torch.manual_seed(SEED)
+    model = get_peft_model(
+        model,
+        LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules=list(targets), fan_in_fan_out=True),
+    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=rate, weight_decay=0.01)
+    pairs = list(parts["train"])
+    random.Random(SEED).shuffle(pairs)
+    for step in range(steps):
+        chosen = [pairs[(step * batch + i) % len(pairs)] for i in range(batch)]
+        loss, count = summed_loss(model, chosen)
+        optimiser.zero_grad()
+        (loss / count).backward()
+        optimiser.step()
+        if (step + 1) % 50 == 0:
+            print("step", step + 1, "validation perplexity", round(perplexity(model, parts["valid"]), 3), flush=True)
+    after = perplexity(model, parts["valid"])
+    print(f"validation perplexity {before:.2f} -> {after:.2f}, {before / after:.1f} times lower")
+    for prompt, old in zip(prompts, plain):
+        print("\n ", tokenizer.decode(prompt))
+        print("  before:", old)
+        print("  after: ", continue_text(model, tokenizer, prompt))
+
+
+def make(steps):
+    started = time.time()
+    write_data()
+    paragraphs = demo_text.pretraining(SEED, PARAGRAPHS)
+    write_tokenizer(paragraphs[:20_000])
+    tokenizer = Tokenizer.from_file(str(HERE / "tokenizer.json"))
+    rows = windows(tokenizer, paragraphs)
+    print(f"text and tokenizer {time.time() - started:.0f} s", flush=True)
+    save(pretrain(rows, steps))
+    print(f"total {time.time() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    disable_progress_bar()
+    torch.set_num_threads(THREADS)
+    if sys.argv[1:] == ["check"]:
+        check()
+    else:
+        make(STEPS)

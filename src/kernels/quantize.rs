@@ -1,0 +1,302 @@
+//! Smaller forms of the tensors that cross the cut: half precision, and 8-bit integers with a scale per row.
+//!
+//! Half precision is converted in integer arithmetic on both sides, so every engine gives the same bits: round to nearest even,
+//! magnitudes above 65504 (infinity too) saturate, NaN stays NaN. An 8-bit row is `round(x / scale)` with
+//! `scale = max|x| / 127`; a row of zeros has scale 0, a row that holds a NaN or an infinity has scale NaN and reads back as NaN.
+
+use crate::compute::cpu::for_each_row;
+use crate::compute::kernel::Kernel;
+use crate::compute::{Buffer, Cost, DeviceClass, Recording, linear_workgroups};
+use crate::{kernel, params};
+
+/// Invocations in a workgroup, the default of `WORKGROUP` in the shader.
+const WORKGROUP: u32 = 64;
+
+params! {
+    pub struct Params {
+        pub rows: u32,
+        pub width: u32,
+    }
+}
+
+kernel! {
+    /// f32 to f16 pairs, an invocation a pair.
+    pub static FORWARD_F16 = "quantize.forward_f16", "quantize", "forward_f16", Params,
+    [x: Read f32, packed: Write u32], forward_f16_cpu
+}
+
+kernel! {
+    /// f16 pairs to f32.
+    pub static INVERSE_F16 = "quantize.inverse_f16", "quantize", "inverse_f16", Params,
+    [packed: Read u32, out: Write f32], inverse_f16_cpu
+}
+
+kernel! {
+    /// f32 rows to 8-bit rows and scales, a workgroup a row.
+    pub static FORWARD_INT8 = "quantize.forward_int8", "quantize", "forward_int8", Params,
+    [x: Read f32, packed: Write u32, scales: Write f32], forward_int8_cpu
+}
+
+kernel! {
+    /// [`FORWARD_INT8`], an invocation a row.
+    pub static FORWARD_INT8_ROWS = "quantize.forward_int8", "quantize", "forward_int8_rows", Params,
+    [x: Read f32, packed: Write u32, scales: Write f32], forward_int8_cpu
+}
+
+kernel! {
+    /// 8-bit rows and scales to f32.
+    pub static INVERSE_INT8 = "quantize.inverse_int8", "quantize", "inverse_int8", Params,
+    [packed: Read u32, scales: Read f32, out: Write f32], inverse_int8_cpu
+}
+
+/// The kernels of this family.
+pub static ALL: &[&Kernel] = &[
+    &FORWARD_F16,
+    &INVERSE_F16,
+    &FORWARD_INT8,
+    &FORWARD_INT8_ROWS,
+    &INVERSE_INT8,
+];
+
+/// Words of a (rows, width) tensor as f16 pairs: pairs run over the whole tensor, an odd one ends with a zero half.
+pub fn f16_words(rows: usize, width: usize) -> usize {
+    (rows * width).div_ceil(2)
+}
+
+/// Words of a (rows, width) tensor as 8-bit integers: four to a word, every row begins a new one, padded with zeros.
+pub fn int8_words(rows: usize, width: usize) -> usize {
+    rows * width.div_ceil(4)
+}
+
+/// Records `packed = f16(x)`; `x` is (rows, width), `packed` has [`f16_words`].
+pub fn forward_f16(recording: &mut Recording, params: Params, x: &Buffer, packed: &Buffer) {
+    let (rows, width) = (params.rows as usize, params.width as usize);
+    recording.dispatch(
+        &FORWARD_F16,
+        vec![],
+        params,
+        &[x, packed],
+        linear_workgroups(f16_words(rows, width), WORKGROUP),
+        Cost {
+            flops: 0.0,
+            bytes: 6.0 * (rows * width) as f64,
+        },
+    );
+}
+
+/// Records `out = f32(packed)`, the inverse of [`forward_f16`].
+pub fn inverse_f16(recording: &mut Recording, params: Params, packed: &Buffer, out: &Buffer) {
+    let elements = params.rows as usize * params.width as usize;
+    recording.dispatch(
+        &INVERSE_F16,
+        vec![],
+        params,
+        &[packed, out],
+        linear_workgroups(elements, WORKGROUP),
+        Cost {
+            flops: 0.0,
+            bytes: 6.0 * elements as f64,
+        },
+    );
+}
+
+/// Records the 8-bit form of `x` (rows, width): `packed` has [`int8_words`], `scales` is (rows).
+pub fn forward_int8(
+    recording: &mut Recording,
+    params: Params,
+    x: &Buffer,
+    packed: &Buffer,
+    scales: &Buffer,
+) {
+    let elements = params.rows as f64 * params.width as f64;
+    let (kernel, items) = match recording.class() {
+        DeviceClass::CpuAdapter => (&FORWARD_INT8_ROWS, params.rows as usize),
+        _ => (&FORWARD_INT8, params.rows as usize * WORKGROUP as usize),
+    };
+    recording.dispatch(
+        kernel,
+        vec![],
+        params,
+        &[x, packed, scales],
+        linear_workgroups(items, WORKGROUP),
+        Cost {
+            flops: 2.0 * elements,
+            bytes: 5.0 * elements,
+        },
+    );
+}
+
+/// Records `out = scales · packed`, the inverse of [`forward_int8`].
+pub fn inverse_int8(
+    recording: &mut Recording,
+    params: Params,
+    packed: &Buffer,
+    scales: &Buffer,
+    out: &Buffer,
+) {
+    let elements = params.rows as usize * params.width as usize;
+    recording.dispatch(
+        &INVERSE_INT8,
+        vec![],
+        params,
+        &[packed, scales, out],
+        linear_workgroups(elements, WORKGROUP),
+        Cost {
+            flops: elements as f64,
+            bytes: 5.0 * elements as f64,
+        },
+    );
+}
+
+const SIGN: u32 = 0x8000_0000;
+const INFINITY: u32 = 0x7f80_0000;
+const NAN: u32 = 0x7fc0_0000;
+/// 65504, the largest f16.
+const F16_LARGEST: u32 = 0x477f_e000;
+/// 2⁻¹⁴, the smallest normal f16.
+const F16_NORMAL: u32 = 0x3880_0000;
+
+/// Shifts right by `shift` in 1..=31, rounding to nearest even.
+fn shift_right_even(value: u32, shift: u32) -> u32 {
+    let half = (1 << (shift - 1)) - 1;
+    let odd = (value >> shift) & 1;
+    (value + half + odd) >> shift
+}
+
+/// The f16 nearest to the f32 with these bits.
+fn f16_bits(bits: u32) -> u32 {
+    let sign = (bits & SIGN) >> 16;
+    let magnitude = bits & !SIGN;
+    if magnitude > INFINITY {
+        return sign | 0x7e00;
+    }
+    let magnitude = magnitude.min(F16_LARGEST);
+    if magnitude >= F16_NORMAL {
+        // Moves the exponent's bias from 127 to 15 and the mantissa from 23 bits to 10.
+        return sign | shift_right_even(magnitude - (112 << 23), 13);
+    }
+    // A subnormal counts units of 2⁻²⁴; at 25 places and more below that everything is 0.
+    let shift = 126 - (magnitude >> 23);
+    if shift > 25 {
+        return sign;
+    }
+    sign | shift_right_even(magnitude & 0x7f_ffff | 0x80_0000, shift)
+}
+
+/// The f32 bits of an f16.
+fn f32_bits(half: u32) -> u32 {
+    let sign = (half & 0x8000) << 16;
+    let exponent = (half >> 10) & 31;
+    let mantissa = half & 0x3ff;
+    if exponent == 31 {
+        return sign | INFINITY | mantissa << 13;
+    }
+    if exponent != 0 {
+        return sign | (exponent + 112) << 23 | mantissa << 13;
+    }
+    if mantissa == 0 {
+        return sign;
+    }
+    let zeros = mantissa.leading_zeros();
+    // The leading bit of the mantissa becomes the implicit one.
+    sign | (134 - zeros) << 23 | (mantissa << (zeros - 8)) & 0x7f_ffff
+}
+
+/// The specification of `quantize.forward_f16`.
+pub fn forward_f16_cpu(
+    params: &Params,
+    x: &[f32],          // (rows, width)
+    packed: &mut [u32], // (ceil(rows * width / 2))
+) {
+    let n = params.rows as usize * params.width as usize;
+    let x = &x[..n];
+    for_each_row(&mut packed[..n.div_ceil(2)], 4096, |block, packed| {
+        for (i, packed) in packed.iter_mut().enumerate() {
+            let at = 2 * (block * 4096 + i);
+            let high = x.get(at + 1).map_or(0, |x| f16_bits(x.to_bits()));
+            *packed = f16_bits(x[at].to_bits()) | high << 16;
+        }
+    });
+}
+
+/// The specification of `quantize.inverse_f16`.
+pub fn inverse_f16_cpu(
+    params: &Params,
+    packed: &[u32],  // (ceil(rows * width / 2))
+    out: &mut [f32], // (rows, width)
+) {
+    let n = params.rows as usize * params.width as usize;
+    for_each_row(&mut out[..n], 4096, |block, out| {
+        for (i, out) in out.iter_mut().enumerate() {
+            let at = block * 4096 + i;
+            *out = f32::from_bits(f32_bits((packed[at / 2] >> (at % 2 * 16)) & 0xffff));
+        }
+    });
+}
+
+/// The scale of a row whose largest magnitude has these bits.
+fn row_scale(largest: u32) -> f32 {
+    if largest >= INFINITY {
+        return f32::from_bits(NAN);
+    }
+    let scale = f32::from_bits(largest) * (1.0 / 127.0);
+    // Devices may take a subnormal scale as 0 and would divide by it.
+    if scale < f32::MIN_POSITIVE {
+        0.0
+    } else {
+        scale
+    }
+}
+
+/// One value of a row as an 8-bit integer.
+fn int8(x: f32, scale: f32) -> u32 {
+    if scale > 0.0 {
+        (x / scale).round_ties_even().clamp(-127.0, 127.0) as i32 as u32 & 0xff
+    } else {
+        0
+    }
+}
+
+/// The specification of `quantize.forward_int8`.
+pub fn forward_int8_cpu(
+    params: &Params,
+    x: &[f32],          // (rows, width)
+    packed: &mut [u32], // (rows, ceil(width / 4))
+    scales: &mut [f32], // (rows)
+) {
+    let (rows, width) = (params.rows as usize, params.width as usize);
+    let words = width.div_ceil(4);
+    // On the bits, because a larger magnitude has larger bits and a NaN the largest.
+    for_each_row(&mut scales[..rows], 1, |row, scale| {
+        let largest = x[row * width..][..width]
+            .iter()
+            .map(|x| x.to_bits() & !SIGN)
+            .max();
+        scale[0] = row_scale(largest.unwrap_or(0));
+    });
+    for_each_row(&mut packed[..rows * words], words, |row, packed| {
+        let x = &x[row * width..][..width];
+        for (packed, x) in packed.iter_mut().zip(x.chunks(4)) {
+            *packed = (0..)
+                .zip(x)
+                .fold(0, |word, (i, &x)| word | int8(x, scales[row]) << (8 * i));
+        }
+    });
+}
+
+/// The specification of `quantize.inverse_int8`.
+pub fn inverse_int8_cpu(
+    params: &Params,
+    packed: &[u32],  // (rows, ceil(width / 4))
+    scales: &[f32],  // (rows)
+    out: &mut [f32], // (rows, width)
+) {
+    let (rows, width) = (params.rows as usize, params.width as usize);
+    let words = width.div_ceil(4);
+    for_each_row(&mut out[..rows * width], width, |row, out| {
+        for (i, out) in out.iter_mut().enumerate() {
+            let byte = (packed[row * words + i / 4] >> (i % 4 * 8)) as u8;
+            *out = f32::from(byte as i8) * scales[row];
+        }
+    });
+}

@@ -1,0 +1,199 @@
+//! The whole model on one device: the baseline that split training is held against, and what evaluates and generates.
+
+use crate::compute::{Engine, Error};
+
+use super::adapter::Adapter;
+use super::block::BlockWeights;
+use super::config::Config;
+use super::ends::{EmbeddingWeights, HeadWeights};
+use super::optimizer::OptimizerSettings;
+use super::stack::{Extent, Stack, StackWeights};
+use super::weights::{Unit, UnitData, WeightsError};
+
+/// Summed token losses.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Counted {
+    pub loss_sum: f64,
+    pub tokens: usize,
+}
+
+impl std::ops::AddAssign for Counted {
+    fn add_assign(&mut self, other: Self) {
+        self.loss_sum += other.loss_sum;
+        self.tokens += other.tokens;
+    }
+}
+
+/// What loading the whole model may run into.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    #[error(transparent)]
+    Compute(#[from] Error),
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+}
+
+/// Uploads all units, each freed after its upload.
+pub fn load(
+    engine: &Engine,
+    config: &Config,
+    units: &mut dyn FnMut(Unit) -> Result<UnitData, WeightsError>,
+) -> Result<StackWeights, LoadError> {
+    Ok(StackWeights {
+        embedding: Some(EmbeddingWeights::upload(
+            engine,
+            config,
+            &units(Unit::Embedding)?,
+        )?),
+        blocks: (0..config.blocks)
+            .map(|block| {
+                Ok(BlockWeights::upload(
+                    engine,
+                    config,
+                    &units(Unit::Block(block))?,
+                )?)
+            })
+            .collect::<Result<_, LoadError>>()?,
+        first_block: 0,
+        head: Some(HeadWeights::upload(engine, &units(Unit::Final)?)?),
+    })
+}
+
+/// See the module.
+pub struct Central {
+    stack: Stack,
+    optimizer: Option<OptimizerSettings>,
+}
+
+impl Central {
+    /// The whole model for inputs up to `extent`; `optimizer` makes it trainable and needs an adapter.
+    ///
+    /// # Panics
+    /// If `optimizer` is given without an adapter.
+    pub fn new(
+        engine: &Engine,
+        config: &Config,
+        weights: StackWeights,
+        adapter: Option<&Adapter>,
+        extent: Extent,
+        optimizer: Option<OptimizerSettings>,
+    ) -> Result<Self, Error> {
+        assert!(
+            optimizer.is_none() || adapter.is_some(),
+            "training needs an adapter"
+        );
+        Ok(Self {
+            stack: Stack::new(
+                engine,
+                config,
+                weights,
+                adapter.map(|a| (&a.spec, &a.layout, a.values.as_slice())),
+                extent,
+                optimizer.is_some(),
+            )?,
+            optimizer,
+        })
+    }
+
+    /// Loss of a batch of tokens and targets (batch, seq).
+    pub async fn loss(
+        &mut self,
+        tokens: &[u32],
+        targets: &[i32],
+        seq: usize,
+    ) -> Result<Counted, Error> {
+        self.stack.upload_tokens(tokens);
+        let count = self.stack.upload_targets(targets, 1.0);
+        self.stack.run("loss", seq, |stack, recording| {
+            stack.record_embedding(recording, seq);
+            stack.record_blocks(recording, seq);
+            stack.record_loss(recording, seq, false);
+        })?;
+        Ok(Counted {
+            loss_sum: self.stack.loss_sum(seq).await?,
+            tokens: count,
+        })
+    }
+
+    /// One optimiser step on a batch; returns the loss before it.
+    ///
+    /// # Panics
+    /// If the model was made without an optimiser.
+    pub async fn step(
+        &mut self,
+        tokens: &[u32],
+        targets: &[i32],
+        seq: usize,
+    ) -> Result<Counted, Error> {
+        let settings = self.optimizer.expect("a trainable model");
+        self.stack.upload_tokens(tokens);
+        self.stack.begin_update(&settings, 1.0);
+        let count = self.stack.upload_targets(targets, 1.0);
+        self.stack.run("step", seq, |stack, recording| {
+            stack.record_embedding(recording, seq);
+            stack.record_blocks(recording, seq);
+            stack.record_loss(recording, seq, true);
+            stack.record_backward(recording, seq, false);
+            stack.record_update(recording);
+        })?;
+        Ok(Counted {
+            loss_sum: self.stack.loss_sum(seq).await?,
+            tokens: count,
+        })
+    }
+
+    /// The gradient of a batch's mean loss with respect to the adapter, flat, without a step.
+    pub async fn gradient(
+        &mut self,
+        tokens: &[u32],
+        targets: &[i32],
+        seq: usize,
+    ) -> Result<Vec<f32>, Error> {
+        self.stack.upload_tokens(tokens);
+        self.stack.upload_targets(targets, 1.0);
+        self.stack.run("gradient", seq, |stack, recording| {
+            stack.record_clear_gradient(recording);
+            stack.record_embedding(recording, seq);
+            stack.record_blocks(recording, seq);
+            stack.record_loss(recording, seq, true);
+            stack.record_backward(recording, seq, false);
+        })?;
+        let gradient = self.stack.adapter_gradient().await?;
+        self.stack.run("clear", 0, |stack, recording| {
+            stack.record_clear_gradient(recording)
+        })?;
+        Ok(gradient)
+    }
+
+    /// The logits (vocab) after each of `positions` of the first row, given tokens (batch, seq).
+    pub async fn logits(
+        &mut self,
+        tokens: &[u32],
+        seq: usize,
+        positions: impl IntoIterator<Item = usize>,
+    ) -> Result<Vec<Vec<f32>>, Error> {
+        self.stack.upload_tokens(tokens);
+        self.stack.run("hidden", seq, |stack, recording| {
+            stack.record_embedding(recording, seq);
+            stack.record_blocks(recording, seq);
+        })?;
+        let mut logits = Vec::new();
+        for position in positions {
+            logits.push(self.stack.logits_at(position).await?);
+        }
+        Ok(logits)
+    }
+
+    /// The adapter's values, flat.
+    pub async fn adapter(&self) -> Result<Vec<f32>, Error> {
+        self.stack.adapter().await
+    }
+
+    pub fn config(&self) -> &Config {
+        self.stack.config()
+    }
+
+    pub fn extent(&self) -> Extent {
+        self.stack.extent()
+    }
+}

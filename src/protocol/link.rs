@@ -1,0 +1,248 @@
+//! One connection after its handshake: order, exactly-once delivery and liveness.
+//!
+//! Messages are numbered from 0 and handed on strictly in order, each once. Every frame acknowledges the messages its
+//! sender has taken in. A pong answers a ping by its nonce, and says whether the messages sent before that ping have
+//! arrived; those that have not are sent again. On an ordered, reliable transport such as a WebSocket nothing is
+//! therefore ever sent twice, and on a lossy one (the simulator, a transport to come) nothing is lost.
+//!
+//! Separate from the sessions, which so see an ordered stream and keep to what the messages mean.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use super::codec::{DecodeError, Frame, decode_frame, decode_message, encode_frame, encode_message};
+use super::message::Message;
+
+/// Unanswered pings after which the other side is gone.
+pub const MISSED_PINGS: u32 = 3;
+
+/// Messages that may wait for an acknowledgement. A peer that answers pings never comes near.
+const MAX_UNACKNOWLEDGED: usize = 256;
+
+/// What ends a connection.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LinkError {
+    #[error(transparent)]
+    Decode(#[from] DecodeError),
+    #[error("acknowledges message {acknowledged} of {sent} sent")]
+    Acknowledgement { acknowledged: u32, sent: u32 },
+    #[error("answers ping {nonce}, which was not sent")]
+    Nonce { nonce: u32 },
+    #[error("has stopped acknowledging messages")]
+    Unacknowledged,
+}
+
+/// How long a peer can be silent before it is gone: it takes a ping to ask, and `MISSED_PINGS` unanswered.
+pub fn silence_limit(ping_interval: Duration) -> Duration {
+    ping_interval.saturating_mul(MISSED_PINGS + 1)
+}
+
+struct Sent {
+    number: u32,
+    kind: u8,
+    body: Vec<u8>,
+    /// The first ping sent after this message was (last) sent.
+    next_ping: u32,
+}
+
+/// One side of a connection.
+pub(super) struct Link {
+    /// Largest frame taken in.
+    limit: usize,
+    next_number: u32,
+    unacknowledged: VecDeque<Sent>,
+    /// Messages taken in.
+    received: u32,
+    outbox: VecDeque<Vec<u8>>,
+    ping_interval: Duration,
+    ping_at: Duration,
+    next_ping: u32,
+    heard: bool,
+    missed: u32,
+}
+
+impl Link {
+    /// A link that pings at once and every `ping_interval` after.
+    pub fn new(now: Duration, ping_interval: Duration, limit: usize) -> Link {
+        Link {
+            limit,
+            next_number: 0,
+            unacknowledged: VecDeque::new(),
+            received: 0,
+            outbox: VecDeque::new(),
+            ping_interval,
+            ping_at: now,
+            next_ping: 0,
+            heard: true,
+            missed: 0,
+        }
+    }
+
+    /// Changes the largest frame taken in.
+    pub fn set_limit(&mut self, limit: usize) {
+        self.limit = limit;
+    }
+
+    /// Queues a message.
+    pub fn send(&mut self, message: &Message) {
+        let (kind, body) = encode_message(message);
+        let number = self.next_number;
+        self.outbox.push_back(encode_frame(Frame::Message { number, acknowledged: self.received, kind, body: &body }));
+        self.unacknowledged.push_back(Sent { number, kind, body, next_ping: self.next_ping });
+        self.next_number = self.next_number.wrapping_add(1);
+    }
+
+    /// Takes in a frame and returns the message it holds, if that is the next one.
+    ///
+    /// # Errors
+    /// A frame no honest peer sends. The connection is to be closed.
+    pub fn handle_frame(&mut self, bytes: &[u8]) -> Result<Option<Message>, LinkError> {
+        if bytes.len() > self.limit {
+            return Err(DecodeError::TooLarge { bytes: bytes.len(), limit: self.limit }.into());
+        }
+        let frame = decode_frame(bytes)?;
+        let (Frame::Ping { acknowledged, .. } | Frame::Pong { acknowledged, .. } | Frame::Message { acknowledged, .. }) =
+            frame;
+        if acknowledged > self.next_number {
+            return Err(LinkError::Acknowledgement { acknowledged, sent: self.next_number });
+        }
+        self.heard = true;
+        self.missed = 0;
+        while self.unacknowledged.front().is_some_and(|sent| sent.number < acknowledged) {
+            self.unacknowledged.pop_front();
+        }
+        match frame {
+            Frame::Ping { nonce, .. } => {
+                self.outbox.push_back(encode_frame(Frame::Pong { nonce, acknowledged: self.received }));
+                Ok(None)
+            }
+            Frame::Pong { nonce, .. } => {
+                if nonce >= self.next_ping {
+                    return Err(LinkError::Nonce { nonce });
+                }
+                self.send_again(nonce);
+                Ok(None)
+            }
+            // Later ones come again after the missing one; earlier ones are repetitions.
+            Frame::Message { number, .. } if number != self.received => Ok(None),
+            Frame::Message { kind, body, .. } => {
+                let message = decode_message(kind, body)?;
+                self.received = self.received.wrapping_add(1);
+                Ok(Some(message))
+            }
+        }
+    }
+
+    /// Sends again what had been sent before ping `nonce` and had not arrived when that ping did.
+    fn send_again(&mut self, nonce: u32) {
+        for sent in self.unacknowledged.iter_mut().filter(|sent| sent.next_ping <= nonce) {
+            sent.next_ping = self.next_ping;
+            let acknowledged = self.received;
+            let frame = Frame::Message { number: sent.number, acknowledged, kind: sent.kind, body: &sent.body };
+            self.outbox.push_back(encode_frame(frame));
+        }
+    }
+
+    /// Pings when it is time. Returns whether the other side is gone.
+    pub fn handle_timeout(&mut self, now: Duration) -> bool {
+        if now < self.ping_at {
+            return false;
+        }
+        if !self.heard {
+            self.missed += 1;
+        }
+        self.heard = false;
+        self.ping_at = now + self.ping_interval;
+        self.outbox.push_back(encode_frame(Frame::Ping { nonce: self.next_ping, acknowledged: self.received }));
+        self.next_ping = self.next_ping.wrapping_add(1);
+        self.missed >= MISSED_PINGS
+    }
+
+    /// Whether more messages wait for an acknowledgement than an honest peer lets wait.
+    pub fn is_overdue(&self) -> bool {
+        self.unacknowledged.len() > MAX_UNACKNOWLEDGED
+    }
+
+    pub fn poll_frame(&mut self) -> Option<Vec<u8>> {
+        self.outbox.pop_front()
+    }
+
+    pub fn poll_timeout(&self) -> Duration {
+        self.ping_at
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const INTERVAL: Duration = Duration::from_secs(5);
+
+    fn pair() -> (Link, Link) {
+        (Link::new(Duration::ZERO, INTERVAL, 1024), Link::new(Duration::ZERO, INTERVAL, 1024))
+    }
+
+    fn deliver(from: &mut Link, to: &mut Link) -> Vec<Message> {
+        let mut messages = Vec::new();
+        while let Some(frame) = from.poll_frame() {
+            messages.extend(to.handle_frame(&frame).unwrap());
+        }
+        messages
+    }
+
+    #[test]
+    fn a_lost_message_is_sent_again_after_the_next_ping_and_only_then() {
+        let (mut here, mut there) = pair();
+        here.send(&Message::Ready);
+        here.send(&Message::Leave);
+        let lost = here.poll_frame().unwrap();
+        assert_eq!(deliver(&mut here, &mut there), [], "what follows a lost message waits for it");
+        here.handle_timeout(Duration::ZERO);
+        deliver(&mut here, &mut there);
+        deliver(&mut there, &mut here);
+        assert_eq!(deliver(&mut here, &mut there), [Message::Ready, Message::Leave]);
+        assert_eq!(there.handle_frame(&lost).unwrap(), None, "the late original is a repetition");
+        here.handle_timeout(INTERVAL);
+        deliver(&mut here, &mut there);
+        deliver(&mut there, &mut here);
+        assert_eq!(here.poll_frame(), None, "nothing is left to send again");
+    }
+
+    #[test]
+    fn an_ordered_transport_never_carries_a_message_twice() {
+        let (mut here, mut there) = pair();
+        here.handle_timeout(Duration::ZERO);
+        let ping = here.poll_frame().unwrap();
+        // Sent after the ping, so the pong says nothing about it.
+        here.send(&Message::Ready);
+        assert_eq!(there.handle_frame(&ping).unwrap(), None);
+        deliver(&mut there, &mut here);
+        assert_eq!(deliver(&mut here, &mut there), [Message::Ready]);
+        assert_eq!(here.poll_frame(), None);
+    }
+
+    #[test]
+    fn three_missed_pings_are_the_end_and_any_frame_is_a_sign_of_life() {
+        let (mut here, mut there) = pair();
+        for tick in 0..3 {
+            assert!(!here.handle_timeout(INTERVAL * tick));
+        }
+        there.send(&Message::Ready);
+        deliver(&mut there, &mut here);
+        for tick in 3..6 {
+            assert!(!here.handle_timeout(INTERVAL * tick), "tick {tick}");
+        }
+        assert!(here.handle_timeout(INTERVAL * 6));
+    }
+
+    #[test]
+    fn impossible_acknowledgements_and_sizes_are_refused() {
+        let (mut here, _) = pair();
+        let frame = encode_frame(Frame::Ping { nonce: 0, acknowledged: 1 });
+        assert_eq!(here.handle_frame(&frame), Err(LinkError::Acknowledgement { acknowledged: 1, sent: 0 }));
+        let frame = encode_frame(Frame::Pong { nonce: 7, acknowledged: 0 });
+        assert_eq!(here.handle_frame(&frame), Err(LinkError::Nonce { nonce: 7 }));
+        let error = here.handle_frame(&[0; 1025]).unwrap_err();
+        assert_eq!(error, LinkError::Decode(DecodeError::TooLarge { bytes: 1025, limit: 1024 }));
+    }
+}

@@ -1,0 +1,1069 @@
+//! The main server's session: who is in the run, and the rounds and steps they take together.
+//!
+//! One object for the run and all its connections. It decides when a round starts, gathers each step's activations,
+//! hands them to the driver, sends the gradients back, and after the last local step waits for the federated server's
+//! average. It sees activations and targets, never one client's adapter.
+//!
+//! Membership is frozen when a round starts and can only shrink within it; a client that joins meanwhile waits for the
+//! next boundary. Every change of membership goes through `retest`, so no step waits for somebody who has left.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+
+use super::admission::{Admission, Pass, TicketOffice, check_secret};
+use super::codec::HEADER_BYTES;
+use super::door::{Door, Heard};
+use super::link::silence_limit;
+use super::message::*;
+use super::{ConnectionId, MAX_FRAME_BYTES, Transmit, display_name, earlier};
+
+/// Room for everything in a frame but its tensors.
+const FRAME_SLACK_BYTES: usize = 1024;
+
+/// What a run is.
+pub struct MainConfig {
+    /// What this server speaks: `PROTOCOL_VERSION`.
+    pub version: Version,
+    /// Sixteen random bytes.
+    pub run: RunId,
+    /// Thirty-two random bytes, from a generator fit for keys.
+    pub ticket_key: [u8; 32],
+    pub ticket_lifetime: Duration,
+    /// The join secret; `None` lets everybody in.
+    pub secret: Option<String>,
+    /// The first round starts when this many are ready.
+    pub clients: u32,
+    /// More than these are refused.
+    pub max_clients: u32,
+    /// What joining clients get.
+    pub assignment: Assignment,
+    /// The client side's adapter at the start, flat.
+    pub initial_adapter: Vec<f32>,
+    pub model: Digest,
+    pub tokenizer: Digest,
+    /// Where clients find the federated service; `None` is the same origin.
+    pub federated_url: Option<String>,
+    pub ping_interval: Duration,
+    /// How long to wait for somebody to return when everybody has left.
+    pub wait_for_client: Duration,
+}
+
+/// A mistake of the driver or of the configuration; nothing a peer sends leads here.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum MainError {
+    #[error("{what} is {value}; it must be at least 1")]
+    Zero { what: &'static str, value: u32 },
+    #[error("a step of {batch} × {seq} × {width} does not fit in a frame; choose a smaller batch or sequence")]
+    StepTooLarge { batch: u32, seq: u32, width: u32 },
+    #[error("an adapter of {len} values does not fit in a frame; choose a smaller rank or split")]
+    AdapterTooLarge { len: usize },
+    #[error("the assignment says {assigned} adapter values, the initial adapter has {given}")]
+    AdapterLength { assigned: u64, given: usize },
+    #[error("the initial adapter has a value that is not finite")]
+    AdapterNotFinite,
+    #[error("the gradient for {client} has {given} bytes, its activations had {expected}")]
+    GradientLength { client: ClientId, given: usize, expected: usize },
+}
+
+/// One member's part of a step, as checked: `payload` is exactly `dtype`'s bytes for `(batch, seq, width)` and finite;
+/// targets are in the vocabulary or ignored; the shape is within the assignment.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Contribution {
+    pub client: ClientId,
+    pub batch: u32,
+    pub seq: u32,
+    pub width: u32,
+    pub dtype: WireDtype,
+    pub examples: u32,
+    /// Targets that take part in the loss. May be zero: such a member's loss and gradient are zero.
+    pub tokens: u64,
+    /// Its share of the step's loss, `tokens / Σ tokens`. The shares of a step add up to 1.
+    pub weight: f64,
+    /// `(batch, seq)`
+    pub targets: Vec<i32>,
+    /// `(batch, seq, width)`
+    pub payload: Vec<u8>,
+}
+
+/// What the driver computed for one member.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GradientOutput {
+    pub client: ClientId,
+    /// Mean loss of its targets.
+    pub loss: f32,
+    /// Gradient of that loss by its activations, in their shape and type.
+    pub payload: Vec<u8>,
+}
+
+/// Why a client is no longer in the run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DepartureReason {
+    /// It said goodbye.
+    Left,
+    /// Its connection closed.
+    Disconnected,
+    /// It was silent for too long.
+    Silent,
+    /// It opened another connection.
+    Superseded,
+    /// It broke the protocol.
+    Misbehaved(String),
+    /// The federated server left it out.
+    Excluded(ExclusionReason),
+    /// Its activations led to a loss or gradient the driver could not use.
+    Unusable,
+}
+
+impl std::fmt::Display for DepartureReason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            DepartureReason::Left => f.write_str("left"),
+            DepartureReason::Disconnected => f.write_str("disconnected"),
+            DepartureReason::Silent => f.write_str("went silent"),
+            DepartureReason::Superseded => f.write_str("connected again"),
+            DepartureReason::Misbehaved(detail) => write!(f, "broke the protocol: {detail}"),
+            DepartureReason::Excluded(reason) => write!(f, "left out of the round: {reason}"),
+            DepartureReason::Unusable => f.write_str("its activations gave no usable loss or gradient"),
+        }
+    }
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RunEnd {
+    Completed,
+    /// Everybody left and nobody came back in time.
+    NoClients,
+    Stopped(String),
+    /// The federated server returned something that is not an average of this run.
+    FederatedFault(String),
+}
+
+/// What the driver should know or do.
+#[derive(Clone, Debug, PartialEq)]
+pub enum MainEvent {
+    ClientRefused {
+        connection: ConnectionId,
+        reason: RefusalReason,
+    },
+    ClientJoined {
+        connection: ConnectionId,
+        client: ClientId,
+        name: String,
+        device: String,
+    },
+    ClientReady {
+        client: ClientId,
+    },
+    ClientLeft {
+        client: ClientId,
+        name: String,
+        reason: DepartureReason,
+    },
+    RoundStarted {
+        round: RoundKey,
+        members: Vec<ClientId>,
+    },
+    /// Compute the step and answer with `step_result`.
+    StepReady {
+        key: StepKey,
+        contributions: Vec<Contribution>,
+    },
+    /// Validate, save, and answer with `validated`.
+    RoundClosed {
+        round: RoundKey,
+        average: Vec<f32>,
+        included: Vec<Inclusion>,
+        excluded: Vec<Exclusion>,
+    },
+    /// Every member left. The round starts again, under another attempt, when somebody is ready; the server's adapter
+    /// should go back to where the round began.
+    RoundLost {
+        round: RoundKey,
+    },
+    /// Nobody is left to train with; the run stops at `until`.
+    Waiting {
+        until: Duration,
+    },
+    Finished {
+        reason: RunEnd,
+    },
+    /// All clients have been told and are gone.
+    Drained,
+}
+
+/// Where the run is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RunPhase {
+    /// For clients to join or return.
+    Waiting,
+    /// For activations.
+    Gathering,
+    /// For the driver's `step_result`.
+    Computing,
+    /// For the federated server.
+    Averaging,
+    /// For the driver's `validated`.
+    Validating,
+    Finished,
+}
+
+/// A client as the status shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClientStatus {
+    pub client: ClientId,
+    pub name: String,
+    pub device: String,
+    pub ready: bool,
+    /// Whether it is a member of the current round.
+    pub member: bool,
+    /// Whether the current step waits for its activations.
+    pub awaited: bool,
+}
+
+/// The run at a glance.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunStatus {
+    pub phase: RunPhase,
+    pub round: u32,
+    pub rounds: u32,
+    /// Local step within the round.
+    pub step: u32,
+    pub local_steps: u32,
+    /// Connected clients.
+    pub clients: Vec<ClientStatus>,
+}
+
+/// What is kept of a client over its connections.
+struct Client {
+    name: String,
+    device: String,
+    connection: Option<ConnectionId>,
+    ready: bool,
+    /// Digest of the adapter it is known to hold.
+    holds: Option<Digest>,
+    /// Tickets below this serial are spent.
+    next_serial: u64,
+}
+
+/// What is kept of a contribution while the driver computes.
+struct Received {
+    batch: u32,
+    seq: u32,
+    tokens: u64,
+    activations: Digest,
+    expected_bytes: usize,
+}
+
+enum Phase {
+    Waiting {
+        until: Option<Duration>,
+    },
+    Gathering {
+        key: StepKey,
+        members: BTreeMap<ClientId, Option<(Received, Contribution)>>,
+    },
+    Computing {
+        key: StepKey,
+        members: BTreeMap<ClientId, Received>,
+    },
+    Averaging {
+        round: RoundKey,
+        members: BTreeSet<ClientId>,
+    },
+    Validating {
+        round: RoundKey,
+        included: u32,
+    },
+    Finished {
+        drain_by: Duration,
+        drained: bool,
+    },
+}
+
+/// The main server's state machine.
+pub struct MainServerSession {
+    config: MainConfig,
+    office: TicketOffice,
+    door: Door<ClientId>,
+    clients: BTreeMap<ClientId, Client>,
+    next_client: u64,
+    has_started: bool,
+    round: RoundKey,
+    phase: Phase,
+    base: Vec<f32>,
+    base_digest: Digest,
+    frame_limit: usize,
+    events: VecDeque<MainEvent>,
+    controls: VecDeque<Control>,
+}
+
+/// Bytes of the largest frame with activations or a gradient; `None` when it is larger than any frame may be.
+pub(super) fn step_frame_bytes(config: &RunConfig) -> Option<usize> {
+    let rows = usize::try_from(config.batch).ok()?.checked_mul(usize::try_from(config.seq).ok()?)?;
+    let payload = config.wire.payload_bytes(rows, usize::try_from(config.width).ok()?)?;
+    let bytes = rows.checked_mul(4)?.checked_add(payload)?.checked_add(HEADER_BYTES + FRAME_SLACK_BYTES)?;
+    (bytes <= MAX_FRAME_BYTES).then_some(bytes)
+}
+
+/// Bytes of the largest frame with a flat adapter; `None` when it is larger than any frame may be.
+pub(super) fn adapter_frame_bytes(adapter_len: u64) -> Option<usize> {
+    let bytes = usize::try_from(adapter_len).ok()?.checked_mul(4)?.checked_add(HEADER_BYTES + FRAME_SLACK_BYTES)?;
+    (bytes <= MAX_FRAME_BYTES).then_some(bytes)
+}
+
+impl MainServerSession {
+    /// A run that waits for its first clients.
+    ///
+    /// # Errors
+    /// When the configuration is contradictory or too large for the wire.
+    pub fn new(config: MainConfig, now: Duration) -> Result<MainServerSession, MainError> {
+        let run = &config.assignment.config;
+        let sizes = [
+            ("the number of clients", config.clients),
+            ("the most clients", config.max_clients),
+            ("the batch", run.batch),
+            ("the sequence", run.seq),
+            ("the width", run.width),
+            ("the number of local steps", run.local_steps),
+            ("the number of rounds", run.rounds),
+        ];
+        if let Some((what, value)) = sizes.into_iter().find(|(_, value)| *value == 0) {
+            return Err(MainError::Zero { what, value });
+        }
+        let frame_limit = step_frame_bytes(run).ok_or(MainError::StepTooLarge {
+            batch: run.batch,
+            seq: run.seq,
+            width: run.width,
+        })?;
+        let len = config.initial_adapter.len();
+        let assigned = config.assignment.adapter_len;
+        if assigned != len as u64 {
+            return Err(MainError::AdapterLength { assigned, given: len });
+        }
+        if adapter_frame_bytes(assigned).is_none() {
+            return Err(MainError::AdapterTooLarge { len });
+        }
+        if !config.initial_adapter.iter().all(|value| value.is_finite()) {
+            return Err(MainError::AdapterNotFinite);
+        }
+        let base = config.initial_adapter.clone();
+        let mut session = MainServerSession {
+            office: TicketOffice { run: config.run, key: config.ticket_key, lifetime: config.ticket_lifetime },
+            door: Door::new(config.version, config.ping_interval),
+            clients: BTreeMap::new(),
+            next_client: 1,
+            has_started: false,
+            round: RoundKey { round: 0, attempt: 0 },
+            phase: Phase::Waiting { until: None },
+            base_digest: Digest::of_values(&base),
+            base,
+            frame_limit,
+            events: VecDeque::new(),
+            controls: VecDeque::new(),
+            config,
+        };
+        session.open_run(now);
+        Ok(session)
+    }
+
+    /// The largest frame a client may send: what a socket need not read past.
+    pub fn max_frame_bytes(&self) -> usize {
+        self.frame_limit
+    }
+
+    pub fn connected(&mut self, connection: ConnectionId, now: Duration) {
+        self.door.open(connection, now);
+    }
+
+    pub fn disconnected(&mut self, connection: ConnectionId, now: Duration) {
+        if let Some(client) = self.door.remove(connection) {
+            self.depart(client, DepartureReason::Disconnected);
+        }
+        self.retest(now);
+    }
+
+    pub fn handle_frame(&mut self, connection: ConnectionId, now: Duration, bytes: &[u8]) {
+        match self.door.hear(connection, bytes) {
+            Heard::Nothing => {}
+            Heard::Refused(reason) => self.events.push_back(MainEvent::ClientRefused { connection, reason }),
+            Heard::Hello(hello) => self.greet(connection, now, &hello),
+            Heard::Fault { guest, error } => self.expel(guest, DepartureReason::Misbehaved(error.to_string())),
+            Heard::Frame { guest, first, message } => {
+                if let (true, Some(client)) = (first, self.clients.get_mut(&guest)) {
+                    client.next_serial += 1;
+                }
+                if let Some(message) = message {
+                    self.handle_message(guest, message, now);
+                }
+            }
+        }
+        self.retest(now);
+    }
+
+    pub fn handle_timeout(&mut self, now: Duration) {
+        for (_, client) in self.door.handle_timeout(now) {
+            if let Some(client) = client {
+                self.depart(client, DepartureReason::Silent);
+            }
+        }
+        self.retest(now);
+        match self.phase {
+            Phase::Waiting { until: Some(until) } if until <= now => self.finish(RunEnd::NoClients, now),
+            Phase::Finished { drain_by, .. } if drain_by <= now => {
+                for connection in self.door.connections() {
+                    self.door.close(connection);
+                }
+                self.retest(now);
+            }
+            _ => {}
+        }
+    }
+
+    /// What the federated server said.
+    pub fn handle_control(&mut self, now: Duration, reply: ControlReply) {
+        match reply {
+            ControlReply::Excluded { round, exclusion } if round == self.round => self.exclude(&exclusion),
+            ControlReply::RoundClosed(closed) if closed.round == self.round => self.close_round(closed, now),
+            // Of a round that was lost meanwhile, or a repetition.
+            ControlReply::Excluded { .. } | ControlReply::RoundClosed(_) => {}
+        }
+        self.retest(now);
+    }
+
+    /// The link to a federated server in another process is up, perhaps again: repeats what it must know.
+    pub fn control_connected(&mut self, now: Duration) {
+        self.controls.clear();
+        self.open_run(now);
+        let members = self.members();
+        if !members.is_empty() {
+            self.open_round(members);
+        }
+        if matches!(self.phase, Phase::Finished { .. }) {
+            self.controls.push_back(Control::CloseRun);
+        }
+    }
+
+    /// The driver's answer to `StepReady`. A member without an output is one the driver could not use (its loss or
+    /// gradient is not finite): it is dropped. Outputs for clients that have left since are ignored, as is an answer
+    /// to a step that has been lost.
+    ///
+    /// # Errors
+    /// When a gradient's bytes do not fit the activations it belongs to; nothing is changed then.
+    pub fn step_result(
+        &mut self,
+        now: Duration,
+        key: StepKey,
+        outputs: Vec<GradientOutput>,
+    ) -> Result<(), MainError> {
+        let Phase::Computing { key: current, members } = &self.phase else {
+            return Ok(());
+        };
+        if *current != key {
+            return Ok(());
+        }
+        for output in &outputs {
+            if let Some(received) = members.get(&output.client)
+                && received.expected_bytes != output.payload.len()
+            {
+                let (given, expected) = (output.payload.len(), received.expected_bytes);
+                return Err(MainError::GradientLength { client: output.client, given, expected });
+            }
+        }
+        let weighted = |output: &GradientOutput| {
+            members.get(&output.client).map(|received| (received.tokens, f64::from(output.loss)))
+        };
+        let tokens: u64 = outputs.iter().filter_map(weighted).map(|(tokens, _)| tokens).sum();
+        let total: f64 = outputs.iter().filter_map(weighted).map(|(tokens, loss)| tokens as f64 * loss).sum();
+        let mean_loss = if tokens == 0 { 0.0 } else { (total / tokens as f64) as f32 };
+
+        let Phase::Computing { mut members, .. } =
+            std::mem::replace(&mut self.phase, Phase::Waiting { until: None })
+        else {
+            return Ok(());
+        };
+        let config = &self.config.assignment.config;
+        let mut staying = BTreeSet::new();
+        for GradientOutput { client, loss, payload } in outputs {
+            let Some(received) = members.remove(&client) else { continue };
+            let gradient = Gradient {
+                key,
+                batch: received.batch,
+                seq: received.seq,
+                width: config.width,
+                dtype: config.wire,
+                activations: received.activations,
+                loss,
+                tokens: received.tokens,
+                mean_loss,
+                payload,
+            };
+            staying.insert(client);
+            if let Some(connection) = self.clients.get(&client).and_then(|client| client.connection) {
+                self.door.send(connection, &Message::Gradient(gradient));
+            }
+        }
+        let next = key.step + 1;
+        if next < config.local_steps {
+            self.phase = Phase::Gathering {
+                key: key.round.step(next),
+                members: staying.iter().map(|client| (*client, None)).collect(),
+            };
+        } else {
+            self.phase = Phase::Averaging { round: key.round, members: staying.clone() };
+        }
+        for client in members.into_keys() {
+            self.controls.push_back(Control::Departed { round: key.round, client });
+            self.expel(client, DepartureReason::Unusable);
+        }
+        // Only those who stay are told of the next step; they may have become fewer while the others were dropped.
+        if matches!(self.phase, Phase::Gathering { .. }) {
+            self.send_to_all(&staying, |count| {
+                Message::StepStart(StepStart { key: key.round.step(next), members: count })
+            });
+        }
+        self.retest(now);
+        Ok(())
+    }
+
+    /// The driver's answer to `RoundClosed`, with the mean validation loss if it validates.
+    pub fn validated(&mut self, now: Duration, round: RoundKey, valid_loss: Option<f64>) {
+        let Phase::Validating { round: current, included } = self.phase else { return };
+        if current != round {
+            return;
+        }
+        let config = &self.config.assignment.config;
+        let rounds = config.rounds;
+        let done = round.round + 1;
+        let result = Message::RoundResult(RoundResult {
+            round: round.round,
+            rounds,
+            included,
+            valid_loss,
+            steps: done.saturating_mul(config.local_steps),
+            total_steps: rounds.saturating_mul(config.local_steps),
+        });
+        for connection in self.clients.values().filter_map(|client| client.connection) {
+            self.door.send(connection, &result);
+        }
+        if done >= rounds {
+            self.finish(RunEnd::Completed, now);
+        } else {
+            self.round = RoundKey { round: done, attempt: 0 };
+            self.wait(now);
+        }
+        self.retest(now);
+    }
+
+    /// Ends the run: clients are told, and `Drained` follows when they are gone.
+    pub fn stop(&mut self, now: Duration, detail: String) {
+        self.finish(RunEnd::Stopped(detail), now);
+        self.retest(now);
+    }
+
+    pub fn poll_transmit(&mut self) -> Option<Transmit<ConnectionId>> {
+        self.door.poll_transmit()
+    }
+
+    pub fn poll_event(&mut self) -> Option<MainEvent> {
+        self.events.pop_front()
+    }
+
+    pub fn poll_control(&mut self) -> Option<Control> {
+        self.controls.pop_front()
+    }
+
+    pub fn poll_timeout(&self) -> Option<Duration> {
+        let own = match self.phase {
+            Phase::Waiting { until } => until,
+            Phase::Finished { drain_by, drained: false } => Some(drain_by),
+            _ => None,
+        };
+        earlier(own, self.door.poll_timeout())
+    }
+
+    pub fn status(&self) -> RunStatus {
+        let (phase, step) = match &self.phase {
+            Phase::Waiting { .. } => (RunPhase::Waiting, 0),
+            Phase::Gathering { key, .. } => (RunPhase::Gathering, key.step),
+            Phase::Computing { key, .. } => (RunPhase::Computing, key.step),
+            Phase::Averaging { .. } => (RunPhase::Averaging, self.config.assignment.config.local_steps),
+            Phase::Validating { .. } => (RunPhase::Validating, self.config.assignment.config.local_steps),
+            Phase::Finished { .. } => (RunPhase::Finished, 0),
+        };
+        let members = self.members();
+        let awaited = |client: &ClientId| match &self.phase {
+            Phase::Gathering { members, .. } => members.get(client).is_some_and(Option::is_none),
+            _ => false,
+        };
+        let connected = self.clients.iter().filter(|(_, client)| client.connection.is_some());
+        RunStatus {
+            phase,
+            round: self.round.round,
+            rounds: self.config.assignment.config.rounds,
+            step,
+            local_steps: self.config.assignment.config.local_steps,
+            clients: connected
+                .map(|(id, client)| ClientStatus {
+                    client: *id,
+                    name: client.name.clone(),
+                    device: client.device.clone(),
+                    ready: client.ready,
+                    member: members.contains(id),
+                    awaited: awaited(id),
+                })
+                .collect(),
+        }
+    }
+
+    // Coming in.
+
+    fn greet(&mut self, connection: ConnectionId, now: Duration, hello: &Hello) {
+        match self.admit(hello, now) {
+            Ok(admission) => self.welcome(connection, now, hello, admission),
+            Err((reason, detail)) => {
+                self.door.refuse(connection, reason, detail);
+                self.events.push_back(MainEvent::ClientRefused { connection, reason });
+            }
+        }
+    }
+
+    fn admit(&self, hello: &Hello, now: Duration) -> Result<Admission, (RefusalReason, String)> {
+        let plain = |reason: RefusalReason| (reason, reason.to_string());
+        if hello.service != Service::Main {
+            let detail = format!("this is the main service; {} connections go elsewhere", hello.service);
+            return Err((RefusalReason::Service, detail));
+        }
+        let admission = match &hello.credential {
+            Credential::Ticket(ticket) => {
+                let pass = self.office.check(Service::Main, ticket, now).map_err(plain)?;
+                match self.clients.get(&pass.client) {
+                    Some(client) if client.next_serial <= pass.serial => Admission::Known(pass),
+                    _ => return Err(plain(RefusalReason::TicketSpent)),
+                }
+            }
+            credential => {
+                check_secret(self.config.secret.as_deref(), credential).map_err(plain)?;
+                Admission::New
+            }
+        };
+        if matches!(self.phase, Phase::Finished { .. }) {
+            return Err((RefusalReason::NoRun, "the run is over".to_owned()));
+        }
+        let differs = |theirs: Option<Digest>, ours: Digest| theirs.is_some_and(|theirs| theirs != ours);
+        if differs(hello.model, self.config.model) {
+            return Err((RefusalReason::Model, format!("this run trains the model {}", self.config.model)));
+        }
+        if differs(hello.tokenizer, self.config.tokenizer) {
+            return Err((RefusalReason::Tokenizer, format!("this run's tokenizer is {}", self.config.tokenizer)));
+        }
+        let wire = self.config.assignment.config.wire;
+        if !hello.capabilities.dtypes.contains(&wire) {
+            return Err((RefusalReason::WireDtype, format!("this run's wire type is {wire:?}")));
+        }
+        let replaces = match admission {
+            Admission::Known(pass) => self.clients.get(&pass.client).is_some_and(|client| client.connection.is_some()),
+            Admission::New => false,
+        };
+        if !replaces && self.connected_clients() >= self.config.max_clients as usize {
+            return Err(plain(RefusalReason::Full));
+        }
+        Ok(admission)
+    }
+
+    fn welcome(&mut self, connection: ConnectionId, now: Duration, hello: &Hello, admission: Admission) {
+        let (id, serial) = match admission {
+            Admission::New => {
+                let id = ClientId(self.next_client);
+                self.next_client += 1;
+                (id, 0)
+            }
+            Admission::Known(Pass { client, serial }) => (client, serial),
+        };
+        if let Some(old) = self.clients.get(&id).and_then(|client| client.connection) {
+            self.door.stop(old, stop(StopReason::Superseded, "this client opened another connection", None));
+            self.depart(id, DepartureReason::Superseded);
+        }
+        let name = display_name(&hello.name);
+        let device = display_name(&hello.capabilities.device);
+        self.clients.insert(
+            id,
+            Client {
+                name: name.clone(),
+                device: device.clone(),
+                connection: Some(connection),
+                ready: false,
+                holds: None,
+                next_serial: serial,
+            },
+        );
+        let pass = Pass { client: id, serial: serial + 1 };
+        // The federated service counts its own serials; those it is handed here are above all it has issued before.
+        let federated = Pass { client: id, serial: (serial + 1) << 32 };
+        let welcome = Welcome {
+            version: hello.version.min(self.config.version),
+            client: id,
+            run: self.config.run,
+            ticket: self.office.issue(Service::Main, pass, now),
+            federated_ticket: Some(self.office.issue(Service::Federated, federated, now)),
+            federated_url: self.config.federated_url.clone(),
+            ping_interval: self.config.ping_interval,
+            model: self.config.model,
+            tokenizer: self.config.tokenizer,
+        };
+        self.door.welcome(connection, id, welcome, now, self.frame_limit);
+        self.door.send(connection, &Message::Assignment(Box::new(self.config.assignment.clone())));
+        self.events.push_back(MainEvent::ClientJoined { connection, client: id, name, device });
+        // A newcomer has as long to become ready as the run waits for anybody.
+        if let Phase::Waiting { until: Some(until) } = &mut self.phase {
+            *until = (*until).max(now + self.config.wait_for_client);
+            self.events.push_back(MainEvent::Waiting { until: *until });
+        }
+    }
+
+    // Going out.
+
+    /// Takes a client out of the run. Its connection is gone or about to be.
+    fn depart(&mut self, id: ClientId, reason: DepartureReason) {
+        let Some(client) = self.clients.get_mut(&id) else { return };
+        if client.connection.take().is_none() {
+            return;
+        }
+        client.ready = false;
+        client.holds = None;
+        let name = client.name.clone();
+        self.events.push_back(MainEvent::ClientLeft { client: id, name, reason });
+        let round = self.round;
+        let was_member = match &mut self.phase {
+            Phase::Gathering { members, .. } => members.remove(&id).is_some(),
+            Phase::Computing { members, .. } => members.remove(&id).is_some(),
+            Phase::Averaging { members, .. } => members.remove(&id),
+            Phase::Waiting { .. } | Phase::Validating { .. } | Phase::Finished { .. } => false,
+        };
+        if was_member {
+            self.controls.push_back(Control::Departed { round, client: id });
+        }
+    }
+
+    /// Ends a client's session, and says why.
+    fn expel(&mut self, id: ClientId, reason: DepartureReason) {
+        if let Some(connection) = self.clients.get(&id).and_then(|client| client.connection) {
+            let (wire, return_after) = match &reason {
+                DepartureReason::Excluded(ExclusionReason::Absent) => (StopReason::Excluded, Some(Duration::ZERO)),
+                DepartureReason::Excluded(_) | DepartureReason::Unusable => (StopReason::BadUpdate, None),
+                _ => (StopReason::Unexpected, None),
+            };
+            self.door.stop(connection, stop(wire, &reason.to_string(), return_after));
+            self.depart(id, reason);
+        }
+    }
+
+    fn exclude(&mut self, exclusion: &Exclusion) {
+        // Nobody is excluded for departing who has not: the word came from here.
+        if exclusion.reason != ExclusionReason::Departed && self.members().contains(&exclusion.client) {
+            self.expel(exclusion.client, DepartureReason::Excluded(exclusion.reason));
+        }
+    }
+
+    // The run.
+
+    fn handle_message(&mut self, client: ClientId, message: Message, now: Duration) {
+        if matches!(self.phase, Phase::Finished { .. }) && !matches!(message, Message::Leave) {
+            // What was on its way when the run ended.
+            return;
+        }
+        match message {
+            Message::Ready => self.handle_ready(client, now),
+            Message::Activations(activations) => {
+                if let Err(detail) = self.handle_activations(client, activations) {
+                    self.expel(client, DepartureReason::Misbehaved(detail));
+                }
+            }
+            Message::Leave => {
+                if let Some(connection) = self.clients.get(&client).and_then(|client| client.connection) {
+                    self.door.close(connection);
+                }
+                self.depart(client, DepartureReason::Left);
+            }
+            other => {
+                let detail = format!("expected {}, got {}", self.expected_of(client), other.name());
+                self.expel(client, DepartureReason::Misbehaved(detail));
+            }
+        }
+    }
+
+    /// What this client may send now, for error texts.
+    fn expected_of(&self, client: ClientId) -> String {
+        match &self.phase {
+            _ if !self.clients.get(&client).is_some_and(|client| client.ready) => "Ready or Leave".to_owned(),
+            Phase::Gathering { key, members } if members.get(&client).is_some_and(Option::is_none) => {
+                format!("Activations of {key} or Leave")
+            }
+            _ => "Leave".to_owned(),
+        }
+    }
+
+    fn handle_ready(&mut self, id: ClientId, now: Duration) {
+        let Some(client) = self.clients.get_mut(&id) else { return };
+        if client.ready {
+            let detail = format!("expected {}, got Ready", self.expected_of(id));
+            return self.expel(id, DepartureReason::Misbehaved(detail));
+        }
+        client.ready = true;
+        self.events.push_back(MainEvent::ClientReady { client: id });
+        self.retest(now);
+    }
+
+    fn handle_activations(&mut self, client: ClientId, activations: Activations) -> Result<(), String> {
+        let unexpected = || format!("expected {}, got Activations of {}", self.expected_of(client), activations.key);
+        let Phase::Gathering { key, members } = &self.phase else {
+            return Err(unexpected());
+        };
+        if activations.key != *key || !members.get(&client).is_some_and(Option::is_none) {
+            return Err(unexpected());
+        }
+        let checked = self.check_activations(client, activations)?;
+        if let Phase::Gathering { members, .. } = &mut self.phase {
+            members.insert(client, Some(checked));
+        }
+        Ok(())
+    }
+
+    fn check_activations(&self, client: ClientId, given: Activations) -> Result<(Received, Contribution), String> {
+        let config = &self.config.assignment.config;
+        let Activations { batch, seq, width, dtype, examples, targets, payload, .. } = given;
+        if !(1..=config.batch).contains(&batch)
+            || !(1..=config.seq).contains(&seq)
+            || (width, dtype) != (config.width, config.wire)
+        {
+            return Err(format!(
+                "activations of {batch} × {seq} × {width} in {dtype:?}, where at most {} × {} × {} in {:?} was agreed",
+                config.batch, config.seq, config.width, config.wire
+            ));
+        }
+        // Within the agreed sizes, whose product is known to fit.
+        let rows = batch as usize * seq as usize;
+        let expected_bytes = dtype.payload_bytes(rows, width as usize).unwrap_or(usize::MAX);
+        if payload.len() != expected_bytes || targets.len() != rows {
+            return Err(format!(
+                "activations of {batch} × {seq} × {width} with {} payload bytes and {} targets, not {expected_bytes} \
+                 and {rows}",
+                payload.len(),
+                targets.len()
+            ));
+        }
+        let is_target = |target: &i32| {
+            *target == IGNORED_TARGET || u32::try_from(*target).is_ok_and(|target| target < config.vocab)
+        };
+        if let Some(position) = targets.iter().position(|target| !is_target(target)) {
+            return Err(format!(
+                "target {position} is {}, outside the vocabulary of {}",
+                targets[position], config.vocab
+            ));
+        }
+        if !dtype.is_finite(&payload, rows) {
+            return Err("activations with a value that is not finite".to_owned());
+        }
+        if !(1..=batch).contains(&examples) {
+            return Err(format!("{examples} examples in a batch of {batch}"));
+        }
+        let tokens = targets.iter().filter(|target| **target != IGNORED_TARGET).count() as u64;
+        let received = Received { batch, seq, tokens, activations: Digest::of(&payload), expected_bytes };
+        let contribution =
+            Contribution { client, batch, seq, width, dtype, examples, tokens, weight: 0.0, targets, payload };
+        Ok((received, contribution))
+    }
+
+    /// Moves the run on as far as it can go. Called after every change, of membership above all.
+    fn retest(&mut self, now: Duration) {
+        match &mut self.phase {
+            Phase::Waiting { .. } => self.start_round(now),
+            Phase::Gathering { members, .. } if members.is_empty() => self.lose_round(now),
+            Phase::Gathering { key, members } if members.values().all(Option::is_some) => {
+                let key = *key;
+                let members = std::mem::take(members);
+                let mut received = BTreeMap::new();
+                let mut contributions = Vec::new();
+                for (client, (record, contribution)) in
+                    members.into_iter().filter_map(|(client, given)| Some((client, given?)))
+                {
+                    received.insert(client, record);
+                    contributions.push(contribution);
+                }
+                share(&mut contributions);
+                self.phase = Phase::Computing { key, members: received };
+                self.events.push_back(MainEvent::StepReady { key, contributions });
+            }
+            Phase::Computing { members, .. } if members.is_empty() => self.lose_round(now),
+            Phase::Averaging { members, .. } if members.is_empty() => self.lose_round(now),
+            Phase::Finished { drained, .. } if !*drained && self.door.is_empty() => {
+                *drained = true;
+                self.events.push_back(MainEvent::Drained);
+            }
+            _ => {}
+        }
+    }
+
+    /// Starts the next round if enough are ready: the number asked for at first, anybody later.
+    fn start_round(&mut self, now: Duration) {
+        let ready: BTreeSet<ClientId> =
+            self.clients.iter().filter(|(_, client)| client.ready).map(|(id, _)| *id).collect();
+        let needed = if self.has_started { 1 } else { self.config.clients as usize };
+        if ready.len() < needed {
+            return;
+        }
+        self.has_started = true;
+        let round = self.round;
+        let count = ready.len() as u32;
+        self.open_round(ready.clone());
+        self.events.push_back(MainEvent::RoundStarted { round, members: ready.iter().copied().collect() });
+        for client in ready.iter().filter_map(|id| self.clients.get_mut(id)) {
+            let holds = client.holds.replace(self.base_digest);
+            let adapter = (holds != Some(self.base_digest)).then(|| self.base.clone());
+            if let Some(connection) = client.connection {
+                let start = RoundStart { round, base: self.base_digest, members: count, adapter };
+                self.door.send(connection, &Message::RoundStart(start));
+            }
+        }
+        let key = round.step(0);
+        self.send_to_all(&ready, |count| Message::StepStart(StepStart { key, members: count }));
+        self.phase = Phase::Gathering { key, members: ready.into_iter().map(|client| (client, None)).collect() };
+        self.retest(now);
+    }
+
+    fn send_to_all(&mut self, clients: &BTreeSet<ClientId>, message: impl Fn(u32) -> Message) {
+        let connections: Vec<ConnectionId> =
+            clients.iter().filter_map(|id| self.clients.get(id)?.connection).collect();
+        let message = message(connections.len() as u32);
+        for connection in connections {
+            self.door.send(connection, &message);
+        }
+    }
+
+    fn lose_round(&mut self, now: Duration) {
+        self.events.push_back(MainEvent::RoundLost { round: self.round });
+        self.round.attempt += 1;
+        self.wait(now);
+        self.retest(now);
+    }
+
+    /// The round boundary. If nobody is ready the run waits, for so long.
+    fn wait(&mut self, now: Duration) {
+        let until = now + self.config.wait_for_client;
+        self.phase = Phase::Waiting { until: Some(until) };
+        if !self.clients.values().any(|client| client.ready) {
+            self.events.push_back(MainEvent::Waiting { until });
+        }
+    }
+
+    fn close_round(&mut self, closed: RoundClosed, now: Duration) {
+        if !matches!(self.phase, Phase::Averaging { .. }) {
+            // Closed without anybody, as the exclusions before it said.
+            return;
+        }
+        let Some((digest, average)) = closed.average else {
+            for exclusion in &closed.excluded {
+                self.exclude(exclusion);
+            }
+            if matches!(self.phase, Phase::Averaging { .. }) {
+                self.lose_round(now);
+            }
+            return;
+        };
+        let fault = if average.len() != self.base.len() {
+            Some(format!("an average of {} values, not {}", average.len(), self.base.len()))
+        } else if !average.iter().all(|value| value.is_finite()) {
+            Some("an average with a value that is not finite".to_owned())
+        } else if Digest::of_values(&average) != digest {
+            Some("an average that does not have its digest".to_owned())
+        } else {
+            None
+        };
+        if let Some(fault) = fault {
+            return self.finish(RunEnd::FederatedFault(fault), now);
+        }
+        for exclusion in &closed.excluded {
+            self.exclude(exclusion);
+        }
+        for inclusion in &closed.included {
+            if let Some(client) = self.clients.get_mut(&inclusion.client)
+                && client.ready
+            {
+                client.holds = Some(digest);
+            }
+        }
+        self.base = average.clone();
+        self.base_digest = digest;
+        let round = closed.round;
+        self.phase = Phase::Validating { round, included: closed.included.len() as u32 };
+        let (included, excluded) = (closed.included, closed.excluded);
+        self.events.push_back(MainEvent::RoundClosed { round, average, included, excluded });
+    }
+
+    fn finish(&mut self, reason: RunEnd, now: Duration) {
+        if matches!(self.phase, Phase::Finished { .. }) {
+            return;
+        }
+        let message = Message::Stop(match &reason {
+            RunEnd::Completed => stop(StopReason::Completed, "all rounds are done", None),
+            RunEnd::NoClients => stop(StopReason::Shutdown, "nobody was ready in time", None),
+            RunEnd::Stopped(detail) | RunEnd::FederatedFault(detail) => stop(StopReason::Shutdown, detail, None),
+        });
+        // The connections stay until the clients have heard and hung up.
+        for connection in self.clients.values().filter_map(|client| client.connection) {
+            self.door.send(connection, &message);
+        }
+        self.phase = Phase::Finished { drain_by: now + silence_limit(self.config.ping_interval), drained: false };
+        self.controls.push_back(Control::CloseRun);
+        self.events.push_back(MainEvent::Finished { reason });
+    }
+
+    fn open_run(&mut self, now: Duration) {
+        self.controls.push_back(Control::OpenRun {
+            run: self.config.run,
+            ticket_key: self.config.ticket_key,
+            now,
+            ticket_lifetime: self.config.ticket_lifetime,
+            adapter_len: self.base.len() as u64,
+            model: self.config.model,
+            tokenizer: self.config.tokenizer,
+        });
+    }
+
+    fn open_round(&mut self, members: BTreeSet<ClientId>) {
+        let config = &self.config.assignment.config;
+        self.controls.push_back(Control::OpenRound {
+            round: self.round,
+            members: members.into_iter().collect(),
+            base: self.base_digest,
+            max_examples: u64::from(config.batch) * u64::from(config.local_steps),
+        });
+    }
+
+    /// Members of the round that is open at the federated server.
+    fn members(&self) -> BTreeSet<ClientId> {
+        match &self.phase {
+            Phase::Gathering { members, .. } => members.keys().copied().collect(),
+            Phase::Computing { members, .. } => members.keys().copied().collect(),
+            Phase::Averaging { members, .. } => members.clone(),
+            Phase::Waiting { .. } | Phase::Validating { .. } | Phase::Finished { .. } => BTreeSet::new(),
+        }
+    }
+
+    fn connected_clients(&self) -> usize {
+        self.clients.values().filter(|client| client.connection.is_some()).count()
+    }
+}
+
+/// Gives each contribution its share of the step's tokens; equal shares if there is no token at all.
+fn share(contributions: &mut [Contribution]) {
+    let total: u64 = contributions.iter().map(|contribution| contribution.tokens).sum();
+    let count = contributions.len() as f64;
+    for contribution in contributions {
+        contribution.weight = if total == 0 { 1.0 / count } else { contribution.tokens as f64 / total as f64 };
+    }
+}
+
+fn stop(reason: StopReason, detail: &str, return_after: Option<Duration>) -> Stop {
+    Stop { reason, detail: detail.to_owned(), return_after }
+}

@@ -1,0 +1,151 @@
+//! The client's side: embedding and the blocks below the cut, with their adapter and optimiser.
+
+use crate::compute::Engine;
+use crate::model::adapter::AdapterLayout;
+use crate::model::block::BlockWeights;
+use crate::model::config::Config;
+use crate::model::ends::EmbeddingWeights;
+use crate::model::stack::{Extent, Stack, StackWeights};
+use crate::model::weights::UnitData;
+
+use super::cut::CutBuffers;
+use super::{Cut, Error, Training, check_adapter, check_length, check_tokens};
+
+/// See the module.
+pub struct ClientPart {
+    stack: Stack,
+    training: Training,
+    activations: CutBuffers,
+    gradient: CutBuffers,
+    /// Sequence length of the forward pass whose gradient is awaited.
+    pending: Option<usize>,
+}
+
+impl ClientPart {
+    /// Uploads the embedding and `blocks`, which are blocks 0..cut of the model, and `adapter`, their flat LoRA values.
+    pub fn new(
+        engine: &Engine,
+        config: &Config,
+        embedding: &UnitData,
+        blocks: &[UnitData],
+        training: &Training,
+        adapter: &[f32],
+    ) -> Result<Self, Error> {
+        let weights = StackWeights {
+            embedding: Some(EmbeddingWeights::upload(engine, config, embedding)?),
+            blocks: blocks
+                .iter()
+                .map(|unit| BlockWeights::upload(engine, config, unit))
+                .collect::<Result<_, _>>()?,
+            first_block: 0,
+            head: None,
+        };
+        Self::with_weights(engine, config, weights, training, adapter)
+    }
+
+    /// The same on weights that are already on the device.
+    pub fn with_weights(
+        engine: &Engine,
+        config: &Config,
+        weights: StackWeights,
+        training: &Training,
+        adapter: &[f32],
+    ) -> Result<Self, Error> {
+        let cut = weights.blocks.len();
+        if cut == 0 || cut >= config.blocks {
+            return Err(Error::Split {
+                cut,
+                blocks: config.blocks,
+            });
+        }
+        training.check(config)?;
+        let layout = AdapterLayout::new(config, &training.spec, 0..cut)?;
+        check_adapter(&layout, adapter)?;
+        let extent = Extent {
+            batch: training.batch,
+            seq: training.seq,
+        };
+        let rows = training.batch * training.seq;
+        Ok(Self {
+            stack: Stack::new(
+                engine,
+                config,
+                weights,
+                Some((&training.spec, &layout, adapter)),
+                extent,
+                true,
+            )?,
+            activations: CutBuffers::new(engine, training.wire, rows, config.width)?,
+            gradient: CutBuffers::new(engine, training.wire, rows, config.width)?,
+            training: training.clone(),
+            pending: None,
+        })
+    }
+
+    /// Runs `tokens` (batch, seq) up to the cut and keeps what [`ClientPart::backward`] needs.
+    pub async fn forward(&mut self, tokens: &[u32], seq: usize) -> Result<Cut, Error> {
+        let batch = self.training.batch;
+        self.training.check_seq(seq, self.stack.config())?;
+        check_length("a batch of tokens", tokens.len(), batch * seq)?;
+        check_tokens(tokens, self.stack.config().vocab)?;
+        self.stack.upload_tokens(tokens);
+        let activations = &self.activations;
+        self.stack.run("forward", seq, |stack, recording| {
+            stack.record_embedding(recording, seq);
+            stack.record_blocks(recording, seq);
+            activations.record_pack(recording, batch * seq, stack.output());
+        })?;
+        self.pending = Some(seq);
+        Ok(self
+            .activations
+            .download(self.stack.engine(), (batch, seq), self.stack.output())
+            .await?)
+    }
+
+    /// Takes the gradient of this client's own mean loss with respect to the activations of the last forward pass, and one
+    /// optimiser step on the adapter.
+    pub async fn backward(&mut self, gradient: &Cut) -> Result<(), Error> {
+        let seq = self.pending.ok_or(Error::NoForward)?;
+        let batch = self.training.batch;
+        self.gradient.accepts(gradient)?;
+        check_length(
+            "the rows of a gradient",
+            gradient.batch * gradient.seq,
+            batch * seq,
+        )?;
+        self.pending = None;
+        self.gradient
+            .upload(self.stack.engine(), gradient, self.stack.d_x())?;
+        self.stack.begin_update(&self.training.optimizer, 1.0);
+        let gradient = &self.gradient;
+        self.stack.run("backward", seq, |stack, recording| {
+            gradient.record_unpack(recording, batch * seq, stack.d_x());
+            stack.record_backward(recording, seq, false);
+            stack.record_update(recording);
+        })?;
+        Ok(self.stack.engine().wait().await?)
+    }
+
+    /// Bytes of one step's cut tensors at the longest sequence, each way.
+    pub fn largest_cut(&self) -> usize {
+        Cut::byte_length(
+            self.training.wire,
+            self.training.batch,
+            self.training.seq,
+            self.stack.config().width,
+        )
+    }
+
+    /// The adapter's values, flat in the order of [`AdapterLayout`].
+    pub async fn adapter(&self) -> Result<Vec<f32>, Error> {
+        Ok(self.stack.adapter().await?)
+    }
+
+    /// Replaces the adapter's values; the optimiser keeps this client's own moments.
+    pub fn set_adapter(&mut self, values: &[f32]) -> Result<(), Error> {
+        let layout = self.stack.layout().expect("a client part has an adapter");
+        check_adapter(layout, values)?;
+        self.stack.set_adapter(values);
+        Ok(())
+    }
+}

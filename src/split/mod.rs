@@ -1,0 +1,130 @@
+//! The model on each side of the cut, and what crosses it.
+//!
+//! ```text
+//! client k: embedding, blocks 0..cut ──activations S_k──▶ server: blocks cut.., head, loss
+//!                                   ◀──d loss_k / d S_k──
+//! ```
+//! The server's adapter takes one optimiser step on `Σ w_k loss_k`, `w_k = tokens_k / Σ tokens`; every client gets the gradient of
+//! its own mean loss, not scaled by `w_k`, and takes a step of its own. With one client this is centralised training.
+//! (SflLLM, arXiv 2504.14667.) Clients' activations run one after the other through the server's blocks, with their adapter
+//! gradients accumulated: the same sums as one concatenated batch, in memory that does not grow with the number of clients.
+//!
+//! Head, labels and loss are on the server here; only [`ServerPart`] knows that, so that a later shape can keep them on the client.
+
+mod client;
+mod cut;
+mod server;
+
+pub use client::ClientPart;
+pub use cut::{Cut, Wire};
+pub use server::{Contribution, Evaluation, Reply, ServerPart};
+
+use crate::compute;
+use crate::model::adapter::{AdapterError, AdapterLayout, LoraSpec};
+use crate::model::config::Config;
+use crate::model::optimizer::OptimizerSettings;
+use crate::model::weights::WeightsError;
+
+/// What a side of the cut was given that it cannot use, or what its device could not do.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Compute(#[from] compute::Error),
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
+    #[error("the cut must leave a block on each side: 1 to {} of {blocks} blocks, not {cut}", .blocks - 1)]
+    Split { cut: usize, blocks: usize },
+    #[error("{what} has {found} values, expected {expected}")]
+    Length {
+        what: &'static str,
+        expected: usize,
+        found: usize,
+    },
+    #[error("sequences of {seq} do not fit: the run was set up for {longest} and the model has {positions} positions")]
+    Sequence {
+        seq: usize,
+        longest: usize,
+        positions: usize,
+    },
+    #[error("{what} {value} is outside the vocabulary of {vocab}")]
+    Token {
+        what: &'static str,
+        value: i64,
+        vocab: usize,
+    },
+    #[error("a gradient arrived for no forward pass")]
+    NoForward,
+    #[error("the loss of step {step} is {loss}: try a lower --lr, or --clip 1")]
+    NotFinite { step: u64, loss: f64 },
+}
+
+/// What both sides of a run agree on.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Training {
+    pub spec: LoraSpec,
+    pub optimizer: OptimizerSettings,
+    /// Rows of a client's batch.
+    pub batch: usize,
+    /// Longest sequence.
+    pub seq: usize,
+    pub wire: Wire,
+}
+
+impl Training {
+    fn check(&self, config: &Config) -> Result<(), Error> {
+        self.check_seq(self.seq, config)
+    }
+
+    fn check_seq(&self, seq: usize, config: &Config) -> Result<(), Error> {
+        if seq == 0 || seq > self.seq || seq > config.positions {
+            return Err(Error::Sequence {
+                seq,
+                longest: self.seq,
+                positions: config.positions,
+            });
+        }
+        Ok(())
+    }
+}
+
+fn check_length(what: &'static str, found: usize, expected: usize) -> Result<(), Error> {
+    if found != expected {
+        return Err(Error::Length {
+            what,
+            expected,
+            found,
+        });
+    }
+    Ok(())
+}
+
+fn check_tokens(tokens: &[u32], vocab: usize) -> Result<(), Error> {
+    match tokens.iter().find(|&&token| token as usize >= vocab) {
+        Some(&token) => Err(Error::Token {
+            what: "token",
+            value: token.into(),
+            vocab,
+        }),
+        None => Ok(()),
+    }
+}
+
+fn check_targets(targets: &[i32], vocab: usize) -> Result<(), Error> {
+    match targets
+        .iter()
+        .find(|&&target| target != -100 && !(0..vocab as i64).contains(&target.into()))
+    {
+        Some(&target) => Err(Error::Token {
+            what: "target",
+            value: target.into(),
+            vocab,
+        }),
+        None => Ok(()),
+    }
+}
+
+fn check_adapter(layout: &AdapterLayout, values: &[f32]) -> Result<(), Error> {
+    check_length("the adapter", values.len(), layout.len())
+}

@@ -1,0 +1,251 @@
+//! The main server's side: the blocks above the cut, the head and the loss, with their adapter and optimiser.
+
+use crate::compute::Engine;
+use crate::model::adapter::{Adapter, AdapterLayout};
+use crate::model::block::BlockWeights;
+use crate::model::central::{Central, Counted};
+use crate::model::config::Config;
+use crate::model::ends::{EmbeddingWeights, HeadWeights};
+use crate::model::stack::{Extent, Stack, StackWeights};
+use crate::model::weights::{Unit, UnitData, WeightsError};
+
+use super::cut::CutBuffers;
+use super::{Cut, Error, Training, check_adapter, check_length, check_targets};
+
+/// One client's part in a step.
+#[derive(Clone, Copy, Debug)]
+pub struct Contribution<'a> {
+    pub activations: &'a Cut,
+    /// (batch, seq), -100 where there is nothing to predict.
+    pub targets: &'a [i32],
+}
+
+/// What one client gets back.
+#[derive(Clone, Debug)]
+pub struct Reply {
+    /// Of the client's own mean loss.
+    pub gradient: Cut,
+    /// Mean over the client's targets.
+    pub loss: f64,
+    /// Targets the loss is averaged over.
+    pub tokens: usize,
+}
+
+/// Loss and perplexity over a data set.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Evaluation {
+    /// Mean over targets.
+    pub loss: f64,
+    pub perplexity: f64,
+    pub tokens: usize,
+}
+
+impl Evaluation {
+    /// From summed losses.
+    pub fn new(counted: Counted) -> Self {
+        let loss = counted.loss_sum / counted.tokens.max(1) as f64;
+        Self {
+            loss,
+            perplexity: loss.exp(),
+            tokens: counted.tokens,
+        }
+    }
+}
+
+/// See the module.
+pub struct ServerPart {
+    stack: Stack,
+    training: Training,
+    cut: usize,
+    activations: CutBuffers,
+    gradient: CutBuffers,
+}
+
+/// Gives a unit of the model; the server asks for each once and frees it after upload.
+pub type Units<'a> = dyn FnMut(Unit) -> Result<UnitData, WeightsError> + 'a;
+
+impl ServerPart {
+    /// Uploads the embedding (the head is tied to it), the blocks above the cut and the final norm, and `adapter`, the flat LoRA
+    /// values of those blocks.
+    pub fn new(
+        engine: &Engine,
+        config: &Config,
+        units: &mut Units<'_>,
+        cut: usize,
+        training: &Training,
+        adapter: &[f32],
+    ) -> Result<Self, Error> {
+        if cut == 0 || cut >= config.blocks {
+            return Err(Error::Split {
+                cut,
+                blocks: config.blocks,
+            });
+        }
+        training.check(config)?;
+        let layout = AdapterLayout::new(config, &training.spec, cut..config.blocks)?;
+        check_adapter(&layout, adapter)?;
+        let embedding = EmbeddingWeights::upload(engine, config, &units(Unit::Embedding)?)?;
+        let blocks = (cut..config.blocks)
+            .map(|block| {
+                Ok(BlockWeights::upload(
+                    engine,
+                    config,
+                    &units(Unit::Block(block))?,
+                )?)
+            })
+            .collect::<Result<Vec<_>, Error>>()?;
+        let weights = StackWeights {
+            embedding: Some(embedding),
+            blocks,
+            first_block: cut,
+            head: Some(HeadWeights::upload(engine, &units(Unit::Final)?)?),
+        };
+        let extent = Extent {
+            batch: training.batch,
+            seq: training.seq,
+        };
+        let rows = training.batch * training.seq;
+        Ok(Self {
+            stack: Stack::new(
+                engine,
+                config,
+                weights,
+                Some((&training.spec, &layout, adapter)),
+                extent,
+                true,
+            )?,
+            training: training.clone(),
+            cut,
+            activations: CutBuffers::new(engine, training.wire, rows, config.width)?,
+            gradient: CutBuffers::new(engine, training.wire, rows, config.width)?,
+        })
+    }
+
+    /// That the server can use a contribution.
+    pub fn check(&self, contribution: &Contribution<'_>) -> Result<(), Error> {
+        let cut = contribution.activations;
+        self.activations.accepts(cut)?;
+        self.training.check_seq(cut.seq, self.stack.config())?;
+        check_length("the rows of a batch", cut.batch, self.training.batch)?;
+        check_length(
+            "a batch of targets",
+            contribution.targets.len(),
+            cut.batch * cut.seq,
+        )?;
+        check_targets(contribution.targets, self.stack.config().vocab)
+    }
+
+    /// Forward and backward of every contribution and one optimiser step on `Σ w_k loss_k`, `w_k = tokens_k / Σ tokens`. Returns
+    /// that loss and the replies in the order of the contributions.
+    pub async fn step(
+        &mut self,
+        contributions: &[Contribution<'_>],
+    ) -> Result<(f64, Vec<Reply>), Error> {
+        contributions.iter().try_for_each(|c| self.check(c))?;
+        let count = |c: &Contribution<'_>| c.targets.iter().filter(|&&target| target >= 0).count();
+        let total: usize = contributions.iter().map(count).sum();
+        let mut replies = Vec::with_capacity(contributions.len());
+        let mut total_loss = 0.0;
+        for contribution in contributions {
+            let cut = contribution.activations;
+            let (batch, seq) = (cut.batch, cut.seq);
+            let weight = count(contribution) as f64 / total.max(1) as f64;
+            self.activations
+                .upload(self.stack.engine(), cut, self.stack.input())?;
+            let tokens = self
+                .stack
+                .upload_targets(contribution.targets, weight as f32);
+            let (activations, gradient) = (&self.activations, &self.gradient);
+            self.stack.run("contribution", seq, |stack, recording| {
+                activations.record_unpack(recording, batch * seq, stack.input());
+                stack.record_blocks(recording, seq);
+                stack.record_loss(recording, seq, true);
+                stack.record_backward(recording, seq, true);
+                gradient.record_pack(recording, batch * seq, stack.d_x());
+            })?;
+            let loss = self.stack.mean_loss(seq, tokens).await?;
+            if !loss.is_finite() {
+                return Err(Error::NotFinite {
+                    step: self.stack.steps(),
+                    loss,
+                });
+            }
+            total_loss += weight * loss;
+            replies.push(Reply {
+                gradient: self
+                    .gradient
+                    .download(self.stack.engine(), (batch, seq), self.stack.d_x())
+                    .await?,
+                loss,
+                tokens,
+            });
+        }
+        self.stack.begin_update(&self.training.optimizer, 1.0);
+        self.stack
+            .run("update", 0, |stack, recording| {
+                stack.record_update(recording)
+            })?;
+        Ok((total_loss, replies))
+    }
+
+    /// The server's adapter values, flat in the order of [`AdapterLayout`] over blocks cut.. .
+    pub async fn adapter(&self) -> Result<Vec<f32>, Error> {
+        Ok(self.stack.adapter().await?)
+    }
+
+    /// Replaces the adapter's values; the optimiser keeps its moments.
+    pub fn set_adapter(&mut self, values: &[f32]) -> Result<(), Error> {
+        let layout = self.stack.layout().expect("a server part has an adapter");
+        check_adapter(layout, values)?;
+        self.stack.set_adapter(values);
+        Ok(())
+    }
+
+    /// Loss of the whole model, with `client_adapter` below the cut, over batches of (tokens, targets, seq). The client's blocks
+    /// are loaded for the time of the call.
+    pub async fn evaluate(
+        &self,
+        units: &mut Units<'_>,
+        client_adapter: &[f32],
+        batches: &mut dyn Iterator<Item = (Vec<u32>, Vec<i32>, usize)>,
+    ) -> Result<Evaluation, Error> {
+        let (engine, config) = (self.stack.engine(), self.stack.config());
+        let own = self.stack.weights();
+        let mut blocks = (0..self.cut)
+            .map(|block| {
+                Ok(BlockWeights::upload(
+                    engine,
+                    config,
+                    &units(Unit::Block(block))?,
+                )?)
+            })
+            .collect::<Result<Vec<_>, Error>>()?;
+        blocks.extend(own.blocks.iter().cloned());
+        let weights = StackWeights {
+            embedding: own.embedding.clone(),
+            blocks,
+            first_block: 0,
+            head: own.head.clone(),
+        };
+        let spec = &self.training.spec;
+        let server_values = self.stack.adapter().await?;
+        let adapter = Adapter::from_values(config, spec, 0..self.cut, client_adapter.to_vec())?
+            .merge(
+                config,
+                &Adapter::from_values(config, spec, self.cut..config.blocks, server_values)?,
+            )?;
+        let mut whole = Central::new(
+            engine,
+            config,
+            weights,
+            Some(&adapter),
+            self.stack.extent(),
+            None,
+        )?;
+        let mut counted = Counted::default();
+        for (tokens, targets, seq) in batches {
+            counted += whole.loss(&tokens, &targets, seq).await?;
+        }
+        Ok(Evaluation::new(counted))
+    }
+}

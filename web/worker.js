@@ -1,0 +1,282 @@
+// The Worker: moves bytes between the network, the page and the engine, which is Rust compiled to WebAssembly.
+//
+// The engine (`EdgeClient`) owns the protocol, the model and the training loop. It asks for what only a browser has by
+// calling `perform` with an action; `actions` below has one function for each. `page.js` lists the page's messages.
+
+import init, { EdgeClient, openDevice } from './sflllm.js';
+import { fetchBlob, forgetBlob } from './blob.js';
+import { Tokenizer } from './vendor/tokenizers/tokenizers.min.mjs';
+
+// Demo text is dealt out in this many parts, so that tabs on one text still bring different examples.
+const DEMO_PARTS = 4;
+// How long tokenising may keep the Worker from answering the server.
+const SLICE_MILLISECONDS = 50;
+
+const say = (type, fields = {}) => postMessage({ type, ...fields });
+const show = (state, message, advice = {}) => say('state', { state, message, ...advice });
+
+let wasm = null;
+let gpu = null;
+let run = null;
+
+// ---- the device ---------------------------------------------------------------------------------------------------
+
+async function adapterName() {
+  const adapter = await navigator.gpu.requestAdapter({ powerPreference: 'high-performance' }).catch(() => null);
+  if (!adapter) return null;
+  const { vendor, architecture, description, isFallbackAdapter } = adapter.info ?? {};
+  const words = [vendor, architecture].filter(Boolean).join(' ');
+  const name = description && words ? `${description} (${words})` : description || words || 'a GPU';
+  return isFallbackAdapter ? `${name}, emulated on the CPU` : name;
+}
+
+// Finds a device the model can run on; otherwise says what is missing, first things first.
+async function diagnose() {
+  wasm ??= init();
+  await wasm;
+  if (!self.isSecureContext) return { failed: 'secure', device: 'CPU' };
+  if (!navigator.gpu) return { failed: 'webgpu', device: 'CPU' };
+  const name = await adapterName();
+  if (!name) return { failed: 'adapter', device: 'CPU' };
+  try {
+    gpu = { device: await openDevice('gpu'), name };
+  } catch (error) {
+    return { failed: 'limits', device: 'CPU', detail: String(error.message ?? error) };
+  }
+  return { failed: null, device: name };
+}
+
+async function chosenDevice(engine) {
+  await (wasm ??= init());
+  if (engine === 'cpu') return { device: await openDevice('cpu'), name: 'CPU (WebAssembly)' };
+  if (!gpu) {
+    const { failed, detail } = await diagnose();
+    if (failed) throw new Error(detail || 'this browser offers no GPU; choose “CPU” under Options');
+  }
+  // A device that was lost cannot be used again: the next run asks for a new one.
+  const chosen = gpu;
+  gpu = null;
+  return chosen;
+}
+
+// ---- one run ------------------------------------------------------------------------------------------------------
+
+class Run {
+  constructor({ token, name, engine, source }) {
+    Object.assign(this, { token, name, engine, source });
+    this.sockets = [null, null];
+    this.timer = 0;
+    this.sent = 0;
+    this.received = 0;
+    this.lastStep = 0;
+    this.trafficDue = false;
+    this.stopFetches = new AbortController();
+  }
+
+  async start() {
+    const { device, name } = await chosenDevice(this.engine);
+    say('device', { device: name });
+    const perform = (action) => {
+      if (run === this) this.actions[action.type](action);
+    };
+    this.client = new EdgeClient(device, this.name, name, this.token, perform);
+    this.client.start();
+  }
+
+  leave() {
+    if (this.client) this.client.leave();
+    else this.end();
+  }
+
+  end() {
+    if (run === this) run = null;
+    clearTimeout(this.timer);
+    this.stopFetches.abort();
+    for (const socket of this.sockets) socket?.close();
+    this.reportTraffic();
+    // The engine may still be inside a call that led here.
+    setTimeout(() => this.client?.free());
+  }
+
+  fail(title, remedy) {
+    this.end();
+    show('error', title, { title, remedy });
+  }
+
+  count(sent, received) {
+    this.sent += sent;
+    this.received += received;
+    if (this.trafficDue) return;
+    this.trafficDue = true;
+    setTimeout(() => this.reportTraffic(), 250);
+  }
+
+  reportTraffic() {
+    this.trafficDue = false;
+    say('traffic', { sent: this.sent, received: this.received });
+  }
+
+  // What the engine asks for. Endpoint 0 is the main server, 1 the federated server.
+  actions = {
+    connect: ({ endpoint, url }) => this.connect(endpoint, url),
+    send: ({ endpoint, bytes }) => {
+      const socket = this.sockets[endpoint];
+      if (socket?.readyState !== WebSocket.OPEN) return;
+      socket.send(bytes);
+      this.count(bytes.length, 0);
+    },
+    close: ({ endpoint }) => this.sockets[endpoint]?.close(),
+    timer: ({ milliseconds }) => {
+      clearTimeout(this.timer);
+      this.timer = setTimeout(() => this.client.timeout(), milliseconds);
+    },
+    lost: ({ endpoint, milliseconds }) => {
+      const server = endpoint === 0 ? 'server' : 'federated server';
+      show('connecting', `The ${server} is out of reach; trying again in ${Math.max(1, Math.round(milliseconds / 1000))} s`);
+    },
+    assigned: (assignment) => {
+      this.load(assignment).catch((error) => {
+        if (run === this) this.fail('The model or the text could not be loaded', String(error.message ?? error));
+      });
+    },
+    waiting: () => show('waiting', 'In the run; waiting for the next round to begin'),
+    round: ({ members }) => {
+      say('members', { count: members });
+      this.lastStep = performance.now();
+      show('training', '');
+    },
+    step: ({ round, step, loss, tokens }) => {
+      const now = performance.now();
+      say('step', { round, step, loss, tokensPerSecond: (1000 * tokens) / Math.max(1, now - this.lastStep) });
+      this.lastStep = now;
+    },
+    result: ({ round, step, members, validLoss, validPerplexity }) => {
+      if (members > 0) say('members', { count: members });
+      say('round', { round, step, validLoss, validPerplexity });
+    },
+    finished: ({ message, completed }) => {
+      this.end();
+      if (completed) show('done', message);
+      else show('idle', message);
+    },
+    failed: ({ title, remedy }) => this.fail(title, remedy),
+  };
+
+  connect(endpoint, url) {
+    const path = endpoint === 0 ? '/main' : '/federated';
+    const address = new URL(path, url || self.location.origin);
+    address.protocol = address.protocol === 'http:' || address.protocol === 'ws:' ? 'ws:' : 'wss:';
+    const socket = new WebSocket(address);
+    const current = () => run === this && this.sockets[endpoint] === socket;
+    socket.binaryType = 'arraybuffer';
+    socket.onopen = () => current() && this.client.connected(endpoint);
+    socket.onclose = () => {
+      if (!current()) return;
+      this.sockets[endpoint] = null;
+      this.client.disconnected(endpoint);
+    };
+    socket.onmessage = ({ data }) => {
+      if (!current() || !(data instanceof ArrayBuffer)) return;
+      this.count(0, data.byteLength);
+      this.client.frame(endpoint, new Uint8Array(data));
+    };
+    const previous = this.sockets[endpoint];
+    this.sockets[endpoint] = socket;
+    previous?.close();
+  }
+
+  // Fetches the weights and the tokenizer, reads the text, and tells the engine when everything is there.
+  async load({ weights, tokenizer, endToken }) {
+    const total = [...weights, ...tokenizer].reduce((sum, blob) => sum + blob.bytes, 0);
+    let done = 0;
+    show('loading', 'Loading the model');
+    const progress = {
+      onBytes: (count) => {
+        done += count;
+        say('loading', { done, total });
+      },
+      onWire: (count) => this.count(0, count),
+      signal: this.stopFetches.signal,
+    };
+    const files = {};
+    for (const blob of tokenizer) files[blob.name] = await fetchBlob(blob, progress);
+    for (const blob of weights) {
+      const bytes = await fetchBlob(blob, progress);
+      try {
+        this.client.loadWeights(blob.name, bytes);
+      } catch (error) {
+        await forgetBlob(blob);
+        throw error;
+      }
+    }
+    show('loading', 'Reading the text');
+    const { name, bytes } = await this.readSource();
+    const texts = this.client.parseData(bytes, name);
+    const ids = texts.length > 0 ? await this.tokenise(texts, files['tokenizer.json'], endToken) : null;
+    this.client.assembleData(ids?.flat ?? new Uint32Array(), ids?.lengths ?? new Uint32Array(), ids?.end);
+    show('loading', 'Preparing the device');
+    await this.client.prepare();
+  }
+
+  async readSource() {
+    if (this.source.kind === 'file') {
+      return { name: this.source.file.name, bytes: new Uint8Array(await this.source.file.arrayBuffer()) };
+    }
+    const response = await fetch('/demo/train.txt', { signal: this.stopFetches.signal });
+    if (!response.ok) throw new Error(`the server has no demo text (${response.status}); choose a file instead`);
+    const text = await response.text();
+    const part = Math.floor(Math.random() * DEMO_PARTS);
+    const lines = text.split('\n').filter((line, index) => line && index % DEMO_PARTS === part);
+    this.count(0, text.length);
+    return { name: 'the demo text', bytes: new TextEncoder().encode(lines.join('\n')) };
+  }
+
+  // Ids of all texts one after the other, and how many each has.
+  async tokenise(texts, file, endToken) {
+    if (!file) throw new Error('the server has no tokenizer.json; only files of token ids can be used');
+    const tokenizer = new Tokenizer(JSON.parse(new TextDecoder().decode(file)), {});
+    const lengths = new Uint32Array(texts.length);
+    const parts = [];
+    let from = performance.now();
+    for (const [index, text] of texts.entries()) {
+      const { ids } = tokenizer.encode(text, { add_special_tokens: false });
+      lengths[index] = ids.length;
+      parts.push(ids);
+      if (performance.now() - from > SLICE_MILLISECONDS) {
+        say('loading', { done: index, total: texts.length, unit: 'texts' });
+        await new Promise((resolve) => setTimeout(resolve));
+        from = performance.now();
+      }
+    }
+    const flat = new Uint32Array(lengths.reduce((sum, length) => sum + length, 0));
+    let at = 0;
+    for (const ids of parts) {
+      flat.set(ids, at);
+      at += ids.length;
+    }
+    return { flat, lengths, end: tokenizer.token_to_id('<|endoftext|>') ?? endToken };
+  }
+}
+
+// ---- the page -----------------------------------------------------------------------------------------------------
+
+const requests = {
+  diagnose: async () => say('diagnosis', await diagnose()),
+  join: async (wish) => {
+    run?.end();
+    run = new Run(wish);
+    const started = run;
+    try {
+      await started.start();
+    } catch (error) {
+      if (run === started) started.fail('This device could not be used', String(error.message ?? error));
+    }
+  },
+  leave: async () => run?.leave(),
+};
+
+self.onmessage = ({ data }) => {
+  requests[data.type](data).catch((error) => {
+    show('error', 'The engine stopped', { title: 'The engine stopped', remedy: `Reload the page and join again. (${error.message ?? error})` });
+  });
+};
