@@ -24,18 +24,22 @@ fn main() -> io::Result<()> {
     if dist.is_dir() {
         collect(&dist, &mut paths)?;
     }
-    paths.sort();
-
-    let mut source = String::from(
-        "/// Path below the site's root, and contents, of every file of the web page; empty without a bundle.\npub static ASSETS: &[(&str, &[u8])] = &[\n",
-    );
-    for path in &paths {
+    let mut files = Vec::new();
+    for path in paths {
         let relative = path.strip_prefix(&dist).map_err(io::Error::other)?;
         let url = relative
             .iter()
             .map(|part| part.to_string_lossy())
             .collect::<Vec<_>>()
             .join("/");
+        files.push((url, path));
+    }
+    files.sort();
+
+    let mut source = String::from(
+        "/// Every file of the web page, sorted by its path below the site's root; empty without a bundle.\npub static ASSETS: &[(&str, &[u8])] = &[\n",
+    );
+    for (url, path) in &files {
         source.push_str(&format!(
             "    ({url:?}, include_bytes!({:?})),\n",
             path.to_string_lossy()

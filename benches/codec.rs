@@ -1,0 +1,104 @@
+//! Frames to bytes and back at the sizes of GPT-2 small, the digest that pairs a gradient with its activations, and the
+//! average of adapters.
+
+use std::hint::black_box;
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use sflllm::federated::weighted_mean;
+use sflllm::protocol::codec::{Frame, decode_frame, decode_message, encode_frame, encode_message};
+use sflllm::protocol::message::{
+    Activations, Digest, IGNORED_TARGET, Message, RoundKey, StepKey, WireDtype,
+};
+
+const WIDTH: usize = 768;
+
+fn activations(batch: usize, seq: usize, dtype: WireDtype) -> Message {
+    let rows = batch * seq;
+    let payload = dtype.payload_bytes(rows, WIDTH).expect("small sizes");
+    Message::Activations(Activations {
+        key: StepKey {
+            round: RoundKey {
+                round: 3,
+                attempt: 0,
+            },
+            step: 7,
+        },
+        batch: batch as u32,
+        seq: seq as u32,
+        width: WIDTH as u32,
+        dtype,
+        examples: batch as u32,
+        targets: (0..rows as i32)
+            .map(|row| if row % 3 == 0 { IGNORED_TARGET } else { row })
+            .collect(),
+        payload: (0..payload).map(|index| (index % 251) as u8).collect(),
+    })
+}
+
+fn frame(message: &Message) -> Vec<u8> {
+    let (kind, body) = encode_message(message);
+    encode_frame(Frame::Message {
+        number: 1,
+        acknowledged: 1,
+        kind,
+        body: &body,
+    })
+}
+
+fn codec(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("codec");
+    for (batch, seq, dtype) in [
+        (4, 512, WireDtype::F32),
+        (4, 54, WireDtype::F16),
+        (4, 54, WireDtype::Int8),
+    ] {
+        let message = activations(batch, seq, dtype);
+        let bytes = frame(&message);
+        let id = format!("{batch}x{seq}x{WIDTH}/{dtype:?}").to_lowercase();
+        group.throughput(Throughput::Bytes(bytes.len() as u64));
+        group.bench_function(BenchmarkId::new("encode", &id), |bencher| {
+            bencher.iter(|| frame(black_box(&message)));
+        });
+        group.bench_function(BenchmarkId::new("decode", &id), |bencher| {
+            bencher.iter(|| match decode_frame(black_box(&bytes)) {
+                Ok(Frame::Message { kind, body, .. }) => decode_message(kind, body).is_ok(),
+                _ => false,
+            });
+        });
+        group.bench_function(BenchmarkId::new("digest", &id), |bencher| {
+            bencher.iter(|| Digest::of(black_box(&bytes)));
+        });
+    }
+    group.finish();
+}
+
+fn aggregation(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("aggregation");
+    // Three blocks of GPT-2 small, c_attn adapted at rank 4: 3 · 4 · (768 + 2304) values.
+    const VALUES: usize = 3 * 4 * (768 + 2304);
+    for clients in [3_usize, 16, 64] {
+        let adapters: Vec<Vec<f32>> = (0..clients)
+            .map(|client| {
+                (0..VALUES)
+                    .map(|index| ((index * 31 + client) % 97) as f32 * 1e-3)
+                    .collect()
+            })
+            .collect();
+        let weighted: Vec<(u64, &[f32])> = adapters
+            .iter()
+            .enumerate()
+            .map(|(client, values)| (client as u64 + 1, values.as_slice()))
+            .collect();
+        group.throughput(Throughput::Bytes((clients * VALUES * 4) as u64));
+        group.bench_function(
+            BenchmarkId::new("weighted_mean", format!("{clients}x{VALUES}")),
+            |bencher| {
+                bencher.iter(|| weighted_mean(black_box(&weighted)));
+            },
+        );
+    }
+    group.finish();
+}
+
+criterion_group!(benches, codec, aggregation);
+criterion_main!(benches);

@@ -9,7 +9,11 @@ pub enum AverageError {
     #[error("there is no adapter to average")]
     Empty,
     #[error("adapter {index} has {length} values where the first has {expected}")]
-    WrongLength { index: usize, length: usize, expected: usize },
+    WrongLength {
+        index: usize,
+        length: usize,
+        expected: usize,
+    },
     #[error("value {position} of adapter {index} is not finite")]
     NotFinite { index: usize, position: usize },
     #[error("the adapters' weights add up to zero; at least one needs an example")]
@@ -28,12 +32,18 @@ pub fn weighted_mean(adapters: &[(u64, &[f32])]) -> Result<Vec<f32>, AverageErro
     let mut total = 0_u64;
     for (index, (weight, values)) in adapters.iter().enumerate() {
         if values.len() != expected {
-            return Err(AverageError::WrongLength { index, length: values.len(), expected });
+            return Err(AverageError::WrongLength {
+                index,
+                length: values.len(),
+                expected,
+            });
         }
         if let Some(position) = values.iter().position(|value| !value.is_finite()) {
             return Err(AverageError::NotFinite { index, position });
         }
-        total = total.checked_add(*weight).ok_or(AverageError::WeightOverflow)?;
+        total = total
+            .checked_add(*weight)
+            .ok_or(AverageError::WeightOverflow)?;
     }
     if total == 0 {
         return Err(AverageError::ZeroWeight);
@@ -44,5 +54,8 @@ pub fn weighted_mean(adapters: &[(u64, &[f32])]) -> Result<Vec<f32>, AverageErro
             *sum += *weight as f64 * f64::from(*value);
         }
     }
-    Ok(sums.into_iter().map(|sum| (sum / total as f64) as f32).collect())
+    Ok(sums
+        .into_iter()
+        .map(|sum| (sum / total as f64) as f32)
+        .collect())
 }

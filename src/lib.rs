@@ -1,5 +1,58 @@
+//! Split federated fine-tuning of GPT-2-style language models across the devices people already have (SflLLM,
+//! arXiv 2504.14667).
+//!
+//! The model is cut at a block. Edge clients, browser tabs and native processes, run the embedding and the blocks below the cut
+//! with LoRA adapters; the main server runs the rest, the head and the loss; the federated server averages the clients' adapters.
+//! Every kernel is hand-written WGSL, run by wgpu natively and by WebGPU in a browser, and specified by a CPU reference that is
+//! also an engine of its own.
+//!
+//! # The modules, and who may use whom
+//!
+//! ```text
+//! compute, data, protocol, federated   use nothing of ours
+//! kernels                              compute
+//! model                                kernels, compute
+//! split                                model, compute
+//! simulation                           protocol, federated
+//! transport (native)                   protocol
+//! client                               split, model, protocol, data, compute (native: transport)
+//! server (native)                      split, model, protocol, data, compute, federated, transport
+//! cli (native)                         all of them
+//! ```
+//!
+//! * [`compute`]: buffers, recordings, and the GPU and CPU engines that replay them; the only module that names wgpu.
+//! * [`kernels`]: one file per shader: params, launchers, CPU references.
+//! * [`model`]: configuration, files, LoRA, the recording of a transformer's passes, the optimiser.
+//! * [`split`]: the client's and the server's side of the cut, and what crosses it.
+//! * [`federated`]: the weighted mean of adapters.
+//! * [`protocol`]: messages and state machines of client, main server and federated server, without sockets or clocks.
+//! * [`simulation`]: a seeded network in virtual time around the state machines.
+//! * [`data`]: files into examples, examples into batches.
+//! * [`client`]: an edge client: session + client part + data, natively and in a browser.
+//!
+//! # One training step
+//!
+//! 1. [`client`] hands received bytes to its [`protocol`] session, which asks for step n.
+//! 2. [`data`] gives tokens and targets; [`split::ClientPart`] replays its prepared forward recording ([`model::stack`]) and reads
+//!    the cut activations back in their wire form.
+//! 3. The session sends them; the main server's session collects the contributions of the step's members.
+//! 4. [`split::ServerPart`] runs blocks, head, loss and the way back for each of them, and takes its optimiser step.
+//! 5. Each client gets the gradient of its own loss, replays its backward recording and takes its own optimiser step.
+//! 6. At the end of a round the clients' adapters go to the federated session, which averages and broadcasts.
+
+pub mod client;
 pub mod compute;
 pub mod data;
+pub mod federated;
 pub mod kernels;
 pub mod model;
+pub mod protocol;
+pub mod simulation;
 pub mod split;
+
+#[cfg(not(target_arch = "wasm32"))]
+pub mod cli;
+#[cfg(not(target_arch = "wasm32"))]
+pub mod server;
+#[cfg(not(target_arch = "wasm32"))]
+pub mod transport;

@@ -14,11 +14,16 @@ use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signat
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use futures_util::{SinkExt, StreamExt};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
+use tokio::sync::mpsc;
 use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 
+/// Frames waiting to be sent or to be handled. The protocol answers before it asks again.
+const QUEUED_FRAMES: usize = 64;
 /// How long a connection may take to open before it counts as failed.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -87,6 +92,22 @@ pub fn data_directory() -> Result<PathBuf, Error> {
 /// [`Error::NoHome`] when the environment names no place.
 pub fn cache_directory() -> Result<PathBuf, Error> {
     Ok(data_directory()?.join("weights"))
+}
+
+/// This machine's name in its network, in lower case.
+pub fn host_name() -> Option<String> {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").ok().or_else(|| std::env::var("COMPUTERNAME").ok());
+    let name = name.or_else(|| {
+        let output = std::process::Command::new("hostname").output().ok()?;
+        String::from_utf8(output.stdout).ok()
+    })?;
+    let name = name.trim().to_lowercase();
+    let valid = !name.is_empty()
+        && name.len() <= 253
+        && name.split('.').all(|label| {
+            (1..=63).contains(&label.len()) && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+        });
+    valid.then_some(name)
 }
 
 /// Scheme, host and port of a server.
@@ -168,6 +189,16 @@ pub enum Trust {
 pub struct Dialer {
     tls: Arc<ClientConfig>,
     http: reqwest::Client,
+}
+
+/// What becomes of a socket that [`Dialer::open`] was asked for.
+#[derive(Debug)]
+pub enum SocketEvent {
+    /// It is open; frames go into the sender, and dropping that closes it.
+    Opened(mpsc::Sender<Vec<u8>>),
+    Frame(Vec<u8>),
+    /// It could not be opened, or is closed: the last event.
+    Closed(Option<Error>),
 }
 
 trait Bytes: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -269,6 +300,29 @@ impl Dialer {
         }
     }
 
+    /// Opens the WebSocket at `path` in a task of its own, which reports to `events` under `tag` until the socket is closed.
+    pub fn open<T: Copy + Send + 'static>(
+        &self,
+        tag: T,
+        origin: &Origin,
+        path: &'static str,
+        max_message: usize,
+        events: mpsc::Sender<(T, SocketEvent)>,
+    ) {
+        let (dialer, origin) = (self.clone(), origin.clone());
+        tokio::spawn(async move {
+            let error = match dialer.websocket(&origin, path, max_message).await {
+                Ok(socket) => {
+                    carry(tag, socket, &events).await;
+                    None
+                }
+                Err(error) => Some(error),
+            };
+            // Whoever asked may have gone.
+            let _ = events.send((tag, SocketEvent::Closed(error))).await;
+        });
+    }
+
     async fn open_websocket(
         &self,
         origin: &Origin,
@@ -312,6 +366,41 @@ impl Dialer {
             Err(tokio_tungstenite::tungstenite::Error::Io(error)) => Err(io_error(&place, &error)),
             Err(error) => Err(Error::Unreachable { url: place, reason: error.to_string() }),
         }
+    }
+}
+
+/// Moves frames both ways until either side ends.
+async fn carry<T: Copy>(tag: T, socket: WebSocketStream<ByteStream>, events: &mpsc::Sender<(T, SocketEvent)>) {
+    let (outgoing, mut queue) = mpsc::channel::<Vec<u8>>(QUEUED_FRAMES);
+    if events.send((tag, SocketEvent::Opened(outgoing))).await.is_err() {
+        return;
+    }
+    let (mut sink, mut stream) = socket.split();
+    let writing = async {
+        while let Some(bytes) = queue.recv().await {
+            if sink.send(Message::Binary(bytes.into())).await.is_err() {
+                return;
+            }
+        }
+        // The peer may already be gone.
+        let _ = tokio::time::timeout(Duration::from_secs(1), sink.close()).await;
+    };
+    let reading = async {
+        while let Some(Ok(message)) = stream.next().await {
+            match message {
+                Message::Binary(bytes) => {
+                    if events.send((tag, SocketEvent::Frame(bytes.into()))).await.is_err() {
+                        return;
+                    }
+                }
+                Message::Close(_) => return,
+                _ => {}
+            }
+        }
+    };
+    tokio::select! {
+        () = writing => {}
+        () = reading => {}
     }
 }
 

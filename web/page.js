@@ -161,9 +161,11 @@ const handlers = {
     element('run-device').textContent = `Computing on ${device}.`;
   },
 
-  loading({ done, total }) {
+  loading({ done, total, unit }) {
     element('progress').value = total ? done / total : 0;
-    element('run-detail').textContent = `${bytes(done)} of ${bytes(total)}`;
+    element('run-detail').textContent = unit
+      ? `Reading the text: ${shortNumber(done, 0)} of ${shortNumber(total, 0)} ${unit}`
+      : `Loading the model: ${bytes(done)} of ${bytes(total)}`;
   },
 
   plan({ rounds, localSteps }) {
@@ -216,9 +218,9 @@ worker.onmessage = ({ data }) => handlers[data.type](data);
 worker.onerror = (event) => {
   handlers.state({
     state: 'error',
-    message: event.message || 'the page’s Worker could not start',
-    title: 'The page could not start its Worker',
-    remedy: `Reload the page. If this comes back, the browser may be too old for module Workers. (${event.message || 'no details'})`,
+    message: 'The engine stopped',
+    title: 'The engine stopped',
+    remedy: `Reload the page and join again. If this comes back, the browser may be too old. (${event.message || 'no details'})`,
   });
 };
 

@@ -11,6 +11,8 @@ import { Tokenizer } from './vendor/tokenizers/tokenizers.min.mjs';
 const DEMO_PARTS = 4;
 // How long tokenising may keep the Worker from answering the server.
 const SLICE_MILLISECONDS = 50;
+// A device that keeps being lost is no use.
+const MOST_RESTARTS = 2;
 
 const say = (type, fields = {}) => postMessage({ type, ...fields });
 const show = (state, message, advice = {}) => say('state', { state, message, ...advice });
@@ -62,15 +64,16 @@ async function chosenDevice(engine) {
 // ---- one run ------------------------------------------------------------------------------------------------------
 
 class Run {
-  constructor({ token, name, engine, source }) {
-    Object.assign(this, { token, name, engine, source });
+  constructor(wish, restarts) {
+    const { token, name, engine, source } = wish;
+    Object.assign(this, { wish, restarts, token, name, engine, source });
     this.sockets = [null, null];
     this.timer = 0;
     this.sent = 0;
     this.received = 0;
     this.lastStep = 0;
     this.trafficDue = false;
-    this.stopFetches = new AbortController();
+    this.loading = null;
   }
 
   async start() {
@@ -85,13 +88,16 @@ class Run {
 
   leave() {
     if (this.client) this.client.leave();
-    else this.end();
+    else {
+      this.end();
+      show('idle', 'Left before joining');
+    }
   }
 
   end() {
     if (run === this) run = null;
     clearTimeout(this.timer);
-    this.stopFetches.abort();
+    this.loading?.abort();
     for (const socket of this.sockets) socket?.close();
     this.reportTraffic();
     // The engine may still be inside a call that led here.
@@ -135,8 +141,12 @@ class Run {
       show('connecting', `The ${server} is out of reach; trying again in ${Math.max(1, Math.round(milliseconds / 1000))} s`);
     },
     assigned: (assignment) => {
-      this.load(assignment).catch((error) => {
-        if (run === this) this.fail('The model or the text could not be loaded', String(error.message ?? error));
+      // A newer assignment replaces one that is still being loaded.
+      this.loading?.abort();
+      const loading = (this.loading = new AbortController());
+      say('plan', { rounds: assignment.rounds, localSteps: assignment.localSteps });
+      this.load(assignment, loading.signal).catch((error) => {
+        if (run === this && !loading.signal.aborted) this.fail('The model or the text could not be loaded', String(error.message ?? error));
       });
     },
     waiting: () => show('waiting', 'In the run; waiting for the next round to begin'),
@@ -160,6 +170,15 @@ class Run {
       else show('idle', message);
     },
     failed: ({ title, remedy }) => this.fail(title, remedy),
+    deviceLost: ({ message }) => {
+      if (this.restarts >= MOST_RESTARTS) {
+        this.fail('The GPU was lost', message);
+        return;
+      }
+      this.end();
+      show('connecting', 'The GPU was lost; starting again on a new one');
+      join(this.wish, this.restarts + 1);
+    },
   };
 
   connect(endpoint, url) {
@@ -186,7 +205,7 @@ class Run {
   }
 
   // Fetches the weights and the tokenizer, reads the text, and tells the engine when everything is there.
-  async load({ weights, tokenizer, endToken }) {
+  async load({ weights, tokenizer, endToken }, signal) {
     const total = [...weights, ...tokenizer].reduce((sum, blob) => sum + blob.bytes, 0);
     let done = 0;
     show('loading', 'Loading the model');
@@ -196,33 +215,37 @@ class Run {
         say('loading', { done, total });
       },
       onWire: (count) => this.count(0, count),
-      signal: this.stopFetches.signal,
+      signal,
     };
-    const files = {};
-    for (const blob of tokenizer) files[blob.name] = await fetchBlob(blob, progress);
-    for (const blob of weights) {
+    const fetchChecked = async (blob, check) => {
       const bytes = await fetchBlob(blob, progress);
+      signal.throwIfAborted();
       try {
-        this.client.loadWeights(blob.name, bytes);
+        check(bytes);
       } catch (error) {
         await forgetBlob(blob);
         throw error;
       }
-    }
+      return bytes;
+    };
+    let tokenizerFile = null;
+    for (const blob of tokenizer) tokenizerFile = await fetchChecked(blob, (bytes) => this.client.checkTokenizer(bytes));
+    for (const blob of weights) await fetchChecked(blob, (bytes) => this.client.loadWeights(bytes));
     show('loading', 'Reading the text');
-    const { name, bytes } = await this.readSource();
+    const { name, bytes } = await this.readSource(signal);
     const texts = this.client.parseData(bytes, name);
-    const ids = texts.length > 0 ? await this.tokenise(texts, files['tokenizer.json'], endToken) : null;
+    const ids = texts.length > 0 ? await this.tokenise(texts, tokenizerFile, endToken) : null;
+    signal.throwIfAborted();
     this.client.assembleData(ids?.flat ?? new Uint32Array(), ids?.lengths ?? new Uint32Array(), ids?.end);
     show('loading', 'Preparing the device');
-    await this.client.prepare();
+    this.client.prepare();
   }
 
-  async readSource() {
+  async readSource(signal) {
     if (this.source.kind === 'file') {
       return { name: this.source.file.name, bytes: new Uint8Array(await this.source.file.arrayBuffer()) };
     }
-    const response = await fetch('/demo/train.txt', { signal: this.stopFetches.signal });
+    const response = await fetch('/demo/train.txt', { signal });
     if (!response.ok) throw new Error(`the server has no demo text (${response.status}); choose a file instead`);
     const text = await response.text();
     const part = Math.floor(Math.random() * DEMO_PARTS);
@@ -260,18 +283,19 @@ class Run {
 
 // ---- the page -----------------------------------------------------------------------------------------------------
 
+async function join(wish, restarts) {
+  run?.end();
+  const started = (run = new Run(wish, restarts));
+  try {
+    await started.start();
+  } catch (error) {
+    if (run === started) started.fail('This device could not be used', String(error.message ?? error));
+  }
+}
+
 const requests = {
   diagnose: async () => say('diagnosis', await diagnose()),
-  join: async (wish) => {
-    run?.end();
-    run = new Run(wish);
-    const started = run;
-    try {
-      await started.start();
-    } catch (error) {
-      if (run === started) started.fail('This device could not be used', String(error.message ?? error));
-    }
-  },
+  join: (wish) => join(wish, 0),
   leave: async () => run?.leave(),
 };
 

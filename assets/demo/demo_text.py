@@ -2,7 +2,7 @@
 
 Everything is generated from word lists and sentence frames in this file by a seeded random generator. Pre-training
 paragraphs mention invented names and details and come back to them later, so a model has a reason to learn to
-look back and copy; they never use the `slot : value | slot : value` notation. The restaurants' names are kept apart:
+look back and copy; they never use the `slot: value; slot: value` notation. The restaurants' names are kept apart:
 no name occurs in two of the pre-training text, the training, validation and test lines.
 """
 
@@ -39,9 +39,9 @@ FOODS = (
 ).split(",")
 KINDS = "tea room,inn,bakery,grill house,wine bar,noodle bar,food hall,kitchen,tavern,pie shop".split(",")
 AREAS = {
-    "riverside": "by the river",
+    "riverside": "by the riverside",
     "old town": "in the old town",
-    "hilltop": "on top of the hill",
+    "hilltop": "on the hilltop",
     "harbour": "at the harbour",
     "market square": "on the market square",
     "city centre": "in the city centre",
@@ -173,7 +173,7 @@ class Paragraphs:
             (self.people_compared, 2),
             (self.shopping, 2),
             (self.market, 2),
-            (self.repeated_message, 2),
+            (self.repeated_message, 4),
             (self.lost_thing, 1),
             (self.river, 1),
             (self.weather, 1),
@@ -186,6 +186,8 @@ class Paragraphs:
             (self.opinions, 2),
             (self.introductions, 1),
             (self.meanings, 1),
+            (self.area, 1),
+            (self.manners, 1),
         ]
 
     def one(self):
@@ -212,7 +214,7 @@ class Paragraphs:
             kind=of(["shop", "market stall", "store", "workshop"]) if shop else of(KINDS + ["farm", "hotel", "club"]),
             sells=listing(self.some(GOODS, 1, 2)) if shop else of(FOODS),
             price=of(["cheap", "moderate", "expensive", "fair", f"{rng.randint(3, 60)} crowns", f"{rng.randint(3, 60)} coins"]),
-            where=of(list(AREAS.values()) + ["near the sea", "behind the church", "at the edge of town"]),
+            where=of(list(AREAS.values()) + ["by the river", "on top of the hill", "near the sea", "behind the church", "at the edge of town"]),
             beside=self.names.landmark(),
             opinion=of(["excellent", "good", "average", "poor"]),
             children=rng.random() < 0.5,
@@ -547,6 +549,32 @@ class Paragraphs:
         x, y = self.names.town(), self.names.town()
         return f"Hello, my name is {a} and I come from {x}. Nice to meet you, {a}. I am {b} from {y}. Is {y} far from {x}, {b}? No, {a}, {y} and {x} are close."
 
+    def area(self):
+        town, a = self.names.town(), self.of(PEOPLE)
+        x, y = self.some(AREAS, 2, 2)
+        neighbour = self.of(JOBS)
+        return " ".join(
+            [
+                self.pick(f"Which area of {town} do you like best?", f"There are many areas in {town}."),
+                f"{a} likes the {x}, but I like the {y}.",
+                self.pick(f"The food is better in the {y}.", f"In the {y} the rating of every hotel is high.", f"The {y} is found easily."),
+                self.pick(f"{a} has a kind neighbour there, {article(neighbour)}.", f"Our neighbour, {article(neighbour)}, moved to the {x}."),
+                f"So {a} stays in the {x}.",
+            ]
+        )
+
+    def manners(self):
+        a, b = self.some(PEOPLE, 2, 2)
+        place, kind = self.names.place(), self.of(KINDS)
+        return self.pick(
+            f"What kind of place is {place}? It is {article(kind)}. {a} had to wait there, because they do not admit guests after ten. {b} was admitted to {place} before.",
+            f"{a} reads the menu of {place}. The menu is long. {b} reads the menu too and rates {place} as the best {kind} in town.",
+            f"{a} serves tea to {b}. A cup costs {self.of(NUMBERS)} coins. Its colour is brown. {b} likes eating cake with it. When {a} serves tea, {b} pays what the cup costs.",
+            f"The teacher rates the work of {a}. Her rating is good. Then {b} asks to rate it. Is the rating of {b} good? Its rating is good, yes.",
+            f"This coat suits {a}. Does it suit {b}? No, but the hat suits {b}. {a} and {b} find dinner, a meal and a table at {place}.",
+            f"The whole family might try {place}. Down the street {a} found a place named after {b}. Did {b} enjoy it? Yes, {b} did enjoy it.",
+        )
+
     def meanings(self):
         job = self.of(JOBS)
         word = self.names.town().lower()
@@ -580,7 +608,7 @@ class Restaurants:
             beside=self.names.landmark(),
         )
         optional = list(every)[1:]
-        keep = set(rng.sample(optional, rng.choice([3, 4, 4, 5, 5, 6])))
+        keep = set(rng.sample(optional, rng.choice([2, 3, 3, 4, 4, 5])))
         return {key: value for key, value in every.items() if key == "place" or key in keep}
 
     def reference(self, slots):
@@ -637,7 +665,7 @@ class Restaurants:
 
     def line(self):
         slots = self.slots()
-        meaning = " | ".join(f"{key} : {value}" for key, value in slots.items())
+        meaning = "; ".join(f"{key}: {value}" for key, value in slots.items())
         return f"{meaning}||{self.reference(slots)}"
 
 

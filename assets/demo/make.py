@@ -27,14 +27,14 @@ import demo_text
 
 HERE = Path(__file__).resolve().parent
 SEED = 2025
-THREADS = 2
+THREADS = 1
 END = "<|endoftext|>"
 
 VOCAB = 1536
-WIDTH, HEADS, BLOCKS, POSITIONS = 160, 5, 4, 256
-WINDOW, BATCH, STEPS = 256, 16, 3000
-PEAK_RATE, WARMUP = 3e-3, 150
-PARAGRAPHS = 260_000
+WIDTH, HEADS, BLOCKS, POSITIONS = 128, 4, 4, 256
+WINDOW, BATCH, STEPS = 128, 8, 4000
+MATRIX_RATE, VECTOR_RATE, WARMUP = 0.02, 3e-3, 40
+PARAGRAPHS = 100_000
 LINES = dict(train=3000, valid=200, test=200)
 
 
@@ -92,36 +92,76 @@ def config():
     )
 
 
+class Muon:
+    """Momentum whose update is made orthogonal by Newton-Schulz iterations (K. Jordan, 2024), for the matrices inside
+    the blocks. All matrices of one shape go through the iterations together; q, k and v count as three."""
+
+    def __init__(self, model, momentum=0.95):
+        self.momentum = momentum
+        square, wide = [], []
+        for block in model.transformer.h:
+            square += [(block.attn.c_attn.weight, part) for part in range(3)] + [(block.attn.c_proj.weight, 0)]
+            wide += [(block.mlp.c_fc.weight, 0), (block.mlp.c_proj.weight, 0)]
+        self.groups = [square, wide]
+        self.weights = {id(weight) for group in self.groups for weight, _ in group}
+        self.velocity = [None, None]
+
+    @staticmethod
+    def slice(tensor, part):
+        rows, columns = tensor.shape
+        if columns == 3 * rows:
+            return tensor[:, part * rows : (part + 1) * rows]
+        return tensor.T if rows > columns else tensor
+
+    @torch.no_grad()
+    def step(self, rate):
+        for index, group in enumerate(self.groups):
+            gradient = torch.stack([self.slice(weight.grad, part) for weight, part in group])
+            if self.velocity[index] is None:
+                self.velocity[index] = torch.zeros_like(gradient)
+            velocity = self.velocity[index].lerp_(gradient, 1 - self.momentum)
+            x = gradient.lerp(velocity, self.momentum)
+            x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+            for _ in range(5):
+                square = x @ x.mT
+                x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+            for (weight, part), update in zip(group, x):
+                self.slice(weight, part).mul_(1 - 0.01 * rate).sub_(update, alpha=rate)
+
+
 def pretrain(rows, steps):
     torch.manual_seed(SEED)
     model = GPT2LMHeadModel(config()).train()
+    for block in model.transformer.h:
+        block.mlp.act = torch.nn.GELU(approximate="tanh")  # the same function as gelu_new, in one pass
     print("parameters", sum(p.numel() for p in model.parameters()), "windows", len(rows), flush=True)
-    decayed = [p for p in model.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    optimiser = torch.optim.AdamW(
-        [dict(params=decayed, weight_decay=0.05), dict(params=others, weight_decay=0.0)],
-        lr=PEAK_RATE,
-        betas=(0.9, 0.95),
-        fused=True,
-    )
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SEED))
+    muon = Muon(model)
+    others = [p for p in model.parameters() if id(p) not in muon.weights]
+    adam = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    draw = torch.Generator().manual_seed(SEED)
+    order = torch.randperm(len(rows), generator=draw)
     started, shown = time.time(), []
     for step in range(steps):
-        rate = min((step + 1) / WARMUP, 0.02 + 0.98 * (steps - step) / (steps - WARMUP))
-        for group in optimiser.param_groups:
-            group["lr"] = PEAK_RATE * rate
-        chosen = [order[(step * BATCH + i) % len(rows)] for i in range(BATCH)]
-        batch = rows[torch.stack(chosen)].long()
-        logits = model(input_ids=batch, use_cache=False).logits
+        rate = max(0.0, min((step + 1) / WARMUP, 0.02 + 0.98 * (steps - step) / max(1, steps - WARMUP)))
+        chosen = torch.stack([order[(step * BATCH + i) % len(rows)] for i in range(BATCH)])
+        batch = rows[chosen].long()
+        # Half of the batches start later than position 0, so that every position is trained by short windows.
+        offset = int(torch.randint(0, POSITIONS - WINDOW + 1, (1,), generator=draw)) if step % 2 else 0
+        positions = torch.arange(offset, offset + WINDOW).unsqueeze(0)
+        logits = model(input_ids=batch, position_ids=positions, use_cache=False).logits
         loss = F.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), batch[:, 1:].reshape(-1))
-        optimiser.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        muon.step(MATRIX_RATE * rate)
+        torch.nn.utils.clip_grad_norm_(others, 1.0)
+        adam.param_groups[0]["lr"] = VECTOR_RATE * rate
+        adam.step()
         shown.append(float(loss.detach()))
         if (step + 1) % 50 == 0:
             print(f"step {step + 1} loss {sum(shown) / len(shown):.4f} {time.time() - started:.0f} s", flush=True)
             shown = []
+            if (step + 1) % 500 == 0:
+                save(model)
     return model.eval()
 
 

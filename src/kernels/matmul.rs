@@ -59,21 +59,21 @@ params! {
 kernel! {
     /// `out = x · w`, w (inner, columns).
     pub static FORWARD = "matmul.forward", "matmul", "forward", ProductParams,
-    [x: Read f32, w: Read u32, bias: Read f32, residual: Read f32, u: Read f32, adapter: Read f32, row_scale: Read f32,
+    [x: Read f32, w: Read u32, bias: Read f32, u: Read f32, adapter: Read f32, residual: Read f32, row_scale: Read f32,
      out: Write f32], forward_cpu
 }
 
 kernel! {
     /// [`FORWARD`] with four-element loads: `inner`, `columns` and `w_offset` are multiples of 4.
     pub static FORWARD_VEC4 = "matmul.forward", "matmul", "forward_vec4", ProductParams,
-    [x: Read f32, w: Read u32, bias: Read f32, residual: Read f32, u: Read f32, adapter: Read f32, row_scale: Read f32,
+    [x: Read f32, w: Read u32, bias: Read f32, u: Read f32, adapter: Read f32, residual: Read f32, row_scale: Read f32,
      out: Write f32], forward_cpu
 }
 
 kernel! {
     /// [`FORWARD`] in registers only.
     pub static FORWARD_REGISTERS = "matmul.forward", "matmul", "forward_registers", ProductParams,
-    [x: Read f32, w: Read u32, bias: Read f32, residual: Read f32, u: Read f32, adapter: Read f32, row_scale: Read f32,
+    [x: Read f32, w: Read u32, bias: Read f32, u: Read f32, adapter: Read f32, residual: Read f32, row_scale: Read f32,
      out: Write f32], forward_cpu
 }
 
@@ -101,21 +101,21 @@ kernel! {
 kernel! {
     /// `out = x · wᵀ`, w (columns, inner).
     pub static BACKWARD_X = "matmul.backward_x", "matmul", "backward_x", ProductParams,
-    [x: Read f32, w: Read u32, bias: Read f32, residual: Read f32, u: Read f32, adapter: Read f32, row_scale: Read f32,
+    [x: Read f32, w: Read u32, bias: Read f32, u: Read f32, adapter: Read f32, residual: Read f32, row_scale: Read f32,
      out: Write f32], backward_x_cpu
 }
 
 kernel! {
     /// [`BACKWARD_X`] with four-element loads: `inner` and `w_offset` are multiples of 4.
     pub static BACKWARD_X_VEC4 = "matmul.backward_x", "matmul", "backward_x_vec4", ProductParams,
-    [x: Read f32, w: Read u32, bias: Read f32, residual: Read f32, u: Read f32, adapter: Read f32, row_scale: Read f32,
+    [x: Read f32, w: Read u32, bias: Read f32, u: Read f32, adapter: Read f32, residual: Read f32, row_scale: Read f32,
      out: Write f32], backward_x_cpu
 }
 
 kernel! {
     /// [`BACKWARD_X`] in registers only.
     pub static BACKWARD_X_REGISTERS = "matmul.backward_x", "matmul", "backward_x_registers", ProductParams,
-    [x: Read f32, w: Read u32, bias: Read f32, residual: Read f32, u: Read f32, adapter: Read f32, row_scale: Read f32,
+    [x: Read f32, w: Read u32, bias: Read f32, u: Read f32, adapter: Read f32, residual: Read f32, row_scale: Read f32,
      out: Write f32], backward_x_cpu
 }
 
@@ -212,18 +212,16 @@ pub fn forward(
     epilogue: Epilogue<'_>,
 ) {
     let params = product_params(shape.m, shape.n, shape.k, shape.w_offset, f16, &epilogue);
-    let vec4 = [shape.k, shape.n, shape.w_offset]
-        .iter()
-        .all(|size| size % 4 == 0);
-    let kernel = match (recording.class(), vec4, epilogue.gelu_pre.is_some()) {
-        (DeviceClass::CpuAdapter, _, false) => &FORWARD_REGISTERS,
-        (DeviceClass::CpuAdapter, _, true) => &FORWARD_GELU_REGISTERS,
-        (_, true, false) => &FORWARD_VEC4,
-        (_, true, true) => &FORWARD_GELU_VEC4,
-        (_, false, false) => &FORWARD,
-        (_, false, true) => &FORWARD_GELU,
+    let aligned = shape.n.is_multiple_of(4) && shape.w_offset.is_multiple_of(4);
+    let kernel = match (recording.class(), epilogue.gelu_pre.is_some()) {
+        (DeviceClass::CpuAdapter, false) => &FORWARD_REGISTERS,
+        (DeviceClass::CpuAdapter, true) => &FORWARD_GELU_REGISTERS,
+        (_, false) if aligned && shape.k.is_multiple_of(4) => &FORWARD_VEC4,
+        (_, true) if aligned && shape.k.is_multiple_of(4) => &FORWARD_GELU_VEC4,
+        (_, false) => &FORWARD,
+        (_, true) => &FORWARD_GELU,
     };
-    product(recording, kernel, params, x, w, out, &epilogue);
+    product(recording, (kernel, aligned), params, x, w, out, &epilogue);
 }
 
 /// Records `d_x (m, k) = d_y (m, n) · wᵀ` with `epilogue`; w is (k, n). With `d_y` for hidden states (m, width) and `w` for
@@ -245,12 +243,13 @@ pub fn backward_x(
         "matmul.backward_x has no GELU epilogue"
     );
     let params = product_params(shape.m, shape.k, shape.n, shape.w_offset, f16, &epilogue);
+    let aligned = shape.n.is_multiple_of(4) && shape.w_offset.is_multiple_of(4);
     let kernel = match recording.class() {
         DeviceClass::CpuAdapter => &BACKWARD_X_REGISTERS,
-        _ if shape.n % 4 == 0 && shape.w_offset % 4 == 0 => &BACKWARD_X_VEC4,
+        _ if aligned => &BACKWARD_X_VEC4,
         _ => &BACKWARD_X,
     };
-    product(recording, kernel, params, d_y, w, d_x, &epilogue);
+    product(recording, (kernel, aligned), params, d_y, w, d_x, &epilogue);
 }
 
 /// Records `d_w (k, n) = scale · xᵀ · d_y`, the rows summed in order.
@@ -326,7 +325,7 @@ fn workgroups(class: DeviceClass, rows: usize, columns: usize) -> [u32; 3] {
 
 fn product(
     recording: &mut Recording,
-    kernel: &'static Kernel,
+    (kernel, aligned): (&'static Kernel, bool),
     params: ProductParams,
     x: &Buffer,
     w: &Buffer,
@@ -353,7 +352,10 @@ fn product(
         params.rows as usize,
         params.columns as usize,
     );
-    let constants = vec![("F16", (params.f16 != 0).into())];
+    let mut constants = vec![("F16", (params.f16 != 0).into())];
+    if recording.class() == DeviceClass::CpuAdapter {
+        constants.push(("ALIGNED", aligned.into()));
+    }
     // What an epilogue does not use is bound to `x`: the params say that it is not read.
     let bias = epilogue.bias.unwrap_or(x);
     let (u, adapter) = epilogue.lora.map_or((x, x), |lora| (lora.u, lora.adapter));
@@ -367,7 +369,7 @@ fn product(
     } else {
         let residual = epilogue.residual.unwrap_or(x);
         let row_scale = epilogue.row_scale.unwrap_or(x);
-        let buffers = [x, w, bias, residual, u, adapter, row_scale, out];
+        let buffers = [x, w, bias, u, adapter, residual, row_scale, out];
         recording.dispatch(kernel, constants, params, &buffers, groups, cost);
     }
 }
@@ -379,9 +381,9 @@ pub fn forward_cpu(
     x: &[f32],         // (rows, inner)
     w: &[u32],         // (inner, columns)
     bias: &[f32],      // (columns)
-    residual: &[f32],  // (rows, columns)
     u: &[f32],         // (rows, rank)
     adapter: &[f32],   // (columns, rank) at lora_offset
+    residual: &[f32],  // (rows, columns)
     row_scale: &[f32], // (rows)
     out: &mut [f32],   // (rows, columns)
 ) {
@@ -415,7 +417,7 @@ pub fn forward_gelu_cpu(
     out: &mut [f32], // (rows, columns)
     pre: &mut [f32], // (rows, columns)
 ) {
-    forward_cpu(params, x, w, bias, &[], u, adapter, &[], pre);
+    forward_cpu(params, x, w, bias, u, adapter, &[], &[], pre);
     let columns = params.columns as usize;
     let elements = params.rows as usize * columns;
     for_each_row(&mut out[..elements], columns, |row, out| {
@@ -439,9 +441,9 @@ pub fn backward_x_cpu(
     x: &[f32],         // (rows, inner)
     w: &[u32],         // (columns, inner)
     bias: &[f32],      // (columns)
-    residual: &[f32],  // (rows, columns)
     u: &[f32],         // (rows, rank)
     adapter: &[f32],   // (rank, columns) at lora_offset
+    residual: &[f32],  // (rows, columns)
     row_scale: &[f32], // (rows)
     out: &mut [f32],   // (rows, columns)
 ) {

@@ -3,12 +3,14 @@
 pub mod adamw;
 pub mod aggregate;
 pub mod attention;
+pub mod case;
 pub mod cross_entropy;
 pub mod embedding;
 pub mod gelu;
 pub mod layernorm;
 pub mod lora;
 pub mod matmul;
+pub mod peak;
 pub mod quantize;
 pub mod residual;
 pub mod scalar;
@@ -27,6 +29,7 @@ pub fn all() -> impl Iterator<Item = &'static Kernel> {
         layernorm::ALL,
         lora::ALL,
         matmul::ALL,
+        peak::ALL,
         quantize::ALL,
         residual::ALL,
     ]

@@ -9,9 +9,9 @@ pub const WEIGHT: usize = 0;
 pub const FACTOR: usize = 1;
 /// Learning rate of this step.
 pub const LR: usize = 2;
-/// `1 - β₁ᵗ`, t counted from 1.
+/// `1 - β₁ᵗ`, t counted from 1, of the β₁ that [`BETA1`] holds in f32.
 pub const BIAS1: usize = 3;
-/// `1 - β₂ᵗ`.
+/// `1 - β₂ᵗ` likewise: `1 - 0.999` in f32 is 1.3e-5 off, which cancels only in the same β₂.
 pub const BIAS2: usize = 4;
 pub const WEIGHT_DECAY: usize = 5;
 /// Largest allowed global norm of the scaled gradient; 0 does not clip.

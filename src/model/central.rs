@@ -1,6 +1,6 @@
 //! The whole model on one device: the baseline that split training is held against, and what evaluates and generates.
 
-use crate::compute::{Engine, Error};
+use crate::compute::{Cost, Engine, Error};
 
 use super::adapter::Adapter;
 use super::block::BlockWeights;
@@ -140,6 +140,11 @@ impl Central {
             loss_sum: self.stack.loss_sum(seq).await?,
             tokens: count,
         })
+    }
+
+    /// The arithmetic and traffic of a step on sequences of `seq`, once one was taken.
+    pub fn step_cost(&self, seq: usize) -> Cost {
+        self.stack.cost("step", seq).unwrap_or_default()
     }
 
     /// The gradient of a batch's mean loss with respect to the adapter, flat, without a step.

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use crate::compute::{Buffer, Engine, Error, Prepared, Recording};
+use crate::compute::{Buffer, Cost, Engine, Error, Prepared, Recording};
 use crate::kernels::{adamw, lora, scalar};
 
 use super::adapter::{AdapterLayout, LoraSpec};
@@ -361,6 +361,11 @@ impl Stack {
             self.prepared.insert((name, seq), prepared);
         }
         self.engine.run(&self.prepared[&(name, seq)])
+    }
+
+    /// The arithmetic and traffic of the recording called `name` for sequences of `seq`, once it has run.
+    pub fn cost(&self, name: &'static str, seq: usize) -> Option<Cost> {
+        self.prepared.get(&(name, seq)).map(Prepared::cost)
     }
 
     /// Uploads token ids (batch, seq).

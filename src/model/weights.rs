@@ -192,7 +192,7 @@ impl TensorData {
         }
     }
 
-    /// Bytes held, without the padding half of an odd count being told apart.
+    /// Bytes held, with the padding half of an odd count.
     pub fn byte_length(&self) -> usize {
         match self {
             TensorData::F16(words) => 4 * words.len(),

@@ -22,19 +22,32 @@ fn authenticate(key: &[u8; 32], message: &[u8]) -> [u8; 32] {
         inner[index] ^= byte;
         outer[index] ^= byte;
     }
-    let digest = Sha256::new().chain_update(inner).chain_update(message).finalize();
-    Sha256::new().chain_update(outer).chain_update(digest).finalize().into()
+    let digest = Sha256::new()
+        .chain_update(inner)
+        .chain_update(message)
+        .finalize();
+    Sha256::new()
+        .chain_update(outer)
+        .chain_update(digest)
+        .finalize()
+        .into()
 }
 
 /// Compares in a time that does not depend on where the two differ.
 fn equal_in_constant_time(left: &[u8; 32], right: &[u8; 32]) -> bool {
-    let difference = left.iter().zip(right).fold(0, |difference, (left, right)| difference | (left ^ right));
+    let difference = left
+        .iter()
+        .zip(right)
+        .fold(0, |difference, (left, right)| difference | (left ^ right));
     std::hint::black_box(difference) == 0
 }
 
 /// Compares two secrets through their digests, so that neither content nor length shows in the time taken.
 fn same_secret(ours: &str, theirs: &str) -> bool {
-    equal_in_constant_time(&Digest::of(ours.as_bytes()).0, &Digest::of(theirs.as_bytes()).0)
+    equal_in_constant_time(
+        &Digest::of(ours.as_bytes()).0,
+        &Digest::of(theirs.as_bytes()).0,
+    )
 }
 
 /// What a genuine ticket says.
@@ -54,7 +67,10 @@ pub(super) enum Admission {
 }
 
 /// Checks the join secret; `None` asks for none.
-pub(super) fn check_secret(secret: Option<&str>, credential: &Credential) -> Result<(), RefusalReason> {
+pub(super) fn check_secret(
+    secret: Option<&str>,
+    credential: &Credential,
+) -> Result<(), RefusalReason> {
     match (secret, credential) {
         (None, _) => Ok(()),
         (Some(ours), Credential::Secret(theirs)) if same_secret(ours, theirs) => Ok(()),
@@ -86,7 +102,12 @@ impl TicketOffice {
     }
 
     /// What the ticket says, if this run's servers issued it for `service` and it is still good at `now`.
-    pub fn check(&self, service: Service, ticket: &Ticket, now: Duration) -> Result<Pass, RefusalReason> {
+    pub fn check(
+        &self,
+        service: Service,
+        ticket: &Ticket,
+        now: Duration,
+    ) -> Result<Pass, RefusalReason> {
         let Some((body, mac)) = ticket.0.split_first_chunk::<BODY_BYTES>() else {
             return Err(RefusalReason::TicketForged);
         };
@@ -95,7 +116,9 @@ impl TicketOffice {
         if body[1..17] != self.run.0 {
             return Err(RefusalReason::TicketOtherRun);
         }
-        if !equal_in_constant_time(&authenticate(&self.key, body), &mac) || body[0] != service_code(service) {
+        if !equal_in_constant_time(&authenticate(&self.key, body), &mac)
+            || body[0] != service_code(service)
+        {
             return Err(RefusalReason::TicketForged);
         }
         let number = |at: usize| {
@@ -106,7 +129,10 @@ impl TicketOffice {
         if Duration::from_micros(number(33)) <= now {
             return Err(RefusalReason::TicketExpired);
         }
-        Ok(Pass { client: ClientId(number(17)), serial: number(25) })
+        Ok(Pass {
+            client: ClientId(number(17)),
+            serial: number(25),
+        })
     }
 }
 
@@ -123,7 +149,11 @@ mod tests {
     use super::*;
 
     fn office() -> TicketOffice {
-        TicketOffice { run: RunId([7; 16]), key: [9; 32], lifetime: Duration::from_secs(60) }
+        TicketOffice {
+            run: RunId([7; 16]),
+            key: [9; 32],
+            lifetime: Duration::from_secs(60),
+        }
     }
 
     #[test]
@@ -131,32 +161,73 @@ mod tests {
         let mut key = [0; 32];
         key[..4].copy_from_slice(b"Jefe");
         let mac = Digest(authenticate(&key, b"what do ya want for nothing?"));
-        assert_eq!(mac.to_string(), "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843");
+        assert_eq!(
+            mac.to_string(),
+            "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843"
+        );
     }
 
     #[test]
     fn a_ticket_is_good_for_its_service_run_and_time_only() {
-        let pass = Pass { client: ClientId(3), serial: 5 };
+        let pass = Pass {
+            client: ClientId(3),
+            serial: 5,
+        };
         let ticket = office().issue(Service::Main, pass, Duration::from_secs(1));
-        let check = |office: &TicketOffice, service, at| office.check(service, &ticket, Duration::from_secs(at));
+        let check = |office: &TicketOffice, service, at| {
+            office.check(service, &ticket, Duration::from_secs(at))
+        };
         assert_eq!(check(&office(), Service::Main, 60), Ok(pass));
-        assert_eq!(check(&office(), Service::Main, 61), Err(RefusalReason::TicketExpired));
-        assert_eq!(check(&office(), Service::Federated, 2), Err(RefusalReason::TicketForged));
-        let other_run = TicketOffice { run: RunId([8; 16]), ..office() };
-        assert_eq!(check(&other_run, Service::Main, 2), Err(RefusalReason::TicketOtherRun));
-        let other_key = TicketOffice { key: [8; 32], ..office() };
-        assert_eq!(check(&other_key, Service::Main, 2), Err(RefusalReason::TicketForged));
+        assert_eq!(
+            check(&office(), Service::Main, 61),
+            Err(RefusalReason::TicketExpired)
+        );
+        assert_eq!(
+            check(&office(), Service::Federated, 2),
+            Err(RefusalReason::TicketForged)
+        );
+        let other_run = TicketOffice {
+            run: RunId([8; 16]),
+            ..office()
+        };
+        assert_eq!(
+            check(&other_run, Service::Main, 2),
+            Err(RefusalReason::TicketOtherRun)
+        );
+        let other_key = TicketOffice {
+            key: [8; 32],
+            ..office()
+        };
+        assert_eq!(
+            check(&other_key, Service::Main, 2),
+            Err(RefusalReason::TicketForged)
+        );
     }
 
     #[test]
     fn a_ticket_with_any_bit_changed_or_cut_is_refused() {
-        let ticket = office().issue(Service::Main, Pass { client: ClientId(3), serial: 5 }, Duration::ZERO);
+        let ticket = office().issue(
+            Service::Main,
+            Pass {
+                client: ClientId(3),
+                serial: 5,
+            },
+            Duration::ZERO,
+        );
         for at in 0..ticket.0.len() {
             let mut changed = ticket.clone();
             changed.0[at] ^= 1;
-            assert!(office().check(Service::Main, &changed, Duration::ZERO).is_err(), "byte {at}");
+            assert!(
+                office()
+                    .check(Service::Main, &changed, Duration::ZERO)
+                    .is_err(),
+                "byte {at}"
+            );
             let cut = Ticket(ticket.0[..at].to_vec());
-            assert_eq!(office().check(Service::Main, &cut, Duration::ZERO), Err(RefusalReason::TicketForged));
+            assert_eq!(
+                office().check(Service::Main, &cut, Duration::ZERO),
+                Err(RefusalReason::TicketForged)
+            );
         }
     }
 
@@ -166,8 +237,17 @@ mod tests {
         assert_eq!(check_secret(None, &Credential::None), Ok(()));
         assert_eq!(check_secret(None, &given("anything")), Ok(()));
         assert_eq!(check_secret(Some("s3cret"), &given("s3cret")), Ok(()));
-        assert_eq!(check_secret(Some("s3cret"), &given("s3cre")), Err(RefusalReason::SecretWrong));
-        assert_eq!(check_secret(Some("s3cret"), &given("")), Err(RefusalReason::SecretWrong));
-        assert_eq!(check_secret(Some("s3cret"), &Credential::None), Err(RefusalReason::SecretMissing));
+        assert_eq!(
+            check_secret(Some("s3cret"), &given("s3cre")),
+            Err(RefusalReason::SecretWrong)
+        );
+        assert_eq!(
+            check_secret(Some("s3cret"), &given("")),
+            Err(RefusalReason::SecretWrong)
+        );
+        assert_eq!(
+            check_secret(Some("s3cret"), &Credential::None),
+            Err(RefusalReason::SecretMissing)
+        );
     }
 }

@@ -64,9 +64,20 @@ pub enum Answer {
 /// A frame after the handshake, its message still in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Frame<'a> {
-    Ping { nonce: u32, acknowledged: u32 },
-    Pong { nonce: u32, acknowledged: u32 },
-    Message { number: u32, acknowledged: u32, kind: u8, body: &'a [u8] },
+    Ping {
+        nonce: u32,
+        acknowledged: u32,
+    },
+    Pong {
+        nonce: u32,
+        acknowledged: u32,
+    },
+    Message {
+        number: u32,
+        acknowledged: u32,
+        kind: u8,
+        body: &'a [u8],
+    },
 }
 
 /// The bytes still to be read.
@@ -76,13 +87,19 @@ struct Reader<'a> {
 
 impl<'a> Reader<'a> {
     fn take(&mut self, count: usize, what: &'static str) -> Result<&'a [u8], DecodeError> {
-        let (taken, rest) = self.bytes.split_at_checked(count).ok_or(DecodeError::Truncated(what))?;
+        let (taken, rest) = self
+            .bytes
+            .split_at_checked(count)
+            .ok_or(DecodeError::Truncated(what))?;
         self.bytes = rest;
         Ok(taken)
     }
 
     fn array<const N: usize>(&mut self, what: &'static str) -> Result<[u8; N], DecodeError> {
-        let (taken, rest) = self.bytes.split_first_chunk::<N>().ok_or(DecodeError::Truncated(what))?;
+        let (taken, rest) = self
+            .bytes
+            .split_first_chunk::<N>()
+            .ok_or(DecodeError::Truncated(what))?;
         self.bytes = rest;
         Ok(*taken)
     }
@@ -181,7 +198,10 @@ impl Wire for bool {
         match u8::take(reader)? {
             0 => Ok(false),
             1 => Ok(true),
-            value => Err(DecodeError::Unknown { what: "bool", value: value.into() }),
+            value => Err(DecodeError::Unknown {
+                what: "bool",
+                value: value.into(),
+            }),
         }
     }
 }
@@ -228,7 +248,9 @@ impl Wire for String {
     fn take(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
         let length = reader.count(1, "text")?;
         let bytes = reader.take(length, "text")?;
-        Ok(std::str::from_utf8(bytes).map_err(|_| DecodeError::Text)?.to_owned())
+        Ok(std::str::from_utf8(bytes)
+            .map_err(|_| DecodeError::Text)?
+            .to_owned())
     }
 }
 
@@ -243,7 +265,11 @@ impl<T: Wire> Wire for Option<T> {
     }
 
     fn take(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
-        Ok(if bool::take(reader)? { Some(T::take(reader)?) } else { None })
+        Ok(if bool::take(reader)? {
+            Some(T::take(reader)?)
+        } else {
+            None
+        })
     }
 }
 
@@ -375,7 +401,10 @@ impl Wire for Credential {
             0 => Ok(Credential::None),
             1 => Ok(Credential::Secret(Wire::take(reader)?)),
             2 => Ok(Credential::Ticket(Wire::take(reader)?)),
-            value => Err(DecodeError::Unknown { what: "Credential", value: value.into() }),
+            value => Err(DecodeError::Unknown {
+                what: "Credential",
+                value: value.into(),
+            }),
         }
     }
 }
@@ -396,10 +425,23 @@ wire_enum!(ExclusionReason {
     Misbehaved = 6,
 });
 
-wire_struct!(Version { major: u16, minor: u16 });
-wire_struct!(RoundKey { round: u32, attempt: u32 });
-wire_struct!(StepKey { round: RoundKey, step: u32 });
-wire_struct!(Blob { name: String, sha256: Digest, bytes: u64 });
+wire_struct!(Version {
+    major: u16,
+    minor: u16
+});
+wire_struct!(RoundKey {
+    round: u32,
+    attempt: u32
+});
+wire_struct!(StepKey {
+    round: RoundKey,
+    step: u32
+});
+wire_struct!(Blob {
+    name: String,
+    sha256: Digest,
+    bytes: u64
+});
 wire_struct!(OptimizerConfig {
     lr: f32,
     weight_decay: f32,
@@ -436,7 +478,10 @@ wire_struct!(Assignment {
 });
 wire_struct!(Capabilities { dtypes: Vec<WireDtype>, memory_bytes: u64, device: String, flops_per_s: Option<f64> });
 wire_struct!(RoundStart { round: RoundKey, base: Digest, members: u32, adapter: Option<Vec<f32>> });
-wire_struct!(StepStart { key: StepKey, members: u32 });
+wire_struct!(StepStart {
+    key: StepKey,
+    members: u32
+});
 wire_struct!(Activations {
     key: StepKey,
     batch: u32,
@@ -471,8 +516,14 @@ wire_struct!(RoundResult {
     total_steps: u32,
 });
 wire_struct!(Stop { reason: StopReason, detail: String, return_after: Option<Duration> });
-wire_struct!(Exclusion { client: ClientId, reason: ExclusionReason });
-wire_struct!(Inclusion { client: ClientId, examples: u64 });
+wire_struct!(Exclusion {
+    client: ClientId,
+    reason: ExclusionReason
+});
+wire_struct!(Inclusion {
+    client: ClientId,
+    examples: u64
+});
 
 impl Wire for (Digest, Vec<f32>) {
     const MIN_BYTES: usize = 36;
@@ -499,7 +550,15 @@ impl Wire for Control {
 
     fn put(&self, out: &mut Vec<u8>) {
         match self {
-            Control::OpenRun { run, ticket_key, now, ticket_lifetime, adapter_len, model, tokenizer } => {
+            Control::OpenRun {
+                run,
+                ticket_key,
+                now,
+                ticket_lifetime,
+                adapter_len,
+                model,
+                tokenizer,
+            } => {
                 out.push(0);
                 run.put(out);
                 ticket_key.put(out);
@@ -509,7 +568,12 @@ impl Wire for Control {
                 model.put(out);
                 tokenizer.put(out);
             }
-            Control::OpenRound { round, members, base, max_examples } => {
+            Control::OpenRound {
+                round,
+                members,
+                base,
+                max_examples,
+            } => {
                 out.push(1);
                 round.put(out);
                 members.put(out);
@@ -542,9 +606,15 @@ impl Wire for Control {
                 base: Wire::take(reader)?,
                 max_examples: Wire::take(reader)?,
             }),
-            2 => Ok(Control::Departed { round: Wire::take(reader)?, client: Wire::take(reader)? }),
+            2 => Ok(Control::Departed {
+                round: Wire::take(reader)?,
+                client: Wire::take(reader)?,
+            }),
             3 => Ok(Control::CloseRun),
-            value => Err(DecodeError::Unknown { what: "Control", value: value.into() }),
+            value => Err(DecodeError::Unknown {
+                what: "Control",
+                value: value.into(),
+            }),
         }
     }
 }
@@ -568,9 +638,15 @@ impl Wire for ControlReply {
 
     fn take(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
         match u8::take(reader)? {
-            0 => Ok(ControlReply::Excluded { round: Wire::take(reader)?, exclusion: Wire::take(reader)? }),
+            0 => Ok(ControlReply::Excluded {
+                round: Wire::take(reader)?,
+                exclusion: Wire::take(reader)?,
+            }),
             1 => Ok(ControlReply::RoundClosed(Wire::take(reader)?)),
-            value => Err(DecodeError::Unknown { what: "ControlReply", value: value.into() }),
+            value => Err(DecodeError::Unknown {
+                what: "ControlReply",
+                value: value.into(),
+            }),
         }
     }
 }
@@ -625,9 +701,15 @@ fn greeting(kind: u8, version: Version) -> Vec<u8> {
 /// Checks the frozen part of a greeting or answer and returns its kind, version and the rest.
 fn open_greeting(frame: &[u8]) -> Result<(u8, Version, Reader<'_>), GreetingError> {
     if frame.len() > MAX_HANDSHAKE_BYTES {
-        return Err(DecodeError::TooLarge { bytes: frame.len(), limit: MAX_HANDSHAKE_BYTES }.into());
+        return Err(DecodeError::TooLarge {
+            bytes: frame.len(),
+            limit: MAX_HANDSHAKE_BYTES,
+        }
+        .into());
     }
-    let body = frame.strip_prefix(&MAGIC).ok_or(GreetingError::NotThisProtocol)?;
+    let body = frame
+        .strip_prefix(&MAGIC)
+        .ok_or(GreetingError::NotThisProtocol)?;
     let mut reader = Reader { bytes: body };
     let kind = u8::take(&mut reader)?;
     let version = Version::take(&mut reader)?;
@@ -657,7 +739,10 @@ pub fn decode_hello(ours: Version, frame: &[u8]) -> Result<Hello, GreetingError>
         return Err(GreetingError::NotThisProtocol);
     }
     if version.major != ours.major {
-        return Err(GreetingError::Version { ours, theirs: version });
+        return Err(GreetingError::Version {
+            ours,
+            theirs: version,
+        });
     }
     let reader = &mut reader;
     let hello = Hello {
@@ -713,7 +798,10 @@ pub fn decode_answer(ours: Version, frame: &[u8]) -> Result<Answer, GreetingErro
     match kind {
         WELCOME => {
             if version.major != ours.major || version.minor > ours.minor {
-                return Err(GreetingError::Version { ours, theirs: version });
+                return Err(GreetingError::Version {
+                    ours,
+                    theirs: version,
+                });
             }
             let welcome = Welcome {
                 version,
@@ -731,9 +819,15 @@ pub fn decode_answer(ours: Version, frame: &[u8]) -> Result<Answer, GreetingErro
         }
         REFUSED => {
             let code = u16::take(&mut reader)?;
-            let reason = REFUSALS.into_iter().find(|reason| refusal_code(*reason) == code);
+            let reason = REFUSALS
+                .into_iter()
+                .find(|reason| refusal_code(*reason) == code);
             let detail = Wire::take(&mut reader)?;
-            Ok(Answer::Refused(Refused { version, reason: reason.unwrap_or(RefusalReason::Other), detail }))
+            Ok(Answer::Refused(Refused {
+                version,
+                reason: reason.unwrap_or(RefusalReason::Other),
+                detail,
+            }))
         }
         _ => Err(GreetingError::NotThisProtocol),
     }
@@ -751,9 +845,20 @@ fn header(kind: u8, number: u32, acknowledged: u32, body: &[u8]) -> Vec<u8> {
 /// The bytes of a frame.
 pub fn encode_frame(frame: Frame<'_>) -> Vec<u8> {
     match frame {
-        Frame::Ping { nonce, acknowledged } => header(PING, nonce, acknowledged, &[]),
-        Frame::Pong { nonce, acknowledged } => header(PONG, nonce, acknowledged, &[]),
-        Frame::Message { number, acknowledged, kind, body } => header(kind, number, acknowledged, body),
+        Frame::Ping {
+            nonce,
+            acknowledged,
+        } => header(PING, nonce, acknowledged, &[]),
+        Frame::Pong {
+            nonce,
+            acknowledged,
+        } => header(PONG, nonce, acknowledged, &[]),
+        Frame::Message {
+            number,
+            acknowledged,
+            kind,
+            body,
+        } => header(kind, number, acknowledged, body),
     }
 }
 
@@ -770,12 +875,23 @@ pub fn decode_frame(bytes: &[u8]) -> Result<Frame<'_>, DecodeError> {
         PING | PONG => {
             reader.finish()?;
             Ok(if kind == PING {
-                Frame::Ping { nonce: number, acknowledged }
+                Frame::Ping {
+                    nonce: number,
+                    acknowledged,
+                }
             } else {
-                Frame::Pong { nonce: number, acknowledged }
+                Frame::Pong {
+                    nonce: number,
+                    acknowledged,
+                }
             })
         }
-        kind => Ok(Frame::Message { number, acknowledged, kind, body: reader.bytes }),
+        kind => Ok(Frame::Message {
+            number,
+            acknowledged,
+            kind,
+            body: reader.bytes,
+        }),
     }
 }
 

@@ -47,9 +47,15 @@ pub(super) enum Tick {
 
 enum State {
     Idle,
-    Pausing { until: Duration },
+    Pausing {
+        until: Duration,
+    },
     Opening,
-    Greeting { hello: Vec<u8>, again_at: Duration, left: u32 },
+    Greeting {
+        hello: Vec<u8>,
+        again_at: Duration,
+        left: u32,
+    },
     Up(Box<Link>),
 }
 
@@ -64,7 +70,13 @@ pub(super) struct Dialer {
 
 impl Dialer {
     pub fn new(version: Version, retries: u32) -> Dialer {
-        Dialer { version, retries, failures: 0, state: State::Idle, outbox: VecDeque::new() }
+        Dialer {
+            version,
+            retries,
+            failures: 0,
+            state: State::Idle,
+            outbox: VecDeque::new(),
+        }
     }
 
     /// Dials at the next timeout, at once.
@@ -86,7 +98,9 @@ impl Dialer {
         if self.failures >= self.retries {
             return None;
         }
-        let pause = FIRST_PAUSE.saturating_mul(1 << self.failures.min(16)).min(LONGEST_PAUSE);
+        let pause = FIRST_PAUSE
+            .saturating_mul(1 << self.failures.min(16))
+            .min(LONGEST_PAUSE);
         self.failures += 1;
         let until = now + pause;
         self.state = State::Pausing { until };
@@ -98,10 +112,6 @@ impl Dialer {
         self.failures = 0;
     }
 
-    pub fn is_idle(&self) -> bool {
-        matches!(self.state, State::Idle)
-    }
-
     /// Whether a socket has been asked for and not yet opened.
     pub fn is_opening(&self) -> bool {
         matches!(self.state, State::Opening)
@@ -109,7 +119,10 @@ impl Dialer {
 
     /// Whether there is a socket, or one has been asked for.
     pub fn has_socket(&self) -> bool {
-        matches!(self.state, State::Opening | State::Greeting { .. } | State::Up(_))
+        matches!(
+            self.state,
+            State::Opening | State::Greeting { .. } | State::Up(_)
+        )
     }
 
     pub fn link(&mut self) -> Option<&mut Link> {
@@ -127,11 +140,20 @@ impl Dialer {
     pub fn greet(&mut self, now: Duration, hello: &Hello) {
         let hello = encode_hello(hello);
         self.outbox.push_back(hello.clone());
-        self.state = State::Greeting { hello, again_at: now + GREETING_INTERVAL, left: GREETINGS - 1 };
+        self.state = State::Greeting {
+            hello,
+            again_at: now + GREETING_INTERVAL,
+            left: GREETINGS - 1,
+        };
     }
 
     /// Takes in a frame. `limit` is the largest frame once the connection is up.
-    pub fn handle_frame(&mut self, now: Duration, bytes: &[u8], limit: usize) -> Result<Heard, ConnectionFault> {
+    pub fn handle_frame(
+        &mut self,
+        now: Duration,
+        bytes: &[u8],
+        limit: usize,
+    ) -> Result<Heard, ConnectionFault> {
         match &mut self.state {
             // A message that overtook the welcome comes again; so may the welcome itself.
             State::Greeting { .. } if !is_greeting(bytes) => Ok(Heard::Nothing),
@@ -158,7 +180,11 @@ impl Dialer {
                 self.state = State::Opening;
                 Tick::Dial
             }
-            State::Greeting { hello, again_at, left } if *again_at <= now => {
+            State::Greeting {
+                hello,
+                again_at,
+                left,
+            } if *again_at <= now => {
                 if *left == 0 {
                     return Tick::Gone;
                 }
@@ -167,7 +193,13 @@ impl Dialer {
                 self.outbox.push_back(hello.clone());
                 Tick::Nothing
             }
-            State::Up(link) if link.handle_timeout(now) => Tick::Gone,
+            State::Up(link) => {
+                if link.handle_timeout(now) {
+                    Tick::Gone
+                } else {
+                    Tick::Nothing
+                }
+            }
             _ => Tick::Nothing,
         }
     }

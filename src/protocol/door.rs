@@ -6,7 +6,9 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use super::codec::{Answer, GreetingError, MAX_HANDSHAKE_BYTES, decode_hello, encode_answer, is_greeting};
+use super::codec::{
+    Answer, GreetingError, MAX_HANDSHAKE_BYTES, decode_hello, encode_answer, is_greeting,
+};
 use super::link::{Link, LinkError};
 use super::message::{Hello, Message, RefusalReason, Refused, Stop, Version, Welcome};
 use super::{ConnectionId, Transmit};
@@ -56,20 +58,37 @@ pub(super) struct Door<G> {
 
 impl<G: Copy> Door<G> {
     pub fn new(version: Version, ping_interval: Duration) -> Door<G> {
-        Door { version, ping_interval, connections: BTreeMap::new(), transmits: VecDeque::new() }
+        Door {
+            version,
+            ping_interval,
+            connections: BTreeMap::new(),
+            transmits: VecDeque::new(),
+        }
     }
 
     pub fn open(&mut self, connection: ConnectionId, now: Duration) {
-        self.connections.insert(connection, Connection { opened: now, guest: None });
+        self.connections.insert(
+            connection,
+            Connection {
+                opened: now,
+                guest: None,
+            },
+        );
     }
 
     /// Forgets a connection whose socket is gone. Returns its guest.
     pub fn remove(&mut self, connection: ConnectionId) -> Option<G> {
-        self.connections.remove(&connection)?.guest.map(|guest| guest.tag)
+        self.connections
+            .remove(&connection)?
+            .guest
+            .map(|guest| guest.tag)
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.connections.is_empty()
+    /// Whether anybody has been let in and not left.
+    pub fn has_guests(&self) -> bool {
+        self.connections
+            .values()
+            .any(|connection| connection.guest.is_some())
     }
 
     pub fn connections(&self) -> Vec<ConnectionId> {
@@ -85,7 +104,10 @@ impl<G: Copy> Door<G> {
         };
         if is_greeting(bytes) {
             // The welcome did not arrive.
-            self.transmits.push_back(Transmit::Frame { to: connection, bytes: guest.welcome.clone() });
+            self.transmits.push_back(Transmit::Frame {
+                to: connection,
+                bytes: guest.welcome.clone(),
+            });
             return Heard::Nothing;
         }
         let first = !guest.has_spoken;
@@ -93,7 +115,11 @@ impl<G: Copy> Door<G> {
         let heard = match guest.link.handle_frame(bytes) {
             Ok(message) => {
                 guest.has_spoken = true;
-                Heard::Frame { guest: tag, first, message }
+                Heard::Frame {
+                    guest: tag,
+                    first,
+                    message,
+                }
             }
             Err(error) => Heard::Fault { guest: tag, error },
         };
@@ -116,25 +142,50 @@ impl<G: Copy> Door<G> {
     }
 
     /// Lets a connection in. `limit` is the largest frame it may send.
-    pub fn welcome(&mut self, connection: ConnectionId, tag: G, welcome: Welcome, now: Duration, limit: usize) {
+    pub fn welcome(
+        &mut self,
+        connection: ConnectionId,
+        tag: G,
+        welcome: Welcome,
+        now: Duration,
+        limit: usize,
+    ) {
         let bytes = encode_answer(&Answer::Welcome(welcome));
         let link = Link::new(now, self.ping_interval, limit.max(MAX_HANDSHAKE_BYTES));
         if let Some(entry) = self.connections.get_mut(&connection) {
-            self.transmits.push_back(Transmit::Frame { to: connection, bytes: bytes.clone() });
-            entry.guest = Some(Guest { tag, welcome: bytes, has_spoken: false, link });
+            self.transmits.push_back(Transmit::Frame {
+                to: connection,
+                bytes: bytes.clone(),
+            });
+            entry.guest = Some(Guest {
+                tag,
+                welcome: bytes,
+                has_spoken: false,
+                link,
+            });
         }
     }
 
     /// Keeps a connection out and closes it.
     pub fn refuse(&mut self, connection: ConnectionId, reason: RefusalReason, detail: String) {
-        let refused = Refused { version: self.version, reason, detail };
+        let refused = Refused {
+            version: self.version,
+            reason,
+            detail,
+        };
         let bytes = encode_answer(&Answer::Refused(refused));
-        self.transmits.push_back(Transmit::Frame { to: connection, bytes });
+        self.transmits.push_back(Transmit::Frame {
+            to: connection,
+            bytes,
+        });
         self.close(connection);
     }
 
     pub fn send(&mut self, connection: ConnectionId, message: &Message) {
-        if let Some(Connection { guest: Some(guest), .. }) = self.connections.get_mut(&connection) {
+        if let Some(Connection {
+            guest: Some(guest), ..
+        }) = self.connections.get_mut(&connection)
+        {
             guest.link.send(message);
             self.flush(connection);
         }
@@ -160,7 +211,8 @@ impl<G: Copy> Door<G> {
                 None if connection.opened + GREETING_LIMIT <= now => gone.push((*id, None)),
                 None => {}
                 Some(guest) => {
-                    if guest.link.handle_timeout(now) || guest.link.is_overdue() {
+                    let silent = guest.link.handle_timeout(now);
+                    if silent || guest.link.is_overdue() {
                         gone.push((*id, Some(guest.tag)));
                     }
                 }
@@ -176,7 +228,10 @@ impl<G: Copy> Door<G> {
     }
 
     fn flush(&mut self, to: ConnectionId) {
-        if let Some(Connection { guest: Some(guest), .. }) = self.connections.get_mut(&to) {
+        if let Some(Connection {
+            guest: Some(guest), ..
+        }) = self.connections.get_mut(&to)
+        {
             while let Some(bytes) = guest.link.poll_frame() {
                 self.transmits.push_back(Transmit::Frame { to, bytes });
             }

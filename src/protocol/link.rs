@@ -10,7 +10,9 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::codec::{DecodeError, Frame, decode_frame, decode_message, encode_frame, encode_message};
+use super::codec::{
+    DecodeError, Frame, decode_frame, decode_message, encode_frame, encode_message,
+};
 use super::message::Message;
 
 /// Unanswered pings after which the other side is gone.
@@ -87,8 +89,18 @@ impl Link {
     pub fn send(&mut self, message: &Message) {
         let (kind, body) = encode_message(message);
         let number = self.next_number;
-        self.outbox.push_back(encode_frame(Frame::Message { number, acknowledged: self.received, kind, body: &body }));
-        self.unacknowledged.push_back(Sent { number, kind, body, next_ping: self.next_ping });
+        self.outbox.push_back(encode_frame(Frame::Message {
+            number,
+            acknowledged: self.received,
+            kind,
+            body: &body,
+        }));
+        self.unacknowledged.push_back(Sent {
+            number,
+            kind,
+            body,
+            next_ping: self.next_ping,
+        });
         self.next_number = self.next_number.wrapping_add(1);
     }
 
@@ -98,22 +110,37 @@ impl Link {
     /// A frame no honest peer sends. The connection is to be closed.
     pub fn handle_frame(&mut self, bytes: &[u8]) -> Result<Option<Message>, LinkError> {
         if bytes.len() > self.limit {
-            return Err(DecodeError::TooLarge { bytes: bytes.len(), limit: self.limit }.into());
+            return Err(DecodeError::TooLarge {
+                bytes: bytes.len(),
+                limit: self.limit,
+            }
+            .into());
         }
         let frame = decode_frame(bytes)?;
-        let (Frame::Ping { acknowledged, .. } | Frame::Pong { acknowledged, .. } | Frame::Message { acknowledged, .. }) =
-            frame;
+        let (Frame::Ping { acknowledged, .. }
+        | Frame::Pong { acknowledged, .. }
+        | Frame::Message { acknowledged, .. }) = frame;
         if acknowledged > self.next_number {
-            return Err(LinkError::Acknowledgement { acknowledged, sent: self.next_number });
+            return Err(LinkError::Acknowledgement {
+                acknowledged,
+                sent: self.next_number,
+            });
         }
         self.heard = true;
         self.missed = 0;
-        while self.unacknowledged.front().is_some_and(|sent| sent.number < acknowledged) {
+        while self
+            .unacknowledged
+            .front()
+            .is_some_and(|sent| sent.number < acknowledged)
+        {
             self.unacknowledged.pop_front();
         }
         match frame {
             Frame::Ping { nonce, .. } => {
-                self.outbox.push_back(encode_frame(Frame::Pong { nonce, acknowledged: self.received }));
+                self.outbox.push_back(encode_frame(Frame::Pong {
+                    nonce,
+                    acknowledged: self.received,
+                }));
                 Ok(None)
             }
             Frame::Pong { nonce, .. } => {
@@ -135,10 +162,19 @@ impl Link {
 
     /// Sends again what had been sent before ping `nonce` and had not arrived when that ping did.
     fn send_again(&mut self, nonce: u32) {
-        for sent in self.unacknowledged.iter_mut().filter(|sent| sent.next_ping <= nonce) {
+        for sent in self
+            .unacknowledged
+            .iter_mut()
+            .filter(|sent| sent.next_ping <= nonce)
+        {
             sent.next_ping = self.next_ping;
             let acknowledged = self.received;
-            let frame = Frame::Message { number: sent.number, acknowledged, kind: sent.kind, body: &sent.body };
+            let frame = Frame::Message {
+                number: sent.number,
+                acknowledged,
+                kind: sent.kind,
+                body: &sent.body,
+            };
             self.outbox.push_back(encode_frame(frame));
         }
     }
@@ -153,7 +189,10 @@ impl Link {
         }
         self.heard = false;
         self.ping_at = now + self.ping_interval;
-        self.outbox.push_back(encode_frame(Frame::Ping { nonce: self.next_ping, acknowledged: self.received }));
+        self.outbox.push_back(encode_frame(Frame::Ping {
+            nonce: self.next_ping,
+            acknowledged: self.received,
+        }));
         self.next_ping = self.next_ping.wrapping_add(1);
         self.missed >= MISSED_PINGS
     }
@@ -179,7 +218,10 @@ mod tests {
     const INTERVAL: Duration = Duration::from_secs(5);
 
     fn pair() -> (Link, Link) {
-        (Link::new(Duration::ZERO, INTERVAL, 1024), Link::new(Duration::ZERO, INTERVAL, 1024))
+        (
+            Link::new(Duration::ZERO, INTERVAL, 1024),
+            Link::new(Duration::ZERO, INTERVAL, 1024),
+        )
     }
 
     fn deliver(from: &mut Link, to: &mut Link) -> Vec<Message> {
@@ -196,12 +238,23 @@ mod tests {
         here.send(&Message::Ready);
         here.send(&Message::Leave);
         let lost = here.poll_frame().unwrap();
-        assert_eq!(deliver(&mut here, &mut there), [], "what follows a lost message waits for it");
+        assert_eq!(
+            deliver(&mut here, &mut there),
+            [],
+            "what follows a lost message waits for it"
+        );
         here.handle_timeout(Duration::ZERO);
         deliver(&mut here, &mut there);
         deliver(&mut there, &mut here);
-        assert_eq!(deliver(&mut here, &mut there), [Message::Ready, Message::Leave]);
-        assert_eq!(there.handle_frame(&lost).unwrap(), None, "the late original is a repetition");
+        assert_eq!(
+            deliver(&mut here, &mut there),
+            [Message::Ready, Message::Leave]
+        );
+        assert_eq!(
+            there.handle_frame(&lost).unwrap(),
+            None,
+            "the late original is a repetition"
+        );
         here.handle_timeout(INTERVAL);
         deliver(&mut here, &mut there);
         deliver(&mut there, &mut here);
@@ -238,11 +291,32 @@ mod tests {
     #[test]
     fn impossible_acknowledgements_and_sizes_are_refused() {
         let (mut here, _) = pair();
-        let frame = encode_frame(Frame::Ping { nonce: 0, acknowledged: 1 });
-        assert_eq!(here.handle_frame(&frame), Err(LinkError::Acknowledgement { acknowledged: 1, sent: 0 }));
-        let frame = encode_frame(Frame::Pong { nonce: 7, acknowledged: 0 });
-        assert_eq!(here.handle_frame(&frame), Err(LinkError::Nonce { nonce: 7 }));
+        let frame = encode_frame(Frame::Ping {
+            nonce: 0,
+            acknowledged: 1,
+        });
+        assert_eq!(
+            here.handle_frame(&frame),
+            Err(LinkError::Acknowledgement {
+                acknowledged: 1,
+                sent: 0
+            })
+        );
+        let frame = encode_frame(Frame::Pong {
+            nonce: 7,
+            acknowledged: 0,
+        });
+        assert_eq!(
+            here.handle_frame(&frame),
+            Err(LinkError::Nonce { nonce: 7 })
+        );
         let error = here.handle_frame(&[0; 1025]).unwrap_err();
-        assert_eq!(error, LinkError::Decode(DecodeError::TooLarge { bytes: 1025, limit: 1024 }));
+        assert_eq!(
+            error,
+            LinkError::Decode(DecodeError::TooLarge {
+                bytes: 1025,
+                limit: 1024
+            })
+        );
     }
 }

@@ -53,7 +53,9 @@ pub struct MainConfig {
 pub enum MainError {
     #[error("{what} is {value}; it must be at least 1")]
     Zero { what: &'static str, value: u32 },
-    #[error("a step of {batch} × {seq} × {width} does not fit in a frame; choose a smaller batch or sequence")]
+    #[error(
+        "a step of {batch} × {seq} × {width} does not fit in a frame; choose a smaller batch or sequence"
+    )]
     StepTooLarge { batch: u32, seq: u32, width: u32 },
     #[error("an adapter of {len} values does not fit in a frame; choose a smaller rank or split")]
     AdapterTooLarge { len: usize },
@@ -62,7 +64,11 @@ pub enum MainError {
     #[error("the initial adapter has a value that is not finite")]
     AdapterNotFinite,
     #[error("the gradient for {client} has {given} bytes, its activations had {expected}")]
-    GradientLength { client: ClientId, given: usize, expected: usize },
+    GradientLength {
+        client: ClientId,
+        given: usize,
+        expected: usize,
+    },
 }
 
 /// One member's part of a step, as checked: `payload` is exactly `dtype`'s bytes for `(batch, seq, width)` and finite;
@@ -123,7 +129,9 @@ impl std::fmt::Display for DepartureReason {
             DepartureReason::Superseded => f.write_str("connected again"),
             DepartureReason::Misbehaved(detail) => write!(f, "broke the protocol: {detail}"),
             DepartureReason::Excluded(reason) => write!(f, "left out of the round: {reason}"),
-            DepartureReason::Unusable => f.write_str("its activations gave no usable loss or gradient"),
+            DepartureReason::Unusable => {
+                f.write_str("its activations gave no usable loss or gradient")
+            }
         }
     }
 }
@@ -268,7 +276,6 @@ enum Phase {
         members: BTreeMap<ClientId, Received>,
     },
     Averaging {
-        round: RoundKey,
         members: BTreeSet<ClientId>,
     },
     Validating {
@@ -300,15 +307,25 @@ pub struct MainServerSession {
 
 /// Bytes of the largest frame with activations or a gradient; `None` when it is larger than any frame may be.
 pub(super) fn step_frame_bytes(config: &RunConfig) -> Option<usize> {
-    let rows = usize::try_from(config.batch).ok()?.checked_mul(usize::try_from(config.seq).ok()?)?;
-    let payload = config.wire.payload_bytes(rows, usize::try_from(config.width).ok()?)?;
-    let bytes = rows.checked_mul(4)?.checked_add(payload)?.checked_add(HEADER_BYTES + FRAME_SLACK_BYTES)?;
+    let rows = usize::try_from(config.batch)
+        .ok()?
+        .checked_mul(usize::try_from(config.seq).ok()?)?;
+    let payload = config
+        .wire
+        .payload_bytes(rows, usize::try_from(config.width).ok()?)?;
+    let bytes = rows
+        .checked_mul(4)?
+        .checked_add(payload)?
+        .checked_add(HEADER_BYTES + FRAME_SLACK_BYTES)?;
     (bytes <= MAX_FRAME_BYTES).then_some(bytes)
 }
 
 /// Bytes of the largest frame with a flat adapter; `None` when it is larger than any frame may be.
 pub(super) fn adapter_frame_bytes(adapter_len: u64) -> Option<usize> {
-    let bytes = usize::try_from(adapter_len).ok()?.checked_mul(4)?.checked_add(HEADER_BYTES + FRAME_SLACK_BYTES)?;
+    let bytes = usize::try_from(adapter_len)
+        .ok()?
+        .checked_mul(4)?
+        .checked_add(HEADER_BYTES + FRAME_SLACK_BYTES)?;
     (bytes <= MAX_FRAME_BYTES).then_some(bytes)
 }
 
@@ -339,7 +356,10 @@ impl MainServerSession {
         let len = config.initial_adapter.len();
         let assigned = config.assignment.adapter_len;
         if assigned != len as u64 {
-            return Err(MainError::AdapterLength { assigned, given: len });
+            return Err(MainError::AdapterLength {
+                assigned,
+                given: len,
+            });
         }
         if adapter_frame_bytes(assigned).is_none() {
             return Err(MainError::AdapterTooLarge { len });
@@ -349,12 +369,19 @@ impl MainServerSession {
         }
         let base = config.initial_adapter.clone();
         let mut session = MainServerSession {
-            office: TicketOffice { run: config.run, key: config.ticket_key, lifetime: config.ticket_lifetime },
+            office: TicketOffice {
+                run: config.run,
+                key: config.ticket_key,
+                lifetime: config.ticket_lifetime,
+            },
             door: Door::new(config.version, config.ping_interval),
             clients: BTreeMap::new(),
             next_client: 1,
             has_started: false,
-            round: RoundKey { round: 0, attempt: 0 },
+            round: RoundKey {
+                round: 0,
+                attempt: 0,
+            },
             phase: Phase::Waiting { until: None },
             base_digest: Digest::of_values(&base),
             base,
@@ -386,10 +413,18 @@ impl MainServerSession {
     pub fn handle_frame(&mut self, connection: ConnectionId, now: Duration, bytes: &[u8]) {
         match self.door.hear(connection, bytes) {
             Heard::Nothing => {}
-            Heard::Refused(reason) => self.events.push_back(MainEvent::ClientRefused { connection, reason }),
+            Heard::Refused(reason) => self
+                .events
+                .push_back(MainEvent::ClientRefused { connection, reason }),
             Heard::Hello(hello) => self.greet(connection, now, &hello),
-            Heard::Fault { guest, error } => self.expel(guest, DepartureReason::Misbehaved(error.to_string())),
-            Heard::Frame { guest, first, message } => {
+            Heard::Fault { guest, error } => {
+                self.expel(guest, DepartureReason::Misbehaved(error.to_string()))
+            }
+            Heard::Frame {
+                guest,
+                first,
+                message,
+            } => {
                 if let (true, Some(client)) = (first, self.clients.get_mut(&guest)) {
                     client.next_serial += 1;
                 }
@@ -409,7 +444,9 @@ impl MainServerSession {
         }
         self.retest(now);
         match self.phase {
-            Phase::Waiting { until: Some(until) } if until <= now => self.finish(RunEnd::NoClients, now),
+            Phase::Waiting { until: Some(until) } if until <= now => {
+                self.finish(RunEnd::NoClients, now)
+            }
             Phase::Finished { drain_by, .. } if drain_by <= now => {
                 for connection in self.door.connections() {
                     self.door.close(connection);
@@ -423,8 +460,12 @@ impl MainServerSession {
     /// What the federated server said.
     pub fn handle_control(&mut self, now: Duration, reply: ControlReply) {
         match reply {
-            ControlReply::Excluded { round, exclusion } if round == self.round => self.exclude(&exclusion),
-            ControlReply::RoundClosed(closed) if closed.round == self.round => self.close_round(closed, now),
+            ControlReply::Excluded { round, exclusion } if round == self.round => {
+                self.exclude(&exclusion)
+            }
+            ControlReply::RoundClosed(closed) if closed.round == self.round => {
+                self.close_round(closed, now)
+            }
             // Of a round that was lost meanwhile, or a repetition.
             ControlReply::Excluded { .. } | ControlReply::RoundClosed(_) => {}
         }
@@ -444,9 +485,8 @@ impl MainServerSession {
         }
     }
 
-    /// The driver's answer to `StepReady`. A member without an output is one the driver could not use (its loss or
-    /// gradient is not finite): it is dropped. Outputs for clients that have left since are ignored, as is an answer
-    /// to a step that has been lost.
+    /// The driver's answer to `StepReady`. A member without an output, or with a loss or gradient that is not finite,
+    /// is dropped. Outputs for clients that have left since are ignored, as is an answer to a step that has been lost.
     ///
     /// # Errors
     /// When a gradient's bytes do not fit the activations it belongs to; nothing is changed then.
@@ -454,9 +494,13 @@ impl MainServerSession {
         &mut self,
         now: Duration,
         key: StepKey,
-        outputs: Vec<GradientOutput>,
+        mut outputs: Vec<GradientOutput>,
     ) -> Result<(), MainError> {
-        let Phase::Computing { key: current, members } = &self.phase else {
+        let Phase::Computing {
+            key: current,
+            members,
+        } = &self.phase
+        else {
             return Ok(());
         };
         if *current != key {
@@ -467,15 +511,40 @@ impl MainServerSession {
                 && received.expected_bytes != output.payload.len()
             {
                 let (given, expected) = (output.payload.len(), received.expected_bytes);
-                return Err(MainError::GradientLength { client: output.client, given, expected });
+                return Err(MainError::GradientLength {
+                    client: output.client,
+                    given,
+                    expected,
+                });
             }
         }
+        let wire = self.config.assignment.config.wire;
+        outputs.retain(|output| {
+            members.get(&output.client).is_some_and(|received| {
+                let rows = received.batch as usize * received.seq as usize;
+                output.loss.is_finite() && wire.is_finite(&output.payload, rows)
+            })
+        });
         let weighted = |output: &GradientOutput| {
-            members.get(&output.client).map(|received| (received.tokens, f64::from(output.loss)))
+            members
+                .get(&output.client)
+                .map(|received| (received.tokens, f64::from(output.loss)))
         };
-        let tokens: u64 = outputs.iter().filter_map(weighted).map(|(tokens, _)| tokens).sum();
-        let total: f64 = outputs.iter().filter_map(weighted).map(|(tokens, loss)| tokens as f64 * loss).sum();
-        let mean_loss = if tokens == 0 { 0.0 } else { (total / tokens as f64) as f32 };
+        let tokens: u64 = outputs
+            .iter()
+            .filter_map(weighted)
+            .map(|(tokens, _)| tokens)
+            .sum();
+        let total: f64 = outputs
+            .iter()
+            .filter_map(weighted)
+            .map(|(tokens, loss)| tokens as f64 * loss)
+            .sum();
+        let mean_loss = if tokens == 0 {
+            0.0
+        } else {
+            (total / tokens as f64) as f32
+        };
 
         let Phase::Computing { mut members, .. } =
             std::mem::replace(&mut self.phase, Phase::Waiting { until: None })
@@ -484,8 +553,15 @@ impl MainServerSession {
         };
         let config = &self.config.assignment.config;
         let mut staying = BTreeSet::new();
-        for GradientOutput { client, loss, payload } in outputs {
-            let Some(received) = members.remove(&client) else { continue };
+        for GradientOutput {
+            client,
+            loss,
+            payload,
+        } in outputs
+        {
+            let Some(received) = members.remove(&client) else {
+                continue;
+            };
             let gradient = Gradient {
                 key,
                 batch: received.batch,
@@ -499,7 +575,11 @@ impl MainServerSession {
                 payload,
             };
             staying.insert(client);
-            if let Some(connection) = self.clients.get(&client).and_then(|client| client.connection) {
+            if let Some(connection) = self
+                .clients
+                .get(&client)
+                .and_then(|client| client.connection)
+            {
                 self.door.send(connection, &Message::Gradient(gradient));
             }
         }
@@ -510,16 +590,24 @@ impl MainServerSession {
                 members: staying.iter().map(|client| (*client, None)).collect(),
             };
         } else {
-            self.phase = Phase::Averaging { round: key.round, members: staying.clone() };
+            self.phase = Phase::Averaging {
+                members: staying.clone(),
+            };
         }
         for client in members.into_keys() {
-            self.controls.push_back(Control::Departed { round: key.round, client });
+            self.controls.push_back(Control::Departed {
+                round: key.round,
+                client,
+            });
             self.expel(client, DepartureReason::Unusable);
         }
         // Only those who stay are told of the next step; they may have become fewer while the others were dropped.
         if matches!(self.phase, Phase::Gathering { .. }) {
             self.send_to_all(&staying, |count| {
-                Message::StepStart(StepStart { key: key.round.step(next), members: count })
+                Message::StepStart(StepStart {
+                    key: key.round.step(next),
+                    members: count,
+                })
             });
         }
         self.retest(now);
@@ -528,7 +616,13 @@ impl MainServerSession {
 
     /// The driver's answer to `RoundClosed`, with the mean validation loss if it validates.
     pub fn validated(&mut self, now: Duration, round: RoundKey, valid_loss: Option<f64>) {
-        let Phase::Validating { round: current, included } = self.phase else { return };
+        let Phase::Validating {
+            round: current,
+            included,
+        } = self.phase
+        else {
+            return;
+        };
         if current != round {
             return;
         }
@@ -549,7 +643,10 @@ impl MainServerSession {
         if done >= rounds {
             self.finish(RunEnd::Completed, now);
         } else {
-            self.round = RoundKey { round: done, attempt: 0 };
+            self.round = RoundKey {
+                round: done,
+                attempt: 0,
+            };
             self.wait(now);
         }
         self.retest(now);
@@ -576,7 +673,10 @@ impl MainServerSession {
     pub fn poll_timeout(&self) -> Option<Duration> {
         let own = match self.phase {
             Phase::Waiting { until } => until,
-            Phase::Finished { drain_by, drained: false } => Some(drain_by),
+            Phase::Finished {
+                drain_by,
+                drained: false,
+            } => Some(drain_by),
             _ => None,
         };
         earlier(own, self.door.poll_timeout())
@@ -587,8 +687,14 @@ impl MainServerSession {
             Phase::Waiting { .. } => (RunPhase::Waiting, 0),
             Phase::Gathering { key, .. } => (RunPhase::Gathering, key.step),
             Phase::Computing { key, .. } => (RunPhase::Computing, key.step),
-            Phase::Averaging { .. } => (RunPhase::Averaging, self.config.assignment.config.local_steps),
-            Phase::Validating { .. } => (RunPhase::Validating, self.config.assignment.config.local_steps),
+            Phase::Averaging { .. } => (
+                RunPhase::Averaging,
+                self.config.assignment.config.local_steps,
+            ),
+            Phase::Validating { .. } => (
+                RunPhase::Validating,
+                self.config.assignment.config.local_steps,
+            ),
             Phase::Finished { .. } => (RunPhase::Finished, 0),
         };
         let members = self.members();
@@ -596,7 +702,10 @@ impl MainServerSession {
             Phase::Gathering { members, .. } => members.get(client).is_some_and(Option::is_none),
             _ => false,
         };
-        let connected = self.clients.iter().filter(|(_, client)| client.connection.is_some());
+        let connected = self
+            .clients
+            .iter()
+            .filter(|(_, client)| client.connection.is_some());
         RunStatus {
             phase,
             round: self.round.round,
@@ -623,7 +732,8 @@ impl MainServerSession {
             Ok(admission) => self.welcome(connection, now, hello, admission),
             Err((reason, detail)) => {
                 self.door.refuse(connection, reason, detail);
-                self.events.push_back(MainEvent::ClientRefused { connection, reason });
+                self.events
+                    .push_back(MainEvent::ClientRefused { connection, reason });
             }
         }
     }
@@ -631,12 +741,18 @@ impl MainServerSession {
     fn admit(&self, hello: &Hello, now: Duration) -> Result<Admission, (RefusalReason, String)> {
         let plain = |reason: RefusalReason| (reason, reason.to_string());
         if hello.service != Service::Main {
-            let detail = format!("this is the main service; {} connections go elsewhere", hello.service);
+            let detail = format!(
+                "this is the main service; {} connections go elsewhere",
+                hello.service
+            );
             return Err((RefusalReason::Service, detail));
         }
         let admission = match &hello.credential {
             Credential::Ticket(ticket) => {
-                let pass = self.office.check(Service::Main, ticket, now).map_err(plain)?;
+                let pass = self
+                    .office
+                    .check(Service::Main, ticket, now)
+                    .map_err(plain)?;
                 match self.clients.get(&pass.client) {
                     Some(client) if client.next_serial <= pass.serial => Admission::Known(pass),
                     _ => return Err(plain(RefusalReason::TicketSpent)),
@@ -650,19 +766,32 @@ impl MainServerSession {
         if matches!(self.phase, Phase::Finished { .. }) {
             return Err((RefusalReason::NoRun, "the run is over".to_owned()));
         }
-        let differs = |theirs: Option<Digest>, ours: Digest| theirs.is_some_and(|theirs| theirs != ours);
+        let differs =
+            |theirs: Option<Digest>, ours: Digest| theirs.is_some_and(|theirs| theirs != ours);
         if differs(hello.model, self.config.model) {
-            return Err((RefusalReason::Model, format!("this run trains the model {}", self.config.model)));
+            return Err((
+                RefusalReason::Model,
+                format!("this run trains the model {}", self.config.model),
+            ));
         }
         if differs(hello.tokenizer, self.config.tokenizer) {
-            return Err((RefusalReason::Tokenizer, format!("this run's tokenizer is {}", self.config.tokenizer)));
+            return Err((
+                RefusalReason::Tokenizer,
+                format!("this run's tokenizer is {}", self.config.tokenizer),
+            ));
         }
         let wire = self.config.assignment.config.wire;
         if !hello.capabilities.dtypes.contains(&wire) {
-            return Err((RefusalReason::WireDtype, format!("this run's wire type is {wire:?}")));
+            return Err((
+                RefusalReason::WireDtype,
+                format!("this run's wire type is {wire:?}"),
+            ));
         }
         let replaces = match admission {
-            Admission::Known(pass) => self.clients.get(&pass.client).is_some_and(|client| client.connection.is_some()),
+            Admission::Known(pass) => self
+                .clients
+                .get(&pass.client)
+                .is_some_and(|client| client.connection.is_some()),
             Admission::New => false,
         };
         if !replaces && self.connected_clients() >= self.config.max_clients as usize {
@@ -671,7 +800,13 @@ impl MainServerSession {
         Ok(admission)
     }
 
-    fn welcome(&mut self, connection: ConnectionId, now: Duration, hello: &Hello, admission: Admission) {
+    fn welcome(
+        &mut self,
+        connection: ConnectionId,
+        now: Duration,
+        hello: &Hello,
+        admission: Admission,
+    ) {
         let (id, serial) = match admission {
             Admission::New => {
                 let id = ClientId(self.next_client);
@@ -681,7 +816,14 @@ impl MainServerSession {
             Admission::Known(Pass { client, serial }) => (client, serial),
         };
         if let Some(old) = self.clients.get(&id).and_then(|client| client.connection) {
-            self.door.stop(old, stop(StopReason::Superseded, "this client opened another connection", None));
+            self.door.stop(
+                old,
+                stop(
+                    StopReason::Superseded,
+                    "this client opened another connection",
+                    None,
+                ),
+            );
             self.depart(id, DepartureReason::Superseded);
         }
         let name = display_name(&hello.name);
@@ -697,9 +839,15 @@ impl MainServerSession {
                 next_serial: serial,
             },
         );
-        let pass = Pass { client: id, serial: serial + 1 };
+        let pass = Pass {
+            client: id,
+            serial: serial + 1,
+        };
         // The federated service counts its own serials; those it is handed here are above all it has issued before.
-        let federated = Pass { client: id, serial: (serial + 1) << 32 };
+        let federated = Pass {
+            client: id,
+            serial: (serial + 1) << 32,
+        };
         let welcome = Welcome {
             version: hello.version.min(self.config.version),
             client: id,
@@ -711,9 +859,18 @@ impl MainServerSession {
             model: self.config.model,
             tokenizer: self.config.tokenizer,
         };
-        self.door.welcome(connection, id, welcome, now, self.frame_limit);
-        self.door.send(connection, &Message::Assignment(Box::new(self.config.assignment.clone())));
-        self.events.push_back(MainEvent::ClientJoined { connection, client: id, name, device });
+        self.door
+            .welcome(connection, id, welcome, now, self.frame_limit);
+        self.door.send(
+            connection,
+            &Message::Assignment(Box::new(self.config.assignment.clone())),
+        );
+        self.events.push_back(MainEvent::ClientJoined {
+            connection,
+            client: id,
+            name,
+            device,
+        });
         // A newcomer has as long to become ready as the run waits for anybody.
         if let Phase::Waiting { until: Some(until) } = &mut self.phase {
             *until = (*until).max(now + self.config.wait_for_client);
@@ -725,14 +882,20 @@ impl MainServerSession {
 
     /// Takes a client out of the run. Its connection is gone or about to be.
     fn depart(&mut self, id: ClientId, reason: DepartureReason) {
-        let Some(client) = self.clients.get_mut(&id) else { return };
+        let Some(client) = self.clients.get_mut(&id) else {
+            return;
+        };
         if client.connection.take().is_none() {
             return;
         }
         client.ready = false;
         client.holds = None;
         let name = client.name.clone();
-        self.events.push_back(MainEvent::ClientLeft { client: id, name, reason });
+        self.events.push_back(MainEvent::ClientLeft {
+            client: id,
+            name,
+            reason,
+        });
         let round = self.round;
         let was_member = match &mut self.phase {
             Phase::Gathering { members, .. } => members.remove(&id).is_some(),
@@ -741,7 +904,8 @@ impl MainServerSession {
             Phase::Waiting { .. } | Phase::Validating { .. } | Phase::Finished { .. } => false,
         };
         if was_member {
-            self.controls.push_back(Control::Departed { round, client: id });
+            self.controls
+                .push_back(Control::Departed { round, client: id });
         }
     }
 
@@ -749,19 +913,29 @@ impl MainServerSession {
     fn expel(&mut self, id: ClientId, reason: DepartureReason) {
         if let Some(connection) = self.clients.get(&id).and_then(|client| client.connection) {
             let (wire, return_after) = match &reason {
-                DepartureReason::Excluded(ExclusionReason::Absent) => (StopReason::Excluded, Some(Duration::ZERO)),
-                DepartureReason::Excluded(_) | DepartureReason::Unusable => (StopReason::BadUpdate, None),
+                DepartureReason::Excluded(ExclusionReason::Absent) => {
+                    (StopReason::Excluded, Some(Duration::ZERO))
+                }
+                DepartureReason::Excluded(_) | DepartureReason::Unusable => {
+                    (StopReason::BadUpdate, None)
+                }
                 _ => (StopReason::Unexpected, None),
             };
-            self.door.stop(connection, stop(wire, &reason.to_string(), return_after));
+            self.door
+                .stop(connection, stop(wire, &reason.to_string(), return_after));
             self.depart(id, reason);
         }
     }
 
     fn exclude(&mut self, exclusion: &Exclusion) {
         // Nobody is excluded for departing who has not: the word came from here.
-        if exclusion.reason != ExclusionReason::Departed && self.members().contains(&exclusion.client) {
-            self.expel(exclusion.client, DepartureReason::Excluded(exclusion.reason));
+        if exclusion.reason != ExclusionReason::Departed
+            && self.members().contains(&exclusion.client)
+        {
+            self.expel(
+                exclusion.client,
+                DepartureReason::Excluded(exclusion.reason),
+            );
         }
     }
 
@@ -780,13 +954,21 @@ impl MainServerSession {
                 }
             }
             Message::Leave => {
-                if let Some(connection) = self.clients.get(&client).and_then(|client| client.connection) {
+                if let Some(connection) = self
+                    .clients
+                    .get(&client)
+                    .and_then(|client| client.connection)
+                {
                     self.door.close(connection);
                 }
                 self.depart(client, DepartureReason::Left);
             }
             other => {
-                let detail = format!("expected {}, got {}", self.expected_of(client), other.name());
+                let detail = format!(
+                    "expected {}, got {}",
+                    self.expected_of(client),
+                    other.name()
+                );
                 self.expel(client, DepartureReason::Misbehaved(detail));
             }
         }
@@ -795,8 +977,12 @@ impl MainServerSession {
     /// What this client may send now, for error texts.
     fn expected_of(&self, client: ClientId) -> String {
         match &self.phase {
-            _ if !self.clients.get(&client).is_some_and(|client| client.ready) => "Ready or Leave".to_owned(),
-            Phase::Gathering { key, members } if members.get(&client).is_some_and(Option::is_none) => {
+            _ if !self.clients.get(&client).is_some_and(|client| client.ready) => {
+                "Ready or Leave".to_owned()
+            }
+            Phase::Gathering { key, members }
+                if members.get(&client).is_some_and(Option::is_none) =>
+            {
                 format!("Activations of {key} or Leave")
             }
             _ => "Leave".to_owned(),
@@ -804,7 +990,9 @@ impl MainServerSession {
     }
 
     fn handle_ready(&mut self, id: ClientId, now: Duration) {
-        let Some(client) = self.clients.get_mut(&id) else { return };
+        let Some(client) = self.clients.get_mut(&id) else {
+            return;
+        };
         if client.ready {
             let detail = format!("expected {}, got Ready", self.expected_of(id));
             return self.expel(id, DepartureReason::Misbehaved(detail));
@@ -814,8 +1002,18 @@ impl MainServerSession {
         self.retest(now);
     }
 
-    fn handle_activations(&mut self, client: ClientId, activations: Activations) -> Result<(), String> {
-        let unexpected = || format!("expected {}, got Activations of {}", self.expected_of(client), activations.key);
+    fn handle_activations(
+        &mut self,
+        client: ClientId,
+        activations: Activations,
+    ) -> Result<(), String> {
+        let unexpected = || {
+            format!(
+                "expected {}, got Activations of {}",
+                self.expected_of(client),
+                activations.key
+            )
+        };
         let Phase::Gathering { key, members } = &self.phase else {
             return Err(unexpected());
         };
@@ -829,9 +1027,22 @@ impl MainServerSession {
         Ok(())
     }
 
-    fn check_activations(&self, client: ClientId, given: Activations) -> Result<(Received, Contribution), String> {
+    fn check_activations(
+        &self,
+        client: ClientId,
+        given: Activations,
+    ) -> Result<(Received, Contribution), String> {
         let config = &self.config.assignment.config;
-        let Activations { batch, seq, width, dtype, examples, targets, payload, .. } = given;
+        let Activations {
+            batch,
+            seq,
+            width,
+            dtype,
+            examples,
+            targets,
+            payload,
+            ..
+        } = given;
         if !(1..=config.batch).contains(&batch)
             || !(1..=config.seq).contains(&seq)
             || (width, dtype) != (config.width, config.wire)
@@ -843,7 +1054,9 @@ impl MainServerSession {
         }
         // Within the agreed sizes, whose product is known to fit.
         let rows = batch as usize * seq as usize;
-        let expected_bytes = dtype.payload_bytes(rows, width as usize).unwrap_or(usize::MAX);
+        let expected_bytes = dtype
+            .payload_bytes(rows, width as usize)
+            .unwrap_or(usize::MAX);
         if payload.len() != expected_bytes || targets.len() != rows {
             return Err(format!(
                 "activations of {batch} × {seq} × {width} with {} payload bytes and {} targets, not {expected_bytes} \
@@ -853,7 +1066,8 @@ impl MainServerSession {
             ));
         }
         let is_target = |target: &i32| {
-            *target == IGNORED_TARGET || u32::try_from(*target).is_ok_and(|target| target < config.vocab)
+            *target == IGNORED_TARGET
+                || u32::try_from(*target).is_ok_and(|target| target < config.vocab)
         };
         if let Some(position) = targets.iter().position(|target| !is_target(target)) {
             return Err(format!(
@@ -867,10 +1081,29 @@ impl MainServerSession {
         if !(1..=batch).contains(&examples) {
             return Err(format!("{examples} examples in a batch of {batch}"));
         }
-        let tokens = targets.iter().filter(|target| **target != IGNORED_TARGET).count() as u64;
-        let received = Received { batch, seq, tokens, activations: Digest::of(&payload), expected_bytes };
-        let contribution =
-            Contribution { client, batch, seq, width, dtype, examples, tokens, weight: 0.0, targets, payload };
+        let tokens = targets
+            .iter()
+            .filter(|target| **target != IGNORED_TARGET)
+            .count() as u64;
+        let received = Received {
+            batch,
+            seq,
+            tokens,
+            activations: Digest::of(&payload),
+            expected_bytes,
+        };
+        let contribution = Contribution {
+            client,
+            batch,
+            seq,
+            width,
+            dtype,
+            examples,
+            tokens,
+            weight: 0.0,
+            targets,
+            payload,
+        };
         Ok((received, contribution))
     }
 
@@ -884,19 +1117,24 @@ impl MainServerSession {
                 let members = std::mem::take(members);
                 let mut received = BTreeMap::new();
                 let mut contributions = Vec::new();
-                for (client, (record, contribution)) in
-                    members.into_iter().filter_map(|(client, given)| Some((client, given?)))
+                for (client, (record, contribution)) in members
+                    .into_iter()
+                    .filter_map(|(client, given)| Some((client, given?)))
                 {
                     received.insert(client, record);
                     contributions.push(contribution);
                 }
                 share(&mut contributions);
-                self.phase = Phase::Computing { key, members: received };
-                self.events.push_back(MainEvent::StepReady { key, contributions });
+                self.phase = Phase::Computing {
+                    key,
+                    members: received,
+                };
+                self.events
+                    .push_back(MainEvent::StepReady { key, contributions });
             }
             Phase::Computing { members, .. } if members.is_empty() => self.lose_round(now),
             Phase::Averaging { members, .. } if members.is_empty() => self.lose_round(now),
-            Phase::Finished { drained, .. } if !*drained && self.door.is_empty() => {
+            Phase::Finished { drained, .. } if !*drained && !self.door.has_guests() => {
                 *drained = true;
                 self.events.push_back(MainEvent::Drained);
             }
@@ -906,9 +1144,17 @@ impl MainServerSession {
 
     /// Starts the next round if enough are ready: the number asked for at first, anybody later.
     fn start_round(&mut self, now: Duration) {
-        let ready: BTreeSet<ClientId> =
-            self.clients.iter().filter(|(_, client)| client.ready).map(|(id, _)| *id).collect();
-        let needed = if self.has_started { 1 } else { self.config.clients as usize };
+        let ready: BTreeSet<ClientId> = self
+            .clients
+            .iter()
+            .filter(|(_, client)| client.ready)
+            .map(|(id, _)| *id)
+            .collect();
+        let needed = if self.has_started {
+            1
+        } else {
+            self.config.clients as usize
+        };
         if ready.len() < needed {
             return;
         }
@@ -916,24 +1162,45 @@ impl MainServerSession {
         let round = self.round;
         let count = ready.len() as u32;
         self.open_round(ready.clone());
-        self.events.push_back(MainEvent::RoundStarted { round, members: ready.iter().copied().collect() });
-        for client in ready.iter().filter_map(|id| self.clients.get_mut(id)) {
+        self.events.push_back(MainEvent::RoundStarted {
+            round,
+            members: ready.iter().copied().collect(),
+        });
+        for id in &ready {
+            let Some(client) = self.clients.get_mut(id) else {
+                continue;
+            };
             let holds = client.holds.replace(self.base_digest);
             let adapter = (holds != Some(self.base_digest)).then(|| self.base.clone());
             if let Some(connection) = client.connection {
-                let start = RoundStart { round, base: self.base_digest, members: count, adapter };
+                let start = RoundStart {
+                    round,
+                    base: self.base_digest,
+                    members: count,
+                    adapter,
+                };
                 self.door.send(connection, &Message::RoundStart(start));
             }
         }
         let key = round.step(0);
-        self.send_to_all(&ready, |count| Message::StepStart(StepStart { key, members: count }));
-        self.phase = Phase::Gathering { key, members: ready.into_iter().map(|client| (client, None)).collect() };
+        self.send_to_all(&ready, |count| {
+            Message::StepStart(StepStart {
+                key,
+                members: count,
+            })
+        });
+        self.phase = Phase::Gathering {
+            key,
+            members: ready.into_iter().map(|client| (client, None)).collect(),
+        };
         self.retest(now);
     }
 
     fn send_to_all(&mut self, clients: &BTreeSet<ClientId>, message: impl Fn(u32) -> Message) {
-        let connections: Vec<ConnectionId> =
-            clients.iter().filter_map(|id| self.clients.get(id)?.connection).collect();
+        let connections: Vec<ConnectionId> = clients
+            .iter()
+            .filter_map(|id| self.clients.get(id)?.connection)
+            .collect();
         let message = message(connections.len() as u32);
         for connection in connections {
             self.door.send(connection, &message);
@@ -941,7 +1208,8 @@ impl MainServerSession {
     }
 
     fn lose_round(&mut self, now: Duration) {
-        self.events.push_back(MainEvent::RoundLost { round: self.round });
+        self.events
+            .push_back(MainEvent::RoundLost { round: self.round });
         self.round.attempt += 1;
         self.wait(now);
         self.retest(now);
@@ -971,7 +1239,11 @@ impl MainServerSession {
             return;
         };
         let fault = if average.len() != self.base.len() {
-            Some(format!("an average of {} values, not {}", average.len(), self.base.len()))
+            Some(format!(
+                "an average of {} values, not {}",
+                average.len(),
+                self.base.len()
+            ))
         } else if !average.iter().all(|value| value.is_finite()) {
             Some("an average with a value that is not finite".to_owned())
         } else if Digest::of_values(&average) != digest {
@@ -995,9 +1267,17 @@ impl MainServerSession {
         self.base = average.clone();
         self.base_digest = digest;
         let round = closed.round;
-        self.phase = Phase::Validating { round, included: closed.included.len() as u32 };
+        self.phase = Phase::Validating {
+            round,
+            included: closed.included.len() as u32,
+        };
         let (included, excluded) = (closed.included, closed.excluded);
-        self.events.push_back(MainEvent::RoundClosed { round, average, included, excluded });
+        self.events.push_back(MainEvent::RoundClosed {
+            round,
+            average,
+            included,
+            excluded,
+        });
     }
 
     fn finish(&mut self, reason: RunEnd, now: Duration) {
@@ -1007,13 +1287,18 @@ impl MainServerSession {
         let message = Message::Stop(match &reason {
             RunEnd::Completed => stop(StopReason::Completed, "all rounds are done", None),
             RunEnd::NoClients => stop(StopReason::Shutdown, "nobody was ready in time", None),
-            RunEnd::Stopped(detail) | RunEnd::FederatedFault(detail) => stop(StopReason::Shutdown, detail, None),
+            RunEnd::Stopped(detail) | RunEnd::FederatedFault(detail) => {
+                stop(StopReason::Shutdown, detail, None)
+            }
         });
         // The connections stay until the clients have heard and hung up.
         for connection in self.clients.values().filter_map(|client| client.connection) {
             self.door.send(connection, &message);
         }
-        self.phase = Phase::Finished { drain_by: now + silence_limit(self.config.ping_interval), drained: false };
+        self.phase = Phase::Finished {
+            drain_by: now + silence_limit(self.config.ping_interval),
+            drained: false,
+        };
         self.controls.push_back(Control::CloseRun);
         self.events.push_back(MainEvent::Finished { reason });
     }
@@ -1046,24 +1331,40 @@ impl MainServerSession {
             Phase::Gathering { members, .. } => members.keys().copied().collect(),
             Phase::Computing { members, .. } => members.keys().copied().collect(),
             Phase::Averaging { members, .. } => members.clone(),
-            Phase::Waiting { .. } | Phase::Validating { .. } | Phase::Finished { .. } => BTreeSet::new(),
+            Phase::Waiting { .. } | Phase::Validating { .. } | Phase::Finished { .. } => {
+                BTreeSet::new()
+            }
         }
     }
 
     fn connected_clients(&self) -> usize {
-        self.clients.values().filter(|client| client.connection.is_some()).count()
+        self.clients
+            .values()
+            .filter(|client| client.connection.is_some())
+            .count()
     }
 }
 
 /// Gives each contribution its share of the step's tokens; equal shares if there is no token at all.
 fn share(contributions: &mut [Contribution]) {
-    let total: u64 = contributions.iter().map(|contribution| contribution.tokens).sum();
+    let total: u64 = contributions
+        .iter()
+        .map(|contribution| contribution.tokens)
+        .sum();
     let count = contributions.len() as f64;
     for contribution in contributions {
-        contribution.weight = if total == 0 { 1.0 / count } else { contribution.tokens as f64 / total as f64 };
+        contribution.weight = if total == 0 {
+            1.0 / count
+        } else {
+            contribution.tokens as f64 / total as f64
+        };
     }
 }
 
 fn stop(reason: StopReason, detail: &str, return_after: Option<Duration>) -> Stop {
-    Stop { reason, detail: detail.to_owned(), return_after }
+    Stop {
+        reason,
+        detail: detail.to_owned(),
+        return_after,
+    }
 }

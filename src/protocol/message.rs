@@ -165,13 +165,22 @@ impl WireDtype {
     /// Whether every number of a payload of this type is finite. For int8 only the scales can fail to be.
     pub fn is_finite(self, payload: &[u8], rows: usize) -> bool {
         match self {
-            WireDtype::F32 => payload.as_chunks::<4>().0.iter().all(|bytes| f32::from_le_bytes(*bytes).is_finite()),
-            WireDtype::F16 => {
-                payload.as_chunks::<2>().0.iter().all(|bytes| u16::from_le_bytes(*bytes) & 0x7c00 != 0x7c00)
-            }
-            WireDtype::Int8 => {
-                payload.as_chunks::<4>().0.iter().take(rows).all(|bytes| f32::from_le_bytes(*bytes).is_finite())
-            }
+            WireDtype::F32 => payload
+                .as_chunks::<4>()
+                .0
+                .iter()
+                .all(|bytes| f32::from_le_bytes(*bytes).is_finite()),
+            WireDtype::F16 => payload
+                .as_chunks::<2>()
+                .0
+                .iter()
+                .all(|bytes| u16::from_le_bytes(*bytes) & 0x7c00 != 0x7c00),
+            WireDtype::Int8 => payload
+                .as_chunks::<4>()
+                .0
+                .iter()
+                .take(rows)
+                .all(|bytes| f32::from_le_bytes(*bytes).is_finite()),
         }
     }
 }
@@ -410,10 +419,18 @@ impl fmt::Display for RefusalReason {
             RefusalReason::Service => "this address serves another purpose",
             RefusalReason::SecretMissing => "this run needs its join token; give --token",
             RefusalReason::SecretWrong => "the join token is wrong; copy it again from the server",
-            RefusalReason::TicketForged => "the ticket was not issued by this server; join again with the join token",
-            RefusalReason::TicketExpired => "the ticket has expired; join again with the join token",
-            RefusalReason::TicketSpent => "the ticket has been used; join again with the join token",
-            RefusalReason::TicketOtherRun => "the ticket belongs to another run; join again with the join token",
+            RefusalReason::TicketForged => {
+                "the ticket was not issued by this server; join again with the join token"
+            }
+            RefusalReason::TicketExpired => {
+                "the ticket has expired; join again with the join token"
+            }
+            RefusalReason::TicketSpent => {
+                "the ticket has been used; join again with the join token"
+            }
+            RefusalReason::TicketOtherRun => {
+                "the ticket belongs to another run; join again with the join token"
+            }
             RefusalReason::Model => "the server trains another model",
             RefusalReason::Tokenizer => "the server uses another tokenizer",
             RefusalReason::WireDtype => "this client cannot encode the run's wire type",
@@ -600,8 +617,15 @@ pub enum Control {
 impl fmt::Debug for Control {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Control::OpenRun { run, adapter_len, .. } => write!(f, "OpenRun({run}, {adapter_len} numbers)"),
-            Control::OpenRound { round, members, base, .. } => write!(f, "OpenRound({round}, {members:?}, {base})"),
+            Control::OpenRun {
+                run, adapter_len, ..
+            } => write!(f, "OpenRun({run}, {adapter_len} numbers)"),
+            Control::OpenRound {
+                round,
+                members,
+                base,
+                ..
+            } => write!(f, "OpenRound({round}, {members:?}, {base})"),
             Control::Departed { round, client } => write!(f, "Departed({round}, {client})"),
             Control::CloseRun => write!(f, "CloseRun"),
         }
@@ -659,7 +683,10 @@ pub struct Inclusion {
 #[derive(Clone, Debug, PartialEq)]
 pub enum ControlReply {
     /// A member was left out while the round goes on.
-    Excluded { round: RoundKey, exclusion: Exclusion },
+    Excluded {
+        round: RoundKey,
+        exclusion: Exclusion,
+    },
     /// The round is averaged. No individual adapter is in here, unless one client was alone.
     RoundClosed(RoundClosed),
 }

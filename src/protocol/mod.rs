@@ -32,14 +32,19 @@ pub mod message;
 
 use std::time::Duration;
 
-pub use client::{ActivationsInput, ClientConfig, ClientError, ClientEvent, ClientFailure, ClientSession, FinishReason};
+pub use client::{
+    ActivationsInput, ClientConfig, ClientError, ClientEvent, ClientFailure, ClientSession,
+    FinishReason,
+};
 pub use control::{ControlConfig, ControlEvent, ControlSession};
 pub use dial::ConnectionFault;
-pub use federated_server::{ControlAccess, FederatedConfig, FederatedEvent, FederatedServerSession};
+pub use federated_server::{
+    ControlAccess, FederatedConfig, FederatedEvent, FederatedServerSession,
+};
 pub use link::{LinkError, MISSED_PINGS, silence_limit};
 pub use main_server::{
-    ClientStatus, Contribution, DepartureReason, GradientOutput, MainConfig, MainError, MainEvent, MainServerSession,
-    RunEnd, RunPhase, RunStatus,
+    ClientStatus, Contribution, DepartureReason, GradientOutput, MainConfig, MainError, MainEvent,
+    MainServerSession, RunEnd, RunPhase, RunStatus,
 };
 
 /// How often each side of a connection pings, unless configured otherwise.
@@ -79,6 +84,15 @@ fn earlier(left: Option<Duration>, right: Option<Duration>) -> Option<Duration> 
 /// A name fit for a terminal, a log and a page: one line, not long.
 fn display_name(name: &str) -> String {
     const LONGEST: usize = 64;
-    let name: String = name.trim().chars().filter(|character| !character.is_control()).take(LONGEST).collect();
-    if name.is_empty() { "unnamed".to_owned() } else { name }
+    let name: String = name
+        .trim()
+        .chars()
+        .filter(|character| !character.is_control())
+        .take(LONGEST)
+        .collect();
+    if name.is_empty() {
+        "unnamed".to_owned()
+    } else {
+        name
+    }
 }

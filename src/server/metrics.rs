@@ -35,7 +35,7 @@ pub struct StepRecord {
 }
 
 /// The end of a round.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct RoundRecord {
     pub round: u32,
     /// In the average.

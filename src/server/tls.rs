@@ -154,7 +154,7 @@ fn write_private(path: &Path, contents: &[u8]) -> Result<(), Error> {
 /// Every name and address by which this machine may be called: `localhost`, its host name, its interfaces' addresses.
 pub fn local_names() -> BTreeSet<String> {
     let mut names = BTreeSet::from(["localhost", "127.0.0.1", "::1"].map(str::to_owned));
-    if let Some(host) = host_name() {
+    if let Some(host) = crate::transport::host_name() {
         if !host.contains('.') {
             names.insert(format!("{host}.local"));
         }
@@ -167,21 +167,6 @@ pub fn local_names() -> BTreeSet<String> {
         }
     }
     names
-}
-
-fn host_name() -> Option<String> {
-    let name = fs::read_to_string("/proc/sys/kernel/hostname").ok().or_else(|| std::env::var("COMPUTERNAME").ok());
-    let name = name.or_else(|| {
-        let output = std::process::Command::new("hostname").output().ok()?;
-        String::from_utf8(output.stdout).ok()
-    })?;
-    let name = name.trim().to_lowercase();
-    let valid = !name.is_empty()
-        && name.len() <= 253
-        && name.split('.').all(|label| {
-            (1..=63).contains(&label.len()) && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
-        });
-    valid.then_some(name)
 }
 
 #[cfg(test)]

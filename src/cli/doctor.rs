@@ -1,0 +1,115 @@
+//! `doctor`: what this machine can do, and what to install when something is missing.
+
+use clap::Args;
+use serde_json::json;
+
+use crate::compute::{DeviceClass, device};
+
+use super::options::OutputOptions;
+
+/// Show what this machine can do: adapters, features, limits, addresses, and what to install when something is missing.
+///
+/// Example: sflllm doctor
+#[derive(Args, Debug)]
+pub struct Options {
+    #[command(flatten)]
+    pub output: OutputOptions,
+}
+
+pub fn run(options: Options) -> anyhow::Result<()> {
+    let adapters = pollster::block_on(device::list());
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let addresses: Vec<(String, String)> = if_addrs::get_if_addrs()?
+        .into_iter()
+        .filter(|interface| !interface.is_loopback())
+        .map(|interface| (interface.name.clone(), interface.ip().to_string()))
+        .collect();
+    let home = crate::transport::data_directory().ok();
+    let certificate = home
+        .as_ref()
+        .map(|home| home.join("tls/certificate.pem"))
+        .filter(|path| path.is_file());
+    let real = adapters
+        .iter()
+        .any(|adapter| adapter.class == DeviceClass::Gpu);
+    let chosen = match adapters.first() {
+        Some(first) if first.class == DeviceClass::Gpu => first.label(),
+        _ => "CPU engine".to_owned(),
+    };
+    let mut advice = Vec::new();
+    if adapters.is_empty() {
+        advice.push(
+            "no Vulkan, Metal or DX12 adapter: install the GPU's driver; for an emulated one on Debian/Ubuntu: \
+             apt install mesa-vulkan-drivers",
+        );
+    } else if !real {
+        advice.push("only emulated adapters: `--device auto` takes the CPU engine, which is faster on the same cores");
+    }
+    if addresses.is_empty() {
+        advice.push("no network address: other devices cannot join; connect this machine to a network");
+    }
+    if crate::server::ASSETS.is_empty() {
+        advice.push("this program holds no browser client: build it with `cargo xtask web`, then build this program again");
+    }
+    if options.output.json {
+        println!(
+            "{:#}",
+            json!({
+                "version": env!("CARGO_PKG_VERSION"),
+                "device": chosen,
+                "cpu_threads": threads,
+                "adapters": adapters.iter().map(|a| json!({
+                    "name": a.name, "backend": a.backend, "driver": a.driver,
+                    "class": format!("{:?}", a.class), "features": a.features,
+                    "max_binding_bytes": a.max_binding_bytes, "workgroup_bytes": a.workgroup_bytes,
+                    "workgroup_invocations": a.workgroup_invocations,
+                })).collect::<Vec<_>>(),
+                "addresses": addresses.iter().map(|(name, ip)| json!({"interface": name, "ip": ip})).collect::<Vec<_>>(),
+                "home": home, "certificate": certificate,
+                "browser_client": !crate::server::ASSETS.is_empty(),
+                "advice": advice,
+            })
+        );
+        return Ok(());
+    }
+    println!("sflllm {}", env!("CARGO_PKG_VERSION"));
+    println!("device     {chosen} (what `--device auto` takes), {threads} CPU threads");
+    if adapters.is_empty() {
+        println!("adapters   none");
+    }
+    for adapter in &adapters {
+        println!("adapter    {}", adapter.label());
+        println!("           driver {}", adapter.driver);
+        println!(
+            "           {}, bindings up to {} MiB, workgroups of {} invocations and {} KiB",
+            match adapter.class {
+                DeviceClass::Gpu => "GPU",
+                DeviceClass::CpuAdapter | DeviceClass::CpuEngine => "emulated on the CPU",
+            },
+            adapter.max_binding_bytes >> 20,
+            adapter.workgroup_invocations,
+            adapter.workgroup_bytes >> 10
+        );
+        println!("           features {}", adapter.features.join(", "));
+    }
+    for (name, ip) in &addresses {
+        println!("network    {ip} ({name})");
+    }
+    match (&home, &certificate) {
+        (_, Some(path)) => println!("certificate {}", path.display()),
+        (Some(_), None) => println!("certificate none yet: `sflllm serve` makes one"),
+        (None, None) => println!("certificate no place for one: set SFLLLM_HOME or HOME"),
+    }
+    println!(
+        "web page   {}",
+        if crate::server::ASSETS.is_empty() {
+            "not built in"
+        } else {
+            "built in"
+        }
+    );
+    for line in advice {
+        println!("advice     {line}");
+    }
+    Ok(())
+}

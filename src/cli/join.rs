@@ -1,0 +1,197 @@
+//! `sflllm join`: a native edge client.
+
+use std::path::PathBuf;
+use std::sync::Mutex;
+
+use anyhow::Context;
+use tokio::sync::watch;
+
+use super::console::Console;
+use super::options::{DeviceOptions, OutputOptions};
+use crate::client::native::{self, Report, Settings, Source};
+use crate::protocol::FinishReason;
+use crate::transport::{self, Dialer, JoinLink, Trust};
+
+/// Take part in a run as an edge client: data stays here, activations go to the server.
+#[derive(clap::Args, Debug)]
+#[command(after_help = "\
+Example:
+  sflllm join 'https://192.168.1.20:8443/?join=1#t=k7wd-m2pq-9xhc-4vtn' --data my_text.txt
+
+The server prints the link. A server on another machine has a certificate of its own making: copy the file it names to this
+machine and give it with --ca FILE, or accept any certificate with --insecure-tls on a network you trust.")]
+pub struct Options {
+    /// The server's address or join link, such as https://192.168.1.20:8443
+    pub url: JoinLink,
+    /// Text to train on: JSON lines, `meaning||reference` lines or plain text
+    #[arg(long, value_name = "FILE")]
+    pub data: PathBuf,
+    /// Join token, unless the link has it after #t=
+    #[arg(long, value_name = "TOKEN")]
+    pub token: Option<String>,
+    /// Accept any server certificate: encrypted, but an attacker on the network could pose as the server
+    #[arg(long, conflicts_with = "ca")]
+    pub insecure_tls: bool,
+    /// PEM file with the server's certificate, or with that of its authority
+    #[arg(long, value_name = "FILE")]
+    pub ca: Option<PathBuf>,
+    /// Name shown to the server (default: this machine's name)
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// Save the client's side of the averaged adapter here, in PEFT's form, after every round
+    #[arg(long, value_name = "DIR")]
+    pub adapter_out: Option<PathBuf>,
+    /// Leave out lines that cannot be read, instead of stopping at the first
+    #[arg(long)]
+    pub skip_bad_lines: bool,
+    #[command(flatten)]
+    pub device: DeviceOptions,
+    #[command(flatten)]
+    pub output: OutputOptions,
+}
+
+/// # Errors
+/// One sentence that says what to do.
+pub fn run(options: Options) -> anyhow::Result<()> {
+    // Found out now, rather than after the model has been fetched.
+    std::fs::metadata(&options.data).with_context(|| format!("cannot read {}", options.data.display()))?;
+    let trust = match (&options.ca, options.insecure_tls) {
+        (Some(file), _) => Trust::Authority(file.clone()),
+        (None, true) => Trust::Anyone,
+        (None, false) => Trust::Known,
+    };
+    let console = Console::new(options.output.quiet);
+    let engine = options.device.engine()?;
+    console.line(format!("joining {} with {}", options.url.origin, engine.name()));
+    let settings = Settings {
+        server: options.url.origin.clone(),
+        token: options.token.or(options.url.token),
+        dialer: Dialer::new(&trust)?,
+        name: options.name.or_else(transport::host_name).unwrap_or_else(|| "native client".to_owned()),
+        engine,
+        source: Source::File { path: options.data, skip_bad_lines: options.skip_bad_lines },
+        cache: transport::cache_directory()?,
+        adapter_out: options.adapter_out.clone(),
+    };
+    console.waiting("connecting");
+    let runtime = super::serve::runtime()?;
+    let summary = runtime.block_on(async {
+        let (stop_sender, stop) = watch::channel(false);
+        let signals = console.clone();
+        tokio::spawn(async move {
+            super::serve::interrupted().await;
+            signals.important("leaving; press Ctrl-C again to quit at once");
+            // The client may be done already.
+            let _ = stop_sender.send(true);
+            super::serve::interrupted().await;
+            std::process::exit(130);
+        });
+        let shown = Shown { console: console.clone(), fetching: Mutex::new(String::new()) };
+        native::join(settings, stop, move |report| shown.report(&report)).await
+    });
+    console.finish();
+    let summary = summary?;
+    if options.output.json {
+        let line = serde_json::json!({
+            "steps": summary.steps, "tokens": summary.tokens, "seconds": summary.seconds,
+            "bytes_up": summary.bytes_up, "bytes_down": summary.bytes_down,
+            "completed": summary.reason == FinishReason::Completed,
+        });
+        println!("{line}");
+    }
+    let ending = match &summary.reason {
+        FinishReason::Completed => "the run is complete".to_owned(),
+        FinishReason::Left => "left the run".to_owned(),
+        FinishReason::Stopped { detail, return_after: None } => format!("the server ended the run: {detail}"),
+        FinishReason::Stopped { detail, return_after: Some(after) } => {
+            format!("the server ended the run: {detail}; come back in {} s", after.as_secs())
+        }
+    };
+    console.important(format!(
+        "{ending}: {} steps in {:.1} s, {} sent, {} received{}",
+        summary.steps,
+        summary.seconds,
+        bytes(summary.bytes_up),
+        bytes(summary.bytes_down),
+        options.adapter_out.map(|directory| format!("; adapter in {}", directory.display())).unwrap_or_default(),
+    ));
+    Ok(())
+}
+
+/// `1.5 MB`.
+pub(super) fn bytes(count: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "kB", "MB", "GB", "TB"];
+    let mut value = count as f64;
+    let mut unit = 0;
+    while value >= 999.5 && unit + 1 < UNITS.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    let digits = usize::from(unit > 0 && value < 100.0);
+    format!("{value:.digits$} {}", UNITS[unit])
+}
+
+struct Shown {
+    console: Console,
+    /// The part of the model that is being fetched.
+    fetching: Mutex<String>,
+}
+
+impl Shown {
+    fn report(&self, report: &Report) {
+        let console = &self.console;
+        match report {
+            Report::Connected => console.waiting("connected; waiting for the assignment"),
+            Report::ConnectionLost { reason, .. } => console.line(match reason {
+                Some(reason) => format!("connection lost ({reason}); trying again"),
+                None => "connection lost; trying again".to_owned(),
+            }),
+            Report::Fetching { name, done, bytes: total } => {
+                console.waiting(format!("fetching {name}: {} of {}", bytes(*done), bytes(*total)));
+                let mut fetching = self.fetching.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                if *fetching != *name {
+                    console.line(format!("fetching {name} ({})", bytes(*total)));
+                    fetching.clone_from(name);
+                }
+            }
+            Report::Loaded { data, blocks, steps, .. } => {
+                if let Some(data) = data {
+                    console.line(format!("data: {data}"));
+                }
+                console.line(format!("loaded the embedding and {blocks} blocks; {steps} steps to go"));
+                console.waiting("waiting for the next round");
+            }
+            Report::RoundStarted { round, rounds, members } => {
+                console.line(format!("round {round} of {rounds} with {members} clients"));
+            }
+            Report::Step { step, steps, loss, mean_loss, .. } => console.step(
+                u64::from(*step),
+                u64::from(*steps),
+                format!("loss {loss:.3} (all clients {mean_loss:.3})"),
+            ),
+            Report::Round(result) => console.line(match result.valid_loss {
+                Some(loss) => format!(
+                    "round {} of {} done: validation loss {loss:.4}, perplexity {:.3}",
+                    result.round + 1,
+                    result.rounds,
+                    loss.exp()
+                ),
+                None => format!("round {} of {} done", result.round + 1, result.rounds),
+            }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::bytes;
+
+    #[test]
+    fn byte_counts_are_readable() {
+        assert_eq!(bytes(0), "0 B");
+        assert_eq!(bytes(999), "999 B");
+        assert_eq!(bytes(1500), "1.5 kB");
+        assert_eq!(bytes(123_456_789), "123 MB");
+        assert_eq!(bytes(2_000_000_000), "2.0 GB");
+    }
+}

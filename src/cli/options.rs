@@ -1,0 +1,221 @@
+//! Options that several commands share, with their defaults, and the ways they become settings.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+use crate::compute::{Engine, Selection};
+use crate::model::adapter::{LoraSpec, Target};
+use crate::model::optimizer::{OptimizerSettings, Schedule};
+use crate::model::weights::WeightDtype;
+
+/// A number, or `auto`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Choice {
+    Auto,
+    Value(usize),
+}
+
+impl std::str::FromStr for Choice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            number => number
+                .parse()
+                .map(Self::Value)
+                .map_err(|_| format!("`{number}` is neither a whole number nor `auto`")),
+        }
+    }
+}
+
+/// How frozen weights are held.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Held {
+    #[default]
+    F16,
+    F32,
+}
+
+impl From<Held> for WeightDtype {
+    fn from(held: Held) -> Self {
+        match held {
+            Held::F16 => WeightDtype::F16,
+            Held::F32 => WeightDtype::F32,
+        }
+    }
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct ModelOptions {
+    /// A Hugging Face GPT-2 directory (config.json, model.safetensors, tokenizer.json or vocab.json + merges.txt), or `demo`
+    #[arg(long, value_name = "DIR|demo", default_value = "demo")]
+    pub model: String,
+    /// How frozen weights are held on the device
+    #[arg(long, value_enum, default_value_t, value_name = "f16|f32")]
+    pub weights: Held,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct DeviceOptions {
+    /// auto (a GPU, else the CPU engine), gpu, cpu, or part of an adapter's name (`sflllm doctor` lists them)
+    #[arg(long, value_name = "DEVICE", default_value_t)]
+    pub device: Selection,
+}
+
+impl DeviceOptions {
+    /// Opens the device.
+    pub fn engine(&self) -> Result<Engine, crate::compute::Error> {
+        pollster::block_on(Engine::open(&self.device))
+    }
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct OutputOptions {
+    /// Machine-readable results on stdout
+    #[arg(long)]
+    pub json: bool,
+    /// No progress on stderr
+    #[arg(long)]
+    pub quiet: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct LoraOptions {
+    /// Rank of the adapter; auto takes 8
+    #[arg(long, value_name = "N|auto", default_value = "auto")]
+    pub rank: Choice,
+    /// Scale of the adapter, over its rank; twice the rank if not given
+    #[arg(long, value_name = "F")]
+    pub alpha: Option<f32>,
+    /// Adapted matrices: c_attn, c_proj (attention's and mlp's), c_fc
+    #[arg(long, value_name = "NAMES", default_value = "c_attn", value_parser = parse_targets)]
+    pub targets: TargetList,
+    /// Start from this PEFT adapter instead of a fresh one; it brings its own rank, alpha and targets
+    #[arg(long, value_name = "DIR")]
+    pub init_adapter: Option<PathBuf>,
+}
+
+/// What `--targets` names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TargetList(pub Vec<Target>);
+
+fn parse_targets(names: &str) -> Result<TargetList, String> {
+    LoraSpec::parse_targets(names)
+        .map(TargetList)
+        .map_err(|error| error.to_string())
+}
+
+/// What `--rank auto` takes.
+const DEFAULT_RANK: usize = 8;
+
+impl LoraOptions {
+    /// The adapter these options ask for.
+    pub fn spec(&self) -> Result<LoraSpec, crate::model::adapter::AdapterError> {
+        let rank = match self.rank {
+            Choice::Auto => DEFAULT_RANK,
+            Choice::Value(rank) => rank,
+        };
+        let alpha = self.alpha.unwrap_or(2.0 * rank as f32);
+        LoraSpec::new(rank, alpha, self.targets.0.clone())
+    }
+}
+
+/// How the learning rate goes over the run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum ScheduleName {
+    #[default]
+    Constant,
+    Linear,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct OptimizerOptions {
+    /// Learning rate of AdamW
+    #[arg(long, value_name = "F", default_value_t = 1e-3)]
+    pub lr: f32,
+    /// Decoupled weight decay
+    #[arg(long, value_name = "F", default_value_t = 0.01)]
+    pub weight_decay: f32,
+    /// Steps over which the learning rate rises from zero
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub warmup: u64,
+    /// What the learning rate does after that
+    #[arg(long, value_enum, default_value_t, value_name = "constant|linear")]
+    pub schedule: ScheduleName,
+    /// Scale gradients down to this global norm
+    #[arg(long, value_name = "F")]
+    pub clip: Option<f32>,
+}
+
+impl OptimizerOptions {
+    /// The settings of a run of `total_steps` steps.
+    pub fn settings(&self, total_steps: u64) -> anyhow::Result<OptimizerSettings> {
+        anyhow::ensure!(
+            self.lr.is_finite() && self.lr >= 0.0,
+            "--lr {} must be a number of at least 0",
+            self.lr
+        );
+        anyhow::ensure!(
+            self.weight_decay.is_finite() && self.weight_decay >= 0.0,
+            "--weight-decay {} must be a number of at least 0",
+            self.weight_decay
+        );
+        if let Some(clip) = self.clip {
+            anyhow::ensure!(
+                clip.is_finite() && clip > 0.0,
+                "--clip {clip} must be a number above 0"
+            );
+        }
+        Ok(OptimizerSettings {
+            lr: self.lr,
+            weight_decay: self.weight_decay,
+            schedule: match self.schedule {
+                ScheduleName::Constant => Schedule::Constant,
+                ScheduleName::Linear => Schedule::Linear,
+            },
+            warmup: self.warmup,
+            total_steps,
+            clip: self.clip,
+        })
+    }
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct BatchOptions {
+    /// Examples in a batch
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub batch: u32,
+    /// Longest window, in tokens; longer examples are cut. The smaller of 128 and the model's positions if not given
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..=1_048_576))]
+    pub seq: Option<u32>,
+    /// Seed of the shuffle and of fresh adapters
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// Take the examples in the file's order
+    #[arg(long)]
+    pub no_shuffle: bool,
+    /// Leave out lines that cannot be read, and count them
+    #[arg(long)]
+    pub skip_bad_lines: bool,
+}
+
+/// What `--seq` is without being given, where the model has as many positions.
+const DEFAULT_SEQ: usize = 128;
+
+impl BatchOptions {
+    /// The longest window for a model of `positions`.
+    pub fn seq(&self, positions: usize) -> anyhow::Result<usize> {
+        match self.seq {
+            None => Ok(DEFAULT_SEQ.min(positions)),
+            Some(seq) => {
+                anyhow::ensure!(
+                    seq as usize <= positions,
+                    "--seq {seq} is longer than the model's {positions} positions"
+                );
+                Ok(seq as usize)
+            }
+        }
+    }
+}

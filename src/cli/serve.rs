@@ -1,0 +1,571 @@
+//! `sflllm serve`: the main and federated servers, with clients in the same process if wanted.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use clap::ValueEnum;
+use serde_json::json;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use super::console::Console;
+use super::join::bytes;
+use super::options::{
+    BatchOptions, Choice, DeviceOptions, LoraOptions, ModelOptions, OptimizerOptions, OutputOptions,
+};
+use super::source::{DEMO_TRAIN, Source};
+use crate::client::native;
+use crate::compute::Engine;
+use crate::data::{Dataset, Example, Sharding};
+use crate::model::adapter::Adapter;
+use crate::protocol::message::Digest;
+use crate::server::listen::{join_link, qr_code};
+use crate::server::store::RunDirectory;
+use crate::server::{self, Address, Ending, Listen, Report, Role, Run, Server, Settings, Summary};
+use crate::split::{Training, Wire};
+use crate::transport::{self, Dialer, JoinLink, Trust};
+
+/// Serve a run: the main server, the federated server and the web page, on one port.
+#[derive(clap::Args, Debug)]
+#[command(after_help = "\
+Examples:
+  sflllm serve --clients 2 --rounds 10 --valid valid.txt
+      the demo model for everybody on the network; prints a join link and its QR code
+  sflllm serve --model path/to/gpt2 --listen https://127.0.0.1:8443 --token secret --clients 3 --out runs/mine
+  sflllm serve --role federated --listen https://0.0.0.0:9443 --token secret
+  sflllm serve --role main --federated-url https://192.168.1.21:9443 --token secret")]
+pub struct Options {
+    /// Address to listen on: https://HOST:PORT, or http://HOST:PORT on loopback; may be repeated; port 0 takes a free one
+    /// [default: https://0.0.0.0:8443 and http://127.0.0.1:8080]
+    #[arg(long, value_name = "ADDR")]
+    pub listen: Vec<Listen>,
+    /// Which of the two servers this process is
+    #[arg(long, value_enum, default_value_t = RoleName::Both)]
+    pub role: RoleName,
+    /// Where the federated server is (with --role main); clients are sent there too
+    #[arg(long, value_name = "URL", required_if_eq("role", "main"))]
+    pub federated_url: Option<JoinLink>,
+    /// PEM file with the certificate of the federated server elsewhere, or of its authority
+    #[arg(long, value_name = "FILE")]
+    pub ca: Option<PathBuf>,
+    /// Accept any certificate of the federated server elsewhere
+    #[arg(long, conflicts_with = "ca")]
+    pub insecure_tls: bool,
+    /// Start when this many clients are ready; more may join later [default: 1, or the number of local clients]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub clients: Option<u32>,
+    /// Rounds of local training and averaging
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
+    pub rounds: u32,
+    /// Steps of every client in a round
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
+    pub local_steps: u32,
+    /// Blocks on the clients; auto takes 1
+    #[arg(long, value_name = "N|auto", default_value = "1")]
+    pub split: Choice,
+    /// Data to validate on, before the first round and after every round
+    #[arg(long, value_name = "FILE")]
+    pub valid: Option<PathBuf>,
+    /// Join token, or `generate` [default: none on loopback, generated otherwise]
+    #[arg(long, value_name = "TOKEN|generate")]
+    pub token: Option<String>,
+    /// Clients in this process, which speak the same protocol as others
+    #[arg(long, value_name = "N", default_value_t = 0, requires = "data")]
+    pub local_clients: usize,
+    /// Data of the local clients: given once it is divided among them, repeated there is one file for each
+    #[arg(long, value_name = "FILE", requires = "local_clients")]
+    pub data: Vec<PathBuf>,
+    /// How activations and gradients travel
+    #[arg(long, value_enum, default_value_t = WireName::F16)]
+    pub wire: WireName,
+    /// Seconds to wait for a client to return when all have left
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    pub wait: u32,
+    /// Run directory [default: runs/<time>-<model>]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Open the page in this machine's browser
+    #[arg(long)]
+    pub open: bool,
+    #[command(flatten)]
+    pub model: ModelOptions,
+    #[command(flatten)]
+    pub lora: LoraOptions,
+    #[command(flatten)]
+    pub optimizer: OptimizerOptions,
+    #[command(flatten)]
+    pub batches: BatchOptions,
+    #[command(flatten)]
+    pub device: DeviceOptions,
+    #[command(flatten)]
+    pub output: OutputOptions,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum RoleName {
+    Both,
+    Main,
+    Federated,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum WireName {
+    F32,
+    F16,
+    Int8,
+}
+
+/// What `--split auto` takes.
+const DEFAULT_SPLIT: usize = 1;
+
+/// # Errors
+/// One sentence that says what to do.
+pub fn run(options: Options) -> anyhow::Result<()> {
+    let listen = match &options.listen[..] {
+        [] if options.role == RoleName::Federated => vec!["https://0.0.0.0:9443".parse()?],
+        [] => vec!["https://0.0.0.0:8443".parse()?, "http://127.0.0.1:8080".parse()?],
+        given => given.to_vec(),
+    };
+    let hosting = Hosting {
+        token: token(options.token.as_deref(), &listen),
+        listen,
+        open: options.open,
+        quiet: options.output.quiet,
+    };
+    if options.role == RoleName::Federated {
+        if options.local_clients > 0 || options.valid.is_some() {
+            bail!("--local-clients and --valid belong to the main server; start this one with --role federated only");
+        }
+        let mut directory = RunDirectory::create(options.out.as_deref(), "federated")?;
+        directory.note(json!({ "role": "federated" }))?;
+        let summary = host(hosting, Role::Federated, directory, None, Vec::new())?;
+        return conclude(&summary, None, &options.output);
+    }
+
+    let role = match &options.federated_url {
+        Some(link) if options.role == RoleName::Main => {
+            let trust = match (&options.ca, options.insecure_tls) {
+                (Some(file), _) => Trust::Authority(file.clone()),
+                (None, true) => Trust::Anyone,
+                (None, false) => Trust::Known,
+            };
+            Role::Main { federated: link.origin.clone(), dialer: Dialer::new(&trust)? }
+        }
+        Some(_) => bail!("--federated-url belongs to --role main"),
+        None => Role::Both,
+    };
+    let mut directory = RunDirectory::create(options.out.as_deref(), &name_of(&options.model.model))?;
+    let prepared = prepare(&options, &mut directory)?;
+    let adapter = directory.adapter();
+    let summary = host(hosting, role, directory, Some(prepared.run), prepared.local)?;
+    conclude(&summary, Some(&adapter), &options.output)
+}
+
+/// The last part of a model's path.
+fn name_of(model: &str) -> String {
+    Path::new(model).file_name().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
+}
+
+/// The join token: what was asked for, or a generated one where other machines can connect.
+pub(super) fn token(asked: Option<&str>, listen: &[Listen]) -> Option<String> {
+    let loopback = |listen: &Listen| {
+        listen.host == "localhost" || listen.host.parse::<std::net::IpAddr>().is_ok_and(|host| host.is_loopback())
+    };
+    match asked {
+        Some("generate") => Some(server::generate_token()),
+        Some(token) => Some(token.to_owned()),
+        None if listen.iter().all(loopback) => None,
+        None => Some(server::generate_token()),
+    }
+}
+
+struct Prepared {
+    run: Run,
+    /// Examples of each local client.
+    local: Vec<Vec<Example>>,
+}
+
+/// Reads model and data, and writes down what they are.
+fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Prepared> {
+    let source = Source::open(&options.model.model, options.model.weights.into())?;
+    let BatchOptions { batch, seed, no_shuffle, skip_bad_lines, .. } = options.batches;
+    let seq = options.batches.seq(source.config.positions)?;
+    let initial = match &options.lora.init_adapter {
+        Some(directory) => source.adapter(directory)?,
+        None => Adapter::init(&source.config, &options.lora.spec()?, 0..source.config.blocks, seed)?,
+    };
+    let training = Training {
+        spec: initial.spec.clone(),
+        optimizer: options.optimizer.settings(u64::from(options.rounds) * u64::from(options.local_steps))?,
+        batch: batch as usize,
+        seq,
+        wire: match options.wire {
+            WireName::F32 => Wire::F32,
+            WireName::F16 => Wire::F16,
+            WireName::Int8 => Wire::Int8,
+        },
+    };
+    let cut = match options.split {
+        Choice::Auto => DEFAULT_SPLIT,
+        Choice::Value(cut) => cut,
+    };
+    let read = |path: &PathBuf| source.data(path, seq, skip_bad_lines, options.output.quiet);
+    let valid = options.valid.as_ref().map(read).transpose()?;
+    let data = options.data.iter().map(read).collect::<anyhow::Result<Vec<_>>>()?;
+    let describe = |path: &PathBuf, data: &Dataset| json!({ "file": path, "summary": data.summary });
+    directory.note(json!({
+        "role": if options.role == RoleName::Main { "main" } else { "both" },
+        "configuration": {
+            "rounds": options.rounds, "local_steps": options.local_steps, "clients": options.clients,
+            "local_clients": options.local_clients, "split": cut, "spec": training.spec,
+            "optimizer": training.optimizer, "batch": batch, "seq": seq, "wire": training.wire,
+            "seed": seed, "shuffle": !no_shuffle, "wait": options.wait,
+        },
+        "valid": options.valid.as_ref().zip(valid.as_ref()).map(|(path, data)| describe(path, data)),
+        "data": options.data.iter().zip(&data).map(|(path, data)| describe(path, data)).collect::<Vec<_>>(),
+    }))?;
+    let local = divide(data.into_iter().map(|data| data.examples).collect(), options.local_clients)?;
+    let clients = options.clients.unwrap_or(u32::try_from(options.local_clients).unwrap_or(u32::MAX).max(1));
+    let run = Run {
+        engine: options.device.engine()?,
+        training,
+        cut,
+        initial,
+        validation: valid.map(|data| data.examples),
+        rounds: options.rounds,
+        local_steps: options.local_steps,
+        seed,
+        shuffle: !no_shuffle,
+        clients,
+        wait: Duration::from_secs(options.wait.into()),
+        model: model(source),
+    };
+    Ok(Prepared { run, local })
+}
+
+/// The model as the server takes it.
+pub(super) fn model(source: Source) -> server::Model {
+    server::Model {
+        name: source.name,
+        digest: Digest(source.digest),
+        config: source.config,
+        weights: source.weights,
+        dtype: source.dtype,
+        tokenizer: source.tokenizer.map(|tokenizer| tokenizer.json().to_vec()),
+    }
+}
+
+/// One file is divided among the clients, several are one each.
+fn divide(mut files: Vec<Vec<Example>>, clients: usize) -> anyhow::Result<Vec<Vec<Example>>> {
+    match files.len() {
+        0 => Ok(Vec::new()),
+        1 => Ok(Sharding::Strided.divide(files.swap_remove(0), clients)?),
+        count if count == clients => Ok(files),
+        count => bail!("--data was given {count} times for {clients} local clients; give it once, or once for each"),
+    }
+}
+
+/// How a server is reached and shown.
+pub(super) struct Hosting {
+    pub token: Option<String>,
+    pub listen: Vec<Listen>,
+    pub open: bool,
+    pub quiet: bool,
+}
+
+/// A tokio runtime for servers and clients. Computing happens in threads of its own.
+pub(super) fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("cannot start the network threads")
+}
+
+/// Waits for Ctrl-C, or for the request to terminate.
+pub(super) async fn interrupted() {
+    #[cfg(unix)]
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        if let Ok(mut terminate) = signal(SignalKind::terminate()) {
+            tokio::select! {
+                _ = tokio::signal::ctrl_c() => {}
+                _ = terminate.recv() => {}
+            }
+            return;
+        }
+    }
+    if tokio::signal::ctrl_c().await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}
+
+/// Serves a run with its local clients until it is over.
+pub(super) fn host(
+    hosting: Hosting,
+    role: Role,
+    directory: RunDirectory,
+    run: Option<Run>,
+    local: Vec<Vec<Example>>,
+) -> anyhow::Result<Summary> {
+    let runtime = runtime()?;
+    let result = runtime.block_on(host_here(hosting, role, directory, run, local));
+    // Downloads that still run have no reader any more.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result
+}
+
+async fn host_here(
+    hosting: Hosting,
+    role: Role,
+    directory: RunDirectory,
+    run: Option<Run>,
+    local: Vec<Vec<Example>>,
+) -> anyhow::Result<Summary> {
+    let console = Console::new(hosting.quiet);
+    let engine = run.as_ref().map(|run| run.engine.clone());
+    let steps = run.as_ref().map_or(0, |run| u64::from(run.rounds) * u64::from(run.local_steps));
+    let clients = run.as_ref().map_or(0, |run| run.clients);
+    let path = directory.path().to_owned();
+    let home = transport::data_directory()?;
+    if let Some(engine) = &engine {
+        console.line(format!("loading the model on {}", engine.name()));
+    }
+    let shown = Shown { console: console.clone(), steps, members: Mutex::new(0) };
+    let is_page = !matches!(role, Role::Federated);
+    let settings = Settings {
+        role,
+        listen: hosting.listen,
+        token: hosting.token.clone(),
+        home,
+        directory,
+        demo_data: DEMO_TRAIN,
+        run,
+    };
+    let server = Server::start(settings, Box::new(move |report| shown.report(report))).await?;
+    announce(&server, &console, hosting.token.as_deref(), is_page);
+    console.line(format!("run directory: {}", path.display()));
+    if is_page {
+        console.waiting(format!("waiting for {clients} client{}", if clients == 1 { "" } else { "s" }));
+    }
+    if hosting.open
+        && let Some(address) = server.addresses().last()
+    {
+        open_browser(&join_page(&address.local_url, hosting.token.as_deref()));
+    }
+
+    let stopper = server.stopper();
+    let (stop_sender, stop) = watch::channel(false);
+    let signals = (stopper.clone(), console.clone());
+    let watcher = tokio::spawn(async move {
+        interrupted().await;
+        signals.1.important("stopping; press Ctrl-C again to quit at once");
+        signals.0.stop("the server was stopped").await;
+        interrupted().await;
+        std::process::exit(130);
+    });
+    let mut joined = JoinSet::new();
+    if let Some(engine) = engine {
+        for (number, examples) in local.into_iter().enumerate() {
+            let settings = local_client(&server, &hosting.token, &engine, number, examples)?;
+            joined.spawn(native::join(settings, stop.clone(), |_| {}));
+        }
+    }
+    let failure = Arc::new(Mutex::new(None));
+    let noted = failure.clone();
+    let local_failures = tokio::spawn(async move {
+        while let Some(ended) = joined.join_next().await {
+            let error = match ended {
+                Ok(Ok(_)) => continue,
+                Ok(Err(error)) => anyhow::Error::from(error),
+                Err(error) => anyhow::Error::from(error),
+            };
+            noted.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+            stopper.stop("a client of the server's own process failed").await;
+        }
+    });
+    let summary = server.serve().await;
+    // The clients have been told; this is for one that has lost its connection meanwhile.
+    let _ = stop_sender.send(true);
+    if tokio::time::timeout(Duration::from_secs(3), local_failures).await.is_err() {
+        tracing::warn!("a local client did not end in time");
+    }
+    watcher.abort();
+    console.finish();
+    let failure = failure.lock().unwrap_or_else(PoisonError::into_inner).take();
+    match failure {
+        Some(error) => Err(error.context("a local client failed")),
+        None => Ok(summary?),
+    }
+}
+
+fn local_client(
+    server: &Server,
+    token: &Option<String>,
+    engine: &Engine,
+    number: usize,
+    examples: Vec<Example>,
+) -> anyhow::Result<native::Settings> {
+    let address = server.addresses().last().context("the server listens nowhere")?;
+    let link: JoinLink = local_link(address)?;
+    let trust = match server.certificate_file() {
+        Some(file) if link.origin.secure => Trust::Authority(file.to_owned()),
+        _ => Trust::Known,
+    };
+    Ok(native::Settings {
+        server: link.origin,
+        token: token.clone(),
+        dialer: Dialer::new(&trust)?,
+        name: format!("local {}", number + 1),
+        engine: engine.clone(),
+        source: native::Source::Examples(examples),
+        cache: server.blobs().context("only a main server has local clients")?.to_owned(),
+        adapter_out: None,
+    })
+}
+
+fn local_link(address: &Address) -> anyhow::Result<JoinLink> {
+    Ok(address.local_url.parse()?)
+}
+
+fn join_page(url: &str, token: Option<&str>) -> String {
+    match token {
+        Some(token) => format!("{url}/#t={token}"),
+        None => url.to_owned(),
+    }
+}
+
+/// Says where the server is and how to join it.
+fn announce(server: &Server, console: &Console, token: Option<&str>, is_page: bool) {
+    for address in server.addresses() {
+        console.line(format!("listening on {}", address.url));
+    }
+    if let Some(file) = server.certificate_file() {
+        console.line(format!("certificate: {} (for --ca on other machines)", file.display()));
+    }
+    if let Some(token) = token {
+        console.line(format!("join token: {token}"));
+    }
+    if !is_page {
+        return;
+    }
+    for address in server.addresses().iter().filter(|address| address.network_urls.is_empty()) {
+        console.line(format!("on this machine: {}", join_page(&address.local_url, token)));
+    }
+    let network: Vec<&String> = server.addresses().iter().flat_map(|address| &address.network_urls).collect();
+    for (position, url) in network.iter().enumerate() {
+        let link = join_link(url, token);
+        console.line(format!("on the network: {link}"));
+        if position == 0
+            && std::io::IsTerminal::is_terminal(&std::io::stderr())
+            && let Some(code) = qr_code(&link)
+        {
+            console.line(code);
+        }
+    }
+}
+
+fn open_browser(url: &str) {
+    let (program, arguments): (&str, &[&str]) = match std::env::consts::OS {
+        "macos" => ("open", &[]),
+        "windows" => ("cmd", &["/C", "start", ""]),
+        _ => ("xdg-open", &[]),
+    };
+    let started = std::process::Command::new(program)
+        .args(arguments)
+        .arg(url)
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn();
+    if let Err(error) = started {
+        eprintln!("cannot open a browser ({program}: {error}); open {url} yourself");
+    }
+}
+
+/// Says how the run ended.
+pub(super) fn conclude(summary: &Summary, adapter: Option<&Path>, output: &OutputOptions) -> anyhow::Result<()> {
+    if output.json {
+        let line = json!({
+            "rounds": summary.rounds, "steps": summary.steps, "tokens": summary.tokens, "seconds": summary.seconds,
+            "bytes_up": summary.bytes_up, "bytes_down": summary.bytes_down,
+            "first_valid_perplexity": summary.baseline.map(|evaluation| evaluation.perplexity),
+            "last_valid_perplexity": summary.last.map(|evaluation| evaluation.perplexity),
+            "adapter": adapter, "completed": summary.ending == Ending::Completed,
+        });
+        println!("{line}");
+    }
+    let saved = adapter.map(|adapter| format!("; adapter in {}", adapter.display())).unwrap_or_default();
+    let text = format!(
+        "{} rounds, {} steps in {:.1} s, {} received, {} sent{saved}",
+        summary.rounds,
+        summary.steps,
+        summary.seconds,
+        bytes(summary.bytes_up),
+        bytes(summary.bytes_down)
+    );
+    match &summary.ending {
+        Ending::Completed => eprintln!("the run is complete: {text}"),
+        Ending::RunClosed => eprintln!("the main server ended the run: {} rounds averaged", summary.rounds),
+        Ending::Stopped(_) => eprintln!("stopped: {text}"),
+        Ending::NoClients => bail!("all clients left and none came back in time; {text}"),
+    }
+    Ok(())
+}
+
+struct Shown {
+    console: Console,
+    steps: u64,
+    members: Mutex<usize>,
+}
+
+impl Shown {
+    fn report(&self, report: Report) {
+        let console = &self.console;
+        match report {
+            Report::Joined { client, name, device } if device.is_empty() => {
+                console.line(format!("client {client} ({name}) joined"));
+            }
+            Report::Joined { client, name, device } => {
+                console.line(format!("client {client} ({name}, {device}) joined"));
+            }
+            Report::Left { client, name, reason } => console.line(format!("client {client} ({name}) is gone: {reason}")),
+            Report::Refused { address, reason } => console.line(format!("refused {address}: {reason}")),
+            Report::Baseline(evaluation) => console.line(format!(
+                "before training: validation loss {:.4}, perplexity {:.3}",
+                evaluation.loss, evaluation.perplexity
+            )),
+            Report::RoundStarted { round, members } => {
+                *self.members.lock().unwrap_or_else(PoisonError::into_inner) = members;
+                tracing::debug!("round {round} starts with {members} clients");
+            }
+            Report::RoundLost { round } => console.line(format!("round {round} lost all its clients")),
+            Report::Step(step) => console.step(
+                u64::from(step.step),
+                self.steps,
+                format!("round {}  loss {:.3}  {} clients", step.round, step.loss, step.clients),
+            ),
+            Report::Round(round) => {
+                let validation = match (round.valid_loss, round.valid_perplexity) {
+                    (Some(loss), Some(perplexity)) => {
+                        format!(", validation loss {loss:.4}, perplexity {perplexity:.3}")
+                    }
+                    _ => String::new(),
+                };
+                console.line(format!(
+                    "round {}: {} adapters averaged in {:.1} s{validation}",
+                    round.round, round.adapters, round.measured_s
+                ));
+            }
+            Report::Waiting { limit } => {
+                console.important(format!("no clients left; waiting {:.0} s for one to return", limit.as_secs_f64()));
+            }
+            Report::Link { connected: true, detail } => console.line(format!("linked with {detail}")),
+            Report::Link { connected: false, detail } => console.important(detail),
+            Report::Averaged { round, adapters } => {
+                console.line(format!("round {round}: {adapters} adapters averaged"));
+            }
+        }
+    }
+}

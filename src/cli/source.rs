@@ -1,0 +1,165 @@
+//! Where `--model` comes from: a Hugging Face directory, or the demo model inside this program.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use sha2::{Digest, Sha256};
+
+use crate::compute::Engine;
+use crate::data::{Dataset, Tokenizer};
+use crate::model::adapter::Adapter;
+use crate::model::central;
+use crate::model::config::Config;
+use crate::model::stack::StackWeights;
+use crate::model::weights::{WeightDtype, Weights};
+
+const DEMO_CONFIG: &str = include_str!("../../assets/demo/config.json");
+const DEMO_WEIGHTS: &[u8] = include_bytes!("../../assets/demo/model.safetensors");
+const DEMO_TOKENIZER: &[u8] = include_bytes!("../../assets/demo/tokenizer.json");
+/// The demo's training data.
+pub const DEMO_TRAIN: &[u8] = include_bytes!("../../assets/demo/train.txt");
+/// The demo's validation data.
+pub const DEMO_VALID: &[u8] = include_bytes!("../../assets/demo/valid.txt");
+/// The demo's test data.
+pub const DEMO_TEST: &[u8] = include_bytes!("../../assets/demo/test.txt");
+
+/// A model as it lies on disk or in this program.
+pub struct Source {
+    /// What adapters say they belong to.
+    pub name: String,
+    pub config: Config,
+    pub weights: Weights,
+    pub dtype: WeightDtype,
+    pub tokenizer: Option<Tokenizer>,
+    /// SHA-256 over configuration, weights and how they are held.
+    pub digest: [u8; 32],
+}
+
+fn hash_file(digest: &mut Sha256, path: &Path) -> anyhow::Result<()> {
+    let mut file =
+        std::fs::File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
+    std::io::copy(&mut file, &mut HashWriter(digest))
+        .with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(())
+}
+
+struct HashWriter<'a>(&'a mut Sha256);
+
+impl std::io::Write for HashWriter<'_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Source {
+    /// Opens `model`: `demo`, or a directory.
+    pub fn open(model: &str, dtype: WeightDtype) -> anyhow::Result<Self> {
+        let mut digest = Sha256::new();
+        digest.update([u8::from(dtype == WeightDtype::F32)]);
+        if model == "demo" {
+            let config = Config::from_json(DEMO_CONFIG)?;
+            digest.update(DEMO_CONFIG);
+            digest.update(DEMO_WEIGHTS);
+            return Ok(Self {
+                name: "demo".to_owned(),
+                weights: Weights::from_bytes(DEMO_WEIGHTS, &config)?,
+                tokenizer: Some(Tokenizer::from_json(DEMO_TOKENIZER, config.eos)?),
+                config,
+                dtype,
+                digest: digest.finalize().into(),
+            });
+        }
+        let dir = PathBuf::from(model);
+        anyhow::ensure!(
+            dir.is_dir(),
+            "--model {model} is not a directory; give a Hugging Face GPT-2 directory, or `demo`"
+        );
+        let config = Config::load(&dir)?;
+        let weights = Weights::open(&dir, &config)?;
+        let tokenizer = Tokenizer::load(&dir, config.eos)?;
+        if let Some(tokenizer) = &tokenizer {
+            tokenizer.check_vocabulary(config.vocab)?;
+        }
+        digest.update(config.to_json());
+        let mut files: Vec<PathBuf> = std::fs::read_dir(&dir)?
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .filter(|path| path.extension().is_some_and(|e| e == "safetensors"))
+            .collect();
+        files.sort();
+        for file in &files {
+            hash_file(&mut digest, file)?;
+        }
+        let name = dir.canonicalize().unwrap_or(dir);
+        Ok(Self {
+            name: name
+                .file_name()
+                .map_or_else(|| model.to_owned(), |name| name.to_string_lossy().into_owned()),
+            weights,
+            tokenizer,
+            config,
+            dtype,
+            digest: digest.finalize().into(),
+        })
+    }
+
+    /// Reads a data file with this model's tokenizer; says on stderr what was read.
+    pub fn data(
+        &self,
+        path: &Path,
+        seq: usize,
+        skip_bad_lines: bool,
+        quiet: bool,
+    ) -> anyhow::Result<Dataset> {
+        let options = self.data_options(seq, skip_bad_lines);
+        let data = Dataset::load(path, self.tokenize(), &options)?;
+        if !quiet {
+            eprintln!("{}: {}", path.display(), data.summary);
+        }
+        Ok(data)
+    }
+
+    /// How data is read for this model.
+    pub fn data_options(&self, seq: usize, skip_bad_lines: bool) -> crate::data::Options {
+        crate::data::Options {
+            // An example of seq + 1 tokens fills seq input positions.
+            seq,
+            vocab: self.config.vocab,
+            skip_bad_lines,
+        }
+    }
+
+    /// The tokenizer, where there is one.
+    pub fn tokenize(&self) -> Option<&dyn crate::data::Tokenize> {
+        self.tokenizer
+            .as_ref()
+            .map(|tokenizer| tokenizer as &dyn crate::data::Tokenize)
+    }
+
+    /// The tokenizer of a command that cannot do without.
+    pub fn tokenizer(&self) -> anyhow::Result<&Tokenizer> {
+        self.tokenizer.as_ref().with_context(|| {
+            format!(
+                "the model {} has no tokenizer: put tokenizer.json, or vocab.json and merges.txt, beside its weights",
+                self.name
+            )
+        })
+    }
+
+    /// Uploads all weights.
+    pub fn load(&mut self, engine: &Engine) -> anyhow::Result<StackWeights> {
+        let (weights, dtype) = (&mut self.weights, self.dtype);
+        Ok(central::load(engine, &self.config, &mut |unit| {
+            weights.unit(unit, dtype)
+        })?)
+    }
+
+    /// Reads a PEFT adapter of this model.
+    pub fn adapter(&self, dir: &Path) -> anyhow::Result<Adapter> {
+        Ok(Adapter::load(dir, &self.config)?)
+    }
+}

@@ -1,0 +1,360 @@
+//! An edge client: its session, its side of the model and its data, put together.
+//!
+//! Here is what a native process and a browser tab share, without threads, sockets and files: what an assignment means
+//! ([`Plan`]), loading the model part by part ([`Loader`]), and the answers to the session's events ([`Learner`]). `native`
+//! and `web` move bytes and time.
+
+#[cfg(not(target_arch = "wasm32"))]
+pub mod native;
+
+use sha2::{Digest as _, Sha256};
+
+use crate::compute::{self, Engine};
+use crate::data::{self, Batches, Cursor, DataError, Example};
+use crate::model::adapter::{AdapterError, AdapterLayout, LoraSpec};
+use crate::model::block::BlockWeights;
+use crate::model::config::{Config, ConfigError};
+use crate::model::ends::EmbeddingWeights;
+use crate::model::optimizer::{self, OptimizerSettings};
+use crate::model::stack::StackWeights;
+use crate::model::weights::{Unit, UnitData, WeightsError};
+use crate::protocol::ActivationsInput;
+use crate::protocol::message::{
+    Assignment, Blob, Capabilities, Gradient, OptimizerConfig, RunConfig, Schedule, StepKey, WireDtype,
+};
+use crate::split::{self, ClientPart, Cut, Training, Wire};
+
+/// The largest `tokenizer.json` that is fetched.
+const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
+/// Room in a model part for all but its tensors' values.
+const UNIT_HEADER_BYTES: u64 = 4096;
+
+/// Why this client cannot take part.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("the server's assignment cannot be used: {0}")]
+    Assignment(String),
+    #[error("the server's model: {0}")]
+    Config(#[from] ConfigError),
+    #[error("{name} from the server has another hash than announced; fetch it again, and if it stays tell the server's owner")]
+    Hash { name: String },
+    #[error(transparent)]
+    Compute(#[from] compute::Error),
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
+    #[error(transparent)]
+    Data(#[from] DataError),
+    #[error(transparent)]
+    Split(#[from] split::Error),
+}
+
+/// What this program can do on `device`, for the handshake.
+pub fn capabilities(device: &str, memory_bytes: u64) -> Capabilities {
+    Capabilities {
+        dtypes: vec![WireDtype::F32, WireDtype::F16, WireDtype::Int8],
+        memory_bytes,
+        device: device.to_owned(),
+        flops_per_s: None,
+    }
+}
+
+/// An assignment that has been checked.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub config: Config,
+    pub training: Training,
+    /// Blocks this client runs: `0..cut`.
+    pub cut: usize,
+    pub rounds: u32,
+    pub local_steps: u32,
+    seed: u64,
+    shuffle: bool,
+    units: Vec<Blob>,
+    tokenizer: Option<Blob>,
+}
+
+impl Plan {
+    /// # Errors
+    /// [`Error::Assignment`] names what contradicts itself.
+    pub fn new(assignment: &Assignment) -> Result<Self, Error> {
+        let run = &assignment.config;
+        let fail = |reason: String| Err(Error::Assignment(reason));
+        let config = Config::from_json(&assignment.model_config)?;
+        let cut = run.split as usize;
+        if cut == 0 || cut >= config.blocks {
+            return Err(split::Error::Split { cut, blocks: config.blocks }.into());
+        }
+        if (run.width as usize, run.vocab as usize) != (config.width, config.vocab) {
+            return fail(format!(
+                "width {} and vocabulary {} are not the model's {} and {}",
+                run.width, run.vocab, config.width, config.vocab
+            ));
+        }
+        if run.seq as usize > config.positions {
+            return fail(format!("sequences of {} in a model of {} positions", run.seq, config.positions));
+        }
+        let training = training(run)?;
+        let layout = AdapterLayout::new(&config, &training.spec, 0..cut)?;
+        if layout.len() as u64 != assignment.adapter_len {
+            return fail(format!("an adapter of {} values, expected {}", assignment.adapter_len, layout.len()));
+        }
+        let names: Vec<&str> = assignment.weights.iter().map(|blob| blob.name.as_str()).collect();
+        let expected: Vec<String> = units(cut).map(|unit| unit.to_string()).collect();
+        if names != expected {
+            return fail(format!("model parts {names:?}, expected {expected:?}"));
+        }
+        for (blob, unit) in assignment.weights.iter().zip(units(cut)) {
+            let values: u64 = unit
+                .tensors(&config)
+                .iter()
+                .map(|(_, shape)| shape.iter().map(|&size| size as u64).product::<u64>())
+                .sum();
+            if blob.bytes > 4 * values + UNIT_HEADER_BYTES {
+                return fail(format!("{} of {} bytes is larger than its tensors", blob.name, blob.bytes));
+            }
+        }
+        let tokenizer = assignment.tokenizer.first().cloned();
+        if let Some(blob) = &tokenizer
+            && blob.bytes > MAX_TOKENIZER_BYTES
+        {
+            return fail(format!("a tokenizer of {} bytes", blob.bytes));
+        }
+        Ok(Self {
+            config,
+            training,
+            cut,
+            rounds: run.rounds,
+            local_steps: run.local_steps,
+            seed: run.seed,
+            shuffle: run.shuffle,
+            units: assignment.weights.clone(),
+            tokenizer,
+        })
+    }
+
+    /// The parts of the model to fetch, in the order in which [`Loader::add`] takes them.
+    pub fn units(&self) -> &[Blob] {
+        &self.units
+    }
+
+    /// The `tokenizer.json` to fetch; `None` when the run takes token ids only.
+    pub fn tokenizer(&self) -> Option<&Blob> {
+        self.tokenizer.as_ref()
+    }
+
+    /// How to read data for this run.
+    pub fn data_options(&self, skip_bad_lines: bool) -> data::Options {
+        data::Options { seq: self.training.seq, vocab: self.config.vocab, skip_bad_lines }
+    }
+
+    /// The endless batches of this client, from its first example or from `cursor`.
+    ///
+    /// # Errors
+    /// [`DataError`].
+    pub fn batches(&self, examples: Vec<Example>, cursor: Option<Cursor>) -> Result<Batches, DataError> {
+        let shuffle = self.shuffle.then_some(self.seed);
+        let mut batches = Batches::new(examples, self.training.batch, self.training.seq, shuffle)?;
+        if let Some(cursor) = cursor {
+            batches.restore(cursor)?;
+        }
+        Ok(batches)
+    }
+}
+
+fn units(cut: usize) -> impl Iterator<Item = Unit> {
+    std::iter::once(Unit::Embedding).chain((0..cut).map(Unit::Block))
+}
+
+fn training(run: &RunConfig) -> Result<Training, Error> {
+    let targets = LoraSpec::parse_targets(&run.targets.join(","))?;
+    Ok(Training {
+        spec: LoraSpec::new(run.rank as usize, run.alpha, targets)?,
+        optimizer: optimizer_settings(&run.optimizer)?,
+        batch: run.batch as usize,
+        seq: run.seq as usize,
+        wire: match run.wire {
+            WireDtype::F32 => Wire::F32,
+            WireDtype::F16 => Wire::F16,
+            WireDtype::Int8 => Wire::Int8,
+        },
+    })
+}
+
+fn optimizer_settings(config: &OptimizerConfig) -> Result<OptimizerSettings, Error> {
+    let numbers = [("learning rate", Some(config.lr)), ("weight decay", Some(config.weight_decay)), ("clip", config.clip)];
+    for (name, number) in numbers {
+        if number.is_some_and(|number| !number.is_finite() || number < 0.0) {
+            return Err(Error::Assignment(format!("a {name} of {}", number.unwrap_or_default())));
+        }
+    }
+    Ok(OptimizerSettings {
+        lr: config.lr,
+        weight_decay: config.weight_decay,
+        schedule: match config.schedule {
+            Schedule::Constant => optimizer::Schedule::Constant,
+            Schedule::Linear => optimizer::Schedule::Linear,
+        },
+        warmup: config.warmup.into(),
+        total_steps: config.total_steps.into(),
+        clip: config.clip,
+    })
+}
+
+/// That `bytes` are what `blob` announced.
+///
+/// # Errors
+/// [`Error::Hash`] with the blob's name.
+pub fn verify(blob: &Blob, bytes: &[u8]) -> Result<(), Error> {
+    let digest: [u8; 32] = Sha256::digest(bytes).into();
+    if bytes.len() as u64 != blob.bytes || digest != blob.sha256.0 {
+        return Err(Error::Hash { name: blob.name.clone() });
+    }
+    Ok(())
+}
+
+/// Puts the client's part of the model on the device, one part after the other, so that never more than one is in memory twice.
+pub struct Loader {
+    engine: Engine,
+    plan: Plan,
+    embedding: Option<EmbeddingWeights>,
+    blocks: Vec<BlockWeights>,
+}
+
+impl Loader {
+    pub fn new(engine: &Engine, plan: &Plan) -> Self {
+        Self { engine: engine.clone(), plan: plan.clone(), embedding: None, blocks: Vec::new() }
+    }
+
+    /// The part that [`Loader::add`] takes next; `None` when all are there.
+    pub fn next(&self) -> Option<&Blob> {
+        let loaded = usize::from(self.embedding.is_some()) + self.blocks.len();
+        self.plan.units.get(loaded)
+    }
+
+    /// Takes the bytes of the next part.
+    ///
+    /// # Errors
+    /// [`Error::Hash`] when they are not what was announced; [`Error::Weights`], [`Error::Compute`].
+    pub fn add(&mut self, bytes: Vec<u8>) -> Result<(), Error> {
+        let Some(blob) = self.next() else { return Ok(()) };
+        verify(blob, &bytes)?;
+        let config = &self.plan.config;
+        match self.embedding {
+            None => {
+                let unit = UnitData::decode(&bytes, Unit::Embedding, config)?;
+                drop(bytes);
+                self.embedding = Some(EmbeddingWeights::upload(&self.engine, config, &unit)?);
+            }
+            Some(_) => {
+                let unit = UnitData::decode(&bytes, Unit::Block(self.blocks.len()), config)?;
+                drop(bytes);
+                self.blocks.push(BlockWeights::upload(&self.engine, config, &unit)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// The loaded model with its data. The adapter is zero until [`Learner::install`].
+    ///
+    /// # Errors
+    /// [`Error::Assignment`] when a part is missing; [`Error::Split`].
+    pub fn finish(self, batches: Batches) -> Result<Learner, Error> {
+        if let Some(missing) = self.next() {
+            return Err(Error::Assignment(format!("{} was not loaded", missing.name)));
+        }
+        let Self { engine, plan, embedding, blocks } = self;
+        let weights = StackWeights { embedding, blocks, first_block: 0, head: None };
+        let values = vec![0.0; AdapterLayout::new(&plan.config, &plan.training.spec, 0..plan.cut)?.len()];
+        let part = ClientPart::with_weights(&engine, &plan.config, weights, &plan.training, &values)?;
+        Ok(Learner { part, plan, batches, examples: 0, tokens: 0 })
+    }
+}
+
+/// Computes what the session asks for.
+pub struct Learner {
+    part: ClientPart,
+    plan: Plan,
+    batches: Batches,
+    /// Used in the current round.
+    examples: u64,
+    /// Targets of the last forward pass.
+    tokens: usize,
+}
+
+impl Learner {
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// `RoundStarted`: counts this round's examples from zero.
+    pub fn begin_round(&mut self) {
+        self.examples = 0;
+    }
+
+    /// `InstallAdapter`: takes the flat values of the client's side.
+    ///
+    /// # Errors
+    /// [`Error::Split`] for another length.
+    pub fn install(&mut self, values: &[f32]) -> Result<(), Error> {
+        Ok(self.part.set_adapter(values)?)
+    }
+
+    /// `ComputeForward`: the next batch up to the cut.
+    ///
+    /// # Errors
+    /// [`Error::Split`].
+    pub async fn forward(&mut self, key: StepKey) -> Result<ActivationsInput, Error> {
+        let batch = self.batches.next_batch();
+        let cut = self.part.forward(&batch.tokens, batch.seq).await?;
+        self.examples += batch.examples as u64;
+        self.tokens = batch.target_count;
+        Ok(ActivationsInput {
+            key,
+            batch: cut.batch as u32,
+            seq: cut.seq as u32,
+            examples: batch.examples as u32,
+            targets: batch.targets,
+            payload: cut.bytes,
+        })
+    }
+
+    /// `ComputeBackward`: the gradient of this client's own loss, and one optimiser step.
+    ///
+    /// # Errors
+    /// [`Error::Split`].
+    pub async fn backward(&mut self, gradient: Gradient) -> Result<(), Error> {
+        let cut = Cut {
+            wire: self.plan.training.wire,
+            batch: gradient.batch as usize,
+            seq: gradient.seq as usize,
+            width: gradient.width as usize,
+            bytes: gradient.payload,
+        };
+        Ok(self.part.backward(&cut).await?)
+    }
+
+    /// `UploadAdapter`: the flat adapter, and the examples it was trained on in this round.
+    ///
+    /// # Errors
+    /// [`Error::Split`].
+    pub async fn adapter(&self) -> Result<(Vec<f32>, u64), Error> {
+        Ok((self.part.adapter().await?, self.examples))
+    }
+
+    /// Targets of the last forward pass.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Where the next batch starts.
+    pub fn cursor(&self) -> Cursor {
+        self.batches.cursor()
+    }
+
+    /// Gives the data back, to go on with in another run.
+    pub fn into_examples(self) -> Vec<Example> {
+        self.batches.examples().to_vec()
+    }
+}

@@ -1,0 +1,717 @@
+//! A client in a native process: sockets, files and a compute thread around the session.
+//!
+//! The session runs in the caller's async task and answers pings at once; forward and backward passes run in a thread of
+//! their own and may take as long as they take.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc as thread_mpsc;
+use std::time::{Duration, Instant};
+
+use sha2::{Digest as _, Sha256};
+use tokio::io::AsyncWriteExt;
+use tokio::sync::{mpsc, watch};
+
+use super::{Learner, Loader, Plan, capabilities};
+use crate::compute::Engine;
+use crate::data::{Dataset, Example, Summary as DataSummary, Tokenize, Tokenizer};
+use crate::model::adapter::Adapter;
+use crate::protocol::message::{Assignment, Blob, Gradient, PROTOCOL_VERSION, RoundKey, RoundResult, StepKey};
+use crate::protocol::{
+    ActivationsInput, ClientConfig, ClientError, ClientEvent, ClientFailure, ClientSession, Endpoint, FinishReason,
+    MAX_FRAME_BYTES, Transmit,
+};
+use crate::transport::{self, Dialer, JoinLink, Origin, SocketEvent};
+
+/// Failed connections in a row before a client gives up; the pauses between them grow.
+const RETRIES: u32 = 8;
+/// How long the very first connection is tried: the server may be about to start.
+const FIRST_CONNECTION: Duration = Duration::from_secs(6);
+/// How long to wait at the end for the last frames to be sent.
+const CLOSE_LIMIT: Duration = Duration::from_secs(2);
+
+/// Why a native client stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Transport(#[from] transport::Error),
+    #[error(transparent)]
+    Session(#[from] ClientFailure),
+    #[error(transparent)]
+    Client(#[from] super::Error),
+    #[error(transparent)]
+    Answer(#[from] ClientError),
+    #[error("cannot {action} {path}: {source}")]
+    File { action: &'static str, path: String, source: io::Error },
+    #[error("{name} could not be fetched from {url}: {reason}")]
+    Download { name: String, url: String, reason: String },
+    #[error("the compute thread ended without a reason")]
+    ThreadGone,
+}
+
+impl Error {
+    fn file(action: &'static str, path: &Path, source: io::Error) -> Self {
+        Self::File { action, path: path.display().to_string(), source }
+    }
+}
+
+/// What a client learns from.
+#[derive(Clone, Debug)]
+pub enum Source {
+    /// Read and tokenised here, with the server's tokenizer.
+    File { path: PathBuf, skip_bad_lines: bool },
+    /// Examples already made with this run's tokenizer.
+    Examples(Vec<Example>),
+}
+
+/// How to join.
+pub struct Settings {
+    pub server: Origin,
+    pub token: Option<String>,
+    pub dialer: Dialer,
+    pub name: String,
+    pub engine: Engine,
+    pub source: Source,
+    /// Where fetched parts of the model are kept, by content hash.
+    pub cache: PathBuf,
+    /// Where the client's side of the adapter is saved, if wanted.
+    pub adapter_out: Option<PathBuf>,
+}
+
+/// What happens, for people. Rounds and steps count from 1.
+#[derive(Clone, Debug)]
+pub enum Report {
+    Connected,
+    ConnectionLost { endpoint: Endpoint, reason: Option<String> },
+    /// A part of the model is being fetched; `done` of `bytes` are there.
+    Fetching { name: String, done: u64, bytes: u64 },
+    Loaded { data: Option<DataSummary>, blocks: usize, rounds: u32, steps: u32 },
+    RoundStarted { round: u32, rounds: u32, members: u32 },
+    Step { step: u32, steps: u32, loss: f32, mean_loss: f32, tokens: u64 },
+    Round(RoundResult),
+}
+
+/// A finished session in numbers.
+#[derive(Clone, Debug)]
+pub struct Summary {
+    pub reason: FinishReason,
+    /// Local steps taken.
+    pub steps: u64,
+    pub tokens: u64,
+    pub bytes_up: u64,
+    pub bytes_down: u64,
+    pub seconds: f64,
+}
+
+/// Takes part until the run is over, or until `stop` becomes true.
+///
+/// # Errors
+/// [`Error`] says what to do.
+pub async fn join(
+    settings: Settings,
+    stop: watch::Receiver<bool>,
+    report: impl Fn(Report) + Send + Sync + 'static,
+) -> Result<Summary, Error> {
+    let (tasks, replies) = start_thread(settings.engine.clone(), settings.source.clone())?;
+    let session = ClientSession::new(
+        ClientConfig {
+            version: PROTOCOL_VERSION,
+            name: settings.name.clone(),
+            capabilities: capabilities(settings.engine.name(), 0),
+            model: None,
+            tokenizer: None,
+            secret: settings.token.clone(),
+            retries: RETRIES,
+        },
+        Duration::ZERO,
+    );
+    let (socket_sender, socket_events) = mpsc::channel(64);
+    let driver = Driver {
+        session,
+        origin: Instant::now(),
+        settings,
+        report: std::sync::Arc::new(report),
+        sockets: [Socket::default(), Socket::default()],
+        socket_sender,
+        tasks,
+        plan: None,
+        generation: 0,
+        has_connected: false,
+        last_error: None,
+        summary: Summary {
+            reason: FinishReason::Left,
+            steps: 0,
+            tokens: 0,
+            bytes_up: 0,
+            bytes_down: 0,
+            seconds: 0.0,
+        },
+        outcome: None,
+    };
+    driver.run(socket_events, replies, stop).await
+}
+
+/// Asked of the compute thread.
+enum Task {
+    Load { generation: u64, plan: Box<Plan>, units: Vec<PathBuf>, tokenizer: Option<PathBuf> },
+    BeginRound,
+    Install(Vec<f32>),
+    Forward(StepKey),
+    Backward { key: StepKey, gradient: Box<Gradient> },
+    Collect(RoundKey),
+}
+
+/// Answered by the compute thread.
+enum Reply {
+    Loaded { generation: u64, data: Option<DataSummary> },
+    Activations(ActivationsInput),
+    StepDone(StepKey),
+    Adapter { round: RoundKey, values: Vec<f32>, examples: u64 },
+    Failed(Error),
+}
+
+fn start_thread(
+    engine: Engine,
+    source: Source,
+) -> Result<(thread_mpsc::Sender<Task>, mpsc::Receiver<Reply>), Error> {
+    let (tasks, receiver) = thread_mpsc::channel();
+    let (sender, replies) = mpsc::channel(16);
+    let compute = move || {
+        if let Err(error) = pollster::block_on(compute(engine, source, &receiver, &sender)) {
+            // Without a driver there is nobody to tell.
+            let _ = sender.blocking_send(Reply::Failed(error));
+        }
+    };
+    std::thread::Builder::new()
+        .name("client".to_owned())
+        .spawn(compute)
+        .map_err(|source| Error::File { action: "start", path: "a thread".to_owned(), source })?;
+    Ok((tasks, replies))
+}
+
+async fn compute(
+    engine: Engine,
+    source: Source,
+    tasks: &thread_mpsc::Receiver<Task>,
+    replies: &mpsc::Sender<Reply>,
+) -> Result<(), Error> {
+    let mut learner: Option<Learner> = None;
+    while let Ok(task) = tasks.recv() {
+        let reply = match (task, &mut learner) {
+            (Task::Load { generation, plan, units, tokenizer }, current) => {
+                // Within one process the data goes on where it stood, whatever is loaded again.
+                let cursor = current.as_ref().map(Learner::cursor);
+                *current = None;
+                let (loaded, data) = load(&engine, &plan, &source, cursor, &units, tokenizer.as_deref())?;
+                *current = Some(loaded);
+                Some(Reply::Loaded { generation, data })
+            }
+            (_, None) => None,
+            (Task::BeginRound, Some(learner)) => {
+                learner.begin_round();
+                None
+            }
+            (Task::Install(values), Some(learner)) => {
+                learner.install(&values)?;
+                None
+            }
+            (Task::Forward(key), Some(learner)) => Some(Reply::Activations(learner.forward(key).await?)),
+            (Task::Backward { key, gradient }, Some(learner)) => {
+                learner.backward(*gradient).await?;
+                Some(Reply::StepDone(key))
+            }
+            (Task::Collect(round), Some(learner)) => {
+                let (values, examples) = learner.adapter().await?;
+                Some(Reply::Adapter { round, values, examples })
+            }
+        };
+        if let Some(reply) = reply
+            && replies.blocking_send(reply).is_err()
+        {
+            break;
+        }
+    }
+    Ok(())
+}
+
+fn load(
+    engine: &Engine,
+    plan: &Plan,
+    source: &Source,
+    cursor: Option<crate::data::Cursor>,
+    units: &[PathBuf],
+    tokenizer: Option<&Path>,
+) -> Result<(Learner, Option<DataSummary>), Error> {
+    let read = |path: &Path| std::fs::read(path).map_err(|error| Error::file("read", path, error));
+    let (examples, summary) = match source {
+        Source::Examples(examples) => (examples.clone(), None),
+        Source::File { path, skip_bad_lines } => {
+            let tokenizer = match tokenizer {
+                Some(tokenizer) => {
+                    let tokenizer =
+                        Tokenizer::from_json(&read(tokenizer)?, plan.config.eos).map_err(super::Error::from)?;
+                    tokenizer.check_vocabulary(plan.config.vocab).map_err(super::Error::from)?;
+                    Some(tokenizer)
+                }
+                None => None,
+            };
+            let tokenize = tokenizer.as_ref().map(|tokenizer| tokenizer as &dyn Tokenize);
+            let data =
+                Dataset::load(path, tokenize, &plan.data_options(*skip_bad_lines)).map_err(super::Error::from)?;
+            (data.examples, Some(data.summary))
+        }
+    };
+    let batches = plan.batches(examples, cursor).map_err(super::Error::from)?;
+    let mut loader = Loader::new(engine, plan);
+    for path in units {
+        loader.add(read(path)?)?;
+    }
+    Ok((loader.finish(batches)?, summary))
+}
+
+#[derive(Default)]
+struct Socket {
+    /// Counts the sockets of this endpoint, so that what an old one still says is not taken for the new one's.
+    number: u64,
+    outgoing: Option<mpsc::Sender<Vec<u8>>>,
+    /// Opening or open.
+    live: bool,
+}
+
+type Tag = (Endpoint, u64);
+type Fetched = (u64, Result<(Vec<PathBuf>, Option<PathBuf>), Error>);
+
+struct Driver {
+    session: ClientSession,
+    origin: Instant,
+    settings: Settings,
+    report: std::sync::Arc<dyn Fn(Report) + Send + Sync>,
+    sockets: [Socket; 2],
+    socket_sender: mpsc::Sender<(Tag, SocketEvent)>,
+    tasks: thread_mpsc::Sender<Task>,
+    plan: Option<Plan>,
+    /// Counts the assignments.
+    generation: u64,
+    has_connected: bool,
+    last_error: Option<transport::Error>,
+    summary: Summary,
+    outcome: Option<Result<FinishReason, Error>>,
+}
+
+impl Driver {
+    async fn run(
+        mut self,
+        mut socket_events: mpsc::Receiver<(Tag, SocketEvent)>,
+        mut replies: mpsc::Receiver<Reply>,
+        mut stop: watch::Receiver<bool>,
+    ) -> Result<Summary, Error> {
+        let (fetch_sender, mut fetched) = mpsc::channel::<Fetched>(1);
+        let mut stoppable = true;
+        loop {
+            if let Err(error) = self.settle(&fetch_sender) {
+                self.fail(error);
+            }
+            if self.outcome.is_some() {
+                break;
+            }
+            let deadline = self.session.poll_timeout().map(|timeout| self.origin + timeout);
+            let handled = tokio::select! {
+                Some((tag, event)) = socket_events.recv() => self.socket_event(tag, event),
+                reply = replies.recv() => match reply {
+                    Some(reply) => self.reply(reply),
+                    None => Err(Error::ThreadGone),
+                },
+                Some((generation, files)) = fetched.recv() => self.fetched(generation, files),
+                changed = stop.wait_for(|stop| *stop), if stoppable => {
+                    // Without a sender nobody will ever stop this client.
+                    stoppable = changed.is_ok();
+                    if stoppable {
+                        let now = self.now();
+                        self.session.leave(now);
+                    }
+                    Ok(())
+                }
+                () = sleep_until(deadline) => {
+                    let now = self.now();
+                    self.session.handle_timeout(now);
+                    Ok(())
+                }
+            };
+            if let Err(error) = handled {
+                self.fail(error);
+            }
+        }
+        self.close(socket_events).await;
+        self.summary.seconds = self.origin.elapsed().as_secs_f64();
+        match self.outcome {
+            Some(Ok(reason)) => Ok(Summary { reason, ..self.summary }),
+            Some(Err(error)) => Err(error),
+            None => Err(Error::ThreadGone),
+        }
+    }
+
+    fn now(&self) -> Duration {
+        self.origin.elapsed()
+    }
+
+    /// Takes leave, with this error as the reason.
+    fn fail(&mut self, error: Error) {
+        let now = self.now();
+        self.session.leave(now);
+        while let Some(transmit) = self.session.poll_transmit() {
+            self.transmit(transmit);
+        }
+        self.outcome = Some(Err(error));
+    }
+
+    /// Lets the last frames out.
+    async fn close(&mut self, mut socket_events: mpsc::Receiver<(Tag, SocketEvent)>) {
+        for socket in &mut self.sockets {
+            socket.outgoing = None;
+        }
+        let drained = async {
+            while self.sockets.iter().any(|socket| socket.live) {
+                match socket_events.recv().await {
+                    Some(((endpoint, number), SocketEvent::Closed(_))) => {
+                        let socket = &mut self.sockets[index(endpoint)];
+                        socket.live &= socket.number != number;
+                    }
+                    Some(_) => {}
+                    None => break,
+                }
+            }
+        };
+        // What has not gone out by then is lost; the server finds out by itself.
+        let _ = tokio::time::timeout(CLOSE_LIMIT, drained).await;
+    }
+
+    fn task(&self, task: Task) -> Result<(), Error> {
+        self.tasks.send(task).map_err(|_| Error::ThreadGone)
+    }
+
+    fn socket_event(&mut self, (endpoint, number): Tag, event: SocketEvent) -> Result<(), Error> {
+        let now = self.now();
+        let socket = &mut self.sockets[index(endpoint)];
+        if socket.number != number {
+            return Ok(());
+        }
+        match event {
+            SocketEvent::Opened(outgoing) => {
+                socket.outgoing = Some(outgoing);
+                self.last_error = None;
+                if !self.has_connected {
+                    (self.report)(Report::Connected);
+                }
+                self.has_connected = true;
+                self.session.connected(endpoint, now);
+            }
+            SocketEvent::Frame(bytes) => {
+                self.summary.bytes_down += bytes.len() as u64;
+                self.session.handle_frame(endpoint, now, &bytes);
+            }
+            SocketEvent::Closed(error) => {
+                socket.outgoing = None;
+                socket.live = false;
+                if let Some(error) = error {
+                    let late = !self.has_connected && self.origin.elapsed() > FIRST_CONNECTION;
+                    if !error.is_transient() || late {
+                        return Err(error.into());
+                    }
+                    self.last_error = Some(error);
+                }
+                self.session.disconnected(endpoint, now);
+            }
+        }
+        Ok(())
+    }
+
+    fn reply(&mut self, reply: Reply) -> Result<(), Error> {
+        let now = self.now();
+        match reply {
+            Reply::Loaded { generation, data } if generation == self.generation => {
+                if let Some(plan) = &self.plan {
+                    let steps = plan.rounds.saturating_mul(plan.local_steps);
+                    (self.report)(Report::Loaded { data, blocks: plan.cut, rounds: plan.rounds, steps });
+                }
+                self.session.ready(now);
+            }
+            Reply::Loaded { .. } => {}
+            Reply::Activations(input) => self.session.activations(now, input)?,
+            Reply::StepDone(key) => {
+                self.summary.steps += 1;
+                self.session.step_done(now, key);
+            }
+            Reply::Adapter { round, values, examples } => self.session.adapter(now, round, values, examples)?,
+            Reply::Failed(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    fn fetched(
+        &mut self,
+        generation: u64,
+        files: Result<(Vec<PathBuf>, Option<PathBuf>), Error>,
+    ) -> Result<(), Error> {
+        if generation != self.generation {
+            return Ok(());
+        }
+        let (units, tokenizer) = files?;
+        match &self.plan {
+            Some(plan) => {
+                self.task(Task::Load { generation, plan: Box::new(plan.clone()), units, tokenizer })
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Carries out everything the session asks for.
+    fn settle(&mut self, fetch: &mpsc::Sender<Fetched>) -> Result<(), Error> {
+        loop {
+            let mut quiet = true;
+            while let Some(transmit) = self.session.poll_transmit() {
+                quiet = false;
+                self.transmit(transmit);
+            }
+            while let Some(event) = self.session.poll_event() {
+                quiet = false;
+                self.event(event, fetch)?;
+            }
+            if quiet {
+                return Ok(());
+            }
+        }
+    }
+
+    fn transmit(&mut self, transmit: Transmit<Endpoint>) {
+        let now = self.now();
+        let (endpoint, frame) = match transmit {
+            Transmit::Frame { to, bytes } => (to, Some(bytes)),
+            Transmit::Close { to } => (to, None),
+        };
+        let socket = &mut self.sockets[index(endpoint)];
+        let Some(outgoing) = &socket.outgoing else { return };
+        match frame {
+            Some(bytes) => {
+                self.summary.bytes_up += bytes.len() as u64;
+                if outgoing.try_send(bytes).is_err() {
+                    // A full queue means a server that does not read.
+                    socket.outgoing = None;
+                    socket.number += 1;
+                    self.session.disconnected(endpoint, now);
+                }
+            }
+            // The task behind it writes what it has, and ends.
+            None => socket.outgoing = None,
+        }
+    }
+
+    fn event(&mut self, event: ClientEvent, fetch: &mpsc::Sender<Fetched>) -> Result<(), Error> {
+        match event {
+            ClientEvent::Connect { endpoint, url } => self.connect(endpoint, url.as_deref())?,
+            ClientEvent::ConnectionLost { endpoint, .. } => {
+                if self.has_connected {
+                    let reason = self.last_error.as_ref().map(ToString::to_string);
+                    (self.report)(Report::ConnectionLost { endpoint, reason });
+                }
+            }
+            ClientEvent::Assigned(assignment) => self.assigned(&assignment, fetch)?,
+            ClientEvent::RoundStarted { round, members } => {
+                let rounds = self.plan.as_ref().map_or(0, |plan| plan.rounds);
+                (self.report)(Report::RoundStarted { round: round.round + 1, rounds, members });
+                self.task(Task::BeginRound)?;
+            }
+            ClientEvent::InstallAdapter { values, .. } => {
+                self.save(&values)?;
+                self.task(Task::Install(values))?;
+            }
+            ClientEvent::ComputeForward { key } => self.task(Task::Forward(key))?,
+            ClientEvent::ComputeBackward { key, gradient } => {
+                let (local_steps, rounds) =
+                    self.plan.as_ref().map_or((0, 0), |plan| (plan.local_steps, plan.rounds));
+                self.summary.tokens += gradient.tokens;
+                (self.report)(Report::Step {
+                    step: key.round.round.saturating_mul(local_steps).saturating_add(key.step + 1),
+                    steps: rounds.saturating_mul(local_steps),
+                    loss: gradient.loss,
+                    mean_loss: gradient.mean_loss,
+                    tokens: gradient.tokens,
+                });
+                self.task(Task::Backward { key, gradient: Box::new(gradient) })?;
+            }
+            ClientEvent::UploadAdapter { round } => self.task(Task::Collect(round))?,
+            ClientEvent::RoundResult(result) => (self.report)(Report::Round(result)),
+            ClientEvent::Finished(reason) => self.outcome = Some(Ok(reason)),
+            ClientEvent::Failed(failure) => {
+                // Why the last connection failed says more than that it did.
+                let unreachable = matches!(failure, ClientFailure::Unreachable { .. });
+                return Err(match self.last_error.take().filter(|_| unreachable) {
+                    Some(error) => error.into(),
+                    None => failure.into(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn connect(&mut self, endpoint: Endpoint, url: Option<&str>) -> Result<(), Error> {
+        let origin = match url {
+            Some(url) => url.parse::<JoinLink>()?.origin,
+            None => self.settings.server.clone(),
+        };
+        let path = match endpoint {
+            Endpoint::Main => "/main",
+            Endpoint::Federated => "/federated",
+        };
+        let socket = &mut self.sockets[index(endpoint)];
+        socket.number += 1;
+        socket.outgoing = None;
+        socket.live = true;
+        let tag = (endpoint, socket.number);
+        self.settings.dialer.open(tag, &origin, path, MAX_FRAME_BYTES, self.socket_sender.clone());
+        Ok(())
+    }
+
+    fn assigned(&mut self, assignment: &Assignment, fetch: &mpsc::Sender<Fetched>) -> Result<(), Error> {
+        let plan = Plan::new(assignment)?;
+        self.generation += 1;
+        let (generation, fetch) = (self.generation, fetch.clone());
+        let fetcher = Fetcher {
+            dialer: self.settings.dialer.clone(),
+            server: self.settings.server.clone(),
+            cache: self.settings.cache.clone(),
+            report: self.report.clone(),
+        };
+        // Who has examples already needs no tokenizer.
+        let tokenizer = match self.settings.source {
+            Source::File { .. } => plan.tokenizer().cloned(),
+            Source::Examples(_) => None,
+        };
+        let units = plan.units().to_vec();
+        self.plan = Some(plan);
+        tokio::spawn(async move {
+            let files = fetcher.fetch_all(&units, tokenizer.as_ref()).await;
+            // The driver may have ended meanwhile.
+            let _ = fetch.send((generation, files)).await;
+        });
+        Ok(())
+    }
+
+    /// Saves the client's side of the adapter, if asked to.
+    fn save(&self, values: &[f32]) -> Result<(), Error> {
+        let (Some(directory), Some(plan)) = (&self.settings.adapter_out, &self.plan) else { return Ok(()) };
+        Adapter::from_values(&plan.config, &plan.training.spec, 0..plan.cut, values.to_vec())
+            .and_then(|adapter| adapter.save(directory, &plan.config, ""))
+            .map_err(|error| super::Error::from(error).into())
+    }
+}
+
+fn index(endpoint: Endpoint) -> usize {
+    match endpoint {
+        Endpoint::Main => 0,
+        Endpoint::Federated => 1,
+    }
+}
+
+async fn sleep_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Fetches parts of the model into the cache.
+struct Fetcher {
+    dialer: Dialer,
+    server: Origin,
+    cache: PathBuf,
+    report: std::sync::Arc<dyn Fn(Report) + Send + Sync>,
+}
+
+impl Fetcher {
+    async fn fetch_all(
+        &self,
+        units: &[Blob],
+        tokenizer: Option<&Blob>,
+    ) -> Result<(Vec<PathBuf>, Option<PathBuf>), Error> {
+        std::fs::create_dir_all(&self.cache).map_err(|error| Error::file("create", &self.cache, error))?;
+        let mut files = Vec::with_capacity(units.len());
+        for blob in units {
+            files.push(self.fetch(blob).await?);
+        }
+        let tokenizer = match tokenizer {
+            Some(blob) => Some(self.fetch(blob).await?),
+            None => None,
+        };
+        Ok((files, tokenizer))
+    }
+
+    /// The file of a blob; fetched unless the cache has it whole.
+    async fn fetch(&self, blob: &Blob) -> Result<PathBuf, Error> {
+        let path = self.cache.join(blob.sha256.to_string());
+        let (there, wanted) = (path.clone(), blob.clone());
+        if tokio::task::spawn_blocking(move || cached(&there, &wanted)).await.unwrap_or(false) {
+            return Ok(path);
+        }
+        static DOWNLOADS: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+        let number = DOWNLOADS.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let temporary = self.cache.join(format!("{}.{}-{number}.part", blob.sha256, std::process::id()));
+        let result = self.download(blob, &temporary).await;
+        let moved = result.and_then(|()| {
+            std::fs::rename(&temporary, &path).map_err(|error| Error::file("rename", &temporary, error))
+        });
+        if moved.is_err() {
+            // The first error is the one to report, whether or not the leftover can be removed.
+            let _ = std::fs::remove_file(&temporary);
+        }
+        moved.map(|()| path)
+    }
+
+    async fn download(&self, blob: &Blob, file: &Path) -> Result<(), Error> {
+        let url = format!("/weights/{}", blob.sha256);
+        let fail = |reason: String| Error::Download {
+            name: blob.name.clone(),
+            url: format!("{}{url}", self.server),
+            reason,
+        };
+        let mut response = self.dialer.get(&self.server, &url).await?;
+        let mut output = tokio::fs::File::create(file).await.map_err(|error| Error::file("create", file, error))?;
+        let (mut hash, mut done) = (Sha256::new(), 0_u64);
+        while let Some(chunk) = response.chunk().await.map_err(|error| fail(error.to_string()))? {
+            done += chunk.len() as u64;
+            if done > blob.bytes {
+                return Err(fail(format!("it is longer than the {} bytes announced", blob.bytes)));
+            }
+            hash.update(&chunk);
+            output.write_all(&chunk).await.map_err(|error| Error::file("write", file, error))?;
+            (self.report)(Report::Fetching { name: blob.name.clone(), done, bytes: blob.bytes });
+        }
+        output.flush().await.map_err(|error| Error::file("write", file, error))?;
+        let digest: [u8; 32] = hash.finalize().into();
+        if digest != blob.sha256.0 {
+            return Err(super::Error::Hash { name: blob.name.clone() }.into());
+        }
+        Ok(())
+    }
+}
+
+/// Whether the cache holds the blob with its hash.
+fn cached(path: &Path, blob: &Blob) -> bool {
+    let Ok(mut file) = std::fs::File::open(path) else { return false };
+    let mut hash = Sha256::new();
+    let copied = io::copy(&mut file, &mut HashWriter(&mut hash));
+    let digest: [u8; 32] = hash.finalize().into();
+    copied.is_ok_and(|bytes| bytes == blob.bytes) && digest == blob.sha256.0
+}
+
+struct HashWriter<'a>(&'a mut Sha256);
+
+impl io::Write for HashWriter<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

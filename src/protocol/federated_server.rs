@@ -1,0 +1,782 @@
+//! The federated server's session: the members' adapters of a round in, their average out.
+//!
+//! One object for the run and all its connections. The main server says over `Control` who is in a round; clients send
+//! their adapters here and nowhere else. A round closes when every member has sent an adapter or is left out, tested
+//! again on every change of membership. Tokens, labels and activations never come here.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use super::admission::{Pass, TicketOffice, check_secret};
+use super::door::{Door, Heard};
+use super::link::silence_limit;
+use super::main_server::adapter_frame_bytes;
+use super::message::*;
+use super::{ConnectionId, DepartureReason, MAX_FRAME_BYTES, Transmit, display_name, earlier};
+use crate::federated::weighted_mean;
+
+/// Where the main server is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ControlAccess {
+    /// In this process: `handle_control` and `poll_control`.
+    Local,
+    /// Behind a connection for the service `Control`, let in by the join secret.
+    Remote { secret: Option<String> },
+}
+
+/// How the federated service is run. What is averaged comes with `Control::OpenRun`.
+pub struct FederatedConfig {
+    /// What this server speaks: `PROTOCOL_VERSION`.
+    pub version: Version,
+    pub control: ControlAccess,
+    /// More clients than these are refused.
+    pub max_clients: u32,
+    pub ping_interval: Duration,
+}
+
+/// What the driver should know.
+#[derive(Clone, Debug, PartialEq)]
+pub enum FederatedEvent {
+    ClientRefused {
+        connection: ConnectionId,
+        reason: RefusalReason,
+    },
+    ClientJoined {
+        connection: ConnectionId,
+        client: ClientId,
+        name: String,
+    },
+    ClientLeft {
+        client: ClientId,
+        reason: DepartureReason,
+    },
+    ControlConnected {
+        connection: ConnectionId,
+    },
+    ControlLost,
+    UpdateAccepted {
+        client: ClientId,
+        round: RoundKey,
+        examples: u64,
+    },
+    ClientExcluded {
+        client: ClientId,
+        round: RoundKey,
+        reason: ExclusionReason,
+    },
+    RoundClosed {
+        round: RoundKey,
+        included: Vec<Inclusion>,
+        excluded: Vec<Exclusion>,
+    },
+    RunClosed,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Guest {
+    Client(ClientId),
+    Control,
+}
+
+struct Run {
+    office: TicketOffice,
+    /// The main server's clock less this one's, in parts that cannot both be non-zero.
+    ahead: Duration,
+    behind: Duration,
+    adapter_len: usize,
+    frame_limit: usize,
+    model: Digest,
+    tokenizer: Digest,
+}
+
+impl Run {
+    /// The main server's clock, by which tickets expire.
+    fn clock(&self, now: Duration) -> Duration {
+        (now + self.ahead).saturating_sub(self.behind)
+    }
+}
+
+struct Client {
+    connection: Option<ConnectionId>,
+    /// When its connection was lost.
+    absent_since: Duration,
+    /// Tickets below this serial are spent.
+    next_serial: u64,
+}
+
+struct Update {
+    examples: u64,
+    values: Vec<f32>,
+}
+
+struct OpenRound {
+    round: RoundKey,
+    base: Digest,
+    max_examples: u64,
+    opened: Duration,
+    members: BTreeMap<ClientId, Option<Update>>,
+    excluded: Vec<Exclusion>,
+}
+
+/// The federated server's state machine.
+pub struct FederatedServerSession {
+    config: FederatedConfig,
+    door: Door<Guest>,
+    run: Option<Run>,
+    control: Option<ConnectionId>,
+    clients: BTreeMap<ClientId, Client>,
+    open: Option<OpenRound>,
+    /// Kept until the next round closes, for members that did not hear of it.
+    last: Option<RoundClosed>,
+    replies: VecDeque<ControlReply>,
+    events: VecDeque<FederatedEvent>,
+}
+
+impl FederatedServerSession {
+    /// A service that waits for `Control::OpenRun`.
+    pub fn new(config: FederatedConfig) -> FederatedServerSession {
+        FederatedServerSession {
+            door: Door::new(config.version, config.ping_interval),
+            config,
+            run: None,
+            control: None,
+            clients: BTreeMap::new(),
+            open: None,
+            last: None,
+            replies: VecDeque::new(),
+            events: VecDeque::new(),
+        }
+    }
+
+    /// The largest frame anybody may send: what a socket need not read past.
+    pub fn max_frame_bytes(&self) -> usize {
+        self.run
+            .as_ref()
+            .map_or(MAX_FRAME_BYTES, |run| run.frame_limit)
+    }
+
+    /// Clients connected now.
+    pub fn connected_clients(&self) -> usize {
+        self.clients
+            .values()
+            .filter(|client| client.connection.is_some())
+            .count()
+    }
+
+    pub fn connected(&mut self, connection: ConnectionId, now: Duration) {
+        self.door.open(connection, now);
+    }
+
+    pub fn disconnected(&mut self, connection: ConnectionId, now: Duration) {
+        if let Some(guest) = self.door.remove(connection) {
+            self.depart(guest, DepartureReason::Disconnected, now);
+        }
+        self.retest();
+    }
+
+    pub fn handle_frame(&mut self, connection: ConnectionId, now: Duration, bytes: &[u8]) {
+        match self.door.hear(connection, bytes) {
+            Heard::Nothing => {}
+            Heard::Refused(reason) => self
+                .events
+                .push_back(FederatedEvent::ClientRefused { connection, reason }),
+            Heard::Hello(hello) => {
+                if let Err((reason, detail)) = self.greet(connection, now, &hello) {
+                    self.door.refuse(connection, reason, detail);
+                    self.events
+                        .push_back(FederatedEvent::ClientRefused { connection, reason });
+                }
+            }
+            Heard::Fault { guest, error } => {
+                self.expel(guest, StopReason::Unexpected, error.to_string(), now)
+            }
+            Heard::Frame {
+                guest,
+                first,
+                message,
+            } => {
+                if let (true, Guest::Client(client)) = (first, guest)
+                    && let Some(client) = self.clients.get_mut(&client)
+                {
+                    client.next_serial += 1;
+                }
+                if let Some(message) = message {
+                    self.handle_message(guest, message, now);
+                }
+            }
+        }
+        self.retest();
+    }
+
+    pub fn handle_timeout(&mut self, now: Duration) {
+        for (_, guest) in self.door.handle_timeout(now) {
+            if let Some(guest) = guest {
+                self.depart(guest, DepartureReason::Silent, now);
+            }
+        }
+        let absent: Vec<ClientId> = self
+            .absence_deadlines()
+            .filter(|(_, deadline)| *deadline <= now)
+            .map(|(client, _)| client)
+            .collect();
+        for client in absent {
+            self.exclude(client, ExclusionReason::Absent);
+        }
+        self.retest();
+    }
+
+    /// What the main server said.
+    pub fn handle_control(&mut self, now: Duration, control: Control) {
+        match control {
+            Control::OpenRun {
+                run,
+                ticket_key,
+                now: theirs,
+                ticket_lifetime,
+                adapter_len,
+                model,
+                tokenizer,
+            } => {
+                if self.run.as_ref().is_some_and(|open| open.office.run != run) {
+                    self.drop_run();
+                }
+                self.run = Some(Run {
+                    office: TicketOffice {
+                        run,
+                        key: ticket_key,
+                        lifetime: ticket_lifetime,
+                    },
+                    ahead: theirs.saturating_sub(now),
+                    behind: now.saturating_sub(theirs),
+                    adapter_len: usize::try_from(adapter_len).unwrap_or(usize::MAX),
+                    frame_limit: adapter_frame_bytes(adapter_len).unwrap_or(MAX_FRAME_BYTES),
+                    model,
+                    tokenizer,
+                });
+            }
+            Control::OpenRound {
+                round,
+                members,
+                base,
+                max_examples,
+            } => {
+                self.open_round(now, round, &members, base, max_examples);
+            }
+            Control::Departed { round, client } => {
+                if self.open.as_ref().is_some_and(|open| open.round == round) {
+                    self.exclude(client, ExclusionReason::Departed);
+                }
+            }
+            Control::CloseRun => {
+                // Members that did not hear of the last average may still ask for it.
+                self.open = None;
+                self.events.push_back(FederatedEvent::RunClosed);
+            }
+        }
+        self.retest();
+    }
+
+    pub fn poll_transmit(&mut self) -> Option<Transmit<ConnectionId>> {
+        self.door.poll_transmit()
+    }
+
+    pub fn poll_event(&mut self) -> Option<FederatedEvent> {
+        self.events.pop_front()
+    }
+
+    /// For a main server in the same process; a remote one gets its replies as frames.
+    pub fn poll_control(&mut self) -> Option<ControlReply> {
+        self.replies.pop_front()
+    }
+
+    pub fn poll_timeout(&self) -> Option<Duration> {
+        earlier(
+            self.door.poll_timeout(),
+            self.absence_deadlines().map(|(_, deadline)| deadline).min(),
+        )
+    }
+
+    // Coming in.
+
+    fn greet(
+        &mut self,
+        connection: ConnectionId,
+        now: Duration,
+        hello: &Hello,
+    ) -> Result<(), (RefusalReason, String)> {
+        match hello.service {
+            Service::Federated => self.greet_client(connection, now, hello),
+            Service::Control => self.greet_control(connection, now, hello),
+            Service::Main => Err((
+                RefusalReason::Service,
+                "this is the federated service".to_owned(),
+            )),
+        }
+    }
+
+    fn greet_client(
+        &mut self,
+        connection: ConnectionId,
+        now: Duration,
+        hello: &Hello,
+    ) -> Result<(), (RefusalReason, String)> {
+        let plain = |reason: RefusalReason| (reason, reason.to_string());
+        let Some(run) = &self.run else {
+            return Err(plain(RefusalReason::NoRun));
+        };
+        let Credential::Ticket(ticket) = &hello.credential else {
+            return Err((
+                RefusalReason::TicketForged,
+                "the federated service needs a ticket".to_owned(),
+            ));
+        };
+        let pass = run
+            .office
+            .check(Service::Federated, ticket, run.clock(now))
+            .map_err(plain)?;
+        let known = self.clients.get(&pass.client);
+        if known.is_some_and(|client| pass.serial < client.next_serial) {
+            return Err(plain(RefusalReason::TicketSpent));
+        }
+        let replaced = known.and_then(|client| client.connection);
+        if replaced.is_none() && self.connected_clients() >= self.config.max_clients as usize {
+            return Err(plain(RefusalReason::Full));
+        }
+        let next = Pass {
+            client: pass.client,
+            serial: pass.serial + 1,
+        };
+        let welcome = Welcome {
+            version: hello.version.min(self.config.version),
+            client: pass.client,
+            run: run.office.run,
+            ticket: run.office.issue(Service::Federated, next, run.clock(now)),
+            federated_ticket: None,
+            federated_url: None,
+            ping_interval: self.config.ping_interval,
+            model: run.model,
+            tokenizer: run.tokenizer,
+        };
+        let limit = run.frame_limit;
+        if let Some(old) = replaced {
+            let detail = "this client opened another connection".to_owned();
+            self.door.stop(
+                old,
+                Stop {
+                    reason: StopReason::Superseded,
+                    detail,
+                    return_after: None,
+                },
+            );
+            self.depart(Guest::Client(pass.client), DepartureReason::Superseded, now);
+        }
+        let client = Client {
+            connection: Some(connection),
+            absent_since: now,
+            next_serial: pass.serial,
+        };
+        self.clients.insert(pass.client, client);
+        self.door
+            .welcome(connection, Guest::Client(pass.client), welcome, now, limit);
+        let name = display_name(&hello.name);
+        self.events.push_back(FederatedEvent::ClientJoined {
+            connection,
+            client: pass.client,
+            name,
+        });
+        Ok(())
+    }
+
+    fn greet_control(
+        &mut self,
+        connection: ConnectionId,
+        now: Duration,
+        hello: &Hello,
+    ) -> Result<(), (RefusalReason, String)> {
+        let ControlAccess::Remote { secret } = &self.config.control else {
+            return Err((
+                RefusalReason::Service,
+                "the main server of this run is not remote".to_owned(),
+            ));
+        };
+        check_secret(secret.as_deref(), &hello.credential)
+            .map_err(|reason| (reason, reason.to_string()))?;
+        // Of two links to a main server the newer is the live one.
+        if let Some(old) = self.control.take() {
+            self.door.close(old);
+        }
+        let unknown = Digest([0; 32]);
+        let welcome = Welcome {
+            version: hello.version.min(self.config.version),
+            client: ClientId(0),
+            run: self
+                .run
+                .as_ref()
+                .map_or(RunId([0; 16]), |run| run.office.run),
+            ticket: Ticket(Vec::new()),
+            federated_ticket: None,
+            federated_url: None,
+            ping_interval: self.config.ping_interval,
+            model: self.run.as_ref().map_or(unknown, |run| run.model),
+            tokenizer: self.run.as_ref().map_or(unknown, |run| run.tokenizer),
+        };
+        self.control = Some(connection);
+        self.door
+            .welcome(connection, Guest::Control, welcome, now, MAX_FRAME_BYTES);
+        self.events
+            .push_back(FederatedEvent::ControlConnected { connection });
+        Ok(())
+    }
+
+    // Going out.
+
+    fn depart(&mut self, guest: Guest, reason: DepartureReason, now: Duration) {
+        match guest {
+            Guest::Client(id) => {
+                let Some(client) = self.clients.get_mut(&id) else {
+                    return;
+                };
+                if client.connection.take().is_some() {
+                    // A member may return with its ticket until its absence is too long.
+                    client.absent_since = now;
+                    self.events
+                        .push_back(FederatedEvent::ClientLeft { client: id, reason });
+                }
+            }
+            Guest::Control => {
+                self.control = None;
+                self.events.push_back(FederatedEvent::ControlLost);
+            }
+        }
+    }
+
+    fn connection_of(&self, guest: Guest) -> Option<ConnectionId> {
+        match guest {
+            Guest::Client(client) => self.clients.get(&client)?.connection,
+            Guest::Control => self.control,
+        }
+    }
+
+    fn expel(&mut self, guest: Guest, reason: StopReason, detail: String, now: Duration) {
+        if let Some(connection) = self.connection_of(guest) {
+            self.door.stop(
+                connection,
+                Stop {
+                    reason,
+                    detail: detail.clone(),
+                    return_after: None,
+                },
+            );
+        }
+        if let Guest::Client(client) = guest {
+            self.exclude(client, ExclusionReason::Misbehaved);
+        }
+        self.depart(guest, DepartureReason::Misbehaved(detail), now);
+    }
+
+    /// Leaves a member out of the open round; what it has sent is dropped.
+    fn exclude(&mut self, client: ClientId, reason: ExclusionReason) {
+        let Some(open) = &mut self.open else { return };
+        if open.members.remove(&client).is_none() {
+            return;
+        }
+        let exclusion = Exclusion { client, reason };
+        open.excluded.push(exclusion.clone());
+        let round = open.round;
+        self.events.push_back(FederatedEvent::ClientExcluded {
+            client,
+            round,
+            reason,
+        });
+        if reason != ExclusionReason::Departed {
+            self.reply(ControlReply::Excluded { round, exclusion });
+        }
+    }
+
+    // The rounds.
+
+    fn handle_message(&mut self, guest: Guest, message: Message, now: Duration) {
+        match (guest, message) {
+            (Guest::Control, Message::Control(control)) => self.handle_control(now, control),
+            (Guest::Client(client), Message::AdapterUpdate(update)) => {
+                self.handle_update(client, update, now)
+            }
+            (_, Message::Leave) => {
+                if let Some(connection) = self.connection_of(guest) {
+                    self.door.close(connection);
+                }
+                if let Guest::Client(client) = guest {
+                    self.exclude(client, ExclusionReason::Departed);
+                }
+                self.depart(guest, DepartureReason::Left, now);
+            }
+            (guest, other) => {
+                let expected = match guest {
+                    Guest::Client(_) => "AdapterUpdate or Leave",
+                    Guest::Control => "Control or Leave",
+                };
+                let detail = format!("expected {expected}, got {}", other.name());
+                self.expel(guest, StopReason::Unexpected, detail, now);
+            }
+        }
+    }
+
+    fn handle_update(&mut self, client: ClientId, update: AdapterUpdate, now: Duration) {
+        let Some(run) = &self.run else {
+            return self.decline(client, update.round, "no run is open");
+        };
+        if update.run != run.office.run {
+            let detail = format!("an adapter of run {}, not {}", update.run, run.office.run);
+            return self.refuse_update(client, ExclusionReason::Misbehaved, detail, now);
+        }
+        let adapter_len = run.adapter_len;
+        let round = update.round;
+        let member = self
+            .open
+            .as_ref()
+            .is_some_and(|open| open.round == round && open.members.contains_key(&client));
+        if !member {
+            return match &self.last {
+                Some(last)
+                    if last.round == round
+                        && last.included.iter().any(|member| member.client == client) =>
+                {
+                    // It did not hear of the average.
+                    self.send_average(&[client]);
+                }
+                _ => self.decline(client, round, "not a member of an open round"),
+            };
+        }
+        let Some(open) = &mut self.open else { return };
+        let fault = if update.base != open.base {
+            let detail = format!(
+                "an adapter that started from {}, not {}",
+                update.base, open.base
+            );
+            Some((ExclusionReason::WrongBase, detail))
+        } else if update.values.len() != adapter_len {
+            let detail = format!(
+                "an adapter of {} values, not {adapter_len}",
+                update.values.len()
+            );
+            Some((ExclusionReason::WrongLength, detail))
+        } else if let Some(position) = update.values.iter().position(|value| !value.is_finite()) {
+            let detail = format!("value {position} of the adapter is not finite");
+            Some((ExclusionReason::NotFinite, detail))
+        } else if !(1..=open.max_examples).contains(&update.examples) {
+            let detail = format!(
+                "{} examples in a round of at most {}",
+                update.examples, open.max_examples
+            );
+            Some((ExclusionReason::Examples, detail))
+        } else {
+            None
+        };
+        if let Some((reason, detail)) = fault {
+            return self.refuse_update(client, reason, detail, now);
+        }
+        // A repetition after a reconnection changes nothing.
+        if let Some(slot @ None) = open.members.get_mut(&client) {
+            *slot = Some(Update {
+                examples: update.examples,
+                values: update.values,
+            });
+            self.events.push_back(FederatedEvent::UpdateAccepted {
+                client,
+                round,
+                examples: update.examples,
+            });
+        }
+    }
+
+    fn refuse_update(
+        &mut self,
+        client: ClientId,
+        reason: ExclusionReason,
+        detail: String,
+        now: Duration,
+    ) {
+        self.exclude(client, reason);
+        self.expel(Guest::Client(client), StopReason::BadUpdate, detail, now);
+    }
+
+    fn decline(&mut self, client: ClientId, round: RoundKey, detail: &str) {
+        let open = self.open.as_ref().map(|open| open.round);
+        let declined = UpdateDeclined {
+            round,
+            open,
+            detail: detail.to_owned(),
+        };
+        if let Some(connection) = self.connection_of(Guest::Client(client)) {
+            self.door
+                .send(connection, &Message::UpdateDeclined(declined));
+        }
+    }
+
+    fn open_round(
+        &mut self,
+        now: Duration,
+        round: RoundKey,
+        members: &[ClientId],
+        base: Digest,
+        max_examples: u64,
+    ) {
+        if self.run.is_none() {
+            return;
+        }
+        if let Some(last) = &self.last
+            && last.round == round
+        {
+            // The main server did not hear of it.
+            return self.reply(ControlReply::RoundClosed(last.clone()));
+        }
+        match &self.open {
+            Some(open) if open.round == round => {
+                // Repeated after a lost link: words in either direction may have been lost with it.
+                let left: Vec<ClientId> = open
+                    .members
+                    .keys()
+                    .filter(|client| !members.contains(client))
+                    .copied()
+                    .collect();
+                let unheard: Vec<Exclusion> = open
+                    .excluded
+                    .iter()
+                    .filter(|exclusion| members.contains(&exclusion.client))
+                    .cloned()
+                    .collect();
+                for client in left {
+                    self.exclude(client, ExclusionReason::Departed);
+                }
+                for exclusion in unheard {
+                    self.reply(ControlReply::Excluded { round, exclusion });
+                }
+            }
+            _ => {
+                self.open = Some(OpenRound {
+                    round,
+                    base,
+                    max_examples,
+                    opened: now,
+                    members: members.iter().map(|client| (*client, None)).collect(),
+                    excluded: Vec::new(),
+                });
+            }
+        }
+    }
+
+    /// Closes the round when every member has sent its adapter. Called after every change, of membership above all.
+    fn retest(&mut self) {
+        let Some(open) = self
+            .open
+            .take_if(|open| open.members.values().all(Option::is_some))
+        else {
+            return;
+        };
+        let updates: Vec<(ClientId, Update)> = open
+            .members
+            .into_iter()
+            .filter_map(|(client, update)| Some((client, update?)))
+            .collect();
+        let weighted: Vec<(u64, &[f32])> = updates
+            .iter()
+            .map(|(_, update)| (update.examples, update.values.as_slice()))
+            .collect();
+        // Every update was checked on arrival, so the only error left is that there is none.
+        let average = weighted_mean(&weighted)
+            .ok()
+            .map(|values| (Digest::of_values(&values), values));
+        let included: Vec<Inclusion> = updates
+            .iter()
+            .map(|(client, update)| Inclusion {
+                client: *client,
+                examples: update.examples,
+            })
+            .collect();
+        let closed = RoundClosed {
+            round: open.round,
+            included,
+            excluded: open.excluded,
+            average,
+        };
+        self.events.push_back(FederatedEvent::RoundClosed {
+            round: closed.round,
+            included: closed.included.clone(),
+            excluded: closed.excluded.clone(),
+        });
+        let members: Vec<ClientId> = closed.included.iter().map(|member| member.client).collect();
+        self.reply(ControlReply::RoundClosed(closed.clone()));
+        self.last = Some(closed);
+        self.send_average(&members);
+    }
+
+    fn send_average(&mut self, clients: &[ClientId]) {
+        let Some(RoundClosed {
+            round,
+            average: Some((digest, values)),
+            ..
+        }) = &self.last
+        else {
+            return;
+        };
+        let average = Message::Average(Average {
+            round: *round,
+            digest: *digest,
+            values: values.clone(),
+        });
+        for client in clients {
+            if let Some(connection) = self.connection_of(Guest::Client(*client)) {
+                self.door.send(connection, &average);
+            }
+        }
+    }
+
+    /// Forgets a run and its clients for another.
+    fn drop_run(&mut self) {
+        self.open = None;
+        self.last = None;
+        for connection in std::mem::take(&mut self.clients)
+            .into_values()
+            .filter_map(|client| client.connection)
+        {
+            let detail = "the server opened another run".to_owned();
+            self.door.stop(
+                connection,
+                Stop {
+                    reason: StopReason::Shutdown,
+                    detail,
+                    return_after: None,
+                },
+            );
+        }
+    }
+
+    fn reply(&mut self, reply: ControlReply) {
+        match (&self.config.control, self.control) {
+            (ControlAccess::Local, _) => self.replies.push_back(reply),
+            (ControlAccess::Remote { .. }, Some(connection)) => {
+                self.door.send(connection, &Message::ControlReply(reply));
+            }
+            // The main server repeats its round when it returns, and is answered then.
+            (ControlAccess::Remote { .. }, None) => {}
+        }
+    }
+
+    /// Members without a connection, and when that has lasted too long.
+    fn absence_deadlines(&self) -> impl Iterator<Item = (ClientId, Duration)> {
+        let limit = silence_limit(self.config.ping_interval);
+        self.open.iter().flat_map(move |open| {
+            open.members.keys().filter_map(move |id| {
+                let absent_since = match self.clients.get(id) {
+                    Some(Client {
+                        connection: Some(_),
+                        ..
+                    }) => return None,
+                    Some(client) => client.absent_since.max(open.opened),
+                    None => open.opened,
+                };
+                Some((*id, absent_since + limit))
+            })
+        })
+    }
+}

@@ -1,0 +1,846 @@
+//! The task that owns the sessions: inputs from connections, the compute thread and the link to a federated server
+//! elsewhere go in, frames and work come out, and what happened is written down.
+//!
+//! It is separate from the sessions because they have no clock, no channel and no file, and from everything that can be slow
+//! because a session's deadlines are real.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tokio::sync::{mpsc, watch};
+
+use super::Error;
+use super::limit::FailureLimit;
+use super::metrics::{Metrics, RoundRecord, StepRecord};
+use super::socket::{Outgoing, Service};
+use super::store::RunDirectory;
+use super::worker::{Done, Work};
+use crate::protocol::message::{ControlReply, RefusalReason, RoundKey, StepKey};
+use crate::protocol::{
+    ConnectionId, ControlEvent, ControlSession, FederatedEvent, FederatedServerSession, MAX_FRAME_BYTES, MainEvent,
+    MainServerSession, RunEnd, RunPhase, Transmit,
+};
+use crate::split::Evaluation;
+use crate::transport::{self, Dialer, Origin, SocketEvent};
+
+/// How long to wait, when the run is over, for clients that do not take their leave.
+const DRAIN_LIMIT: Duration = Duration::from_secs(10);
+
+/// What reaches the coordinator.
+#[derive(Debug)]
+pub enum Input {
+    Opened { connection: ConnectionId, service: Service, address: IpAddr, outgoing: mpsc::Sender<Outgoing> },
+    Frame { connection: ConnectionId, bytes: Vec<u8> },
+    Closed { connection: ConnectionId },
+    Computed(Done),
+    Stop(String),
+}
+
+/// What happens in a run, for people. Rounds and steps count from 1.
+#[derive(Clone, Debug)]
+pub enum Report {
+    Joined { client: u64, name: String, device: String },
+    Left { client: u64, name: String, reason: String },
+    Refused { address: IpAddr, reason: String },
+    /// Validation before training.
+    Baseline(Evaluation),
+    RoundStarted { round: u32, members: usize },
+    RoundLost { round: u32 },
+    Step(StepRecord),
+    Round(RoundRecord),
+    /// Nobody is left to train with.
+    Waiting { limit: Duration },
+    /// The link to a federated server elsewhere, or from a main server elsewhere.
+    Link { connected: bool, detail: String },
+    /// A federated server averaged a round.
+    Averaged { round: u32, adapters: usize },
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ending {
+    Completed,
+    /// Everybody left and nobody came back in time.
+    NoClients,
+    Stopped(String),
+    /// The main server ended the run of this federated server.
+    RunClosed,
+}
+
+/// A run in numbers.
+#[derive(Clone, Debug)]
+pub struct Summary {
+    pub ending: Ending,
+    /// Rounds that were averaged, and optimiser steps taken.
+    pub rounds: u32,
+    pub steps: u64,
+    pub tokens: u64,
+    pub seconds: f64,
+    pub bytes_up: u64,
+    pub bytes_down: u64,
+    /// Validation before training and after the last round.
+    pub baseline: Option<Evaluation>,
+    pub last: Option<Evaluation>,
+}
+
+/// The main server's session with what it computes and counts.
+pub struct MainRun {
+    session: MainServerSession,
+    work: std::sync::mpsc::Sender<Work>,
+    model: String,
+    local_steps: u32,
+    validates: bool,
+    /// When the current round, its current step, and the step's last arrival were.
+    round_started: Instant,
+    step_started: Instant,
+    step_gathered: Instant,
+    /// Counted since the last step's line.
+    step_bytes: Traffic,
+    pending_round: Option<RoundRecord>,
+    names: HashMap<u64, String>,
+    outcome: Option<RunEnd>,
+    drained: bool,
+    saved: bool,
+}
+
+impl MainRun {
+    pub fn new(
+        session: MainServerSession,
+        work: std::sync::mpsc::Sender<Work>,
+        model: String,
+        local_steps: u32,
+        validates: bool,
+    ) -> Self {
+        let now = Instant::now();
+        Self {
+            session,
+            work,
+            model,
+            local_steps,
+            validates,
+            round_started: now,
+            step_started: now,
+            step_gathered: now,
+            step_bytes: Traffic::default(),
+            pending_round: None,
+            names: HashMap::new(),
+            outcome: None,
+            drained: false,
+            saved: false,
+        }
+    }
+
+    /// Fails when the thread has ended, about which it has said why.
+    fn compute(&self, work: Work) -> Result<(), Error> {
+        self.work.send(work).map_err(|_| Error::WorkerGone)
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Traffic {
+    up: u64,
+    down: u64,
+}
+
+/// The main server's end of its link to a federated server elsewhere.
+pub struct RemoteLink {
+    session: ControlSession,
+    dialer: Dialer,
+    federated: Origin,
+    /// Counts the sockets, so that what an old one still says is not taken for the new one's.
+    socket: u64,
+    outgoing: Option<mpsc::Sender<Vec<u8>>>,
+    events: mpsc::Receiver<(u64, SocketEvent)>,
+    sender: mpsc::Sender<(u64, SocketEvent)>,
+    last_error: Option<transport::Error>,
+}
+
+impl RemoteLink {
+    pub fn new(session: ControlSession, dialer: Dialer, federated: Origin) -> Self {
+        let (sender, events) = mpsc::channel(16);
+        Self { session, dialer, federated, socket: 0, outgoing: None, events, sender, last_error: None }
+    }
+}
+
+struct Connection {
+    service: Service,
+    address: IpAddr,
+    outgoing: mpsc::Sender<Outgoing>,
+}
+
+/// What a coordinator is made of.
+pub struct Parts {
+    /// The zero of the sessions' clock.
+    pub origin: Instant,
+    pub queue: mpsc::Receiver<Input>,
+    pub main: Option<MainRun>,
+    pub federated: Option<FederatedServerSession>,
+    pub link: Option<RemoteLink>,
+    pub directory: RunDirectory,
+    pub metrics: Metrics,
+    pub status: watch::Sender<Value>,
+    pub failures: Arc<Mutex<FailureLimit>>,
+    /// What sockets may receive, as the sessions say.
+    pub max_frame_bytes: Arc<AtomicUsize>,
+    pub report: Box<dyn Fn(Report) + Send>,
+}
+
+/// See the module.
+pub struct Coordinator {
+    parts: Parts,
+    connections: HashMap<ConnectionId, Connection>,
+    total: Traffic,
+    summary: Summary,
+    /// The run of a federated server is over.
+    run_closed: bool,
+    /// When to stop waiting for the last clients; then `abandoned` is set.
+    end_by: Option<Instant>,
+    abandoned: bool,
+    failure: Option<Error>,
+}
+
+impl Coordinator {
+    pub fn new(parts: Parts) -> Self {
+        Self {
+            parts,
+            connections: HashMap::new(),
+            total: Traffic::default(),
+            summary: Summary {
+                ending: Ending::Completed,
+                rounds: 0,
+                steps: 0,
+                tokens: 0,
+                seconds: 0.0,
+                bytes_up: 0,
+                bytes_down: 0,
+                baseline: None,
+                last: None,
+            },
+            run_closed: false,
+            end_by: None,
+            abandoned: false,
+            failure: None,
+        }
+    }
+
+    /// Waits until the model is loaded.
+    pub async fn ready(&mut self) -> Result<(), Error> {
+        if let Some(main) = &mut self.parts.main {
+            match self.parts.queue.recv().await {
+                Some(Input::Computed(Done::Ready)) => {}
+                Some(Input::Computed(Done::Failed(error))) => return Err(error),
+                _ => return Err(Error::WorkerGone),
+            }
+            // The model may have taken long to load.
+            (main.round_started, main.step_started) = (Instant::now(), Instant::now());
+            if main.validates {
+                main.compute(Work::Baseline)?;
+            }
+        }
+        self.settle();
+        Ok(())
+    }
+
+    fn now(&self) -> Duration {
+        self.parts.origin.elapsed()
+    }
+
+    /// Runs until the run is over and everybody has been told.
+    pub async fn run(mut self) -> Result<Summary, Error> {
+        loop {
+            if self.is_over() {
+                break;
+            }
+            let deadline = self.deadline();
+            tokio::select! {
+                input = self.parts.queue.recv() => match input {
+                    Some(input) => self.handle(input),
+                    None => break,
+                },
+                Some((socket, event)) = link_event(&mut self.parts.link) => self.handle_link(socket, event),
+                () = sleep_until(deadline) => self.handle_timeout(),
+            }
+            self.settle();
+        }
+        self.finish()
+    }
+
+    fn is_over(&self) -> bool {
+        match &self.parts.main {
+            Some(main) => (main.drained || self.abandoned) && (main.saved || self.failure.is_some()),
+            None => self.abandoned || (self.run_closed && self.connections.is_empty()),
+        }
+    }
+
+    fn finish(mut self) -> Result<Summary, Error> {
+        self.summary.seconds = self.parts.origin.elapsed().as_secs_f64();
+        (self.summary.bytes_up, self.summary.bytes_down) = (self.total.up, self.total.down);
+        let (ending, text) = match self.parts.main.as_mut().and_then(|main| main.outcome.take()) {
+            Some(RunEnd::Completed) => (Ending::Completed, "completed".to_owned()),
+            Some(RunEnd::NoClients) => (Ending::NoClients, "no clients left".to_owned()),
+            Some(RunEnd::Stopped(detail)) => (Ending::Stopped(detail.clone()), detail),
+            Some(RunEnd::FederatedFault(detail)) => {
+                self.failure.get_or_insert(Error::Federated(detail.clone()));
+                (Ending::Stopped(detail.clone()), detail)
+            }
+            None if self.run_closed => (Ending::RunClosed, "the main server ended the run".to_owned()),
+            None => (Ending::Stopped("stopped".to_owned()), "stopped".to_owned()),
+        };
+        self.summary.ending = ending;
+        let summary = &self.summary;
+        let perplexity = |evaluation: Option<Evaluation>| evaluation.map(|evaluation| evaluation.perplexity);
+        let totals = json!({
+            "rounds": summary.rounds, "steps": summary.steps, "tokens": summary.tokens, "seconds": summary.seconds,
+            "bytes_up": summary.bytes_up, "bytes_down": summary.bytes_down,
+            "first_valid_perplexity": perplexity(summary.baseline), "last_valid_perplexity": perplexity(summary.last),
+        });
+        let reason = match &self.failure {
+            Some(failure) => format!("failed: {failure}"),
+            None => text,
+        };
+        let written = self.parts.directory.end(&reason, totals);
+        match self.failure {
+            Some(failure) => Err(failure),
+            None => written.map(|()| self.summary),
+        }
+    }
+
+    /// The run cannot go on: tells the clients and ends.
+    fn fail(&mut self, error: Error) {
+        let now = self.now();
+        if self.failure.is_none() {
+            if let Some(main) = &mut self.parts.main {
+                main.session.stop(now, "the server has a problem".to_owned());
+            }
+            self.end_by.get_or_insert(Instant::now() + DRAIN_LIMIT);
+            self.failure = Some(error);
+        }
+    }
+
+    fn check(&mut self, result: Result<(), Error>) {
+        if let Err(error) = result {
+            self.fail(error);
+        }
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        let sessions = [
+            self.parts.main.as_ref().and_then(|main| main.session.poll_timeout()),
+            self.parts.federated.as_ref().and_then(FederatedServerSession::poll_timeout),
+            self.parts.link.as_ref().and_then(|link| link.session.poll_timeout()),
+        ];
+        let earliest = sessions.into_iter().flatten().min().map(|timeout| self.parts.origin + timeout);
+        earliest.into_iter().chain(self.end_by).min()
+    }
+
+    fn handle_timeout(&mut self) {
+        let now = self.now();
+        if self.end_by.is_some_and(|end| end <= Instant::now()) {
+            self.end_by = None;
+            self.abandoned = true;
+        }
+        if let Some(main) = &mut self.parts.main {
+            main.session.handle_timeout(now);
+        }
+        if let Some(federated) = &mut self.parts.federated {
+            federated.handle_timeout(now);
+        }
+        if let Some(link) = &mut self.parts.link {
+            link.session.handle_timeout(now);
+        }
+    }
+
+    fn handle(&mut self, input: Input) {
+        let now = self.now();
+        match input {
+            Input::Opened { connection, service, address, outgoing } => {
+                self.connections.insert(connection, Connection { service, address, outgoing });
+                match (service, &mut self.parts.main, &mut self.parts.federated) {
+                    (Service::Main, Some(main), _) => main.session.connected(connection, now),
+                    (Service::Federated, _, Some(federated)) => federated.connected(connection, now),
+                    _ => {}
+                }
+            }
+            Input::Frame { connection, bytes } => {
+                let Some(Connection { service, .. }) = self.connections.get(&connection) else { return };
+                self.total.up += bytes.len() as u64;
+                match (service, &mut self.parts.main, &mut self.parts.federated) {
+                    (Service::Main, Some(main), _) => {
+                        main.step_bytes.up += bytes.len() as u64;
+                        main.session.handle_frame(connection, now, &bytes);
+                    }
+                    (Service::Federated, _, Some(federated)) => federated.handle_frame(connection, now, &bytes),
+                    _ => {}
+                }
+            }
+            Input::Closed { connection } => self.closed(connection),
+            Input::Computed(done) => {
+                let handled = self.computed(done);
+                self.check(handled);
+            }
+            Input::Stop(detail) => {
+                match &mut self.parts.main {
+                    Some(main) => main.session.stop(now, detail),
+                    None => self.abandoned = true,
+                }
+            }
+        }
+    }
+
+    fn closed(&mut self, connection: ConnectionId) {
+        let now = self.now();
+        let Some(Connection { service, .. }) = self.connections.remove(&connection) else { return };
+        match (service, &mut self.parts.main, &mut self.parts.federated) {
+            (Service::Main, Some(main), _) => main.session.disconnected(connection, now),
+            (Service::Federated, _, Some(federated)) => federated.disconnected(connection, now),
+            _ => {}
+        }
+    }
+
+    fn computed(&mut self, done: Done) -> Result<(), Error> {
+        let now = self.now();
+        let Some(main) = &mut self.parts.main else { return Ok(()) };
+        match done {
+            Done::Ready => {}
+            Done::Baseline(evaluation) => {
+                if let Some(evaluation) = evaluation {
+                    self.summary.baseline = Some(evaluation);
+                    self.summary.last = Some(evaluation);
+                    (self.parts.report)(Report::Baseline(evaluation));
+                    self.parts.metrics.round(&validated(RoundRecord::default(), Some(evaluation)))?;
+                }
+            }
+            Done::Step { key, outputs, loss, tokens, elapsed } => {
+                let record = StepRecord {
+                    round: key.round.round + 1,
+                    step: key.round.round * main.local_steps + key.step + 1,
+                    loss,
+                    tokens,
+                    clients: outputs.len(),
+                    seconds: main.step_started.elapsed().as_secs_f64(),
+                    wait_seconds: main.step_gathered.duration_since(main.step_started).as_secs_f64(),
+                    compute_seconds: elapsed.as_secs_f64(),
+                    bytes_up: main.step_bytes.up,
+                    bytes_down: main.step_bytes.down,
+                };
+                main.session.step_result(now, key, outputs)?;
+                main.step_started = Instant::now();
+                main.step_bytes = Traffic::default();
+                self.summary.steps += 1;
+                self.summary.tokens += tokens;
+                self.parts.metrics.step(&record)?;
+                (self.parts.report)(Report::Step(record));
+            }
+            Done::Closed { round, evaluation } => {
+                main.session.validated(now, round, evaluation.map(|evaluation| evaluation.loss));
+                self.summary.rounds = round.round + 1;
+                self.summary.last = evaluation.or(self.summary.last);
+                if let Some(record) = main.pending_round.take() {
+                    let record = validated(record, evaluation);
+                    self.parts.metrics.round(&record)?;
+                    (self.parts.report)(Report::Round(record));
+                }
+                let state = json!({
+                    "rounds": self.summary.rounds, "steps": self.summary.steps, "tokens": self.summary.tokens,
+                });
+                self.parts.directory.write_state("progress.json", state.to_string().as_bytes())?;
+            }
+            Done::Finished => main.saved = true,
+            Done::Failed(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// Carries out everything the sessions ask for, until they ask for nothing more.
+    fn settle(&mut self) {
+        loop {
+            let mut quiet = true;
+            while let Some(event) = self.parts.main.as_mut().and_then(|main| main.session.poll_event()) {
+                quiet = false;
+                let handled = self.main_event(event);
+                self.check(handled);
+            }
+            while let Some(event) = self.parts.federated.as_mut().and_then(FederatedServerSession::poll_event) {
+                quiet = false;
+                let handled = self.federated_event(event);
+                self.check(handled);
+            }
+            quiet &= !self.exchange_control();
+            quiet &= !self.transmit();
+            if quiet {
+                break;
+            }
+        }
+        self.publish();
+    }
+
+    fn main_event(&mut self, event: MainEvent) -> Result<(), Error> {
+        let at = self.parts.origin.elapsed().as_secs_f64();
+        let address = |connections: &HashMap<ConnectionId, Connection>, connection: &ConnectionId| {
+            connections.get(connection).map(|connection| connection.address.to_string())
+        };
+        let Some(main) = &mut self.parts.main else { return Ok(()) };
+        let (metrics, report) = (&mut self.parts.metrics, &self.parts.report);
+        match event {
+            MainEvent::ClientRefused { connection, reason } => return self.refused(connection, reason),
+            MainEvent::ClientJoined { connection, client, name, device } => {
+                let address = address(&self.connections, &connection);
+                main.names.insert(client.0, name.clone());
+                let fields = json!({ "client": client.0, "name": name, "device": device, "address": address });
+                metrics.event(at, "joined", fields)?;
+                report(Report::Joined { client: client.0, name, device });
+            }
+            MainEvent::ClientReady { client } => metrics.event(at, "ready", json!({ "client": client.0 }))?,
+            MainEvent::ClientLeft { client, name, reason } => {
+                let reason = reason.to_string();
+                metrics.event(at, "left", json!({ "client": client.0, "name": name, "reason": reason }))?;
+                report(Report::Left { client: client.0, name, reason });
+            }
+            MainEvent::RoundStarted { round, members } => {
+                (main.round_started, main.step_started) = (Instant::now(), Instant::now());
+                let clients: Vec<u64> = members.iter().map(|client| client.0).collect();
+                let fields = json!({ "round": round.round + 1, "attempt": round.attempt, "clients": clients });
+                metrics.event(at, "round_started", fields)?;
+                report(Report::RoundStarted { round: round.round + 1, members: members.len() });
+            }
+            MainEvent::StepReady { key, contributions } => {
+                main.step_gathered = Instant::now();
+                main.compute(Work::Step { key, contributions })?;
+            }
+            MainEvent::RoundClosed { round, average, included, excluded } => {
+                main.pending_round = Some(RoundRecord {
+                    round: round.round + 1,
+                    adapters: included.len(),
+                    excluded: excluded
+                        .iter()
+                        .map(|exclusion| {
+                            let name = main.names.get(&exclusion.client.0);
+                            let reason = exclusion.reason.to_string();
+                            json!({ "client": exclusion.client.0, "name": name, "reason": reason })
+                        })
+                        .collect(),
+                    measured_s: main.round_started.elapsed().as_secs_f64(),
+                    ..RoundRecord::default()
+                });
+                main.compute(Work::Close { round, average })?;
+            }
+            MainEvent::RoundLost { round } => {
+                metrics.event(at, "round_lost", json!({ "round": round.round + 1, "attempt": round.attempt }))?;
+                report(Report::RoundLost { round: round.round + 1 });
+                main.compute(Work::Restore)?;
+            }
+            MainEvent::Waiting { until } => {
+                let limit = until.saturating_sub(self.parts.origin.elapsed());
+                metrics.event(at, "waiting", json!({ "seconds": limit.as_secs_f64() }))?;
+                report(Report::Waiting { limit });
+            }
+            MainEvent::Finished { reason } => {
+                main.outcome = Some(reason);
+                self.end_by.get_or_insert(Instant::now() + DRAIN_LIMIT);
+                // A thread that has failed has said so already; there is nothing more it could save.
+                if self.failure.is_none() {
+                    main.compute(Work::Finish)?;
+                }
+            }
+            MainEvent::Drained => main.drained = true,
+        }
+        Ok(())
+    }
+
+    fn federated_event(&mut self, event: FederatedEvent) -> Result<(), Error> {
+        let at = self.parts.origin.elapsed().as_secs_f64();
+        // In one process the main server's side tells the same.
+        let alone = self.parts.main.is_none();
+        let (metrics, report) = (&mut self.parts.metrics, &self.parts.report);
+        match event {
+            FederatedEvent::ClientRefused { connection, reason } => return self.refused(connection, reason),
+            FederatedEvent::ClientJoined { client, name, .. } if alone => {
+                metrics.event(at, "joined", json!({ "client": client.0, "name": name }))?;
+                report(Report::Joined { client: client.0, name, device: String::new() });
+            }
+            FederatedEvent::ClientLeft { client, reason } if alone => {
+                let reason = reason.to_string();
+                metrics.event(at, "left", json!({ "client": client.0, "reason": reason }))?;
+                report(Report::Left { client: client.0, name: String::new(), reason });
+            }
+            FederatedEvent::ControlConnected { connection } => {
+                let address = self.connections.get(&connection).map(|connection| connection.address.to_string());
+                metrics.event(at, "main_server_connected", json!({ "address": address }))?;
+                report(Report::Link { connected: true, detail: address.unwrap_or_default() });
+            }
+            FederatedEvent::ControlLost => {
+                metrics.event(at, "main_server_lost", json!({}))?;
+                report(Report::Link { connected: false, detail: "the main server's connection is lost".to_owned() });
+            }
+            FederatedEvent::UpdateAccepted { client, round, examples } => {
+                let fields = json!({ "client": client.0, "round": round.round + 1, "examples": examples });
+                metrics.event(at, "update", fields)?;
+            }
+            FederatedEvent::ClientExcluded { client, round, reason } => {
+                let fields =
+                    json!({ "client": client.0, "round": round.round + 1, "reason": reason.to_string() });
+                metrics.event(at, "excluded", fields)?;
+            }
+            FederatedEvent::RoundClosed { round, included, .. } if alone => {
+                self.summary.rounds = self.summary.rounds.max(round.round + 1);
+                let fields = json!({ "round": round.round + 1, "adapters": included.len() });
+                metrics.event(at, "averaged", fields)?;
+                report(Report::Averaged { round: round.round + 1, adapters: included.len() });
+            }
+            FederatedEvent::RunClosed => {
+                self.run_closed = true;
+                if alone {
+                    self.end_by.get_or_insert(Instant::now() + DRAIN_LIMIT);
+                }
+            }
+            FederatedEvent::ClientJoined { .. }
+            | FederatedEvent::ClientLeft { .. }
+            | FederatedEvent::RoundClosed { .. } => {}
+        }
+        Ok(())
+    }
+
+    fn refused(&mut self, connection: ConnectionId, reason: RefusalReason) -> Result<(), Error> {
+        let now = self.now();
+        let Some(Connection { address, .. }) = self.connections.get(&connection) else { return Ok(()) };
+        if reason.is_authorisation_failure() {
+            self.parts.failures.lock().unwrap_or_else(PoisonError::into_inner).failed(*address, now);
+        }
+        let fields = json!({ "address": address.to_string(), "reason": reason.to_string() });
+        self.parts.metrics.event(now.as_secs_f64(), "refused", fields)?;
+        (self.parts.report)(Report::Refused { address: *address, reason: reason.to_string() });
+        Ok(())
+    }
+
+    /// Hands control messages between the two sessions, or to and from the link. Returns whether there were any.
+    fn exchange_control(&mut self) -> bool {
+        let now = self.parts.origin.elapsed();
+        let mut any = false;
+        let Parts { main, federated, link, .. } = &mut self.parts;
+        if let Some(main) = main {
+            while let Some(control) = main.session.poll_control() {
+                any = true;
+                match (federated.as_mut(), link.as_mut()) {
+                    (Some(federated), _) => federated.handle_control(now, control),
+                    (None, Some(link)) => link.session.send(control),
+                    (None, None) => {}
+                }
+            }
+            let mut reply = |reply: ControlReply| main.session.handle_control(now, reply);
+            if let Some(federated) = federated {
+                while let Some(answer) = federated.poll_control() {
+                    any = true;
+                    reply(answer);
+                }
+            }
+            if let Some(link) = link {
+                while let Some(answer) = link.session.poll_reply() {
+                    any = true;
+                    reply(answer);
+                }
+            }
+        }
+        any | self.link_events()
+    }
+
+    fn link_events(&mut self) -> bool {
+        let now = self.now();
+        let mut any = false;
+        while let Some(event) = self.parts.link.as_mut().and_then(|link| link.session.poll_event()) {
+            any = true;
+            let Parts { main: Some(main), link: Some(link), report, .. } = &mut self.parts else { break };
+            match event {
+                ControlEvent::Connect => {
+                    link.socket += 1;
+                    link.dialer.open(
+                        link.socket,
+                        &link.federated,
+                        "/federated",
+                        MAX_FRAME_BYTES,
+                        link.sender.clone(),
+                    );
+                }
+                ControlEvent::ConnectionLost { .. } => {}
+                ControlEvent::Connected => {
+                    link.last_error = None;
+                    report(Report::Link { connected: true, detail: link.federated.to_string() });
+                    main.session.control_connected(now);
+                }
+                ControlEvent::Failed(reason) => {
+                    let error = match link.last_error.take() {
+                        Some(error) => Error::Transport(error),
+                        None => Error::Federated(reason.to_string()),
+                    };
+                    self.fail(error);
+                }
+            }
+        }
+        any
+    }
+
+    fn handle_link(&mut self, socket: u64, event: SocketEvent) {
+        let now = self.now();
+        let Some(link) = &mut self.parts.link else { return };
+        if socket != link.socket {
+            return;
+        }
+        match event {
+            SocketEvent::Opened(outgoing) => {
+                link.outgoing = Some(outgoing);
+                link.session.connected(now);
+            }
+            SocketEvent::Frame(bytes) => link.session.handle_frame(now, &bytes),
+            SocketEvent::Closed(error) => {
+                link.outgoing = None;
+                link.session.disconnected(now);
+                if let Some(error) = error {
+                    let detail = error.to_string();
+                    let hopeless = !error.is_transient();
+                    if link.last_error.is_none() {
+                        (self.parts.report)(Report::Link { connected: false, detail });
+                    }
+                    link.last_error = Some(error);
+                    if hopeless && let Some(error) = link.last_error.take() {
+                        self.fail(Error::Transport(error));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Sends what the sessions want sent. Returns whether there was anything.
+    fn transmit(&mut self) -> bool {
+        let mut any = false;
+        while let Some(transmit) = self.parts.main.as_mut().and_then(|main| main.session.poll_transmit()) {
+            any = true;
+            if let (Transmit::Frame { bytes, .. }, Some(main)) = (&transmit, &mut self.parts.main) {
+                main.step_bytes.down += bytes.len() as u64;
+            }
+            self.send(transmit);
+        }
+        while let Some(transmit) = self.parts.federated.as_mut().and_then(FederatedServerSession::poll_transmit) {
+            any = true;
+            self.send(transmit);
+        }
+        while let Some(transmit) = self.parts.link.as_mut().and_then(|link| link.session.poll_transmit()) {
+            any = true;
+            let now = self.parts.origin.elapsed();
+            let Some(link) = &mut self.parts.link else { break };
+            let sent = match transmit {
+                Transmit::Frame { bytes, .. } => {
+                    link.outgoing.as_ref().is_some_and(|outgoing| outgoing.try_send(bytes).is_ok())
+                }
+                Transmit::Close { .. } => false,
+            };
+            if !sent && link.outgoing.take().is_some() {
+                link.socket += 1;
+                link.session.disconnected(now);
+            }
+        }
+        any
+    }
+
+    fn send(&mut self, transmit: Transmit<ConnectionId>) {
+        let (connection, outgoing) = match transmit {
+            Transmit::Frame { to, bytes } => {
+                self.total.down += bytes.len() as u64;
+                (to, Outgoing::Frame(bytes))
+            }
+            Transmit::Close { to } => (to, Outgoing::Close),
+        };
+        let closing = matches!(outgoing, Outgoing::Close);
+        let Some(open) = self.connections.get(&connection) else { return };
+        let sent = open.outgoing.try_send(outgoing).is_ok();
+        if closing || !sent {
+            // Dropping the sender lets the connection's task write what it has and end. A full queue means a peer that
+            // does not read.
+            self.closed(connection);
+        }
+    }
+
+    /// Brings `/status` and the sockets' limit up to date.
+    fn publish(&mut self) {
+        let (main, federated) = (&self.parts.main, &self.parts.federated);
+        let limit = main.as_ref().map_or(0, |main| main.session.max_frame_bytes()).max(match federated {
+            Some(federated) => match federated.max_frame_bytes() {
+                MAX_FRAME_BYTES => 0,
+                bytes => bytes,
+            },
+            None => 0,
+        });
+        self.parts.max_frame_bytes.store(limit.max(super::socket::SMALL_FRAME_BYTES), Ordering::Relaxed);
+
+        let status = match main {
+            Some(main) => main_status(main, &self.summary),
+            None => json!({ "role": "federated", "rounds_averaged": self.summary.rounds }),
+        };
+        self.parts.status.send_if_modified(|current| {
+            let changed = *current != status;
+            if changed {
+                *current = status;
+            }
+            changed
+        });
+    }
+}
+
+fn main_status(main: &MainRun, summary: &Summary) -> Value {
+    let status = main.session.status();
+    let state = match status.phase {
+        RunPhase::Waiting => "waiting",
+        RunPhase::Gathering => "gathering",
+        RunPhase::Computing => "computing",
+        RunPhase::Averaging => "averaging",
+        RunPhase::Validating => "validating",
+        RunPhase::Finished => "finished",
+    };
+    let clients: Vec<Value> = status
+        .clients
+        .iter()
+        .map(|client| {
+            json!({
+                "client": client.client.0, "name": client.name, "device": client.device,
+                "ready": client.ready, "member": client.member, "awaited": client.awaited,
+            })
+        })
+        .collect();
+    json!({
+        "role": "main",
+        "model": main.model,
+        "state": state,
+        "round": status.round + 1,
+        "rounds": status.rounds,
+        "step": status.round * status.local_steps + status.step,
+        "steps": status.rounds * status.local_steps,
+        "clients": clients,
+        "valid_perplexity": summary.last.map(|evaluation| evaluation.perplexity),
+    })
+}
+
+fn validated(record: RoundRecord, evaluation: Option<Evaluation>) -> RoundRecord {
+    RoundRecord {
+        valid_loss: evaluation.map(|evaluation| evaluation.loss),
+        valid_perplexity: evaluation.map(|evaluation| evaluation.perplexity),
+        valid_tokens: evaluation.map(|evaluation| evaluation.tokens),
+        ..record
+    }
+}
+
+/// The next event of the link; never, without a link.
+async fn link_event(link: &mut Option<RemoteLink>) -> Option<(u64, SocketEvent)> {
+    match link {
+        Some(link) => link.events.recv().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn sleep_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+        None => std::future::pending().await,
+    }
+}

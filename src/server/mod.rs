@@ -1,0 +1,519 @@
+//! The main server and the federated server: sockets, files and threads around their sessions. Native only.
+//!
+//! ```text
+//! browser, native client ── http ── socket ──▶ coordinator ──▶ worker (its side of the model, a thread)
+//!                                                   │
+//!                                  sessions of the protocol; metrics, store
+//! ```
+//! One task, the coordinator, owns the sessions; connections and the compute thread send it inputs and never wait for each
+//! other. A main server and a federated server in one process share the coordinator but not their state: what passes between
+//! them is what would cross the link between two processes.
+
+mod coordinator;
+mod http;
+mod limit;
+pub mod listen;
+pub mod metrics;
+mod socket;
+pub mod store;
+mod tls;
+mod worker;
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicUsize;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use axum_server::Handle;
+use axum_server::tls_rustls::RustlsConfig;
+use serde_json::{Value, json};
+use tokio::sync::{mpsc, watch};
+
+use crate::compute::Engine;
+use crate::data::{DataError, Example};
+use crate::model::adapter::{Adapter, AdapterError, Target};
+use crate::model::config::Config;
+use crate::model::optimizer;
+use crate::model::weights::{Unit, WeightDtype, Weights, WeightsError};
+use crate::protocol::message::{
+    Assignment, Blob, Digest, MomentPolicy, OptimizerConfig, PROTOCOL_VERSION, RunConfig, RunId, Schedule,
+    WeightFormat, WireDtype,
+};
+use crate::protocol::{
+    ControlAccess, ControlConfig, ControlSession, FederatedConfig, FederatedServerSession, MainConfig, MainError,
+    MainServerSession, PING_INTERVAL,
+};
+use crate::split::{self, Training, Wire};
+use crate::transport::{self, Dialer, Origin};
+
+use coordinator::{Coordinator, Input, MainRun, RemoteLink};
+pub use coordinator::{Ending, Report, Summary};
+pub use listen::Listen;
+use listen::Bound;
+use metrics::Metrics;
+use socket::Door;
+use store::{Blobs, RunDirectory};
+
+/// More clients than these are refused.
+const MAX_CLIENTS: u32 = 1024;
+/// A client that lost its connection can come back with its ticket for this long.
+const TICKET_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
+/// Inputs waiting for the coordinator; connections wait beyond it.
+const QUEUED_INPUTS: usize = 64;
+/// Failed connections in a row to a federated server elsewhere before a main server gives up: about a minute.
+const LINK_RETRIES: u32 = 8;
+/// How long the HTTP server lets running downloads finish when the run is over.
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
+
+/// Why a server cannot start, or cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("--listen {address}: {reason}")]
+    Listen { address: String, reason: String },
+    #[error(
+        "--listen {address}: plain http is for loopback only, because training data would cross the network unencrypted; \
+         use https://0.0.0.0:{port}, or http://127.0.0.1:{port}"
+    )]
+    PlainText { address: String, port: u16 },
+    #[error("--listen {address}: port {port} is in use by another program; choose another port, or 0 for a free one")]
+    Busy { address: String, port: u16 },
+    #[error("the server's certificate cannot be made: {0}")]
+    Certificate(String),
+    #[error("cannot {action} {path}: {source}")]
+    File { action: &'static str, path: String, source: io::Error },
+    #[error("cannot start a thread: {0}")]
+    Thread(io::Error),
+    #[error("the HTTP server stopped: {0}")]
+    Serve(io::Error),
+    #[error(transparent)]
+    Split(#[from] split::Error),
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
+    #[error(transparent)]
+    Data(#[from] DataError),
+    #[error(transparent)]
+    Run(#[from] MainError),
+    #[error("the federated server: {0}")]
+    Federated(String),
+    #[error(transparent)]
+    Transport(#[from] transport::Error),
+    #[error("the compute thread ended without a reason")]
+    WorkerGone,
+}
+
+impl Error {
+    fn file(action: &'static str, path: &Path, source: io::Error) -> Self {
+        Self::File { action, path: path.display().to_string(), source }
+    }
+}
+
+/// Which of the two servers this process is.
+#[derive(Clone, Debug)]
+pub enum Role {
+    Both,
+    /// With the federated server elsewhere; clients are sent there too.
+    Main { federated: Origin, dialer: Dialer },
+    Federated,
+}
+
+/// A frozen model, as clients get it and as this server runs its side of it.
+pub struct Model {
+    /// What an exported adapter says it belongs to.
+    pub name: String,
+    pub digest: Digest,
+    pub config: Config,
+    pub weights: Weights,
+    pub dtype: WeightDtype,
+    /// The `tokenizer.json` for clients; `None` when data comes as token ids only.
+    pub tokenizer: Option<Vec<u8>>,
+}
+
+/// What a main server trains.
+pub struct Run {
+    pub model: Model,
+    pub engine: Engine,
+    pub training: Training,
+    /// Blocks of the client.
+    pub cut: usize,
+    /// The whole model's adapter at the start.
+    pub initial: Adapter,
+    pub validation: Option<Vec<Example>>,
+    pub rounds: u32,
+    pub local_steps: u32,
+    pub seed: u64,
+    pub shuffle: bool,
+    /// The first round starts when this many clients are ready.
+    pub clients: u32,
+    /// How long to wait for one to return when all have left.
+    pub wait: Duration,
+}
+
+/// How to serve.
+pub struct Settings {
+    pub role: Role,
+    pub listen: Vec<Listen>,
+    /// The join secret; `None` lets everybody in.
+    pub token: Option<String>,
+    /// Where the certificate is kept.
+    pub home: PathBuf,
+    pub directory: RunDirectory,
+    /// Served to tabs that join without a file of their own.
+    pub demo_data: &'static [u8],
+    /// For the main server.
+    pub run: Option<Run>,
+}
+
+/// An address the server listens on.
+#[derive(Clone, Debug)]
+pub struct Address {
+    /// As bound, such as `https://0.0.0.0:8443`.
+    pub url: String,
+    /// For this machine.
+    pub local_url: String,
+    /// For other machines, the likeliest first.
+    pub network_urls: Vec<String>,
+}
+
+/// A server that listens.
+pub struct Server {
+    addresses: Vec<Address>,
+    certificate_file: Option<PathBuf>,
+    blobs: Option<PathBuf>,
+    inputs: mpsc::Sender<Input>,
+    coordinator: Coordinator,
+    handles: Vec<Handle<SocketAddr>>,
+    tasks: Vec<tokio::task::JoinHandle<io::Result<()>>>,
+    site: Arc<http::Site>,
+}
+
+/// Ends a running server from elsewhere.
+#[derive(Clone)]
+pub struct Stopper(mpsc::Sender<Input>);
+
+impl Stopper {
+    /// Tells the clients and saves; `detail` is the reason they are given. [`Server::serve`] then returns.
+    pub async fn stop(&self, detail: &str) {
+        // If the coordinator is gone there is nothing left to stop.
+        let _ = self.0.send(Input::Stop(detail.to_owned())).await;
+    }
+}
+
+impl Server {
+    /// Binds every address, prepares the certificate, hands the client's part of the model to the store and loads the server's.
+    /// `report` is called with what happens.
+    ///
+    /// # Errors
+    /// [`Error`] says what to do.
+    pub async fn start(settings: Settings, report: Box<dyn Fn(Report) + Send>) -> Result<Self, Error> {
+        let Settings { role, listen, token, home, mut directory, demo_data, run } = settings;
+        let bound = listen.iter().map(Listen::bind).collect::<Result<Vec<_>, _>>()?;
+        let identity = match bound.iter().any(|bound| bound.secure) {
+            true => Some(tls::Identity::open(&home, &certificate_names(&listen))?),
+            false => None,
+        };
+        let addresses: Vec<Address> = bound
+            .iter()
+            .map(|bound| Address {
+                url: bound.url(),
+                local_url: bound.local_url(),
+                network_urls: bound.network_urls(),
+            })
+            .collect();
+        directory.note(json!({ "addresses": addresses.iter().map(|address| &address.url).collect::<Vec<_>>() }))?;
+
+        let origin = Instant::now();
+        let (inputs, queue) = mpsc::channel(QUEUED_INPUTS);
+        let (status_sender, status) = watch::channel(http::starting());
+        let failures = Arc::new(Mutex::new(limit::FailureLimit::default()));
+        let max_frame_bytes = Arc::new(AtomicUsize::new(socket::SMALL_FRAME_BYTES));
+        let metrics = Metrics::create(directory.path())?;
+        let serves = (!matches!(role, Role::Federated), !matches!(role, Role::Main { .. }));
+
+        let (main, blobs) = match run {
+            Some(run) => {
+                let (main, blobs) = prepare(run, &role, token.clone(), &mut directory, inputs.clone())?;
+                (Some(main), Some(blobs))
+            }
+            None => (None, None),
+        };
+        let blob_directory = blobs.as_ref().map(|_| directory.weights());
+        let federated = serves.1.then(|| {
+            let control = match role {
+                Role::Federated => ControlAccess::Remote { secret: token.clone() },
+                _ => ControlAccess::Local,
+            };
+            FederatedServerSession::new(FederatedConfig {
+                version: PROTOCOL_VERSION,
+                control,
+                max_clients: MAX_CLIENTS,
+                ping_interval: PING_INTERVAL,
+            })
+        });
+        let link = match role {
+            Role::Main { federated, dialer } => {
+                let session = ControlSession::new(
+                    ControlConfig {
+                        version: PROTOCOL_VERSION,
+                        secret: token,
+                        name: "main server".to_owned(),
+                        retries: LINK_RETRIES,
+                    },
+                    Duration::ZERO,
+                );
+                Some(RemoteLink::new(session, dialer, federated))
+            }
+            _ => None,
+        };
+        let mut coordinator = Coordinator::new(coordinator::Parts {
+            origin,
+            queue,
+            main,
+            federated,
+            link,
+            directory,
+            metrics,
+            status: status_sender,
+            failures: failures.clone(),
+            max_frame_bytes: max_frame_bytes.clone(),
+            report,
+        });
+        coordinator.ready().await?;
+
+        let site = Arc::new(http::Site {
+            blobs,
+            status,
+            demo_data,
+            door: Door::new(serves, inputs.clone(), max_frame_bytes, failures, origin),
+        });
+        let mut server = Self {
+            addresses,
+            certificate_file: identity.as_ref().map(|identity| identity.certificate_file.clone()),
+            blobs: blob_directory,
+            inputs,
+            coordinator,
+            handles: Vec::new(),
+            tasks: Vec::new(),
+            site: site.clone(),
+        };
+        for bound in bound {
+            server.listen(bound, identity.as_ref(), http::router(site.clone()))?;
+        }
+        Ok(server)
+    }
+
+    fn listen(&mut self, bound: Bound, identity: Option<&tls::Identity>, router: axum::Router) -> Result<(), Error> {
+        let handle = Handle::new();
+        let service = router.into_make_service_with_connect_info::<SocketAddr>();
+        let task = match identity.filter(|_| bound.secure) {
+            Some(identity) => {
+                let config = RustlsConfig::from_config(identity.config.clone());
+                let server = axum_server::from_tcp_rustls(bound.listener, config).map_err(Error::Serve)?;
+                tokio::spawn(server.handle(handle.clone()).serve(service))
+            }
+            None => {
+                let server = axum_server::from_tcp(bound.listener).map_err(Error::Serve)?;
+                tokio::spawn(server.handle(handle.clone()).serve(service))
+            }
+        };
+        self.handles.push(handle);
+        self.tasks.push(task);
+        Ok(())
+    }
+
+    pub fn addresses(&self) -> &[Address] {
+        &self.addresses
+    }
+
+    /// The certificate that clients elsewhere may be given for `--ca`.
+    pub fn certificate_file(&self) -> Option<&Path> {
+        self.certificate_file.as_deref()
+    }
+
+    /// Where the clients' part of the model lies by content hash, for clients on this machine.
+    pub fn blobs(&self) -> Option<&Path> {
+        self.blobs.as_deref()
+    }
+
+    pub fn stopper(&self) -> Stopper {
+        Stopper(self.inputs.clone())
+    }
+
+    /// Serves until the run is over.
+    ///
+    /// # Errors
+    /// [`Error`]; what was trained up to the last round is saved.
+    pub async fn serve(self) -> Result<Summary, Error> {
+        let Self { coordinator, handles, tasks, inputs, site, .. } = self;
+        drop(inputs);
+        let summary = coordinator.run().await;
+        for handle in &handles {
+            handle.graceful_shutdown(Some(SHUTDOWN_GRACE));
+        }
+        for task in tasks {
+            if let Ok(Err(error)) = task.await {
+                tracing::warn!("the HTTP server stopped: {error}");
+            }
+        }
+        if let Some(blobs) = &site.blobs {
+            blobs.remove();
+        }
+        summary
+    }
+}
+
+/// What the certificate must be valid for: this machine's own names and those listened on.
+fn certificate_names(listen: &[Listen]) -> BTreeSet<String> {
+    let mut names = tls::local_names();
+    names.extend(listen.iter().map(|listen| listen.host.clone()).filter(|host| host != "0.0.0.0" && host != "::"));
+    names
+}
+
+/// Writes the clients' part of the model, starts loading the server's, and makes the session.
+fn prepare(
+    run: Run,
+    role: &Role,
+    secret: Option<String>,
+    directory: &mut RunDirectory,
+    inputs: mpsc::Sender<Input>,
+) -> Result<(MainRun, Blobs), Error> {
+    let run_config = run_config(&run);
+    let Run { model, engine, training, cut, initial, validation, rounds, local_steps, clients, wait, .. } = run;
+    let Model { name, digest, config, mut weights, dtype, tokenizer } = model;
+    if cut == 0 || cut >= config.blocks {
+        return Err(split::Error::Split { cut, blocks: config.blocks }.into());
+    }
+    let mut blobs = Blobs::create(&directory.weights())?;
+    let mut parts = Vec::with_capacity(cut + 1);
+    for unit in std::iter::once(Unit::Embedding).chain((0..cut).map(Unit::Block)) {
+        let data = weights.unit(unit, dtype)?;
+        parts.push(blobs.add(&unit.to_string(), |mut output| data.encode(&mut output))?);
+    }
+    let mut tokenizer_files: Vec<Blob> = Vec::new();
+    if let Some(json) = &tokenizer {
+        tokenizer_files.push(blobs.add("tokenizer.json", |output| output.write_all(json))?);
+    }
+
+    let initial_adapter = initial.slice(&config, 0..cut)?.values;
+    let id = RunId(rand::random());
+    let assignment = Assignment {
+        run: id,
+        config: run_config,
+        model_config: config.to_json(),
+        weights: parts,
+        tokenizer: tokenizer_files,
+        adapter_len: initial_adapter.len() as u64,
+    };
+    directory.note(json!({
+        "run": id.to_string(),
+        "plan": { "split": cut, "rank": training.spec.rank, "alpha": training.spec.alpha, "rounds": rounds, "local_steps": local_steps },
+        "device": engine.name(),
+        "model": { "name": name, "sha256": digest.to_string(), "config": serde_json::from_str::<Value>(&assignment.model_config).unwrap_or_default() },
+    }))?;
+    let session = MainServerSession::new(
+        MainConfig {
+            version: PROTOCOL_VERSION,
+            run: id,
+            ticket_key: rand::random(),
+            ticket_lifetime: TICKET_LIFETIME,
+            secret,
+            clients,
+            max_clients: MAX_CLIENTS,
+            assignment,
+            initial_adapter,
+            model: digest,
+            tokenizer: Digest::of(tokenizer.as_deref().unwrap_or_default()),
+            federated_url: match role {
+                Role::Main { federated, .. } => Some(federated.to_string()),
+                _ => None,
+            },
+            ping_interval: PING_INTERVAL,
+            wait_for_client: wait,
+        },
+        Duration::ZERO,
+    )?;
+    let validates = validation.is_some();
+    let work = worker::start(
+        worker::WorkerSettings {
+            engine,
+            config,
+            weights,
+            dtype,
+            cut,
+            training,
+            initial,
+            validation,
+            adapter_directory: directory.adapter(),
+            base_model: name.clone(),
+        },
+        inputs,
+    )?;
+    Ok((MainRun::new(session, work, name, local_steps, validates), blobs))
+}
+
+fn run_config(run: &Run) -> RunConfig {
+    let (training, optimizer) = (&run.training, &run.training.optimizer);
+    let size = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
+    let steps = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
+    RunConfig {
+        split: size(run.cut),
+        rank: size(training.spec.rank),
+        alpha: training.spec.alpha,
+        targets: training.spec.targets.iter().copied().map(Target::module).map(str::to_owned).collect(),
+        weights: match run.model.dtype {
+            WeightDtype::F16 => WeightFormat::F16,
+            WeightDtype::F32 => WeightFormat::F32,
+        },
+        wire: match training.wire {
+            Wire::F32 => WireDtype::F32,
+            Wire::F16 => WireDtype::F16,
+            Wire::Int8 => WireDtype::Int8,
+        },
+        batch: size(training.batch),
+        seq: size(training.seq),
+        width: size(run.model.config.width),
+        vocab: size(run.model.config.vocab),
+        seed: run.seed,
+        shuffle: run.shuffle,
+        local_steps: run.local_steps,
+        rounds: run.rounds,
+        optimizer: OptimizerConfig {
+            lr: optimizer.lr,
+            weight_decay: optimizer.weight_decay,
+            schedule: match optimizer.schedule {
+                optimizer::Schedule::Constant => Schedule::Constant,
+                optimizer::Schedule::Linear => Schedule::Linear,
+            },
+            warmup: steps(optimizer.warmup),
+            total_steps: steps(optimizer.total_steps),
+            clip: optimizer.clip,
+            moments: MomentPolicy::Keep,
+        },
+    }
+}
+
+/// A join secret that can be typed on a phone: eighty random bits, without letters that look alike.
+pub fn generate_token() -> String {
+    const ALPHABET: &[u8; 32] = b"abcdefghjkmnpqrstuvwxyz023456789";
+    let bytes: [u8; 16] = rand::random();
+    let letters: Vec<u8> = bytes.iter().map(|byte| ALPHABET[usize::from(byte % 32)]).collect();
+    let groups: Vec<&str> = letters.chunks(4).filter_map(|group| std::str::from_utf8(group).ok()).collect();
+    groups.join("-")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_are_typable_and_differ() {
+        let token = generate_token();
+        assert_eq!(token.len(), 19);
+        assert!(token.bytes().all(|byte| byte == b'-' || byte.is_ascii_lowercase() || byte.is_ascii_digit()));
+        assert_ne!(token, generate_token());
+    }
+}

@@ -1,0 +1,11 @@
+//! Whole training runs in virtual time: the real sessions over a network that delays, loses, repeats and reorders
+//! frames, cuts connections, and kills processes, all from a seed.
+//!
+//! The sessions are the ones that run on sockets; only what they compute is a toy, small enough that every average can
+//! be checked. A run is a pure function of its `Scenario`, so a failure is repeated by its seed.
+
+mod network;
+mod run;
+
+pub use network::{Traffic, Weather};
+pub use run::{ClientOutcome, Fault, Outcome, Phase, RoundRecord, Scenario, simulate};

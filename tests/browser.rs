@@ -1,0 +1,423 @@
+//! The page in a real browser: headless Chromium, driven through chromedriver, joins a real server.
+//!
+//! Without Chromium the tests say so and pass, unless `SFLLLM_REQUIRE_BROWSER=1` is set, as `cargo xtask test` does.
+
+#[path = "../xtask/src/browser.rs"]
+mod browser;
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use sflllm::data::{Tokenize, Tokenizer};
+
+const PATIENCE: Duration = Duration::from_secs(240);
+const TOKEN: &str = "paper-boat";
+
+/// A WebGPU adapter without a GPU.
+const EMULATED_GPU: &[&str] = &["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"];
+const NO_GPU: &[&str] = &["--disable-gpu", "--disable-features=WebGPU"];
+
+#[test]
+fn two_tabs_on_webgpu_train_to_the_end() {
+    let Some(programs) = programs() else { return };
+    let run = tempfile::tempdir().unwrap();
+    let (rounds, local_steps) = (2, 4);
+    let server = Server::start(run.path(), 2, rounds, local_steps);
+    let chromium = Chromium::start(&programs, EMULATED_GPU);
+    let link = format!("{}/?join=1#t={TOKEN}", server.origin);
+
+    let first = chromium.window();
+    chromium.open(&link);
+    let second = chromium.new_window();
+    chromium.open(&link);
+    for tab in [&first, &second] {
+        chromium.switch(tab);
+        chromium.wait_for_state(&["done"], &server);
+        let shown = chromium.root_data();
+        assert_eq!(shown["step"], (rounds * local_steps).to_string(), "{shown}");
+        assert_eq!(shown["round"], rounds.to_string(), "{shown}");
+        let device = shown["device"].as_str().unwrap_or_default().to_lowercase();
+        assert!(device.contains("swiftshader"), "the tab should compute on WebGPU: {shown}");
+        for counter in ["sent", "received"] {
+            let bytes: u64 = shown[counter].as_str().and_then(|text| text.parse().ok()).unwrap_or(0);
+            assert!(bytes > 1000, "{counter} bytes are not counted: {shown}");
+        }
+        assert_eq!(chromium.script("return location.hash", json!([])), "", "the token must leave the address bar");
+    }
+    chromium.screenshot("browser.png");
+    server.finish();
+    check_metrics(run.path(), 2, rounds, local_steps);
+}
+
+#[test]
+fn a_browser_without_webgpu_says_so_and_joins_with_its_cpu() {
+    let Some(programs) = programs() else { return };
+    let run = tempfile::tempdir().unwrap();
+    let server = Server::start(run.path(), 1, 1, 4);
+    let chromium = Chromium::start(&programs, NO_GPU);
+
+    chromium.open(&format!("{}/?join=1#t={TOKEN}", server.origin));
+    chromium.wait_for_state(&["unsupported"], &server);
+    let advice = chromium.script("return document.getElementById('problem').innerText", json!([]));
+    let advice = advice.as_str().unwrap_or_default();
+    assert!(advice.contains("WebGPU") && advice.contains("CPU"), "no advice in: {advice}");
+    chromium.screenshot("browser-unsupported.png");
+
+    chromium.script("document.getElementById('join-button').click()", json!([]));
+    chromium.wait_for_state(&["done"], &server);
+    let shown = chromium.root_data();
+    assert!(shown["device"].as_str().is_some_and(|device| device.contains("CPU")), "{shown}");
+    server.finish();
+    check_metrics(run.path(), 1, 1, 4);
+}
+
+#[test]
+fn a_wrong_join_code_is_explained() {
+    let Some(programs) = programs() else { return };
+    let run = tempfile::tempdir().unwrap();
+    let server = Server::start(run.path(), 1, 1, 1);
+    let chromium = Chromium::start(&programs, NO_GPU);
+
+    chromium.open(&format!("{}/?join=1&device=cpu#t=wrong", server.origin));
+    chromium.wait_for_state(&["error"], &server);
+    let advice = chromium.script("return document.getElementById('problem').innerText", json!([]));
+    assert!(advice.as_str().is_some_and(|advice| advice.contains("join code")), "{advice}");
+}
+
+#[test]
+fn browser_token_ids_are_the_native_ones() {
+    let Some(programs) = programs() else { return };
+    let run = tempfile::tempdir().unwrap();
+    let server = Server::start(run.path(), 1, 1, 1);
+    let chromium = Chromium::start(&programs, NO_GPU);
+    chromium.open(&server.origin);
+
+    let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/demo");
+    let native = Tokenizer::load(&assets, None).unwrap().expect("the demo has a tokenizer");
+    let mut texts: Vec<String> = fs::read_to_string(assets.join("test.txt"))
+        .unwrap()
+        .lines()
+        .take(200)
+        .flat_map(|line| line.split("||").map(str::to_owned).collect::<Vec<_>>())
+        .collect();
+    let awkward = [
+        "",
+        " ",
+        "  two  spaces and a tab\tand\n\nlines\r\n",
+        "it's I'll we've they'd — “quotes” … £5–£10 €",
+        "naïve café Ünïcödé ÅÄÖ ß ﬁ",
+        "日本語のテキスト 中文 한국어 हिन्दी العربية",
+        "👩‍👩‍👧‍👦 🏴󠁧󠁢󠁥󠁮󠁧󠁿 zero\u{200b}width \u{feff}bom",
+        "<|endoftext|> in the text <|endoftext|>",
+        "12345 67,890.12 x=y+z; {\"json\": [1, 2]} a||b",
+        "MiXeD cAsE ALLCAPS camelCase snake_case",
+    ];
+    texts.extend(awkward.map(str::to_owned));
+
+    let tokenizer: Value = serde_json::from_slice(&fs::read(assets.join("tokenizer.json")).unwrap()).unwrap();
+    let found = chromium.asynchronous_script(
+        "const [tokenizer, texts, done] = arguments;
+         import('/vendor/tokenizers/tokenizers.min.mjs').then(({ Tokenizer }) => {
+           const made = new Tokenizer(tokenizer, {});
+           done(texts.map((text) => made.encode(text, { add_special_tokens: false }).ids));
+         }, (error) => done(String(error)));",
+        json!([tokenizer, texts]),
+    );
+    let found: Vec<Vec<u32>> = serde_json::from_value(found.clone()).unwrap_or_else(|_| panic!("the page answered {found}"));
+    assert_eq!(found.len(), texts.len());
+    for (text, ids) in texts.iter().zip(found) {
+        assert_eq!(ids, native.encode(text).unwrap(), "{text:?}");
+    }
+}
+
+/// Every step and every average had all the tabs in it, and they learned.
+fn check_metrics(run: &Path, tabs: u64, rounds: u64, local_steps: u64) {
+    let text = fs::read_to_string(run.join("out/metrics.jsonl")).unwrap();
+    let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let of_kind = |kind: &str| lines.iter().filter(|line| line["kind"] == kind).cloned().collect::<Vec<_>>();
+
+    let steps = of_kind("step");
+    assert_eq!(steps.len() as u64, rounds * local_steps);
+    for step in &steps {
+        assert_eq!(step["clients"], tabs, "a tab missed a step: {step}");
+        assert!(step["bytes_up"].as_u64() > Some(0) && step["bytes_down"].as_u64() > Some(0), "{step}");
+    }
+    let averaged: Vec<Value> = of_kind("round").into_iter().filter(|round| round["adapters"].as_u64() > Some(0)).collect();
+    assert_eq!(averaged.len() as u64, rounds);
+    for round in &averaged {
+        assert_eq!(round["adapters"], tabs, "a tab is missing from an average: {round}");
+    }
+    let loss = |lines: &[Value], key: &str| lines.iter().filter_map(|line| line[key].as_f64()).collect::<Vec<_>>();
+    let losses = loss(&of_kind("round"), "valid_loss");
+    assert!(losses.len() >= 2 && losses.last() < losses.first(), "validation loss did not fall: {losses:?}");
+    assert!(loss(&steps, "loss").iter().all(|loss| loss.is_finite()));
+}
+
+fn programs() -> Option<browser::Browser> {
+    match browser::find() {
+        Ok(programs) => Some(programs),
+        Err(missing) => {
+            let missing = missing.join(" and ");
+            let required = std::env::var_os("SFLLLM_REQUIRE_BROWSER").is_some_and(|value| value == "1");
+            assert!(!required, "SFLLLM_REQUIRE_BROWSER=1, but {missing} cannot be found");
+            eprintln!("NOT TESTED IN A BROWSER: {missing} cannot be found; `cargo xtask setup` installs it");
+            None
+        }
+    }
+}
+
+/// `sflllm serve` on the demo model, on a free port.
+struct Server {
+    process: Child,
+    origin: String,
+    said: Arc<Mutex<String>>,
+}
+
+impl Server {
+    fn start(directory: &Path, clients: u64, rounds: u64, local_steps: u64) -> Self {
+        let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/demo/valid.txt");
+        let few: Vec<String> = fs::read_to_string(demo).unwrap().lines().take(16).map(str::to_owned).collect();
+        let valid = directory.join("valid.txt");
+        fs::write(&valid, few.join("\n")).unwrap();
+        let mut process = Command::new(env!("CARGO_BIN_EXE_sflllm"))
+            .args(["serve", "--model", "demo", "--device", "cpu", "--listen", "http://127.0.0.1:0", "--token", TOKEN])
+            .args(["--batch", "2", "--lr", "3e-3", "--split", "1", "--rank", "4"])
+            .args(["--clients", &clients.to_string(), "--rounds", &rounds.to_string()])
+            .args(["--local-steps", &local_steps.to_string()])
+            .arg("--valid")
+            .arg(&valid)
+            .arg("--out")
+            .arg(directory.join("out"))
+            .env("SFLLLM_HOME", directory.join("home"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let stderr = process.stderr.take().unwrap();
+        let said = Arc::new(Mutex::new(String::new()));
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let heard = Arc::clone(&said);
+        thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                if let Some((_, origin)) = line.split_once("listening on ") {
+                    // Nobody may be waiting any more.
+                    let _ = sender.send(origin.trim().trim_end_matches('/').to_owned());
+                }
+                let mut heard = heard.lock().unwrap();
+                heard.push_str(&line);
+                heard.push('\n');
+            }
+        });
+        let mut server = Self { process, origin: String::new(), said };
+        match receiver.recv_timeout(PATIENCE) {
+            Ok(origin) => server.origin = origin,
+            Err(_) => panic!("the server does not listen:\n{}", server.said.lock().unwrap()),
+        }
+        server
+    }
+
+    /// Waits for the run to end well.
+    fn finish(mut self) {
+        let start = Instant::now();
+        let status = loop {
+            match self.process.try_wait().unwrap() {
+                Some(status) => break status,
+                None if start.elapsed() > PATIENCE => panic!("the server does not end:\n{}", self.said.lock().unwrap()),
+                None => thread::sleep(Duration::from_millis(100)),
+            }
+        };
+        assert!(status.success(), "the server failed:\n{}", self.said.lock().unwrap());
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // It has ended already unless a test failed.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// A headless Chromium with its own profile, and a minimal WebDriver client for it.
+struct Chromium {
+    driver: Child,
+    port: u16,
+    session: String,
+    _profile: tempfile::TempDir,
+}
+
+impl Chromium {
+    fn start(programs: &browser::Browser, flags: &[&str]) -> Self {
+        let profile = tempfile::tempdir().unwrap();
+        let mut driver = Command::new(&programs.driver)
+            .arg("--port=0")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(driver.stdout.take().unwrap()).lines().map_while(Result::ok);
+        let port = lines.find_map(|line| line.split_once("successfully on port ")?.1.trim_end_matches('.').parse().ok());
+        // The driver blocks when nobody reads what it says.
+        thread::spawn(move || lines.for_each(drop));
+        let mut chromium =
+            Self { driver, port: port.expect("chromedriver names its port"), session: String::new(), _profile: profile };
+
+        let user_data = format!("--user-data-dir={}", chromium._profile.path().display());
+        let mut arguments = vec![
+            "--headless=new",
+            "--no-sandbox",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            "--disable-dev-shm-usage",
+            "--window-size=1180,900",
+            &user_data,
+        ];
+        arguments.extend(flags);
+        let wanted = json!({ "capabilities": { "alwaysMatch": {
+            "browserName": "chrome",
+            "timeouts": { "script": 60_000, "pageLoad": 60_000 },
+            "goog:chromeOptions": { "binary": programs.chromium, "args": arguments },
+        }}});
+        let session = chromium.request("POST", "/session", Some(&wanted));
+        chromium.session = session["sessionId"].as_str().expect("chromedriver names its session").to_owned();
+        chromium
+    }
+
+    fn open(&self, url: &str) {
+        self.command("POST", "url", Some(&json!({ "url": url })));
+    }
+
+    fn window(&self) -> String {
+        self.command("GET", "window", None).as_str().unwrap().to_owned()
+    }
+
+    fn new_window(&self) -> String {
+        let made = self.command("POST", "window/new", Some(&json!({ "type": "window" })));
+        let handle = made["handle"].as_str().unwrap().to_owned();
+        self.switch(&handle);
+        handle
+    }
+
+    fn switch(&self, window: &str) {
+        self.command("POST", "window", Some(&json!({ "handle": window })));
+    }
+
+    fn script(&self, script: &str, arguments: Value) -> Value {
+        self.command("POST", "execute/sync", Some(&json!({ "script": script, "args": arguments })))
+    }
+
+    fn asynchronous_script(&self, script: &str, arguments: Value) -> Value {
+        self.command("POST", "execute/async", Some(&json!({ "script": script, "args": arguments })))
+    }
+
+    /// The root element's `data-*`.
+    fn root_data(&self) -> Value {
+        self.script("return { ...document.documentElement.dataset }", json!([]))
+    }
+
+    fn wait_for_state(&self, wanted: &[&str], server: &Server) {
+        let start = Instant::now();
+        loop {
+            let shown = self.root_data();
+            let state = shown["state"].as_str().unwrap_or_default();
+            if wanted.contains(&state) {
+                return;
+            }
+            if ["error", "unsupported"].contains(&state) || start.elapsed() > PATIENCE {
+                let advice = self.script("return document.getElementById('problem').innerText", json!([]));
+                panic!(
+                    "waited for {wanted:?}, found {shown}\n{advice}\nthe server said:\n{}",
+                    server.said.lock().unwrap()
+                );
+            }
+            thread::sleep(Duration::from_millis(200));
+        }
+    }
+
+    /// Saves what the window shows beside the build's other results.
+    fn screenshot(&self, name: &str) {
+        let encoded = self.command("GET", "screenshot", None);
+        let bytes = decode_base64(encoded.as_str().unwrap());
+        let directory = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
+        fs::create_dir_all(&directory).unwrap();
+        fs::write(directory.join(name), bytes).unwrap();
+    }
+
+    fn command(&self, method: &str, path: &str, body: Option<&Value>) -> Value {
+        self.request(method, &format!("/session/{}/{path}", self.session), body)
+    }
+
+    /// One WebDriver command over one HTTP connection.
+    fn request(&self, method: &str, path: &str, body: Option<&Value>) -> Value {
+        let body = body.map(Value::to_string).unwrap_or_default();
+        let mut stream = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        write!(
+            stream,
+            "{method} {path} HTTP/1.1\r\nHost: 127.0.0.1:{}\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            self.port,
+            body.len()
+        )
+        .unwrap();
+        let mut reader = BufReader::new(stream);
+        let mut status = String::new();
+        reader.read_line(&mut status).unwrap();
+        let mut length = 0;
+        loop {
+            let mut header = String::new();
+            reader.read_line(&mut header).unwrap();
+            if header.trim().is_empty() {
+                break;
+            }
+            if let Some((name, value)) = header.split_once(':')
+                && name.eq_ignore_ascii_case("content-length")
+            {
+                length = value.trim().parse().unwrap();
+            }
+        }
+        let mut answer = vec![0; length];
+        reader.read_exact(&mut answer).unwrap();
+        let answer: Value = serde_json::from_slice(&answer).unwrap();
+        assert!(status.contains(" 200 "), "{method} {path}: {}", answer["value"]["message"]);
+        answer["value"].clone()
+    }
+}
+
+impl Drop for Chromium {
+    fn drop(&mut self) {
+        if !self.session.is_empty() && !thread::panicking() {
+            self.request("DELETE", &format!("/session/{}", self.session), None);
+        }
+        let _ = self.driver.kill();
+        let _ = self.driver.wait();
+    }
+}
+
+fn decode_base64(text: &str) -> Vec<u8> {
+    let value = |byte: u8| match byte {
+        b'A'..=b'Z' => u32::from(byte - b'A'),
+        b'a'..=b'z' => u32::from(byte - b'a') + 26,
+        b'0'..=b'9' => u32::from(byte - b'0') + 52,
+        b'+' => 62,
+        b'/' => 63,
+        other => panic!("{:?} is not base64", char::from(other)),
+    };
+    let digits: Vec<u32> = text.bytes().filter(|byte| *byte != b'=').map(value).collect();
+    let mut bytes = Vec::with_capacity(digits.len() * 3 / 4);
+    for group in digits.chunks(4) {
+        let word = group.iter().fold(0, |word, digit| (word << 6) | digit) << (6 * (4 - group.len()));
+        bytes.extend(&word.to_be_bytes()[1..group.len()]);
+    }
+    bytes
+}

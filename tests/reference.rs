@@ -1,0 +1,450 @@
+//! The model on both engines against `transformers` + `peft` (`fixtures/gpt2_peft`), and the split against the unsplit model.
+
+use std::path::PathBuf;
+
+use pollster::block_on;
+use serde_json::Value;
+use sflllm::compute::Engine;
+use sflllm::data::{Batch, Batches, Dataset, Options, pass};
+use sflllm::model::adapter::Adapter;
+use sflllm::model::central::{self, Central, Counted};
+use sflllm::model::config::Config;
+use sflllm::model::optimizer::OptimizerSettings;
+use sflllm::model::stack::Extent;
+use sflllm::model::weights::{Unit, UnitData, WeightDtype, Weights};
+use sflllm::split::{ClientPart, Contribution, Cut, ServerPart, Training, Wire};
+
+const CASES: [&str; 2] = ["narrow", "legacy"];
+
+struct Fixture {
+    config: Config,
+    weights: Weights,
+    adapter: Adapter,
+    data: Dataset,
+    expected: Value,
+    tensors: Vec<u8>,
+}
+
+impl Fixture {
+    fn load(case: &str) -> Self {
+        let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+            .join("tests/fixtures/gpt2_peft")
+            .join(case);
+        let config = Config::load(&dir.join("model")).unwrap();
+        let options = Options {
+            seq: config.positions,
+            vocab: config.vocab,
+            skip_bad_lines: false,
+        };
+        Self {
+            weights: Weights::open(&dir.join("model"), &config).unwrap(),
+            adapter: Adapter::load(&dir.join("adapter"), &config).unwrap(),
+            data: Dataset::load(&dir.join("data.jsonl"), None, &options).unwrap(),
+            expected: serde_json::from_slice(&std::fs::read(dir.join("expected.json")).unwrap())
+                .unwrap(),
+            tensors: std::fs::read(dir.join("expected.safetensors")).unwrap(),
+            config,
+        }
+    }
+
+    fn tensor(&self, name: &str) -> Vec<f32> {
+        let file = safetensors::SafeTensors::deserialize(&self.tensors).unwrap();
+        file.tensor(name)
+            .unwrap_or_else(|_| panic!("the fixture has {name}"))
+            .data()
+            .chunks_exact(4)
+            .map(|b| f32::from_le_bytes(b.try_into().unwrap()))
+            .collect()
+    }
+
+    fn unit(&mut self, unit: Unit) -> UnitData {
+        self.weights.unit(unit, WeightDtype::F32).unwrap()
+    }
+
+    fn central(
+        &mut self,
+        engine: &Engine,
+        batch: usize,
+        adapter: bool,
+        optimizer: Option<OptimizerSettings>,
+    ) -> Central {
+        let weights = {
+            let source = &mut self.weights;
+            central::load(engine, &self.config, &mut |unit| {
+                source.unit(unit, WeightDtype::F32)
+            })
+            .unwrap()
+        };
+        let extent = Extent {
+            batch,
+            seq: self.config.positions,
+        };
+        Central::new(
+            engine,
+            &self.config,
+            weights,
+            adapter.then_some(&self.adapter),
+            extent,
+            optimizer,
+        )
+        .unwrap()
+    }
+
+    fn pass(&self, batch: usize) -> Vec<Batch> {
+        pass(&self.data.examples, batch, self.config.positions)
+            .unwrap()
+            .collect()
+    }
+}
+
+/// The CPU engine, and a GPU engine where there is an adapter.
+fn engines() -> Vec<Engine> {
+    std::iter::once(Engine::cpu())
+        .chain(Engine::gpu_for_tests())
+        .collect()
+}
+
+fn mean_loss(model: &mut Central, batches: &[Batch]) -> (f64, usize) {
+    let mut sum = Counted::default();
+    for batch in batches {
+        sum += block_on(model.loss(&batch.tokens, &batch.targets, batch.seq)).unwrap();
+    }
+    (sum.loss_sum / sum.tokens as f64, sum.tokens)
+}
+
+#[track_caller]
+fn assert_close(found: f64, expected: f64, relative: f64, what: &str) {
+    assert!(
+        (found - expected).abs() <= relative * expected.abs(),
+        "{what}: {found}, expected {expected}"
+    );
+}
+
+/// Largest difference against the largest expected value.
+#[track_caller]
+fn assert_tensor_close(found: &[f32], expected: &[f32], relative: f32, what: &str) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    let scale = expected.iter().fold(1e-6f32, |m, x| m.max(x.abs()));
+    for (i, (f, e)) in found.iter().zip(expected).enumerate() {
+        assert!(
+            (f - e).abs() <= relative * scale,
+            "{what}[{i}]: {f}, expected {e} (largest {scale})"
+        );
+    }
+}
+
+#[test]
+fn losses_equal_those_of_transformers_and_peft() {
+    for case in CASES {
+        let mut fixture = Fixture::load(case);
+        for engine in engines() {
+            for (adapter, key) in [(false, "base_loss"), (true, "loss")] {
+                let mut model = fixture.central(&engine, 3, adapter, None);
+                let (loss, tokens) = mean_loss(&mut model, &fixture.pass(3));
+                assert_eq!(tokens as u64, fixture.expected["tokens"].as_u64().unwrap());
+                let expected = fixture.expected[key].as_f64().unwrap();
+                let what = format!("{case} {key} on {}", engine.name());
+                assert_close(loss, expected, 2e-6, &what);
+            }
+        }
+    }
+}
+
+#[test]
+fn logits_equal_those_of_transformers_and_peft() {
+    for case in CASES {
+        let mut fixture = Fixture::load(case);
+        let ids = fixture.data.examples[0].ids.clone();
+        for engine in engines() {
+            let mut model = fixture.central(&engine, 1, true, None);
+            let logits =
+                block_on(model.logits(&ids, ids.len(), 0..ids.len())).unwrap();
+            let expected = fixture.tensor("logits.example_0");
+            let what = format!("{case} logits on {}", engine.name());
+            assert_tensor_close(&logits.concat(), &expected, 2e-5, &what);
+        }
+    }
+}
+
+#[test]
+fn adapter_gradients_equal_those_of_transformers_and_peft() {
+    for case in CASES {
+        let mut fixture = Fixture::load(case);
+        for engine in engines() {
+            let settings = OptimizerSettings::default();
+            let mut model = fixture.central(&engine, 8, true, Some(settings));
+            let batch = &fixture.pass(8)[0];
+            let gradient =
+                block_on(model.gradient(&batch.tokens, &batch.targets, batch.seq)).unwrap();
+            for entry in fixture.adapter.layout.entries() {
+                let module = format!(
+                    "base_model.model.transformer.h.{}.{}",
+                    entry.block,
+                    entry.target.module()
+                );
+                for (letter, range) in [("A", entry.range_a()), ("B", entry.range_b())] {
+                    let name = format!("grad.{module}.lora_{letter}.weight");
+                    assert_tensor_close(
+                        &gradient[range],
+                        &fixture.tensor(&name),
+                        5e-5,
+                        &format!("{case} {name} on {}", engine.name()),
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn ten_adamw_losses_equal_those_of_torch() {
+    for case in CASES {
+        let mut fixture = Fixture::load(case);
+        let runs = fixture.expected["runs"].clone();
+        for run in runs.as_array().unwrap() {
+            let name = run["name"].as_str().unwrap();
+            let number = |key: &str| run[key].as_f64().unwrap();
+            let settings = OptimizerSettings {
+                lr: number("lr") as f32,
+                weight_decay: number("weight_decay") as f32,
+                clip: run["clip"].as_f64().map(|clip| clip as f32),
+                ..Default::default()
+            };
+            let rows = run["batch"].as_u64().unwrap() as usize;
+            for engine in engines() {
+                let mut model = fixture.central(&engine, rows, true, Some(settings));
+                let examples = fixture.data.examples.clone();
+                let mut batches =
+                    Batches::new(examples, rows, fixture.config.positions, None).unwrap();
+                for (step, expected) in run["losses"].as_array().unwrap().iter().enumerate() {
+                    let batch = batches.next_batch();
+                    let counted =
+                        block_on(model.step(&batch.tokens, &batch.targets, batch.seq)).unwrap();
+                    let what = format!("{case} {name} step {step} on {}", engine.name());
+                    let loss = counted.loss_sum / counted.tokens as f64;
+                    assert_close(loss, expected.as_f64().unwrap(), 2e-5, &what);
+                }
+                let (after, _) = mean_loss(&mut model, &fixture.pass(rows));
+                let what = format!("{case} {name} after on {}", engine.name());
+                assert_close(after, number("loss_after"), 2e-5, &what);
+            }
+        }
+    }
+}
+
+struct Parts {
+    client: ClientPart,
+    server: ServerPart,
+}
+
+impl Fixture {
+    fn training(&self, batch: usize, wire: Wire) -> Training {
+        Training {
+            spec: self.adapter.spec.clone(),
+            optimizer: OptimizerSettings {
+                lr: 1e-3,
+                clip: None,
+                ..Default::default()
+            },
+            batch,
+            seq: self.config.positions,
+            wire,
+        }
+    }
+
+    fn parts(&mut self, engine: &Engine, cut: usize, training: &Training) -> Parts {
+        let client_values = self.adapter.slice(&self.config, 0..cut).unwrap().values;
+        let server_values = self
+            .adapter
+            .slice(&self.config, cut..self.config.blocks)
+            .unwrap()
+            .values;
+        let embedding = self.unit(Unit::Embedding);
+        let blocks: Vec<UnitData> = (0..cut).map(|block| self.unit(Unit::Block(block))).collect();
+        let source = &mut self.weights;
+        Parts {
+            client: ClientPart::new(
+                engine,
+                &self.config,
+                &embedding,
+                &blocks,
+                training,
+                &client_values,
+            )
+            .unwrap(),
+            server: ServerPart::new(
+                engine,
+                &self.config,
+                &mut |unit| source.unit(unit, WeightDtype::F32),
+                cut,
+                training,
+                &server_values,
+            )
+            .unwrap(),
+        }
+    }
+}
+
+#[test]
+fn split_step_equals_unsplit_step_at_every_cut() {
+    for case in CASES {
+        let mut fixture = Fixture::load(case);
+        for engine in engines() {
+            let training = fixture.training(2, Wire::F32);
+            let mut whole = fixture.central(&engine, 2, true, Some(training.optimizer));
+            let examples = fixture.data.examples.clone();
+            let positions = fixture.config.positions;
+            let mut batches = Batches::new(examples, 2, positions, None).unwrap();
+            let steps: Vec<Batch> = (0..10).map(|_| batches.next_batch()).collect();
+            let unsplit: Vec<f64> = steps
+                .iter()
+                .map(|batch| {
+                    let counted =
+                        block_on(whole.step(&batch.tokens, &batch.targets, batch.seq)).unwrap();
+                    counted.loss_sum / counted.tokens as f64
+                })
+                .collect();
+            let unsplit_adapter = block_on(whole.adapter()).unwrap();
+            for cut in 1..fixture.config.blocks {
+                let Parts {
+                    mut client,
+                    mut server,
+                } = fixture.parts(&engine, cut, &training);
+                for (step, batch) in steps.iter().enumerate() {
+                    let activations = block_on(client.forward(&batch.tokens, batch.seq)).unwrap();
+                    let (loss, replies) = block_on(server.step(&[Contribution {
+                        activations: &activations,
+                        targets: &batch.targets,
+                    }]))
+                    .unwrap();
+                    block_on(client.backward(&replies[0].gradient)).unwrap();
+                    let what = format!("{case} cut {cut} step {step} on {}", engine.name());
+                    assert_close(loss, unsplit[step], 1e-6, &what);
+                }
+                let mut joined = block_on(client.adapter()).unwrap();
+                joined.extend(block_on(server.adapter()).unwrap());
+                let what = format!("{case} cut {cut} adapter on {}", engine.name());
+                assert_tensor_close(&joined, &unsplit_adapter, 1e-5, &what);
+            }
+        }
+    }
+}
+
+/// With K clients the server's loss is Σ w_k loss_k and each client's gradient is that of its own loss: the gradient that a client
+/// gets beside others equals the one it gets alone.
+#[test]
+fn a_client_gets_the_gradient_of_its_own_loss() {
+    let mut fixture = Fixture::load("narrow");
+    for engine in engines() {
+        let training = fixture.training(2, Wire::F32);
+        let batches = fixture.pass(2);
+        let Parts { mut client, .. } = fixture.parts(&engine, 1, &training);
+        let forwards: Vec<Cut> = batches
+            .iter()
+            .map(|batch| block_on(client.forward(&batch.tokens, batch.seq)).unwrap())
+            .collect();
+        let contributions: Vec<Contribution<'_>> = forwards
+            .iter()
+            .zip(&batches)
+            .map(|(activations, batch)| Contribution {
+                activations,
+                targets: &batch.targets,
+            })
+            .collect();
+        let Parts { mut server, .. } = fixture.parts(&engine, 1, &training);
+        let (loss, replies) = block_on(server.step(&contributions)).unwrap();
+        let total: usize = replies.iter().map(|reply| reply.tokens).sum();
+        let weighted: f64 = replies
+            .iter()
+            .map(|reply| reply.loss * reply.tokens as f64 / total as f64)
+            .sum();
+        assert_close(loss, weighted, 1e-12, "the server's loss");
+        for (k, contribution) in contributions.iter().enumerate() {
+            let Parts { mut server, .. } = fixture.parts(&engine, 1, &training);
+            let (alone, reply) = block_on(server.step(&[*contribution])).unwrap();
+            assert_eq!(replies[k].loss, alone, "client {k}");
+            assert_eq!(replies[k].gradient, reply[0].gradient, "client {k}");
+        }
+    }
+}
+
+/// The server's adapter takes one step on the token-weighted loss of all clients: the same as one batch of all their examples.
+#[test]
+fn the_server_steps_on_the_concatenated_batch() {
+    let mut fixture = Fixture::load("narrow");
+    let engine = Engine::cpu();
+    let training = fixture.training(2, Wire::F32);
+    let batches = fixture.pass(2);
+    let Parts {
+        mut client,
+        mut server,
+    } = fixture.parts(&engine, 1, &training);
+    let forwards: Vec<Cut> = batches
+        .iter()
+        .map(|batch| block_on(client.forward(&batch.tokens, batch.seq)).unwrap())
+        .collect();
+    let contributions: Vec<Contribution<'_>> = forwards
+        .iter()
+        .zip(&batches)
+        .map(|(activations, batch)| Contribution {
+            activations,
+            targets: &batch.targets,
+        })
+        .collect();
+    let (loss, _) = block_on(server.step(&contributions)).unwrap();
+
+    let all = &fixture.pass(8)[0];
+    let whole = Training {
+        batch: 8,
+        ..training
+    };
+    let Parts {
+        client: mut whole_client,
+        server: mut whole_server,
+    } = fixture.parts(&engine, 1, &whole);
+    let activations = block_on(whole_client.forward(&all.tokens, all.seq)).unwrap();
+    let (whole_loss, _) = block_on(whole_server.step(&[Contribution {
+        activations: &activations,
+        targets: &all.targets,
+    }]))
+    .unwrap();
+    assert_close(loss, whole_loss, 1e-6, "loss");
+    assert_tensor_close(
+        &block_on(server.adapter()).unwrap(),
+        &block_on(whole_server.adapter()).unwrap(),
+        1e-5,
+        "the server's adapter",
+    );
+}
+
+/// A narrower wire form changes the numbers by its rounding and no more.
+#[test]
+fn wire_forms_change_the_loss_by_their_rounding_only() {
+    let mut fixture = Fixture::load("narrow");
+    for engine in engines() {
+        let batch = fixture.pass(2).remove(0);
+        let mut losses = Vec::new();
+        for wire in [Wire::F32, Wire::F16, Wire::Int8] {
+            let training = fixture.training(2, wire);
+            let Parts {
+                mut client,
+                mut server,
+            } = fixture.parts(&engine, 1, &training);
+            let activations = block_on(client.forward(&batch.tokens, batch.seq)).unwrap();
+            assert_eq!(activations.bytes.len(), {
+                Cut::byte_length(wire, 2, batch.seq, fixture.config.width)
+            });
+            let contribution = Contribution {
+                activations: &activations,
+                targets: &batch.targets,
+            };
+            let (loss, replies) = block_on(server.step(&[contribution])).unwrap();
+            block_on(client.backward(&replies[0].gradient)).unwrap();
+            losses.push(loss);
+        }
+        assert_close(losses[1], losses[0], 1e-3, "f16");
+        assert_close(losses[2], losses[0], 2e-2, "int8");
+        assert_ne!(losses[0], losses[1]);
+        assert_ne!(losses[0], losses[2]);
+    }
+}
