@@ -185,7 +185,7 @@ pub enum Trust {
 }
 
 /// Opens HTTP requests and WebSockets with one TLS configuration.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Dialer {
     tls: Arc<ClientConfig>,
     http: reqwest::Client,
@@ -301,7 +301,7 @@ impl Dialer {
     }
 
     /// Opens the WebSocket at `path` in a task of its own, which reports to `events` under `tag` until the socket is closed.
-    pub fn open<T: Copy + Send + 'static>(
+    pub fn open<T: Copy + Send + Sync + 'static>(
         &self,
         tag: T,
         origin: &Origin,

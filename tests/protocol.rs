@@ -1774,23 +1774,25 @@ fn whoever_joins_at_any_moment_takes_part_from_the_next_round() {
 
 #[test]
 fn whoever_comes_after_the_end_is_told_so() {
-    let mut scenario = Scenario::calm(2, 1, 1);
-    scenario.needed = 1;
-    // The first client says goodbye at once, so only its partition keeps the server there to answer.
-    scenario.faults = vec![
-        (seconds(3600), Fault::Start(1)),
-        (seconds(1), Fault::Partition(0, seconds(3))),
-        (seconds(4), Fault::Start(1)),
-    ];
-    let outcome = simulate(&scenario);
-    assert_sound(&outcome, &scenario);
-    assert_eq!(outcome.end, Some(RunEnd::Completed));
-    match &outcome.clients[1].failed {
-        Some(ClientFailure::Refused { refused, .. }) => {
-            assert_eq!(refused.reason, RefusalReason::NoRun)
-        }
-        other => panic!("{other:?}\n{outcome:#?}"),
+    let mut main = MainServerSession::new(main_config(9), Duration::ZERO).unwrap();
+    let (_, inside) = Peer::join(&mut main, 1, &hello(Service::Main, secret()));
+    main.stop(Duration::ZERO, "enough".to_owned());
+    for credential in [secret(), Credential::Ticket(inside.ticket)] {
+        let said = greet(
+            &mut main,
+            2,
+            Duration::ZERO,
+            &hello(Service::Main, credential),
+        );
+        assert_eq!(refusal(&said), Some(RefusalReason::NoRun));
     }
+    let wrong = hello(Service::Main, Credential::Secret("wrong".to_owned()));
+    let said = greet(&mut main, 3, Duration::ZERO, &wrong);
+    assert_eq!(
+        refusal(&said),
+        Some(RefusalReason::SecretWrong),
+        "strangers learn nothing of the run"
+    );
 }
 
 /// disco#171: a ghost client blocks the threshold.

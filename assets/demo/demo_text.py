@@ -173,7 +173,7 @@ class Paragraphs:
             (self.people_compared, 2),
             (self.shopping, 2),
             (self.market, 2),
-            (self.repeated_message, 4),
+            (self.repeated_message, 7),
             (self.lost_thing, 1),
             (self.river, 1),
             (self.weather, 1),

@@ -48,7 +48,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     if addresses.is_empty() {
         advice.push("no network address: other devices cannot join; connect this machine to a network");
     }
-    if crate::server::ASSETS.is_empty() {
+    if !crate::server::has_browser_client() {
         advice.push("this program holds no browser client: build it with `cargo xtask web`, then build this program again");
     }
     if options.output.json {
@@ -66,7 +66,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
                 })).collect::<Vec<_>>(),
                 "addresses": addresses.iter().map(|(name, ip)| json!({"interface": name, "ip": ip})).collect::<Vec<_>>(),
                 "home": home, "certificate": certificate,
-                "browser_client": !crate::server::ASSETS.is_empty(),
+                "browser_client": crate::server::has_browser_client(),
                 "advice": advice,
             })
         );
@@ -102,7 +102,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     }
     println!(
         "web page   {}",
-        if crate::server::ASSETS.is_empty() {
+        if !crate::server::has_browser_client() {
             "not built in"
         } else {
             "built in"

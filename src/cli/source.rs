@@ -160,6 +160,16 @@ impl Source {
 
     /// Reads a PEFT adapter of this model.
     pub fn adapter(&self, dir: &Path) -> anyhow::Result<Adapter> {
-        Ok(Adapter::load(dir, &self.config)?)
+        let adapter = Adapter::load(dir, &self.config)?;
+        let covered = adapter.layout.blocks();
+        anyhow::ensure!(
+            covered == (0..self.config.blocks),
+            "the adapter in {} covers blocks {} to {} only, and the model has {}: train or merge one for the whole model",
+            dir.display(),
+            covered.start,
+            covered.end.saturating_sub(1),
+            self.config.blocks
+        );
+        Ok(adapter)
     }
 }

@@ -4,6 +4,7 @@
 //! `qkv` is (batch·seq, 3·width) with the query, key and value of a row side by side, head after head, as GPT-2's `c_attn`
 //! gives them; `lse` and `dot` are (batch, heads, seq).
 
+use super::matmul::{Matrix, Term, add_products};
 use crate::compute::cpu::for_each_row;
 use crate::compute::kernel::{Constants, Kernel};
 use crate::compute::{Buffer, Cost, DeviceClass, Recording, linear_workgroups};
@@ -230,42 +231,128 @@ pub fn backward_kv(
     );
 }
 
-/// Lanes of a sum, so that it is a sum of short sums and compiles to vector instructions.
-const LANES: usize = 16;
-
-fn dot_product(a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = [0.0f32; LANES];
-    let (a, a_rest) = a.as_chunks::<LANES>();
-    let (b, b_rest) = b.as_chunks::<LANES>();
-    for (a, b) in a.iter().zip(b) {
-        for i in 0..LANES {
-            lanes[i] += a[i] * b[i];
-        }
-    }
-    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
-    lanes.iter().sum::<f32>() + rest
+/// eˣ for x from -87 (and below, as for -87) to 88, within 2 units in the last place and free of branches and calls, so that
+/// loops over it use vector instructions: `2ⁿ·eʳ` with `|r| ≤ ln 2 / 2` and eʳ by its Taylor polynomial.
+#[inline(always)]
+pub(super) fn exp(x: f32) -> f32 {
+    /// Adding 1.5 · 2²³ rounds to an integer, which is then in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    /// ln 2 as a sum whose first part times n is exact.
+    const LN_2: (f32, f32) = (0.693_359_4, -2.121_944_4e-4);
+    let x = x.max(-87.0);
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = (x - n * LN_2.0) - n * LN_2.1;
+    let tail = 1.0 / 24.0 + r * (1.0 / 120.0 + r * (1.0 / 720.0 + r * (1.0 / 5040.0)));
+    let power = 1.0 + r * (1.0 + r * (0.5 + r * (1.0 / 6.0 + r * tail)));
+    power * f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23))
 }
 
-/// `out += weight · x`
-fn accumulate(out: &mut [f32], weight: f32, x: &[f32]) {
-    for (out, x) in out.iter_mut().zip(x) {
-        *out += weight * x;
-    }
-}
+/// Rows of `qkv` or `out` that a CPU task takes at once.
+const BLOCK: usize = 64;
 
-/// One of query (0), key (1) and value (2) of token `t` of a sequence and head.
-struct Heads<'a> {
-    params: &'a Params,
-    qkv: &'a [f32],
+/// Some consecutive tokens of one sequence.
+#[derive(Clone, Copy)]
+struct Tokens {
     batch: usize,
-    head: usize,
+    start: usize,
+    end: usize,
 }
 
-impl<'a> Heads<'a> {
-    fn part(&self, part: usize, t: usize) -> &'a [f32] {
-        let (seq, size) = (self.params.seq as usize, self.params.head_size as usize);
-        let row = self.batch * seq + t;
-        &self.qkv[(row * 3 + part) * self.params.width() + self.head * size..][..size]
+impl Tokens {
+    fn len(&self) -> usize {
+        self.end - self.start
+    }
+
+    /// Index of the first token in (batch, heads, seq).
+    fn at(&self, params: &Params, head: usize) -> usize {
+        (self.batch * params.heads as usize + head) * params.seq as usize + self.start
+    }
+
+    /// Copies the values that a head has of these tokens from `tensor` (batch·seq, pitch), where they begin in column
+    /// `column`: (tokens, head_size).
+    fn gather(&self, params: &Params, tensor: &[f32], pitch: usize, column: usize) -> Vec<f32> {
+        let size = params.head_size as usize;
+        let first = self.batch * params.seq as usize + self.start;
+        (first..first + self.len())
+            .flat_map(|row| &tensor[row * pitch + column..][..size])
+            .copied()
+            .collect()
+    }
+
+    /// The part (0 query, 1 key, 2 value) of a head.
+    fn part(&self, params: &Params, qkv: &[f32], part: usize, head: usize) -> Vec<f32> {
+        let width = params.width();
+        let column = part * width + head * params.head_size as usize;
+        self.gather(params, qkv, 3 * width, column)
+    }
+}
+
+/// Calls `block(tokens, rows)` for blocks of at most [`BLOCK`] rows of `tensor` (batch·seq, pitch), none across sequences.
+fn for_each_block(
+    params: &Params,
+    tensor: &mut [f32],
+    pitch: usize,
+    block: impl Fn(Tokens, &mut [f32]) + Sync,
+) {
+    let (rows, seq) = (params.rows(), params.seq as usize);
+    for_each_row(&mut tensor[..rows * pitch], BLOCK * pitch, |i, mut rest| {
+        let mut row = i * BLOCK;
+        while !rest.is_empty() {
+            let (batch, start) = (row / seq, row % seq);
+            let count = (rest.len() / pitch).min(seq - start);
+            let (rows, tail) = rest.split_at_mut(count * pitch);
+            let end = start + count;
+            block(Tokens { batch, start, end }, rows);
+            row += count;
+            rest = tail;
+        }
+    });
+}
+
+/// `scale · left · rightᵀ`, left (rows, inner), right (columns, inner).
+fn times_transpose(left: &[f32], right: &[f32], inner: usize, scale: f32) -> Vec<f32> {
+    let (rows, columns) = (left.len() / inner, right.len() / inner);
+    product(
+        (rows, columns, inner),
+        Matrix::rows(left, 0, inner),
+        Matrix::rows(right, 0, inner),
+        scale,
+    )
+}
+
+/// `left · right`, left (rows, inner), right (inner, columns).
+fn times(left: &[f32], right: &[f32], columns: usize) -> Vec<f32> {
+    let inner = right.len() / columns;
+    product(
+        (left.len() / inner, columns, inner),
+        Matrix::rows(left, 0, inner),
+        Matrix::columns(right, 0, columns),
+        1.0,
+    )
+}
+
+fn product(
+    (rows, columns, inner): (usize, usize, usize),
+    left: Matrix<'_>,
+    right: Matrix<'_>,
+    scale: f32,
+) -> Vec<f32> {
+    let term = Term {
+        inner,
+        left,
+        right,
+        scale,
+    };
+    let mut out = vec![0.0; rows * columns];
+    add_products(rows, columns, &[term], &mut out, |_, _| {}, |_, _| {});
+    out
+}
+
+/// Copies the rows of a head's (tokens, head_size) into the columns from `column` on of `rows` (tokens, pitch).
+fn scatter(values: &[f32], size: usize, rows: &mut [f32], pitch: usize, column: usize) {
+    for (row, values) in rows.chunks_mut(pitch).zip(values.chunks(size)) {
+        row[column..column + size].copy_from_slice(values);
     }
 }
 
@@ -276,41 +363,52 @@ pub fn forward_cpu(
     out: &mut [f32], // (batch * seq, width)
     lse: &mut [f32], // (batch, heads, seq)
 ) {
-    let (seq, size) = (params.seq as usize, params.head_size as usize);
-    let (heads, width) = (params.heads as usize, params.width());
-    let group = |batch, head| Heads {
-        params,
-        qkv,
-        batch,
-        head,
-    };
-    // The rows of `out` need `lse`, which is laid out the other way round, so it comes first.
-    for_each_row(&mut lse[..params.rows() * heads], seq, |batch_head, lse| {
-        let tokens = group(batch_head / heads, batch_head % heads);
-        let mut scores = vec![0.0f32; seq];
-        for (query, lse) in lse.iter_mut().enumerate() {
-            let q = tokens.part(0, query);
-            let scores = &mut scores[..=query];
-            for (key, score) in scores.iter_mut().enumerate() {
-                *score = params.scale * dot_product(q, tokens.part(1, key));
+    let (size, heads, width) = (
+        params.head_size as usize,
+        params.heads as usize,
+        params.width(),
+    );
+    // Both results of a row side by side, because they are laid out differently.
+    let pitch = width + heads;
+    let mut results = vec![0.0; params.rows() * pitch];
+    for_each_block(params, &mut results, pitch, |queries, rows| {
+        let keys = Tokens {
+            start: 0,
+            ..queries
+        };
+        for head in 0..heads {
+            let q = queries.part(params, qkv, 0, head);
+            let k = keys.part(params, qkv, 1, head);
+            let v = keys.part(params, qkv, 2, head);
+            let mut probabilities = times_transpose(&q, &k, size, params.scale);
+            for (i, scores) in probabilities.chunks_mut(keys.len()).enumerate() {
+                let (scores, masked) = scores.split_at_mut(queries.start + i + 1);
+                let max = scores.iter().copied().fold(f32::MIN, f32::max);
+                scores
+                    .iter_mut()
+                    .for_each(|score| *score = exp(*score - max));
+                let sum: f32 = scores.iter().sum();
+                scores.iter_mut().for_each(|score| *score /= sum);
+                masked.fill(0.0);
+                rows[i * pitch + width + head] = max + sum.ln();
             }
-            let max = scores.iter().copied().fold(f32::MIN, f32::max);
-            let sum: f32 = scores.iter().map(|score| (score - max).exp()).sum();
-            *lse = max + sum.ln();
+            scatter(
+                &times(&probabilities, &v, size),
+                size,
+                rows,
+                pitch,
+                head * size,
+            );
         }
     });
-    for_each_row(&mut out[..params.rows() * width], width, |row, out| {
-        let (batch, query) = (row / seq, row % seq);
-        for (head, out) in out.chunks_mut(size).enumerate() {
-            let tokens = group(batch, head);
-            let lse = lse[(batch * heads + head) * seq + query];
-            out.fill(0.0);
-            for key in 0..=query {
-                let score = params.scale * dot_product(tokens.part(0, query), tokens.part(1, key));
-                accumulate(out, (score - lse).exp(), tokens.part(2, key));
-            }
+    for (row, result) in results.chunks(pitch).enumerate() {
+        let (values, row_lse) = result.split_at(width);
+        out[row * width..][..width].copy_from_slice(values);
+        let (batch, t) = (row / params.seq as usize, row % params.seq as usize);
+        for (head, &value) in row_lse.iter().enumerate() {
+            lse[(batch * heads + head) * params.seq as usize + t] = value;
         }
-    });
+    }
 }
 
 /// The specification of `attention.backward_dot`.
@@ -322,10 +420,11 @@ pub fn backward_dot_cpu(
 ) {
     let (seq, size) = (params.seq as usize, params.head_size as usize);
     let (heads, width) = (params.heads as usize, params.width());
-    for_each_row(&mut dot[..params.rows() * heads], seq, |batch_head, dot| {
+    for_each_row(&mut dot[..params.rows() * heads], seq, |group, dot| {
         for (t, dot) in dot.iter_mut().enumerate() {
-            let at = (batch_head / heads * seq + t) * width + batch_head % heads * size;
-            *dot = dot_product(&out[at..][..size], &d_out[at..][..size]);
+            let at = (group / heads * seq + t) * width + group % heads * size;
+            let pairs = out[at..][..size].iter().zip(&d_out[at..][..size]);
+            *dot = pairs.map(|(out, d_out)| out * d_out).sum();
         }
     });
 }
@@ -339,34 +438,37 @@ pub fn backward_q_cpu(
     dot: &[f32],       // (batch, heads, seq)
     d_qkv: &mut [f32], // (batch * seq, 3 * width)
 ) {
-    let (seq, size) = (params.seq as usize, params.head_size as usize);
-    let (heads, width) = (params.heads as usize, params.width());
-    for_each_row(
-        &mut d_qkv[..params.rows() * 3 * width],
-        3 * width,
-        |row, d_qkv| {
-            let (batch, query) = (row / seq, row % seq);
-            for (head, d_q) in d_qkv[..width].chunks_mut(size).enumerate() {
-                let tokens = Heads {
-                    params,
-                    qkv,
-                    batch,
-                    head,
-                };
-                let at = (batch * heads + head) * seq + query;
-                let d_out = &d_out[row * width + head * size..][..size];
-                let q = tokens.part(0, query);
-                d_q.fill(0.0);
-                for key in 0..=query {
-                    let k = tokens.part(1, key);
-                    let probability = (params.scale * dot_product(q, k) - lse[at]).exp();
-                    let d_probability = dot_product(d_out, tokens.part(2, key));
-                    let d_score = params.scale * probability * (d_probability - dot[at]);
-                    accumulate(d_q, d_score, k);
+    let (size, width) = (params.head_size as usize, params.width());
+    for_each_block(params, d_qkv, 3 * width, |queries, rows| {
+        let keys = Tokens {
+            start: 0,
+            ..queries
+        };
+        for head in 0..params.heads as usize {
+            let q = queries.part(params, qkv, 0, head);
+            let k = keys.part(params, qkv, 1, head);
+            let v = keys.part(params, qkv, 2, head);
+            let d_o = queries.gather(params, d_out, width, head * size);
+            let mut d_scores = times_transpose(&q, &k, size, params.scale);
+            let d_probabilities = times_transpose(&d_o, &v, size, 1.0);
+            let at = queries.at(params, head);
+            let scores = d_scores.chunks_mut(keys.len());
+            for (i, (scores, d_p)) in scores.zip(d_probabilities.chunks(keys.len())).enumerate() {
+                let (scores, masked) = scores.split_at_mut(queries.start + i + 1);
+                for (score, d_p) in scores.iter_mut().zip(d_p) {
+                    *score = params.scale * exp(*score - lse[at + i]) * (d_p - dot[at + i]);
                 }
+                masked.fill(0.0);
             }
-        },
-    );
+            scatter(
+                &times(&d_scores, &k, size),
+                size,
+                rows,
+                3 * width,
+                head * size,
+            );
+        }
+    });
 }
 
 /// The specification of `attention.backward_kv`.
@@ -378,36 +480,58 @@ pub fn backward_kv_cpu(
     dot: &[f32],       // (batch, heads, seq)
     d_qkv: &mut [f32], // (batch * seq, 3 * width)
 ) {
-    let (seq, size) = (params.seq as usize, params.head_size as usize);
-    let (heads, width) = (params.heads as usize, params.width());
-    for_each_row(
-        &mut d_qkv[..params.rows() * 3 * width],
-        3 * width,
-        |row, d_qkv| {
-            let (batch, key) = (row / seq, row % seq);
-            let (d_k, d_v) = d_qkv[width..].split_at_mut(width);
-            let d_heads = d_k.chunks_mut(size).zip(d_v.chunks_mut(size));
-            for (head, (d_k, d_v)) in d_heads.enumerate() {
-                let tokens = Heads {
-                    params,
-                    qkv,
-                    batch,
-                    head,
-                };
-                let (k, v) = (tokens.part(1, key), tokens.part(2, key));
-                d_k.fill(0.0);
-                d_v.fill(0.0);
-                for query in key..seq {
-                    let at = (batch * heads + head) * seq + query;
-                    let d_out = &d_out[(batch * seq + query) * width + head * size..][..size];
-                    let q = tokens.part(0, query);
-                    let probability = (params.scale * dot_product(q, k) - lse[at]).exp();
-                    let d_probability = dot_product(d_out, v);
-                    let d_score = params.scale * probability * (d_probability - dot[at]);
-                    accumulate(d_v, probability, d_out);
-                    accumulate(d_k, d_score, q);
+    let (size, width) = (params.head_size as usize, params.width());
+    for_each_block(params, d_qkv, 3 * width, |keys, rows| {
+        let queries = Tokens {
+            end: params.seq as usize,
+            ..keys
+        };
+        for head in 0..params.heads as usize {
+            let q = queries.part(params, qkv, 0, head);
+            let k = keys.part(params, qkv, 1, head);
+            let v = keys.part(params, qkv, 2, head);
+            let d_o = queries.gather(params, d_out, width, head * size);
+            // Rows are keys and columns queries.
+            let mut probabilities = times_transpose(&k, &q, size, params.scale);
+            let mut d_scores = times_transpose(&v, &d_o, size, 1.0);
+            let at = queries.at(params, head);
+            let (lse, dot) = (&lse[at..][..queries.len()], &dot[at..][..queries.len()]);
+            for (i, (probabilities, d_scores)) in probabilities
+                .chunks_mut(queries.len())
+                .zip(d_scores.chunks_mut(queries.len()))
+                .enumerate()
+            {
+                probabilities[..i].fill(0.0);
+                d_scores[..i].fill(0.0);
+                for query in i..queries.len() {
+                    let probability = exp(probabilities[query] - lse[query]);
+                    probabilities[query] = probability;
+                    d_scores[query] = params.scale * probability * (d_scores[query] - dot[query]);
                 }
             }
-        },
-    );
+            let (d_k, d_v) = (
+                times(&d_scores, &q, size),
+                times(&probabilities, &d_o, size),
+            );
+            scatter(&d_k, size, rows, 3 * width, width + head * size);
+            scatter(&d_v, size, rows, 3 * width, 2 * width + head * size);
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::exp;
+
+    #[test]
+    fn exp_is_within_two_units_in_the_last_place() {
+        for i in -870_000..=880_000 {
+            let x = i as f32 / 10_000.0;
+            let exact = f64::from(x).exp();
+            let error = (f64::from(exp(x)) - exact).abs() / exact;
+            assert!(error < 2.0 * f64::from(f32::EPSILON), "exp({x}): {error:e}");
+        }
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!(exp(f32::MIN), exp(-87.0));
+    }
 }

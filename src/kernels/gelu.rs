@@ -1,5 +1,6 @@
 //! GELU in the tanh form of GPT-2 (Hendrycks and Gimpel, arXiv 1606.08415), forward and its gradient.
 
+use super::attention::exp;
 use crate::compute::cpu::for_each_row;
 use crate::compute::kernel::Kernel;
 use crate::compute::{Buffer, Cost, Recording, linear_workgroups};
@@ -66,9 +67,19 @@ pub fn backward_x(recording: &mut Recording, n: usize, x: &Buffer, d_out: &Buffe
     );
 }
 
-/// `tanh` of the inner cubic.
-fn inner_tanh(x: f32) -> f32 {
-    (ROOT * (x + CUBIC * x * x * x)).tanh()
+/// The logistic function of twice the inner cubic `√(2/π)(x + 0.044715 x³)`: `(1 + tanh(inner))/2`, without the cancellation.
+#[inline(always)]
+fn gate(x: f32) -> f32 {
+    let inner = ROOT * (x + CUBIC * x * x * x);
+    let e = exp(-2.0 * inner.abs());
+    let numerator = if inner < 0.0 { e } else { 1.0 };
+    numerator / (1.0 + e)
+}
+
+/// GELU of one value.
+#[inline(always)]
+pub(super) fn gelu(x: f32) -> f32 {
+    x * gate(x)
 }
 
 /// The specification of `gelu.forward`.
@@ -81,7 +92,7 @@ pub fn forward_cpu(
     for_each_row(&mut out[..n], BLOCK, |block, out| {
         let x = &x[block * BLOCK..][..out.len()];
         for (out, &x) in out.iter_mut().zip(x) {
-            *out = 0.5 * x * (1.0 + inner_tanh(x));
+            *out = gelu(x);
         }
     });
 }
@@ -98,9 +109,9 @@ pub fn backward_x_cpu(
         let x = &x[block * BLOCK..][..d_x.len()];
         let d_out = &d_out[block * BLOCK..][..d_x.len()];
         for ((d_x, &x), d_out) in d_x.iter_mut().zip(x).zip(d_out) {
-            let tanh = inner_tanh(x);
+            let gate = gate(x);
             let d_inner = ROOT * (1.0 + 3.0 * CUBIC * x * x);
-            *d_x = d_out * (0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh * tanh) * d_inner);
+            *d_x = d_out * (gate + 2.0 * x * gate * (1.0 - gate) * d_inner);
         }
     });
 }

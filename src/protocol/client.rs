@@ -605,6 +605,14 @@ impl ClientSession {
                 self.leave_round();
                 self.main.retry(now)
             }
+            // The run ended while this client was away from it.
+            RefusalReason::NoRun if by_ticket && endpoint == Endpoint::Main => {
+                let detail = refused.detail;
+                return self.finish(FinishReason::Stopped {
+                    detail,
+                    return_after: None,
+                });
+            }
             // The federated server may not have heard of the run yet.
             RefusalReason::NoRun if endpoint == Endpoint::Federated => self.federated.retry(now),
             _ => None,

@@ -6,9 +6,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use super::codec::{
-    Answer, GreetingError, MAX_HANDSHAKE_BYTES, decode_hello, encode_answer, is_greeting,
-};
+use super::codec::{Answer, GreetingError, decode_hello, encode_answer, is_greeting};
 use super::link::{Link, LinkError};
 use super::message::{Hello, Message, RefusalReason, Refused, Stop, Version, Welcome};
 use super::{ConnectionId, Transmit};
@@ -151,7 +149,7 @@ impl<G: Copy> Door<G> {
         limit: usize,
     ) {
         let bytes = encode_answer(&Answer::Welcome(welcome));
-        let link = Link::new(now, self.ping_interval, limit.max(MAX_HANDSHAKE_BYTES));
+        let link = Link::new(now, self.ping_interval, limit);
         if let Some(entry) = self.connections.get_mut(&connection) {
             self.transmits.push_back(Transmit::Frame {
                 to: connection,

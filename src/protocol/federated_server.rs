@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use super::admission::{Pass, TicketOffice, check_secret};
+use super::codec::MAX_HANDSHAKE_BYTES;
 use super::door::{Door, Heard};
 use super::link::silence_limit;
 use super::main_server::adapter_frame_bytes;
@@ -249,7 +250,9 @@ impl FederatedServerSession {
                     ahead: theirs.saturating_sub(now),
                     behind: now.saturating_sub(theirs),
                     adapter_len: usize::try_from(adapter_len).unwrap_or(usize::MAX),
-                    frame_limit: adapter_frame_bytes(adapter_len).unwrap_or(MAX_FRAME_BYTES),
+                    frame_limit: adapter_frame_bytes(adapter_len)
+                        .unwrap_or(MAX_FRAME_BYTES)
+                        .max(MAX_HANDSHAKE_BYTES),
                     model,
                     tokenizer,
                 });

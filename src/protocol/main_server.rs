@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use super::admission::{Admission, Pass, TicketOffice, check_secret};
-use super::codec::HEADER_BYTES;
+use super::codec::{HEADER_BYTES, MAX_HANDSHAKE_BYTES};
 use super::door::{Door, Heard};
 use super::link::silence_limit;
 use super::message::*;
@@ -348,11 +348,13 @@ impl MainServerSession {
         if let Some((what, value)) = sizes.into_iter().find(|(_, value)| *value == 0) {
             return Err(MainError::Zero { what, value });
         }
-        let frame_limit = step_frame_bytes(run).ok_or(MainError::StepTooLarge {
-            batch: run.batch,
-            seq: run.seq,
-            width: run.width,
-        })?;
+        let frame_limit = step_frame_bytes(run)
+            .ok_or(MainError::StepTooLarge {
+                batch: run.batch,
+                seq: run.seq,
+                width: run.width,
+            })?
+            .max(MAX_HANDSHAKE_BYTES);
         let len = config.initial_adapter.len();
         let assigned = config.assignment.adapter_len;
         if assigned != len as u64 {

@@ -203,6 +203,11 @@ impl Stopper {
     }
 }
 
+/// Whether this program holds the browser client's files.
+pub fn has_browser_client() -> bool {
+    !http::ASSETS.is_empty()
+}
+
 impl Server {
     /// Binds every address, prepares the certificate, hands the client's part of the model to the store and loads the server's.
     /// `report` is called with what happens.

@@ -123,11 +123,10 @@ struct Worker {
 
 impl Worker {
     fn load(mut settings: WorkerSettings) -> Result<Self, Error> {
-        let WorkerSettings { engine, config, cut, training, initial, .. } = &settings;
+        let WorkerSettings { engine, config, cut, training, initial, weights, dtype, .. } = &mut settings;
         let client_values = initial.slice(config, 0..*cut)?.values;
         let server_values = initial.slice(config, *cut..config.blocks)?.values;
-        let (weights, dtype) = (&mut settings.weights, settings.dtype);
-        let mut units = |unit: Unit| -> Result<UnitData, WeightsError> { weights.unit(unit, dtype) };
+        let mut units = |unit: Unit| -> Result<UnitData, WeightsError> { weights.unit(unit, *dtype) };
         let part = ServerPart::new(engine, config, &mut units, *cut, training, &server_values)?;
         Ok(Self { part, settings, client_values, server_values, saved: false })
     }

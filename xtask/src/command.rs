@@ -8,10 +8,11 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-/// The repository root.
+/// The repository root. `cargo run` says where it is; two checkouts may share one build of this program.
 pub fn root() -> PathBuf {
-    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    here.parent().unwrap_or(here).to_path_buf()
+    let here = env::var_os("CARGO_MANIFEST_DIR")
+        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
+    here.parent().map(Path::to_path_buf).unwrap_or(here)
 }
 
 /// Where cargo puts what it builds.

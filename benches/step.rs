@@ -1,0 +1,101 @@
+//! Whole training steps of the demo model: centralised, and split between a client part and a server part.
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use pollster::block_on;
+use sflllm::cli::source::{DEMO_TRAIN, Source};
+use sflllm::compute::Engine;
+use sflllm::data::{Batch, Dataset, pass};
+use sflllm::model::adapter::{Adapter, LoraSpec, Target};
+use sflllm::model::central::Central;
+use sflllm::model::optimizer::OptimizerSettings;
+use sflllm::model::stack::Extent;
+use sflllm::model::weights::{Unit, WeightDtype};
+use sflllm::split::{ClientPart, Contribution, ServerPart, Training, Wire};
+
+const BATCH: usize = 4;
+const CUT: usize = 1;
+
+fn first_batch(source: &Source) -> Batch {
+    let options = source.data_options(source.config.positions, false);
+    let data = Dataset::read(DEMO_TRAIN, "demo", source.tokenize(), &options).unwrap();
+    pass(&data.examples, BATCH, source.config.positions)
+        .unwrap()
+        .next()
+        .unwrap()
+}
+
+fn steps(criterion: &mut Criterion) {
+    for engine in std::iter::once(Engine::cpu()).chain(Engine::gpu_for_tests()) {
+        let mut source = Source::open("demo", WeightDtype::F16).unwrap();
+        let batch = first_batch(&source);
+        let config = source.config.clone();
+        let spec = LoraSpec::new(8, 16.0, [Target::AttnQkv]).unwrap();
+        let adapter = Adapter::init(&config, &spec, 0..config.blocks, 0).unwrap();
+        let training = Training {
+            spec,
+            optimizer: OptimizerSettings::default(),
+            batch: BATCH,
+            seq: batch.seq,
+            wire: Wire::F16,
+        };
+        let mut group = criterion.benchmark_group(format!("step/{}", engine.name()));
+        group.sample_size(10);
+        group.throughput(Throughput::Elements((BATCH * batch.seq) as u64));
+
+        let weights = source.load(&engine).unwrap();
+        let extent = Extent {
+            batch: BATCH,
+            seq: batch.seq,
+        };
+        let mut central = Central::new(
+            &engine,
+            &config,
+            weights,
+            Some(&adapter),
+            extent,
+            Some(training.optimizer),
+        )
+        .unwrap();
+        group.bench_function("central", |bencher| {
+            bencher.iter(|| block_on(central.step(&batch.tokens, &batch.targets, batch.seq)).unwrap())
+        });
+
+        let unit = &mut |unit: Unit| source.weights.unit(unit, WeightDtype::F16);
+        let embedding = unit(Unit::Embedding).unwrap();
+        let blocks = [unit(Unit::Block(0)).unwrap()];
+        let side = |range| adapter.slice(&config, range).unwrap().values;
+        let mut client = ClientPart::new(
+            &engine,
+            &config,
+            &embedding,
+            &blocks,
+            &training,
+            &side(0..CUT),
+        )
+        .unwrap();
+        let mut server = ServerPart::new(
+            &engine,
+            &config,
+            unit,
+            CUT,
+            &training,
+            &side(CUT..config.blocks),
+        )
+        .unwrap();
+        group.bench_function("split", |bencher| {
+            bencher.iter(|| {
+                let activations = block_on(client.forward(&batch.tokens, batch.seq)).unwrap();
+                let contribution = Contribution {
+                    activations: &activations,
+                    targets: &batch.targets,
+                };
+                let (_, replies) = block_on(server.step(&[contribution])).unwrap();
+                block_on(client.backward(&replies[0].gradient)).unwrap();
+            })
+        });
+        group.finish();
+    }
+}
+
+criterion_group!(benches, steps);
+criterion_main!(benches);
