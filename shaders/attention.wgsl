@@ -1,10 +1,11 @@
 // Causal multi-head attention. The tiled entry points give a workgroup a tile of tokens of one head and walk over the tiles it
-// attends to (or is attended by), the head in slices of 32 so that workgroup memory does not grow with it. The `_rows` entry
-// points, for adapters emulated on a CPU, give each invocation a token and need no barriers.
+// attends to (or is attended by), the head in slices of 32 so that workgroup memory does not grow with it. The `_registers`
+// entry points, for adapters emulated on a CPU, give each invocation four tokens and need neither workgroup memory nor barriers.
 
 const WORKGROUP: u32 = 64u;
 const HEAD_SLICES: u32 = 2u; // ceil(head_size / 32), for the tiled entry points
-const HEAD_QUADS: u32 = 16u; // ceil(head_size / 4), for the `_rows` entry points
+const HEAD_QUADS: u32 = 16u; // ceil(head_size / 4), for the `_registers` entry points
+const ALIGNED: bool = false; // head_size is a multiple of 4
 
 const TILE: u32 = 32u;       // tokens in a tile
 const LANES: u32 = 8u;       // a workgroup is 8 x 8 invocations, each of 4 rows and 4 columns of a tile of scores
@@ -64,43 +65,34 @@ fn row_index(group: Group, t: u32) -> u32 {
     return (group.batch * params.heads + group.head) * params.seq + t;
 }
 
-// Four values of a head from number 4 * quad on, zeros past its end.
+// Four values of a head from number 4 * quad on, zeros past its end. Without branches, of which emulated adapters take both sides.
 fn qkv_quad(start: u32, quad: u32) -> vec4<f32> {
     let d = 4u * quad;
-    let at = start + d;
-    if d + 4u <= params.head_size {
+    if ALIGNED {
+        let at = start + d;
         return vec4(qkv[at], qkv[at + 1u], qkv[at + 2u], qkv[at + 3u]);
     }
-    var value = vec4(0.0);
-    if d < params.head_size {
-        value.x = qkv[at];
-    }
-    if d + 1u < params.head_size {
-        value.y = qkv[at + 1u];
-    }
-    if d + 2u < params.head_size {
-        value.z = qkv[at + 2u];
-    }
-    return value;
+    let at = vec4(start) + quad_columns(d);
+    return select(vec4(0.0), vec4(qkv[at.x], qkv[at.y], qkv[at.z], qkv[at.w]), quad_exists(d));
 }
 
 fn d_out_quad(start: u32, quad: u32) -> vec4<f32> {
     let d = 4u * quad;
-    let at = start + d;
-    if d + 4u <= params.head_size {
+    if ALIGNED {
+        let at = start + d;
         return vec4(d_out[at], d_out[at + 1u], d_out[at + 2u], d_out[at + 3u]);
     }
-    var value = vec4(0.0);
-    if d < params.head_size {
-        value.x = d_out[at];
-    }
-    if d + 1u < params.head_size {
-        value.y = d_out[at + 1u];
-    }
-    if d + 2u < params.head_size {
-        value.z = d_out[at + 2u];
-    }
-    return value;
+    let at = vec4(start) + quad_columns(d);
+    return select(vec4(0.0), vec4(d_out[at.x], d_out[at.y], d_out[at.z], d_out[at.w]), quad_exists(d));
+}
+
+fn quad_exists(d: u32) -> vec4<bool> {
+    return vec4(d) + vec4(0u, 1u, 2u, 3u) < vec4(params.head_size);
+}
+
+// The columns d..d+4, those past the head's end replaced by its last.
+fn quad_columns(d: u32) -> vec4<u32> {
+    return min(vec4(d) + vec4(0u, 1u, 2u, 3u), vec4(params.head_size - 1u));
 }
 
 fn store_d_qkv(start: u32, quad: u32, value: vec4<f32>) {
@@ -128,14 +120,14 @@ alias Scores = array<vec4<f32>, 4>;                  // of rows 4y..4y+4 and col
 alias Accumulator = array<vec4<f32>, ACCUMULATORS>;  // [4 * slice + row], values 4x..4x+4 of the slice
 
 fn qkv_tile_quad(group: Group, part: u32, t: u32, quad: u32) -> vec4<f32> {
-    if t >= params.seq {
+    if t >= params.seq || 4u * quad >= params.head_size {
         return vec4(0.0);
     }
     return qkv_quad(qkv_start(group, part, t), quad);
 }
 
 fn d_out_tile_quad(group: Group, t: u32, quad: u32) -> vec4<f32> {
-    if t >= params.seq {
+    if t >= params.seq || 4u * quad >= params.head_size {
         return vec4(0.0);
     }
     return d_out_quad(out_start(group, t), quad);
@@ -434,15 +426,14 @@ fn backward_kv(
     }
 }
 
-// ---- An invocation a token ----
-
 @compute @workgroup_size(WORKGROUP)
 fn backward_dot(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
     let i = id.x + id.y * groups.x * WORKGROUP;
     if i >= params.batch * params.heads * params.seq {
         return;
     }
-    let start = out_start(group_of(i), i % params.seq);
+    let group = i / params.seq;
+    let start = out_start(Group(group / params.heads, group % params.heads), i % params.seq);
     var sum = 0.0;
     for (var d = start; d < start + params.head_size; d++) {
         sum += saved_out[d] * d_out[d];
@@ -450,127 +441,236 @@ fn backward_dot(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workg
     dot_out[i] = sum;
 }
 
-// The group of an index into lse and dot.
-fn group_of(i: u32) -> Group {
-    let group = i / params.seq;
-    return Group(group / params.heads, group % params.heads);
+// ---- Registers ----
+
+const REGISTER_WORKGROUP: u32 = 8u; // small, so that few tokens still use all cores
+const COUNT: u32 = 4u;              // tokens of an invocation, and those it takes at a time
+
+alias Tokens = array<vec4<f32>, COUNT * HEAD_QUADS>; // [COUNT * quad + token], the values of a head
+
+// An invocation's group and first token; the last is true where there is none.
+struct Place {
+    group: Group,
+    first: u32,
+    outside: bool,
 }
 
-alias Token = array<vec4<f32>, HEAD_QUADS>; // the values of a head
+fn place(id: vec3<u32>, groups: vec3<u32>) -> Place {
+    let i = id.x + id.y * groups.x * REGISTER_WORKGROUP;
+    let blocks = (params.seq + COUNT - 1u) / COUNT;
+    let group = i / blocks;
+    return Place(
+        Group(group / params.heads, group % params.heads),
+        i % blocks * COUNT,
+        i >= params.batch * params.heads * blocks,
+    );
+}
 
-fn load_qkv(group: Group, part: u32, t: u32, token: ptr<function, Token>) {
+// The tokens from `first` on; past the sequence its last one, so that loads stay inside.
+fn tokens(first: u32) -> vec4<u32> {
+    return min(vec4(first) + vec4(0u, 1u, 2u, 3u), vec4(params.seq - 1u));
+}
+
+fn qkv_starts(group: Group, part: u32, t: vec4<u32>) -> vec4<u32> {
+    return ((group.batch * params.seq + t) * 3u + part) * width() + group.head * params.head_size;
+}
+
+fn out_starts(group: Group, t: vec4<u32>) -> vec4<u32> {
+    return (group.batch * params.seq + t) * width() + group.head * params.head_size;
+}
+
+fn load_qkv(start: vec4<u32>, values: ptr<function, Tokens>) {
     for (var quad = 0u; quad < HEAD_QUADS; quad++) {
-        (*token)[quad] = qkv_quad(qkv_start(group, part, t), quad);
+        for (var i = 0u; i < COUNT; i++) {
+            (*values)[COUNT * quad + i] = qkv_quad(start[i], quad);
+        }
     }
 }
 
-fn load_d_out(group: Group, t: u32, token: ptr<function, Token>) {
+fn load_d_out(start: vec4<u32>, values: ptr<function, Tokens>) {
     for (var quad = 0u; quad < HEAD_QUADS; quad++) {
-        (*token)[quad] = d_out_quad(out_start(group, t), quad);
+        for (var i = 0u; i < COUNT; i++) {
+            (*values)[COUNT * quad + i] = d_out_quad(start[i], quad);
+        }
     }
 }
 
-fn token_dot(a: ptr<function, Token>, b: ptr<function, Token>) -> f32 {
-    var sum = vec4(0.0);
-    for (var quad = 0u; quad < HEAD_QUADS; quad++) {
-        sum += (*a)[quad] * (*b)[quad];
-    }
-    return dot(sum, vec4(1.0));
-}
-
-fn token_add(sum: ptr<function, Token>, keep: f32, weight: f32, value: ptr<function, Token>) {
-    for (var quad = 0u; quad < HEAD_QUADS; quad++) {
-        (*sum)[quad] = keep * (*sum)[quad] + weight * (*value)[quad];
+fn store_d_tokens(group: Group, part: u32, first: u32, values: ptr<function, Tokens>) {
+    for (var i = 0u; i < min(COUNT, params.seq - first); i++) {
+        for (var quad = 0u; quad < HEAD_QUADS; quad++) {
+            store_d_qkv(qkv_start(group, part, first + i), quad, (*values)[COUNT * quad + i]);
+        }
     }
 }
 
-fn store_d_token(group: Group, part: u32, t: u32, token: ptr<function, Token>) {
+// Products of four values of each of own tokens (columns) with those of one other token.
+fn quad_products(own: ptr<function, Tokens>, quad: u32, other: vec4<f32>) -> vec4<f32> {
+    return vec4(
+        dot((*own)[COUNT * quad], other),
+        dot((*own)[COUNT * quad + 1u], other),
+        dot((*own)[COUNT * quad + 2u], other),
+        dot((*own)[COUNT * quad + 3u], other),
+    );
+}
+
+// For each of four tokens from `start` on, its products with own tokens.
+fn qkv_products(own: ptr<function, Tokens>, start: vec4<u32>) -> mat4x4<f32> {
+    var products = mat4x4<f32>();
     for (var quad = 0u; quad < HEAD_QUADS; quad++) {
-        store_d_qkv(qkv_start(group, part, t), quad, (*token)[quad]);
+        products[0] += quad_products(own, quad, qkv_quad(start.x, quad));
+        products[1] += quad_products(own, quad, qkv_quad(start.y, quad));
+        products[2] += quad_products(own, quad, qkv_quad(start.z, quad));
+        products[3] += quad_products(own, quad, qkv_quad(start.w, quad));
+    }
+    return products;
+}
+
+fn d_out_products(own: ptr<function, Tokens>, start: vec4<u32>) -> mat4x4<f32> {
+    var products = mat4x4<f32>();
+    for (var quad = 0u; quad < HEAD_QUADS; quad++) {
+        products[0] += quad_products(own, quad, d_out_quad(start.x, quad));
+        products[1] += quad_products(own, quad, d_out_quad(start.y, quad));
+        products[2] += quad_products(own, quad, d_out_quad(start.z, quad));
+        products[3] += quad_products(own, quad, d_out_quad(start.w, quad));
+    }
+    return products;
+}
+
+// sums = keep * sums + the values of four tokens from `start` on, weighted; a column of weights belongs to one of the four.
+fn add_qkv(sums: ptr<function, Tokens>, keep: vec4<f32>, weights: mat4x4<f32>, start: vec4<u32>) {
+    for (var quad = 0u; quad < HEAD_QUADS; quad++) {
+        let a = qkv_quad(start.x, quad);
+        let b = qkv_quad(start.y, quad);
+        let c = qkv_quad(start.z, quad);
+        let d = qkv_quad(start.w, quad);
+        for (var i = 0u; i < COUNT; i++) {
+            let old = keep[i] * (*sums)[COUNT * quad + i];
+            (*sums)[COUNT * quad + i] = old + weights[0][i] * a + weights[1][i] * b + weights[2][i] * c + weights[3][i] * d;
+        }
     }
 }
 
-@compute @workgroup_size(WORKGROUP)
-fn forward_rows(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
-    let i = id.x + id.y * groups.x * WORKGROUP;
-    if i >= params.batch * params.heads * params.seq {
+fn add_d_out(sums: ptr<function, Tokens>, weights: mat4x4<f32>, start: vec4<u32>) {
+    for (var quad = 0u; quad < HEAD_QUADS; quad++) {
+        let a = d_out_quad(start.x, quad);
+        let b = d_out_quad(start.y, quad);
+        let c = d_out_quad(start.z, quad);
+        let d = d_out_quad(start.w, quad);
+        for (var i = 0u; i < COUNT; i++) {
+            (*sums)[COUNT * quad + i] += weights[0][i] * a + weights[1][i] * b + weights[2][i] * c + weights[3][i] * d;
+        }
+    }
+}
+
+@compute @workgroup_size(REGISTER_WORKGROUP)
+fn forward_registers(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
+    let own = place(id, groups);
+    if own.outside {
         return;
     }
-    let group = group_of(i);
-    let query = i % params.seq;
-    var q: Token;
-    load_qkv(group, QUERY, query, &q);
-    var sum: Token;
-    var row_max = MASKED;
-    var row_sum = 0.0;
-    var other: Token;
-    for (var key = 0u; key <= query; key++) {
-        load_qkv(group, KEY, key, &other);
-        let score = params.scale * token_dot(&q, &other);
-        let new_max = max(row_max, score);
+    let group = own.group;
+    let query = vec4(own.first) + vec4(0u, 1u, 2u, 3u);
+    var q: Tokens;
+    load_qkv(qkv_starts(group, QUERY, tokens(own.first)), &q);
+    var sums: Tokens;
+    var row_max = vec4(MASKED);
+    var row_sum = vec4(0.0);
+    for (var key = 0u; key < min(own.first + COUNT, params.seq); key += COUNT) {
+        let key_tokens = tokens(key);
+        var scores = qkv_products(&q, qkv_starts(group, KEY, key_tokens));
+        var new_max = row_max;
+        for (var j = 0u; j < COUNT; j++) {
+            scores[j] = select(vec4(MASKED), params.scale * scores[j], vec4(key + j) <= query);
+            new_max = max(new_max, scores[j]);
+        }
         let correction = exp(row_max - new_max);
-        let probability = exp(score - new_max);
-        load_qkv(group, VALUE, key, &other);
-        token_add(&sum, correction, probability, &other);
-        row_sum = row_sum * correction + probability;
         row_max = new_max;
+        row_sum *= correction;
+        for (var j = 0u; j < COUNT; j++) {
+            scores[j] = exp(scores[j] - new_max);
+            row_sum += scores[j];
+        }
+        add_qkv(&sums, correction, scores, qkv_starts(group, VALUE, key_tokens));
     }
-    for (var quad = 0u; quad < HEAD_QUADS; quad++) {
-        store_out(out_start(group, query), quad, sum[quad] / row_sum);
+    for (var i = 0u; i < min(COUNT, params.seq - own.first); i++) {
+        for (var quad = 0u; quad < HEAD_QUADS; quad++) {
+            store_out(out_start(group, query[i]), quad, sums[COUNT * quad + i] / row_sum[i]);
+        }
+        lse[row_index(group, query[i])] = row_max[i] + log(row_sum[i]);
     }
-    lse[i] = row_max + log(row_sum);
 }
 
-@compute @workgroup_size(WORKGROUP)
-fn backward_q_rows(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
-    let i = id.x + id.y * groups.x * WORKGROUP;
-    if i >= params.batch * params.heads * params.seq {
-        return;
-    }
-    let group = group_of(i);
-    let query = i % params.seq;
-    var q: Token;
-    var d_o: Token;
-    load_qkv(group, QUERY, query, &q);
-    load_d_out(group, query, &d_o);
-    var d_q: Token;
-    var other: Token;
-    for (var key = 0u; key <= query; key++) {
-        load_qkv(group, VALUE, key, &other);
-        let d_probability = token_dot(&d_o, &other);
-        load_qkv(group, KEY, key, &other);
-        let probability = exp(params.scale * token_dot(&q, &other) - saved_lse[i]);
-        token_add(&d_q, 1.0, params.scale * probability * (d_probability - saved_dot[i]), &other);
-    }
-    store_d_token(group, QUERY, query, &d_q);
+// saved_lse and saved_dot of four tokens.
+fn lse_quad(group: Group, t: vec4<u32>) -> vec4<f32> {
+    let at = row_index(group, 0u) + t;
+    return vec4(saved_lse[at.x], saved_lse[at.y], saved_lse[at.z], saved_lse[at.w]);
 }
 
-@compute @workgroup_size(WORKGROUP)
-fn backward_kv_rows(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
-    let i = id.x + id.y * groups.x * WORKGROUP;
-    if i >= params.batch * params.heads * params.seq {
+fn dot_quad(group: Group, t: vec4<u32>) -> vec4<f32> {
+    let at = row_index(group, 0u) + t;
+    return vec4(saved_dot[at.x], saved_dot[at.y], saved_dot[at.z], saved_dot[at.w]);
+}
+
+@compute @workgroup_size(REGISTER_WORKGROUP)
+fn backward_q_registers(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
+    let own = place(id, groups);
+    if own.outside {
         return;
     }
-    let group = group_of(i);
-    let key = i % params.seq;
-    var k: Token;
-    var v: Token;
-    load_qkv(group, KEY, key, &k);
-    load_qkv(group, VALUE, key, &v);
-    var d_k: Token;
-    var d_v: Token;
-    var other: Token;
-    for (var query = key; query < params.seq; query++) {
-        let row = row_index(group, query);
-        load_d_out(group, query, &other);
-        let d_probability = token_dot(&v, &other);
-        // The score needs the query, which then serves d_k, so d_out is loaded twice.
-        load_qkv(group, QUERY, query, &other);
-        let probability = exp(params.scale * token_dot(&k, &other) - saved_lse[row]);
-        token_add(&d_k, 1.0, params.scale * probability * (d_probability - saved_dot[row]), &other);
-        load_d_out(group, query, &other);
-        token_add(&d_v, 1.0, probability, &other);
+    let group = own.group;
+    let query = vec4(own.first) + vec4(0u, 1u, 2u, 3u);
+    let query_tokens = tokens(own.first);
+    let row_lse = lse_quad(group, query_tokens);
+    let row_dot = dot_quad(group, query_tokens);
+    var q: Tokens;
+    var d_o: Tokens;
+    load_qkv(qkv_starts(group, QUERY, query_tokens), &q);
+    load_d_out(out_starts(group, query_tokens), &d_o);
+    var d_q: Tokens;
+    for (var key = 0u; key < min(own.first + COUNT, params.seq); key += COUNT) {
+        let key_tokens = tokens(key);
+        var scores = qkv_products(&q, qkv_starts(group, KEY, key_tokens));
+        let d_probabilities = qkv_products(&d_o, qkv_starts(group, VALUE, key_tokens));
+        for (var j = 0u; j < COUNT; j++) {
+            let probability = exp(params.scale * scores[j] - row_lse);
+            let d_score = params.scale * probability * (d_probabilities[j] - row_dot);
+            scores[j] = select(vec4(0.0), d_score, vec4(key + j) <= query);
+        }
+        add_qkv(&d_q, vec4(1.0), scores, qkv_starts(group, KEY, key_tokens));
     }
-    store_d_token(group, KEY, key, &d_k);
-    store_d_token(group, VALUE, key, &d_v);
+    store_d_tokens(group, QUERY, own.first, &d_q);
+}
+
+@compute @workgroup_size(REGISTER_WORKGROUP)
+fn backward_kv_registers(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
+    let own = place(id, groups);
+    if own.outside {
+        return;
+    }
+    let group = own.group;
+    let key = vec4(own.first) + vec4(0u, 1u, 2u, 3u);
+    var k: Tokens;
+    var v: Tokens;
+    load_qkv(qkv_starts(group, KEY, tokens(own.first)), &k);
+    load_qkv(qkv_starts(group, VALUE, tokens(own.first)), &v);
+    var d_k: Tokens;
+    var d_v: Tokens;
+    // A column of these matrices belongs to a query.
+    for (var query = own.first; query < params.seq; query += COUNT) {
+        let query_tokens = tokens(query);
+        let row_lse = lse_quad(group, query_tokens);
+        let row_dot = dot_quad(group, query_tokens);
+        var probabilities = qkv_products(&k, qkv_starts(group, QUERY, query_tokens));
+        var d_scores = d_out_products(&v, out_starts(group, query_tokens));
+        for (var j = 0u; j < COUNT; j++) {
+            let attended = (key <= vec4(query + j)) & vec4(query + j < params.seq);
+            let probability = exp(params.scale * probabilities[j] - vec4(row_lse[j]));
+            probabilities[j] = select(vec4(0.0), probability, attended);
+            d_scores[j] = params.scale * probabilities[j] * (d_scores[j] - vec4(row_dot[j]));
+        }
+        add_d_out(&d_v, probabilities, out_starts(group, query_tokens));
+        add_qkv(&d_k, vec4(1.0), d_scores, qkv_starts(group, QUERY, query_tokens));
+    }
+    store_d_tokens(group, KEY, own.first, &d_k);
+    store_d_tokens(group, VALUE, own.first, &d_v);
 }

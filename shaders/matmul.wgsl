@@ -4,7 +4,7 @@
 // On GPUs a workgroup of 16x16 invocations computes a 64x64 tile of `out`, 4x4 values an invocation, from tiles of both factors
 // in workgroup memory, 16 inner elements at a time. The `_vec4` entry points load four elements at once and need sizes that are
 // multiples of 4. The `_registers` entry points, for adapters emulated on a CPU, need no workgroup memory: an invocation computes
-// 8 rows by 4 columns, and all invocations of a workgroup the same rows, so that what they read of `x` is uniform.
+// 8 rows by 8 columns, and all invocations of a workgroup the same rows, so that what they read of `x` is uniform.
 //
 // The LoRA term is `rank` more inner elements: the same tiles, filled from `u` and `adapter`.
 
@@ -348,17 +348,25 @@ fn backward_x_vec4(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invoc
     store_tile(&sums, group.xy, lane, true);
 }
 
-// 8 rows by 4 columns in registers.
+// 8 rows by 8 columns in registers: two vectors a row.
 
-fn add_registers(sums: ptr<function, array<vec4<f32>, 8>>, left: array<f32, 8>, right: vec4<f32>) {
-    (*sums)[0] = fma(vec4(left[0]), right, (*sums)[0]);
-    (*sums)[1] = fma(vec4(left[1]), right, (*sums)[1]);
-    (*sums)[2] = fma(vec4(left[2]), right, (*sums)[2]);
-    (*sums)[3] = fma(vec4(left[3]), right, (*sums)[3]);
-    (*sums)[4] = fma(vec4(left[4]), right, (*sums)[4]);
-    (*sums)[5] = fma(vec4(left[5]), right, (*sums)[5]);
-    (*sums)[6] = fma(vec4(left[6]), right, (*sums)[6]);
-    (*sums)[7] = fma(vec4(left[7]), right, (*sums)[7]);
+fn add_registers(sums: ptr<function, array<vec4<f32>, 16>>, left: array<f32, 8>, low: vec4<f32>, high: vec4<f32>) {
+    (*sums)[0] = fma(vec4(left[0]), low, (*sums)[0]);
+    (*sums)[1] = fma(vec4(left[0]), high, (*sums)[1]);
+    (*sums)[2] = fma(vec4(left[1]), low, (*sums)[2]);
+    (*sums)[3] = fma(vec4(left[1]), high, (*sums)[3]);
+    (*sums)[4] = fma(vec4(left[2]), low, (*sums)[4]);
+    (*sums)[5] = fma(vec4(left[2]), high, (*sums)[5]);
+    (*sums)[6] = fma(vec4(left[3]), low, (*sums)[6]);
+    (*sums)[7] = fma(vec4(left[3]), high, (*sums)[7]);
+    (*sums)[8] = fma(vec4(left[4]), low, (*sums)[8]);
+    (*sums)[9] = fma(vec4(left[4]), high, (*sums)[9]);
+    (*sums)[10] = fma(vec4(left[5]), low, (*sums)[10]);
+    (*sums)[11] = fma(vec4(left[5]), high, (*sums)[11]);
+    (*sums)[12] = fma(vec4(left[6]), low, (*sums)[12]);
+    (*sums)[13] = fma(vec4(left[6]), high, (*sums)[13]);
+    (*sums)[14] = fma(vec4(left[7]), low, (*sums)[14]);
+    (*sums)[15] = fma(vec4(left[7]), high, (*sums)[15]);
 }
 
 // Rows past the end repeat the last one; they are not stored.
@@ -374,64 +382,100 @@ fn x_rows(row: u32, k: u32) -> array<f32, 8> {
 }
 
 fn u_rows(row: u32, r: u32) -> array<f32, 8> {
+    let last = params.rows - 1u;
+    let rank = params.rank;
     let scale = params.lora_scale;
     return array<f32, 8>(
-        scale * u_or_zero(row, r), scale * u_or_zero(row + 1u, r), scale * u_or_zero(row + 2u, r), scale * u_or_zero(row + 3u, r),
-        scale * u_or_zero(row + 4u, r), scale * u_or_zero(row + 5u, r), scale * u_or_zero(row + 6u, r), scale * u_or_zero(row + 7u, r),
+        scale * u[min(row, last) * rank + r], scale * u[min(row + 1u, last) * rank + r],
+        scale * u[min(row + 2u, last) * rank + r], scale * u[min(row + 3u, last) * rank + r],
+        scale * u[min(row + 4u, last) * rank + r], scale * u[min(row + 5u, last) * rank + r],
+        scale * u[min(row + 6u, last) * rank + r], scale * u[min(row + 7u, last) * rank + r],
     );
 }
 
-fn multiply_registers(sums: ptr<function, array<vec4<f32>, 8>>, row: u32, column: u32, transposed: bool) {
+fn w_columns(k: u32, column: u32, transposed: bool) -> vec4<f32> {
+    return vec4(
+        w_or_zero(k, column, transposed), w_or_zero(k, column + 1u, transposed),
+        w_or_zero(k, column + 2u, transposed), w_or_zero(k, column + 3u, transposed),
+    );
+}
+
+fn adapter_columns(r: u32, column: u32, transposed: bool) -> vec4<f32> {
+    return vec4(
+        adapter_or_zero(r, column, transposed), adapter_or_zero(r, column + 1u, transposed),
+        adapter_or_zero(r, column + 2u, transposed), adapter_or_zero(r, column + 3u, transposed),
+    );
+}
+
+// Four inner elements from k on of four columns of a transposed w; columns past the end repeat the last one.
+fn w_block(k: u32, column: u32) -> mat4x4<f32> {
+    let last = params.columns - 1u;
+    let start = params.w_offset + k;
+    return transpose(mat4x4(
+        w_quad(start + min(column, last) * params.inner), w_quad(start + min(column + 1u, last) * params.inner),
+        w_quad(start + min(column + 2u, last) * params.inner), w_quad(start + min(column + 3u, last) * params.inner),
+    ));
+}
+
+fn multiply_registers(sums: ptr<function, array<vec4<f32>, 16>>, row: u32, column: u32, transposed: bool) {
     let inner = params.inner;
     if ALIGNED && transposed {
-        let last = params.columns - 1u;
-        let w0 = params.w_offset + min(column, last) * inner;
-        let w1 = params.w_offset + min(column + 1u, last) * inner;
-        let w2 = params.w_offset + min(column + 2u, last) * inner;
-        let w3 = params.w_offset + min(column + 3u, last) * inner;
         for (var k = 0u; k < inner; k += 4u) {
-            let right = transpose(mat4x4(w_quad(w0 + k), w_quad(w1 + k), w_quad(w2 + k), w_quad(w3 + k)));
-            add_registers(sums, x_rows(row, k), right[0]);
-            add_registers(sums, x_rows(row, k + 1u), right[1]);
-            add_registers(sums, x_rows(row, k + 2u), right[2]);
-            add_registers(sums, x_rows(row, k + 3u), right[3]);
+            let low = w_block(k, column);
+            let high = w_block(k, column + 4u);
+            add_registers(sums, x_rows(row, k), low[0], high[0]);
+            add_registers(sums, x_rows(row, k + 1u), low[1], high[1]);
+            add_registers(sums, x_rows(row, k + 2u), low[2], high[2]);
+            add_registers(sums, x_rows(row, k + 3u), low[3], high[3]);
         }
     } else if ALIGNED {
-        let first = params.w_offset + min(column, params.columns - 4u);
+        let low = params.w_offset + min(column, params.columns - 4u);
+        let high = params.w_offset + min(column + 4u, params.columns - 4u);
         for (var k = 0u; k < inner; k += 1u) {
-            add_registers(sums, x_rows(row, k), w_quad(first + k * params.columns));
+            add_registers(sums, x_rows(row, k), w_quad(low + k * params.columns), w_quad(high + k * params.columns));
         }
     } else {
         for (var k = 0u; k < inner; k += 1u) {
-            add_registers(sums, x_rows(row, k), vec4(
-                w_or_zero(k, column, transposed), w_or_zero(k, column + 1u, transposed),
-                w_or_zero(k, column + 2u, transposed), w_or_zero(k, column + 3u, transposed),
-            ));
+            add_registers(sums, x_rows(row, k), w_columns(k, column, transposed), w_columns(k, column + 4u, transposed));
         }
     }
     for (var r = 0u; r < params.rank; r += 1u) {
-        add_registers(sums, u_rows(row, r), vec4(
-            adapter_or_zero(r, column, transposed), adapter_or_zero(r, column + 1u, transposed),
-            adapter_or_zero(r, column + 2u, transposed), adapter_or_zero(r, column + 3u, transposed),
-        ));
+        add_registers(
+            sums, u_rows(row, r), adapter_columns(r, column, transposed), adapter_columns(r, column + 4u, transposed),
+        );
     }
 }
 
-fn store_registers(sums: ptr<function, array<vec4<f32>, 8>>, row: u32, column: u32) {
-    for (var i = 0u; i < REGISTER_ROWS; i += 1u) {
-        let row_sums = (*sums)[i];
-        store(row + i, column, row_sums.x);
-        store(row + i, column + 1u, row_sums.y);
-        store(row + i, column + 2u, row_sums.z);
-        store(row + i, column + 3u, row_sums.w);
+// Loops that a compiler cannot unroll, over a copy: unrolled, the stores would take most of the time to compile a kernel, and
+// indexing `sums` itself would keep it out of registers.
+
+fn store_registers(sums: ptr<function, array<vec4<f32>, 16>>, row: u32, column: u32) {
+    var kept = *sums;
+    let rows = min(REGISTER_ROWS, params.rows - row);
+    let columns = min(8u, params.columns - min(column, params.columns));
+    for (var i = 0u; i < rows; i += 1u) {
+        for (var j = 0u; j < columns; j += 1u) {
+            store(row + i, column + j, kept[2u * i + j / 4u][j % 4u]);
+        }
+    }
+}
+
+fn store_gelu_registers(sums: ptr<function, array<vec4<f32>, 16>>, row: u32, column: u32) {
+    var kept = *sums;
+    let rows = min(REGISTER_ROWS, params.rows - row);
+    let columns = min(8u, params.columns - min(column, params.columns));
+    for (var i = 0u; i < rows; i += 1u) {
+        for (var j = 0u; j < columns; j += 1u) {
+            store_gelu(row + i, column + j, kept[2u * i + j / 4u][j % 4u]);
+        }
     }
 }
 
 @compute @workgroup_size(REGISTER_LANES)
 fn forward_registers(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let row = group.y * REGISTER_ROWS;
-    let column = (group.x * REGISTER_LANES + lane) * 4u;
-    var sums = array<vec4<f32>, 8>();
+    let column = (group.x * REGISTER_LANES + lane) * 8u;
+    var sums = array<vec4<f32>, 16>();
     multiply_registers(&sums, row, column, false);
     store_registers(&sums, row, column);
 }
@@ -439,23 +483,17 @@ fn forward_registers(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_inv
 @compute @workgroup_size(REGISTER_LANES)
 fn forward_gelu_registers(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let row = group.y * REGISTER_ROWS;
-    let column = (group.x * REGISTER_LANES + lane) * 4u;
-    var sums = array<vec4<f32>, 8>();
+    let column = (group.x * REGISTER_LANES + lane) * 8u;
+    var sums = array<vec4<f32>, 16>();
     multiply_registers(&sums, row, column, false);
-    for (var i = 0u; i < REGISTER_ROWS; i += 1u) {
-        let row_sums = sums[i];
-        store_gelu(row + i, column, row_sums.x);
-        store_gelu(row + i, column + 1u, row_sums.y);
-        store_gelu(row + i, column + 2u, row_sums.z);
-        store_gelu(row + i, column + 3u, row_sums.w);
-    }
+    store_gelu_registers(&sums, row, column);
 }
 
 @compute @workgroup_size(REGISTER_LANES)
 fn backward_x_registers(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let row = group.y * REGISTER_ROWS;
-    let column = (group.x * REGISTER_LANES + lane) * 4u;
-    var sums = array<vec4<f32>, 8>();
+    let column = (group.x * REGISTER_LANES + lane) * 8u;
+    var sums = array<vec4<f32>, 16>();
     multiply_registers(&sums, row, column, true);
     store_registers(&sums, row, column);
 }
@@ -543,15 +581,18 @@ fn backward_w(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation
 @compute @workgroup_size(REGISTER_LANES)
 fn backward_w_registers(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let input = group.y * REGISTER_ROWS;
-    let output = (group.x * REGISTER_LANES + lane) * 4u;
-    var sums = array<vec4<f32>, 8>();
+    let output = (group.x * REGISTER_LANES + lane) * 8u;
+    var sums = array<vec4<f32>, 16>();
     for (var row = 0u; row < w_params.rows; row += 1u) {
-        let low = saved_x_quad(row, input);
-        let high = saved_x_quad(row, input + 4u);
-        let left = array<f32, 8>(low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w);
-        add_registers(&sums, left, d_y_quad(row, output));
+        let first = saved_x_quad(row, input);
+        let second = saved_x_quad(row, input + 4u);
+        let left = array<f32, 8>(first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w);
+        add_registers(&sums, left, d_y_quad(row, output), d_y_quad(row, output + 4u));
     }
-    for (var i = 0u; i < REGISTER_ROWS; i += 1u) {
-        store_d_w(input + i, output, sums[i]);
+    var kept = sums;
+    let count = min(REGISTER_ROWS, w_params.inputs - input);
+    for (var i = 0u; i < count; i += 1u) {
+        store_d_w(input + i, output, kept[2u * i]);
+        store_d_w(input + i, output + 4u, kept[2u * i + 1u]);
     }
 }

@@ -4,7 +4,18 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+/// Keeps Mesa's device-selection layer from printing an error about a missing desktop session on machines without one.
+#[cfg(target_os = "linux")]
+fn quieten_device_selection() {
+    if std::env::var_os("XDG_RUNTIME_DIR").is_none() {
+        // SAFETY: called before any other thread exists.
+        unsafe { std::env::set_var("NODEVICE_SELECT", "1") };
+    }
+}
+
 fn main() -> ExitCode {
+    #[cfg(target_os = "linux")]
+    quieten_device_selection();
     let cli = sflllm::cli::Cli::parse();
     match cli.command.run() {
         Ok(()) => ExitCode::SUCCESS,

@@ -1341,24 +1341,64 @@ fn a_round_that_nobody_is_left_in_closes_without_an_average() {
 }
 
 #[test]
-fn an_adapter_for_another_round_is_declined_with_the_round_that_is_open() {
+fn an_adapter_for_a_round_that_is_over_is_declined_with_the_round_that_is_open() {
     let (mut federated, [mut first, _]) = collecting();
-    let late = AdapterUpdate {
-        round: RoundKey {
-            round: 0,
-            attempt: 1,
-        },
-        ..update(ADAPTER, 1)
+    let base = Digest::of_values(&ADAPTER);
+    let round = RoundKey {
+        round: 0,
+        attempt: 1,
     };
-    let said = first.send(&mut federated, &Message::AdapterUpdate(late.clone()));
+    let open = Control::OpenRound {
+        round,
+        members: vec![ClientId(1)],
+        base,
+        max_examples: 4,
+    };
+    federated.handle_control(Duration::ZERO, open);
+    let said = first.send(&mut federated, &Message::AdapterUpdate(update(ADAPTER, 1)));
     let [Message::UpdateDeclined(declined)] = said.messages.as_slice() else {
         panic!("{said:?}")
     };
-    assert_eq!(
-        (declined.round, declined.open),
-        (late.round, Some(KEY.round))
-    );
+    assert_eq!((declined.round, declined.open), (KEY.round, Some(round)));
     assert!(!said.closed, "being late is no offence");
+}
+
+#[test]
+fn an_adapter_that_overtakes_the_opening_of_its_round_is_in_the_average() {
+    let (mut federated, [mut first, second]) = collecting();
+    let base = Digest::of_values(&ADAPTER);
+    let round = RoundKey {
+        round: 0,
+        attempt: 1,
+    };
+    let early = AdapterUpdate {
+        round,
+        ..update([1.0; 4], 1)
+    };
+    let said = first.send(&mut federated, &Message::AdapterUpdate(early));
+    assert_eq!(
+        (said.messages.as_slice(), said.closed),
+        ([].as_slice(), false)
+    );
+    let open = |members| Control::OpenRound {
+        round,
+        members,
+        base,
+        max_examples: 4,
+    };
+    federated.handle_control(Duration::ZERO, open(vec![ClientId(1)]));
+    let said = replies(&mut federated);
+    let [ControlReply::RoundClosed(closed)] = said.as_slice() else {
+        panic!("{said:?}")
+    };
+    assert_eq!(
+        closed.included,
+        [Inclusion {
+            client: ClientId(1),
+            examples: 1
+        }]
+    );
+    assert_eq!(second.sent, 0);
 }
 
 // 9. Pairing, against a server that does not keep to it.

@@ -144,7 +144,7 @@ pub struct OptimizerOptions {
     /// What the learning rate does after that
     #[arg(long, value_enum, default_value_t, value_name = "constant|linear")]
     pub schedule: ScheduleName,
-    /// Scale gradients down to this global norm
+    /// Scale gradients down to this global norm; in a split run each side takes the norm of its own
     #[arg(long, value_name = "F")]
     pub clip: Option<f32>,
 }

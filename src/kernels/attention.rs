@@ -16,6 +16,10 @@ const WORKGROUP: u32 = 64;
 /// Queries and keys in a tile, the default of `TILE` in the shader.
 const TILE: u32 = 32;
 
+/// Tokens of an invocation of the `_registers` entry points, `COUNT` in the shader, and invocations in their workgroups.
+const REGISTER_TOKENS: u32 = 4;
+const REGISTER_WORKGROUP: u32 = 8;
+
 params! {
     pub struct Params {
         pub batch: u32,
@@ -56,8 +60,8 @@ kernel! {
 }
 
 kernel! {
-    /// [`FORWARD`], an invocation a query.
-    pub static FORWARD_ROWS = "attention.forward", "attention", "forward_rows", Params,
+    /// [`FORWARD`], an invocation four queries.
+    pub static FORWARD_REGISTERS = "attention.forward", "attention", "forward_registers", Params,
     [qkv: Read f32, out: Write f32, lse: Write f32], forward_cpu
 }
 
@@ -74,8 +78,8 @@ kernel! {
 }
 
 kernel! {
-    /// [`BACKWARD_Q`], an invocation a query.
-    pub static BACKWARD_Q_ROWS = "attention.backward_q", "attention", "backward_q_rows", Params,
+    /// [`BACKWARD_Q`], an invocation four queries.
+    pub static BACKWARD_Q_REGISTERS = "attention.backward_q", "attention", "backward_q_registers", Params,
     [qkv: Read f32, d_out: Read f32, lse: Read f32, dot: Read f32, d_qkv: Write f32], backward_q_cpu
 }
 
@@ -86,38 +90,47 @@ kernel! {
 }
 
 kernel! {
-    /// [`BACKWARD_KV`], an invocation a key.
-    pub static BACKWARD_KV_ROWS = "attention.backward_kv", "attention", "backward_kv_rows", Params,
+    /// [`BACKWARD_KV`], an invocation four keys.
+    pub static BACKWARD_KV_REGISTERS = "attention.backward_kv", "attention", "backward_kv_registers", Params,
     [qkv: Read f32, d_out: Read f32, lse: Read f32, dot: Read f32, d_qkv: Write f32], backward_kv_cpu
 }
 
 /// The kernels of this family.
 pub static ALL: &[&Kernel] = &[
     &FORWARD,
-    &FORWARD_ROWS,
+    &FORWARD_REGISTERS,
     &BACKWARD_DOT,
     &BACKWARD_Q,
-    &BACKWARD_Q_ROWS,
+    &BACKWARD_Q_REGISTERS,
     &BACKWARD_KV,
-    &BACKWARD_KV_ROWS,
+    &BACKWARD_KV_REGISTERS,
 ];
 
-/// The kernel, constants and workgroups for a pass over tiles of tokens or over tokens, by the recording's device class.
+/// The kernel, constants and workgroups for a pass over the tokens of every head, by the recording's device class.
 fn launch(
     recording: &Recording,
     params: &Params,
     tiled: &'static Kernel,
-    rows: &'static Kernel,
+    registers: &'static Kernel,
 ) -> (&'static Kernel, Constants, [u32; 3]) {
+    let aligned = ("ALIGNED", params.head_size.is_multiple_of(4).into());
     match recording.class() {
         DeviceClass::CpuAdapter => (
-            rows,
-            vec![("HEAD_QUADS", params.head_size.div_ceil(4).into())],
-            linear_workgroups(params.rows() * params.heads as usize, WORKGROUP),
+            registers,
+            vec![("HEAD_QUADS", params.head_size.div_ceil(4).into()), aligned],
+            linear_workgroups(
+                params.batch as usize
+                    * params.heads as usize
+                    * params.seq.div_ceil(REGISTER_TOKENS) as usize,
+                REGISTER_WORKGROUP,
+            ),
         ),
         _ => (
             tiled,
-            vec![("HEAD_SLICES", params.head_size.div_ceil(32).into())],
+            vec![
+                ("HEAD_SLICES", params.head_size.div_ceil(32).into()),
+                aligned,
+            ],
             [params.seq.div_ceil(TILE), params.heads, params.batch],
         ),
     }
@@ -132,7 +145,7 @@ pub fn forward(
     out: &Buffer,
     lse: &Buffer,
 ) {
-    let (kernel, constants, workgroups) = launch(recording, &params, &FORWARD, &FORWARD_ROWS);
+    let (kernel, constants, workgroups) = launch(recording, &params, &FORWARD, &FORWARD_REGISTERS);
     recording.dispatch(
         kernel,
         constants,
@@ -192,7 +205,8 @@ pub fn backward_q(
     dot: &Buffer,
     d_qkv: &Buffer,
 ) {
-    let (kernel, constants, workgroups) = launch(recording, &params, &BACKWARD_Q, &BACKWARD_Q_ROWS);
+    let (kernel, constants, workgroups) =
+        launch(recording, &params, &BACKWARD_Q, &BACKWARD_Q_REGISTERS);
     recording.dispatch(
         kernel,
         constants,
@@ -217,7 +231,7 @@ pub fn backward_kv(
     d_qkv: &Buffer,
 ) {
     let (kernel, constants, workgroups) =
-        launch(recording, &params, &BACKWARD_KV, &BACKWARD_KV_ROWS);
+        launch(recording, &params, &BACKWARD_KV, &BACKWARD_KV_REGISTERS);
     recording.dispatch(
         kernel,
         constants,
@@ -274,10 +288,11 @@ impl Tokens {
     fn gather(&self, params: &Params, tensor: &[f32], pitch: usize, column: usize) -> Vec<f32> {
         let size = params.head_size as usize;
         let first = self.batch * params.seq as usize + self.start;
-        (first..first + self.len())
-            .flat_map(|row| &tensor[row * pitch + column..][..size])
-            .copied()
-            .collect()
+        let mut values = Vec::with_capacity(self.len() * size);
+        for row in first..first + self.len() {
+            values.extend_from_slice(&tensor[row * pitch + column..][..size]);
+        }
+        values
     }
 
     /// The part (0 query, 1 key, 2 value) of a head.

@@ -17,8 +17,8 @@ const TILE: u32 = 64;
 /// Rows an invocation of the register kernels computes, as `REGISTER_ROWS` in the shader.
 const REGISTER_ROWS: u32 = 8;
 
-/// Columns a workgroup of the register kernels computes: 4 for each of its `REGISTER_LANES` invocations.
-const REGISTER_COLUMNS: u32 = 64;
+/// Columns a workgroup of the register kernels computes: 8 for each of its `REGISTER_LANES` invocations.
+const REGISTER_COLUMNS: u32 = 128;
 
 params! {
     /// `out (rows, columns) = x (rows, inner) · w` and what follows the product.

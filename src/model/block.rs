@@ -120,18 +120,24 @@ pub struct Activations {
     u: [Option<Buffer>; 4],
 }
 
+/// What blocks keep of their forward passes.
+#[derive(Clone, Copy)]
+pub(super) struct Keeping<'a> {
+    pub rows: usize,
+    pub lora: Option<&'a Lora>,
+    /// A backward pass follows. The inputs of maps without an adapter are shared all the same: only adapter gradients read them.
+    pub keep: bool,
+}
+
 impl Activations {
-    /// Buffers for one block. `shared` is another block's set when nothing has to be kept for a backward pass; with a backward
-    /// pass, the inputs of maps without an adapter are shared all the same, since only adapter gradients read them.
-    pub fn new(
+    /// Buffers for one block. `shared` is the set of the block before, for what nobody reads later.
+    pub(super) fn new(
         engine: &Engine,
         config: &Config,
-        rows: usize,
-        (x, out): (Buffer, Buffer),
-        lora: Option<&Lora>,
         block: usize,
+        (x, out): (Buffer, Buffer),
         shared: Option<&Activations>,
-        keep: bool,
+        Keeping { rows, lora, keep }: Keeping<'_>,
     ) -> Result<Self, Error> {
         let name = |what: &str| format!("block.{block}.{what}");
         let new = |what: &str, words: usize| engine.buffer(name(what), words);

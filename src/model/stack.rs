@@ -10,7 +10,7 @@ use crate::compute::{Buffer, Cost, Engine, Error, Prepared, Recording};
 use crate::kernels::{adamw, lora, scalar};
 
 use super::adapter::{AdapterLayout, LoraSpec};
-use super::block::{Activations, BackwardTo, Block, BlockWeights};
+use super::block::{Activations, BackwardTo, Block, BlockWeights, Keeping};
 use super::config::Config;
 use super::ends::{EmbeddingWeights, Head, HeadBuffers, HeadWeights};
 use super::optimizer::OptimizerSettings;
@@ -136,12 +136,14 @@ impl Stack {
             activations.push(Activations::new(
                 engine,
                 config,
-                rows,
-                (x.clone(), out.clone()),
-                lora.as_ref(),
                 block,
+                (x.clone(), out.clone()),
                 activations.last(),
-                training,
+                Keeping {
+                    rows,
+                    lora: lora.as_ref(),
+                    keep: training,
+                },
             )?);
             spare = Some(x);
             x = out;

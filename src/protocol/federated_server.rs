@@ -129,6 +129,8 @@ pub struct FederatedServerSession {
     open: Option<OpenRound>,
     /// Kept until the next round closes, for members that did not hear of it.
     last: Option<RoundClosed>,
+    /// Adapters of a round the main server, whose word travels another way, has not opened yet: one a client at most.
+    early: BTreeMap<ClientId, AdapterUpdate>,
     replies: VecDeque<ControlReply>,
     events: VecDeque<FederatedEvent>,
 }
@@ -144,6 +146,7 @@ impl FederatedServerSession {
             clients: BTreeMap::new(),
             open: None,
             last: None,
+            early: BTreeMap::new(),
             replies: VecDeque::new(),
             events: VecDeque::new(),
         }
@@ -442,6 +445,7 @@ impl FederatedServerSession {
                 if client.connection.take().is_some() {
                     // A member may return with its ticket until its absence is too long.
                     client.absent_since = now;
+                    self.early.remove(&id);
                     self.events
                         .push_back(FederatedEvent::ClientLeft { client: id, reason });
                 }
@@ -547,6 +551,9 @@ impl FederatedServerSession {
                     // It did not hear of the average.
                     self.send_average(&[client]);
                 }
+                _ if self.is_ahead(round) => {
+                    self.early.insert(client, update);
+                }
                 _ => self.decline(client, round, "not a member of an open round"),
             };
         }
@@ -590,6 +597,13 @@ impl FederatedServerSession {
                 examples: update.examples,
             });
         }
+    }
+
+    /// Whether the main server may still open this round.
+    fn is_ahead(&self, round: RoundKey) -> bool {
+        let open = self.open.as_ref().map(|open| open.round);
+        let last = self.last.as_ref().map(|last| last.round);
+        open.max(last).is_none_or(|known| known < round)
     }
 
     fn refuse_update(
@@ -664,6 +678,13 @@ impl FederatedServerSession {
                     members: members.iter().map(|client| (*client, None)).collect(),
                     excluded: Vec::new(),
                 });
+                let (due, early) = std::mem::take(&mut self.early)
+                    .into_iter()
+                    .partition(|(_, update)| update.round <= round);
+                self.early = early;
+                for (client, update) in due {
+                    self.handle_update(client, update, now);
+                }
             }
         }
     }
@@ -738,6 +759,7 @@ impl FederatedServerSession {
     fn drop_run(&mut self) {
         self.open = None;
         self.last = None;
+        self.early.clear();
         for connection in std::mem::take(&mut self.clients)
             .into_values()
             .filter_map(|client| client.connection)

@@ -9,6 +9,9 @@
 //! (SflLLM, arXiv 2504.14667.) Clients' activations run one after the other through the server's blocks, with their adapter
 //! gradients accumulated: the same sums as one concatenated batch, in memory that does not grow with the number of clients.
 //!
+//! Gradient clipping is by the norm of each side's own adapter gradient, since neither side sees the other's: with a clip the
+//! split run differs from the centralised one by that, and by nothing else.
+//!
 //! Head, labels and loss are on the server here; only [`ServerPart`] knows that, so that a later shape can keep them on the client.
 
 mod client;
