@@ -479,85 +479,73 @@ fn out_starts(group: Group, t: vec4<u32>) -> vec4<u32> {
     return (group.batch * params.seq + t) * width() + group.head * params.head_size;
 }
 
-fn load_qkv(start: vec4<u32>, values: ptr<function, Tokens>) {
-    for (var quad = 0u; quad < HEAD_QUADS; quad++) {
-        for (var i = 0u; i < COUNT; i++) {
-            (*values)[COUNT * quad + i] = qkv_quad(start[i], quad);
-        }
-    }
-}
-
-fn load_d_out(start: vec4<u32>, values: ptr<function, Tokens>) {
-    for (var quad = 0u; quad < HEAD_QUADS; quad++) {
-        for (var i = 0u; i < COUNT; i++) {
-            (*values)[COUNT * quad + i] = d_out_quad(start[i], quad);
-        }
-    }
+// vec4 of a head. From the params, so that compilers do not unroll loops over it.
+fn quads() -> u32 {
+    return (params.head_size + 3u) / 4u;
 }
 
 fn store_d_tokens(group: Group, part: u32, first: u32, values: ptr<function, Tokens>) {
     for (var i = 0u; i < min(COUNT, params.seq - first); i++) {
-        for (var quad = 0u; quad < HEAD_QUADS; quad++) {
+        for (var quad = 0u; quad < quads(); quad++) {
             store_d_qkv(qkv_start(group, part, first + i), quad, (*values)[COUNT * quad + i]);
         }
     }
 }
 
-// Products of four values of each of own tokens (columns) with those of one other token.
-fn quad_products(own: ptr<function, Tokens>, quad: u32, other: vec4<f32>) -> vec4<f32> {
-    return vec4(
-        dot((*own)[COUNT * quad], other),
-        dot((*own)[COUNT * quad + 1u], other),
-        dot((*own)[COUNT * quad + 2u], other),
-        dot((*own)[COUNT * quad + 3u], other),
-    );
+// Products of four values of each of four tokens with those of another.
+fn quad_products(rows: mat4x4<f32>, column: vec4<f32>) -> vec4<f32> {
+    return vec4(dot(rows[0], column), dot(rows[1], column), dot(rows[2], column), dot(rows[3], column));
 }
 
-// For each of four tokens from `start` on, its products with own tokens.
-fn qkv_products(own: ptr<function, Tokens>, start: vec4<u32>) -> mat4x4<f32> {
+fn qkv_quads(start: vec4<u32>, quad: u32) -> mat4x4<f32> {
+    return mat4x4(qkv_quad(start.x, quad), qkv_quad(start.y, quad), qkv_quad(start.z, quad), qkv_quad(start.w, quad));
+}
+
+fn d_out_quads(start: vec4<u32>, quad: u32) -> mat4x4<f32> {
+    return mat4x4(d_out_quad(start.x, quad), d_out_quad(start.y, quad), d_out_quad(start.z, quad), d_out_quad(start.w, quad));
+}
+
+// Products of four tokens (rows of the result) with four others (columns).
+fn qkv_products(rows: vec4<u32>, columns: vec4<u32>) -> mat4x4<f32> {
     var products = mat4x4<f32>();
-    for (var quad = 0u; quad < HEAD_QUADS; quad++) {
-        products[0] += quad_products(own, quad, qkv_quad(start.x, quad));
-        products[1] += quad_products(own, quad, qkv_quad(start.y, quad));
-        products[2] += quad_products(own, quad, qkv_quad(start.z, quad));
-        products[3] += quad_products(own, quad, qkv_quad(start.w, quad));
+    for (var quad = 0u; quad < quads(); quad++) {
+        let row = qkv_quads(rows, quad);
+        for (var j = 0u; j < COUNT; j++) {
+            products[j] += quad_products(row, qkv_quad(columns[j], quad));
+        }
     }
     return products;
 }
 
-fn d_out_products(own: ptr<function, Tokens>, start: vec4<u32>) -> mat4x4<f32> {
+// The same of tokens in d_out (rows) and in qkv (columns).
+fn d_out_products(rows: vec4<u32>, columns: vec4<u32>) -> mat4x4<f32> {
     var products = mat4x4<f32>();
-    for (var quad = 0u; quad < HEAD_QUADS; quad++) {
-        products[0] += quad_products(own, quad, d_out_quad(start.x, quad));
-        products[1] += quad_products(own, quad, d_out_quad(start.y, quad));
-        products[2] += quad_products(own, quad, d_out_quad(start.z, quad));
-        products[3] += quad_products(own, quad, d_out_quad(start.w, quad));
+    for (var quad = 0u; quad < quads(); quad++) {
+        let row = d_out_quads(rows, quad);
+        for (var j = 0u; j < COUNT; j++) {
+            products[j] += quad_products(row, qkv_quad(columns[j], quad));
+        }
     }
     return products;
 }
 
 // sums = keep * sums + the values of four tokens from `start` on, weighted; a column of weights belongs to one of the four.
 fn add_qkv(sums: ptr<function, Tokens>, keep: vec4<f32>, weights: mat4x4<f32>, start: vec4<u32>) {
-    for (var quad = 0u; quad < HEAD_QUADS; quad++) {
-        let a = qkv_quad(start.x, quad);
-        let b = qkv_quad(start.y, quad);
-        let c = qkv_quad(start.z, quad);
-        let d = qkv_quad(start.w, quad);
+    let rows = transpose(weights);
+    for (var quad = 0u; quad < quads(); quad++) {
+        let values = qkv_quads(start, quad);
         for (var i = 0u; i < COUNT; i++) {
-            let old = keep[i] * (*sums)[COUNT * quad + i];
-            (*sums)[COUNT * quad + i] = old + weights[0][i] * a + weights[1][i] * b + weights[2][i] * c + weights[3][i] * d;
+            (*sums)[COUNT * quad + i] = keep[i] * (*sums)[COUNT * quad + i] + values * rows[i];
         }
     }
 }
 
 fn add_d_out(sums: ptr<function, Tokens>, weights: mat4x4<f32>, start: vec4<u32>) {
-    for (var quad = 0u; quad < HEAD_QUADS; quad++) {
-        let a = d_out_quad(start.x, quad);
-        let b = d_out_quad(start.y, quad);
-        let c = d_out_quad(start.z, quad);
-        let d = d_out_quad(start.w, quad);
+    let rows = transpose(weights);
+    for (var quad = 0u; quad < quads(); quad++) {
+        let values = d_out_quads(start, quad);
         for (var i = 0u; i < COUNT; i++) {
-            (*sums)[COUNT * quad + i] += weights[0][i] * a + weights[1][i] * b + weights[2][i] * c + weights[3][i] * d;
+            (*sums)[COUNT * quad + i] += values * rows[i];
         }
     }
 }
@@ -570,14 +558,13 @@ fn forward_registers(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_
     }
     let group = own.group;
     let query = vec4(own.first) + vec4(0u, 1u, 2u, 3u);
-    var q: Tokens;
-    load_qkv(qkv_starts(group, QUERY, tokens(own.first)), &q);
+    let q = qkv_starts(group, QUERY, tokens(own.first));
     var sums: Tokens;
     var row_max = vec4(MASKED);
     var row_sum = vec4(0.0);
     for (var key = 0u; key < min(own.first + COUNT, params.seq); key += COUNT) {
         let key_tokens = tokens(key);
-        var scores = qkv_products(&q, qkv_starts(group, KEY, key_tokens));
+        var scores = qkv_products(q, qkv_starts(group, KEY, key_tokens));
         var new_max = row_max;
         for (var j = 0u; j < COUNT; j++) {
             scores[j] = select(vec4(MASKED), params.scale * scores[j], vec4(key + j) <= query);
@@ -593,7 +580,7 @@ fn forward_registers(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_
         add_qkv(&sums, correction, scores, qkv_starts(group, VALUE, key_tokens));
     }
     for (var i = 0u; i < min(COUNT, params.seq - own.first); i++) {
-        for (var quad = 0u; quad < HEAD_QUADS; quad++) {
+        for (var quad = 0u; quad < quads(); quad++) {
             store_out(out_start(group, query[i]), quad, sums[COUNT * quad + i] / row_sum[i]);
         }
         lse[row_index(group, query[i])] = row_max[i] + log(row_sum[i]);
@@ -622,15 +609,13 @@ fn backward_q_registers(@builtin(global_invocation_id) id: vec3<u32>, @builtin(n
     let query_tokens = tokens(own.first);
     let row_lse = lse_quad(group, query_tokens);
     let row_dot = dot_quad(group, query_tokens);
-    var q: Tokens;
-    var d_o: Tokens;
-    load_qkv(qkv_starts(group, QUERY, query_tokens), &q);
-    load_d_out(out_starts(group, query_tokens), &d_o);
+    let q = qkv_starts(group, QUERY, query_tokens);
+    let d_o = out_starts(group, query_tokens);
     var d_q: Tokens;
     for (var key = 0u; key < min(own.first + COUNT, params.seq); key += COUNT) {
         let key_tokens = tokens(key);
-        var scores = qkv_products(&q, qkv_starts(group, KEY, key_tokens));
-        let d_probabilities = qkv_products(&d_o, qkv_starts(group, VALUE, key_tokens));
+        var scores = qkv_products(q, qkv_starts(group, KEY, key_tokens));
+        let d_probabilities = d_out_products(d_o, qkv_starts(group, VALUE, key_tokens));
         for (var j = 0u; j < COUNT; j++) {
             let probability = exp(params.scale * scores[j] - row_lse);
             let d_score = params.scale * probability * (d_probabilities[j] - row_dot);
@@ -649,10 +634,8 @@ fn backward_kv_registers(@builtin(global_invocation_id) id: vec3<u32>, @builtin(
     }
     let group = own.group;
     let key = vec4(own.first) + vec4(0u, 1u, 2u, 3u);
-    var k: Tokens;
-    var v: Tokens;
-    load_qkv(qkv_starts(group, KEY, tokens(own.first)), &k);
-    load_qkv(qkv_starts(group, VALUE, tokens(own.first)), &v);
+    let k = qkv_starts(group, KEY, tokens(own.first));
+    let v = qkv_starts(group, VALUE, tokens(own.first));
     var d_k: Tokens;
     var d_v: Tokens;
     // A column of these matrices belongs to a query.
@@ -660,16 +643,18 @@ fn backward_kv_registers(@builtin(global_invocation_id) id: vec3<u32>, @builtin(
         let query_tokens = tokens(query);
         let row_lse = lse_quad(group, query_tokens);
         let row_dot = dot_quad(group, query_tokens);
-        var probabilities = qkv_products(&k, qkv_starts(group, QUERY, query_tokens));
-        var d_scores = d_out_products(&v, out_starts(group, query_tokens));
+        let q = qkv_starts(group, QUERY, query_tokens);
+        let d_o = out_starts(group, query_tokens);
+        var probabilities = qkv_products(k, q);
+        var d_scores = transpose(d_out_products(d_o, v));
         for (var j = 0u; j < COUNT; j++) {
             let attended = (key <= vec4(query + j)) & vec4(query + j < params.seq);
             let probability = exp(params.scale * probabilities[j] - vec4(row_lse[j]));
             probabilities[j] = select(vec4(0.0), probability, attended);
             d_scores[j] = params.scale * probabilities[j] * (d_scores[j] - vec4(row_dot[j]));
         }
-        add_d_out(&d_v, probabilities, out_starts(group, query_tokens));
-        add_qkv(&d_k, vec4(1.0), d_scores, qkv_starts(group, QUERY, query_tokens));
+        add_d_out(&d_v, probabilities, d_o);
+        add_qkv(&d_k, vec4(1.0), d_scores, q);
     }
     store_d_tokens(group, KEY, own.first, &d_k);
     store_d_tokens(group, VALUE, own.first, &d_v);

@@ -17,7 +17,7 @@ const PITCH: u32 = 5u;      // DEPTH and one more, so that rows start in differe
 const QUADS: u32 = 16u;     // TILE / 4
 
 const REGISTER_ROWS: u32 = 8u;
-const REGISTER_LANES: u32 = 16u;
+const REGISTER_LANES: u32 = 8u;
 
 struct ProductParams {
     rows: u32,

@@ -2081,7 +2081,7 @@ fn scenario() -> impl Strategy<Value = Scenario> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2000))]
+    #![proptest_config(ProptestConfig::with_cases(1000))]
 
     /// Whatever happens, the weights of every step add up to 1, nobody who has left contributes, every average is the
     /// mean of what its members sent (`violations`), and the run ends.

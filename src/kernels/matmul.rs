@@ -18,7 +18,7 @@ const TILE: u32 = 64;
 const REGISTER_ROWS: u32 = 8;
 
 /// Columns a workgroup of the register kernels computes: 8 for each of its `REGISTER_LANES` invocations.
-const REGISTER_COLUMNS: u32 = 128;
+const REGISTER_COLUMNS: u32 = 64;
 
 params! {
     /// `out (rows, columns) = x (rows, inner) · w` and what follows the product.

@@ -1,0 +1,618 @@
+//! Bytes to messages and back: whatever is encoded is decoded to the same, and whatever comes in is refused or understood
+//! in memory that its length bounds.
+
+use std::time::Duration;
+
+use proptest::collection::vec;
+use proptest::option;
+use proptest::prelude::*;
+use sflllm::protocol::codec::{
+    Answer, DecodeError, Frame, GreetingError, decode_answer, decode_frame, decode_hello,
+    decode_message, encode_answer, encode_frame, encode_hello, encode_message,
+};
+use sflllm::protocol::message::*;
+
+fn digest() -> impl Strategy<Value = Digest> {
+    any::<[u8; 32]>().prop_map(Digest)
+}
+
+fn run() -> impl Strategy<Value = RunId> {
+    any::<[u8; 16]>().prop_map(RunId)
+}
+
+fn text() -> impl Strategy<Value = String> {
+    ".{0,12}"
+}
+
+fn number() -> impl Strategy<Value = f32> {
+    prop::num::f32::POSITIVE
+        | prop::num::f32::NEGATIVE
+        | prop::num::f32::ZERO
+        | prop::num::f32::SUBNORMAL
+}
+
+fn numbers() -> impl Strategy<Value = Vec<f32>> {
+    vec(number(), 0..20)
+}
+
+fn duration() -> impl Strategy<Value = Duration> {
+    any::<u64>().prop_map(Duration::from_micros)
+}
+
+fn client() -> impl Strategy<Value = ClientId> {
+    any::<u64>().prop_map(ClientId)
+}
+
+fn round() -> impl Strategy<Value = RoundKey> {
+    any::<(u32, u32)>().prop_map(|(round, attempt)| RoundKey { round, attempt })
+}
+
+fn step() -> impl Strategy<Value = StepKey> {
+    (round(), any::<u32>()).prop_map(|(round, step)| round.step(step))
+}
+
+fn dtype() -> impl Strategy<Value = WireDtype> {
+    prop::sample::select(vec![WireDtype::F32, WireDtype::F16, WireDtype::Int8])
+}
+
+fn version() -> impl Strategy<Value = Version> {
+    any::<(u16, u16)>().prop_map(|(major, minor)| Version { major, minor })
+}
+
+fn blobs() -> impl Strategy<Value = Vec<Blob>> {
+    vec(
+        (text(), digest(), any::<u64>()).prop_map(|(name, sha256, bytes)| Blob {
+            name,
+            sha256,
+            bytes,
+        }),
+        0..4,
+    )
+}
+
+fn optimizer() -> impl Strategy<Value = OptimizerConfig> {
+    (
+        (number(), number(), option::of(number())),
+        prop::sample::select(vec![Schedule::Constant, Schedule::Linear]),
+        any::<(u32, u32)>(),
+        prop::sample::select(vec![MomentPolicy::Keep, MomentPolicy::Reset]),
+    )
+        .prop_map(
+            |((lr, weight_decay, clip), schedule, (warmup, total_steps), moments)| {
+                OptimizerConfig {
+                    lr,
+                    weight_decay,
+                    schedule,
+                    warmup,
+                    total_steps,
+                    clip,
+                    moments,
+                }
+            },
+        )
+}
+
+fn config() -> impl Strategy<Value = RunConfig> {
+    (
+        any::<(u32, u32, u32, u32, u32, u32, u32, u32)>(),
+        (any::<(u64, bool)>(), number(), vec(text(), 0..4)),
+        prop::sample::select(vec![WeightFormat::F16, WeightFormat::F32]),
+        dtype(),
+        optimizer(),
+    )
+        .prop_map(
+            |(sizes, ((seed, shuffle), alpha, targets), weights, wire, optimizer)| RunConfig {
+                split: sizes.0,
+                rank: sizes.1,
+                alpha,
+                targets,
+                weights,
+                wire,
+                batch: sizes.2,
+                seq: sizes.3,
+                width: sizes.4,
+                vocab: sizes.5,
+                seed,
+                shuffle,
+                local_steps: sizes.6,
+                rounds: sizes.7,
+                optimizer,
+            },
+        )
+}
+
+fn control() -> impl Strategy<Value = Control> {
+    prop_oneof![
+        (
+            run(),
+            any::<[u8; 32]>(),
+            duration(),
+            duration(),
+            any::<u64>(),
+            digest(),
+            digest()
+        )
+            .prop_map(
+                |(run, ticket_key, now, ticket_lifetime, adapter_len, model, tokenizer)| {
+                    Control::OpenRun {
+                        run,
+                        ticket_key,
+                        now,
+                        ticket_lifetime,
+                        adapter_len,
+                        model,
+                        tokenizer,
+                    }
+                }
+            ),
+        (round(), vec(client(), 0..5), digest(), any::<u64>()).prop_map(
+            |(round, members, base, max_examples)| Control::OpenRound {
+                round,
+                members,
+                base,
+                max_examples
+            }
+        ),
+        (round(), client()).prop_map(|(round, client)| Control::Departed { round, client }),
+        Just(Control::CloseRun),
+    ]
+}
+
+fn exclusion() -> impl Strategy<Value = Exclusion> {
+    let reasons = vec![
+        ExclusionReason::Departed,
+        ExclusionReason::Absent,
+        ExclusionReason::WrongLength,
+        ExclusionReason::NotFinite,
+        ExclusionReason::WrongBase,
+        ExclusionReason::Examples,
+        ExclusionReason::Misbehaved,
+    ];
+    (client(), prop::sample::select(reasons))
+        .prop_map(|(client, reason)| Exclusion { client, reason })
+}
+
+fn reply() -> impl Strategy<Value = ControlReply> {
+    let inclusion =
+        (client(), any::<u64>()).prop_map(|(client, examples)| Inclusion { client, examples });
+    prop_oneof![
+        (round(), exclusion())
+            .prop_map(|(round, exclusion)| ControlReply::Excluded { round, exclusion }),
+        (
+            round(),
+            vec(inclusion, 0..4),
+            vec(exclusion(), 0..4),
+            option::of((digest(), numbers()))
+        )
+            .prop_map(|(round, included, excluded, average)| {
+                ControlReply::RoundClosed(RoundClosed {
+                    round,
+                    included,
+                    excluded,
+                    average,
+                })
+            }),
+    ]
+}
+
+fn stop() -> impl Strategy<Value = Stop> {
+    let reasons = vec![
+        StopReason::Completed,
+        StopReason::Shutdown,
+        StopReason::Unexpected,
+        StopReason::BadUpdate,
+        StopReason::Excluded,
+        StopReason::Superseded,
+    ];
+    (
+        prop::sample::select(reasons),
+        text(),
+        option::of(duration()),
+    )
+        .prop_map(|(reason, detail, return_after)| Stop {
+            reason,
+            detail,
+            return_after,
+        })
+}
+
+fn message() -> impl Strategy<Value = Message> {
+    prop_oneof![
+        (run(), config(), text(), blobs(), blobs(), any::<u64>()).prop_map(
+            |(run, config, model_config, weights, tokenizer, adapter_len)| {
+                Message::Assignment(Box::new(Assignment {
+                    run,
+                    config,
+                    model_config,
+                    weights,
+                    tokenizer,
+                    adapter_len,
+                }))
+            }
+        ),
+        Just(Message::Ready),
+        (round(), digest(), any::<u32>(), option::of(numbers())).prop_map(
+            |(round, base, members, adapter)| {
+                Message::RoundStart(RoundStart {
+                    round,
+                    base,
+                    members,
+                    adapter,
+                })
+            }
+        ),
+        (step(), any::<u32>())
+            .prop_map(|(key, members)| Message::StepStart(StepStart { key, members })),
+        (
+            step(),
+            any::<(u32, u32, u32, u32)>(),
+            dtype(),
+            vec(any::<i32>(), 0..9),
+            vec(any::<u8>(), 0..40)
+        )
+            .prop_map(
+                |(key, (batch, seq, width, examples), dtype, targets, payload)| {
+                    Message::Activations(Activations {
+                        key,
+                        batch,
+                        seq,
+                        width,
+                        dtype,
+                        examples,
+                        targets,
+                        payload,
+                    })
+                }
+            ),
+        (
+            (step(), any::<(u32, u32, u32, u64)>(), dtype()),
+            (digest(), number(), number(), vec(any::<u8>(), 0..40))
+        )
+            .prop_map(
+                |(
+                    (key, (batch, seq, width, tokens), dtype),
+                    (activations, loss, mean_loss, payload),
+                )| {
+                    Message::Gradient(Gradient {
+                        key,
+                        batch,
+                        seq,
+                        width,
+                        dtype,
+                        activations,
+                        loss,
+                        tokens,
+                        mean_loss,
+                        payload,
+                    })
+                }
+            ),
+        (run(), round(), digest(), any::<u64>(), numbers()).prop_map(
+            |(run, round, base, examples, values)| {
+                Message::AdapterUpdate(AdapterUpdate {
+                    run,
+                    round,
+                    base,
+                    examples,
+                    values,
+                })
+            }
+        ),
+        (round(), digest(), numbers()).prop_map(|(round, digest, values)| Message::Average(
+            Average {
+                round,
+                digest,
+                values
+            }
+        )),
+        (round(), option::of(round()), text()).prop_map(|(round, open, detail)| {
+            Message::UpdateDeclined(UpdateDeclined {
+                round,
+                open,
+                detail,
+            })
+        }),
+        (
+            any::<(u32, u32, u32, u32, u32)>(),
+            option::of(prop::num::f64::NORMAL)
+        )
+            .prop_map(
+                |((round, rounds, included, steps, total_steps), valid_loss)| {
+                    Message::RoundResult(RoundResult {
+                        round,
+                        rounds,
+                        included,
+                        valid_loss,
+                        steps,
+                        total_steps,
+                    })
+                }
+            ),
+        Just(Message::Leave),
+        stop().prop_map(Message::Stop),
+        control().prop_map(Message::Control),
+        reply().prop_map(Message::ControlReply),
+    ]
+}
+
+fn hello() -> impl Strategy<Value = Hello> {
+    let credential = prop_oneof![
+        Just(Credential::None),
+        text().prop_map(Credential::Secret),
+        vec(any::<u8>(), 0..80).prop_map(|bytes| Credential::Ticket(Ticket(bytes))),
+    ];
+    let services = vec![Service::Main, Service::Federated, Service::Control];
+    let capabilities = (
+        vec(dtype(), 0..4),
+        any::<u64>(),
+        text(),
+        option::of(prop::num::f64::NORMAL),
+    )
+        .prop_map(|(dtypes, memory_bytes, device, flops_per_s)| Capabilities {
+            dtypes,
+            memory_bytes,
+            device,
+            flops_per_s,
+        });
+    (
+        version(),
+        prop::sample::select(services),
+        credential,
+        text(),
+        option::of(digest()),
+        option::of(digest()),
+        capabilities,
+    )
+        .prop_map(
+            |(version, service, credential, name, model, tokenizer, capabilities)| Hello {
+                version,
+                service,
+                credential,
+                name,
+                model,
+                tokenizer,
+                capabilities,
+            },
+        )
+}
+
+fn answer() -> impl Strategy<Value = Answer> {
+    let ticket = || vec(any::<u8>(), 0..80).prop_map(Ticket);
+    let welcome = (
+        (version(), client(), run(), ticket(), option::of(ticket())),
+        (option::of(text()), duration(), digest(), digest()),
+    )
+        .prop_map(
+            |(
+                (version, client, run, ticket, federated_ticket),
+                (federated_url, ping_interval, model, tokenizer),
+            )| {
+                Answer::Welcome(Welcome {
+                    version,
+                    client,
+                    run,
+                    ticket,
+                    federated_ticket,
+                    federated_url,
+                    ping_interval,
+                    model,
+                    tokenizer,
+                })
+            },
+        );
+    let reasons = vec![
+        RefusalReason::NotThisProtocol,
+        RefusalReason::Version,
+        RefusalReason::Malformed,
+        RefusalReason::Service,
+        RefusalReason::SecretMissing,
+        RefusalReason::SecretWrong,
+        RefusalReason::TicketForged,
+        RefusalReason::TicketExpired,
+        RefusalReason::TicketSpent,
+        RefusalReason::TicketOtherRun,
+        RefusalReason::Model,
+        RefusalReason::Tokenizer,
+        RefusalReason::WireDtype,
+        RefusalReason::NoRun,
+        RefusalReason::Full,
+        RefusalReason::Other,
+    ];
+    prop_oneof![
+        welcome,
+        (version(), prop::sample::select(reasons), text()).prop_map(|(version, reason, detail)| {
+            Answer::Refused(Refused {
+                version,
+                reason,
+                detail,
+            })
+        }),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn every_message_is_decoded_to_itself(message in message(), number: u32, acknowledged: u32) {
+        let (kind, body) = encode_message(&message);
+        let frame = Frame::Message { number, acknowledged, kind, body: &body };
+        let bytes = encode_frame(frame);
+        prop_assert_eq!(decode_frame(&bytes), Ok(frame));
+        prop_assert_eq!(decode_message(kind, &body), Ok(message));
+    }
+
+    #[test]
+    fn every_greeting_and_answer_is_decoded_to_itself(hello in hello(), answer in answer()) {
+        prop_assert_eq!(decode_hello(hello.version, &encode_hello(&hello)), Ok(hello));
+        let (Answer::Welcome(Welcome { version, .. }) | Answer::Refused(Refused { version, .. })) = &answer;
+        prop_assert_eq!(decode_answer(*version, &encode_answer(&answer)), Ok(answer));
+    }
+
+    #[test]
+    fn a_message_cut_anywhere_or_with_a_byte_more_is_refused(message in message(), at: prop::sample::Index) {
+        let (kind, mut body) = encode_message(&message);
+        body.push(0);
+        prop_assert_eq!(decode_message(kind, &body), Err(DecodeError::Trailing(1)));
+        body.pop();
+        if !body.is_empty() {
+            let cut = decode_message(kind, &body[..at.index(body.len())]);
+            prop_assert!(matches!(cut, Err(DecodeError::Truncated(_))), "{cut:?}");
+        }
+    }
+
+    #[test]
+    fn any_bytes_are_refused_or_understood_exactly(bytes in vec(any::<u8>(), 0..300), kind in 0_u8..40) {
+        if let Ok(frame) = decode_frame(&bytes) {
+            prop_assert_eq!(encode_frame(frame), bytes.clone());
+        }
+        if let Ok(message) = decode_message(kind, &bytes) {
+            prop_assert_eq!(encode_message(&message), (kind, bytes));
+        }
+    }
+
+    #[test]
+    fn a_message_with_bytes_changed_is_refused_or_understood_exactly(
+        message in message(),
+        changes in vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+    ) {
+        let (kind, mut body) = encode_message(&message);
+        for (at, byte) in changes {
+            if !body.is_empty() {
+                let at = at.index(body.len());
+                body[at] = byte;
+            }
+        }
+        if let Ok(message) = decode_message(kind, &body) {
+            prop_assert_eq!(encode_message(&message), (kind, body));
+        }
+    }
+
+    #[test]
+    fn any_greeting_bytes_are_refused_or_understood_exactly(
+        tail in vec(any::<u8>(), 0..200),
+        kind in 0_u8..5,
+    ) {
+        let mut bytes = b"SFLM".to_vec();
+        bytes.push(kind);
+        bytes.extend([1, 0, 0, 0]);
+        bytes.extend(tail);
+        if let Ok(hello) = decode_hello(PROTOCOL_VERSION, &bytes) {
+            prop_assert_eq!(encode_hello(&hello), bytes.clone());
+        }
+        if let Ok(answer @ Answer::Welcome(_)) = decode_answer(PROTOCOL_VERSION, &bytes) {
+            prop_assert_eq!(encode_answer(&answer), bytes);
+        }
+    }
+}
+
+/// A length that promises far more than is there: were it believed, 16 GiB would be asked for.
+#[test]
+fn a_length_is_not_believed_before_its_bytes_are_there() {
+    let update = AdapterUpdate {
+        run: RunId([1; 16]),
+        round: RoundKey {
+            round: 0,
+            attempt: 0,
+        },
+        base: Digest([2; 32]),
+        examples: 1,
+        values: vec![1.0; 3],
+    };
+    let (kind, mut body) = encode_message(&Message::AdapterUpdate(update));
+    let length_at = body.len() - 3 * 4 - 4;
+    for claim in [4, 0x4000_0000, u32::MAX] {
+        body[length_at..length_at + 4].copy_from_slice(&u32::to_le_bytes(claim));
+        assert_eq!(
+            decode_message(kind, &body),
+            Err(DecodeError::Truncated("numbers")),
+            "{claim}"
+        );
+    }
+}
+
+#[test]
+fn a_refusal_can_be_read_whatever_version_sent_it() {
+    let refused = Refused {
+        version: Version {
+            major: 900,
+            minor: 1,
+        },
+        reason: RefusalReason::Version,
+        detail: "update".to_owned(),
+    };
+    let mut bytes = encode_answer(&Answer::Refused(refused.clone()));
+    assert_eq!(
+        decode_answer(PROTOCOL_VERSION, &bytes),
+        Ok(Answer::Refused(refused.clone()))
+    );
+    // A reason this version does not know, and more after it.
+    bytes[9..11].copy_from_slice(&500_u16.to_le_bytes());
+    bytes.extend([1, 2, 3]);
+    let unknown = Refused {
+        reason: RefusalReason::Other,
+        ..refused
+    };
+    assert_eq!(
+        decode_answer(PROTOCOL_VERSION, &bytes),
+        Ok(Answer::Refused(unknown))
+    );
+}
+
+#[test]
+fn a_welcome_in_a_version_nobody_agreed_to_is_refused() {
+    let theirs = Version {
+        major: PROTOCOL_VERSION.major,
+        minor: PROTOCOL_VERSION.minor + 1,
+    };
+    let welcome = Welcome {
+        version: theirs,
+        client: ClientId(1),
+        run: RunId([0; 16]),
+        ticket: Ticket(Vec::new()),
+        federated_ticket: None,
+        federated_url: None,
+        ping_interval: Duration::from_secs(5),
+        model: Digest([0; 32]),
+        tokenizer: Digest([0; 32]),
+    };
+    let error = decode_answer(PROTOCOL_VERSION, &encode_answer(&Answer::Welcome(welcome)));
+    assert_eq!(
+        error,
+        Err(GreetingError::Version {
+            ours: PROTOCOL_VERSION,
+            theirs
+        })
+    );
+}
+
+#[test]
+fn payload_sizes_are_as_documented_and_do_not_overflow() {
+    assert_eq!(WireDtype::F32.payload_bytes(3, 5), Some(60));
+    // 15 halves are 8 words.
+    assert_eq!(WireDtype::F16.payload_bytes(3, 5), Some(32));
+    // 3 scales, 3 rows of 5 bytes in 2 words.
+    assert_eq!(WireDtype::Int8.payload_bytes(3, 5), Some(36));
+    for dtype in [WireDtype::F32, WireDtype::F16, WireDtype::Int8] {
+        assert_eq!(dtype.payload_bytes(usize::MAX, 3), None);
+        assert_eq!(dtype.payload_bytes(0, 5), Some(0));
+    }
+}
+
+#[test]
+fn values_that_are_not_finite_are_found_in_every_wire_type() {
+    let f32s = |values: [f32; 2]| {
+        values
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect::<Vec<u8>>()
+    };
+    assert!(WireDtype::F32.is_finite(&f32s([1.0, f32::MAX]), 1));
+    assert!(!WireDtype::F32.is_finite(&f32s([1.0, f32::NAN]), 1));
+    // 65504 is the largest half; 0x7c00 is infinity, 0x7e01 not a number.
+    assert!(WireDtype::F16.is_finite(&[0xff, 0x7b, 0xff, 0xfb], 1));
+    assert!(!WireDtype::F16.is_finite(&[0, 0, 0x00, 0x7c], 1));
+    assert!(!WireDtype::F16.is_finite(&[0x01, 0x7e, 0, 0], 1));
+    // One scale, then four bytes that would be NaN as f32 but are not one.
+    let scale = |scale: f32| [scale.to_le_bytes(), [0xff; 4]].concat();
+    assert!(WireDtype::Int8.is_finite(&scale(0.5), 1));
+    assert!(!WireDtype::Int8.is_finite(&scale(f32::INFINITY), 1));
+}
