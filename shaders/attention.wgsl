@@ -1,10 +1,10 @@
 // Causal multi-head attention. The tiled entry points give a workgroup a tile of tokens of one head and walk over the tiles it
-// attends to (or is attended by), the head in slices of 32 so that workgroup memory does not grow with it. The `_registers`
-// entry points, for adapters emulated on a CPU, give each invocation four tokens and need neither workgroup memory nor barriers.
+// attends to (or is attended by), the head in slices of 32 so that workgroup memory does not grow with it. The `_rows` entry
+// points, for adapters emulated on a CPU, give each invocation a token and need neither workgroup memory nor barriers.
 
 const WORKGROUP: u32 = 64u;
 const HEAD_SLICES: u32 = 2u; // ceil(head_size / 32), for the tiled entry points
-const HEAD_QUADS: u32 = 16u; // ceil(head_size / 4), for the `_registers` entry points
+const HEAD_QUADS: u32 = 16u; // ceil(head_size / 4), for the `_rows` entry points
 const ALIGNED: bool = false; // head_size is a multiple of 4
 
 const TILE: u32 = 32u;       // tokens in a tile
@@ -441,221 +441,135 @@ fn backward_dot(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workg
     dot_out[i] = sum;
 }
 
-// ---- Registers ----
+// ---- An invocation a token ----
 
-const REGISTER_WORKGROUP: u32 = 8u; // small, so that few tokens still use all cores
-const COUNT: u32 = 4u;              // tokens of an invocation, and those it takes at a time
+const ROWS_WORKGROUP: u32 = 8u; // small, so that few tokens still use all cores
 
-alias Tokens = array<vec4<f32>, COUNT * HEAD_QUADS>; // [COUNT * quad + token], the values of a head
+alias Token = array<vec4<f32>, HEAD_QUADS>; // the values of a head
 
-// An invocation's group and first token; the last is true where there is none.
-struct Place {
-    group: Group,
-    first: u32,
-    outside: bool,
-}
-
-fn place(id: vec3<u32>, groups: vec3<u32>) -> Place {
-    let i = id.x + id.y * groups.x * REGISTER_WORKGROUP;
-    let blocks = (params.seq + COUNT - 1u) / COUNT;
-    let group = i / blocks;
-    return Place(
-        Group(group / params.heads, group % params.heads),
-        i % blocks * COUNT,
-        i >= params.batch * params.heads * blocks,
-    );
-}
-
-// The tokens from `first` on; past the sequence its last one, so that loads stay inside.
-fn tokens(first: u32) -> vec4<u32> {
-    return min(vec4(first) + vec4(0u, 1u, 2u, 3u), vec4(params.seq - 1u));
-}
-
-fn qkv_starts(group: Group, part: u32, t: vec4<u32>) -> vec4<u32> {
-    return ((group.batch * params.seq + t) * 3u + part) * width() + group.head * params.head_size;
-}
-
-fn out_starts(group: Group, t: vec4<u32>) -> vec4<u32> {
-    return (group.batch * params.seq + t) * width() + group.head * params.head_size;
-}
-
-// vec4 of a head. From the params, so that compilers do not unroll loops over it.
+// vec4 of a head: from the params, because a bound known to the compiler unrolls the loops, which emulated adapters take
+// seconds to compile.
 fn quads() -> u32 {
     return (params.head_size + 3u) / 4u;
 }
 
-fn store_d_tokens(group: Group, part: u32, first: u32, values: ptr<function, Tokens>) {
-    for (var i = 0u; i < min(COUNT, params.seq - first); i++) {
-        for (var quad = 0u; quad < quads(); quad++) {
-            store_d_qkv(qkv_start(group, part, first + i), quad, (*values)[COUNT * quad + i]);
-        }
-    }
+// The group of an index into lse and dot.
+fn group_of(i: u32) -> Group {
+    let group = i / params.seq;
+    return Group(group / params.heads, group % params.heads);
 }
 
-// Products of four values of each of four tokens with those of another.
-fn quad_products(rows: mat4x4<f32>, column: vec4<f32>) -> vec4<f32> {
-    return vec4(dot(rows[0], column), dot(rows[1], column), dot(rows[2], column), dot(rows[3], column));
-}
-
-fn qkv_quads(start: vec4<u32>, quad: u32) -> mat4x4<f32> {
-    return mat4x4(qkv_quad(start.x, quad), qkv_quad(start.y, quad), qkv_quad(start.z, quad), qkv_quad(start.w, quad));
-}
-
-fn d_out_quads(start: vec4<u32>, quad: u32) -> mat4x4<f32> {
-    return mat4x4(d_out_quad(start.x, quad), d_out_quad(start.y, quad), d_out_quad(start.z, quad), d_out_quad(start.w, quad));
-}
-
-// Products of four tokens (rows of the result) with four others (columns).
-fn qkv_products(rows: vec4<u32>, columns: vec4<u32>) -> mat4x4<f32> {
-    var products = mat4x4<f32>();
+fn load_qkv(group: Group, part: u32, t: u32, token: ptr<function, Token>) {
     for (var quad = 0u; quad < quads(); quad++) {
-        let row = qkv_quads(rows, quad);
-        for (var j = 0u; j < COUNT; j++) {
-            products[j] += quad_products(row, qkv_quad(columns[j], quad));
-        }
+        (*token)[quad] = qkv_quad(qkv_start(group, part, t), quad);
     }
-    return products;
 }
 
-// The same of tokens in d_out (rows) and in qkv (columns).
-fn d_out_products(rows: vec4<u32>, columns: vec4<u32>) -> mat4x4<f32> {
-    var products = mat4x4<f32>();
+fn load_d_out(group: Group, t: u32, token: ptr<function, Token>) {
     for (var quad = 0u; quad < quads(); quad++) {
-        let row = d_out_quads(rows, quad);
-        for (var j = 0u; j < COUNT; j++) {
-            products[j] += quad_products(row, qkv_quad(columns[j], quad));
-        }
+        (*token)[quad] = d_out_quad(out_start(group, t), quad);
     }
-    return products;
 }
 
-// sums = keep * sums + the values of four tokens from `start` on, weighted; a column of weights belongs to one of the four.
-fn add_qkv(sums: ptr<function, Tokens>, keep: vec4<f32>, weights: mat4x4<f32>, start: vec4<u32>) {
-    let rows = transpose(weights);
+fn token_dot(a: ptr<function, Token>, b: ptr<function, Token>) -> f32 {
+    var sum = vec4(0.0);
     for (var quad = 0u; quad < quads(); quad++) {
-        let values = qkv_quads(start, quad);
-        for (var i = 0u; i < COUNT; i++) {
-            (*sums)[COUNT * quad + i] = keep[i] * (*sums)[COUNT * quad + i] + values * rows[i];
-        }
+        sum += (*a)[quad] * (*b)[quad];
     }
+    return dot(sum, vec4(1.0));
 }
 
-fn add_d_out(sums: ptr<function, Tokens>, weights: mat4x4<f32>, start: vec4<u32>) {
-    let rows = transpose(weights);
+fn token_add(sum: ptr<function, Token>, keep: f32, weight: f32, value: ptr<function, Token>) {
     for (var quad = 0u; quad < quads(); quad++) {
-        let values = d_out_quads(start, quad);
-        for (var i = 0u; i < COUNT; i++) {
-            (*sums)[COUNT * quad + i] += values * rows[i];
-        }
+        (*sum)[quad] = keep * (*sum)[quad] + weight * (*value)[quad];
     }
 }
 
-@compute @workgroup_size(REGISTER_WORKGROUP)
-fn forward_registers(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
-    let own = place(id, groups);
-    if own.outside {
+fn store_d_token(group: Group, part: u32, t: u32, token: ptr<function, Token>) {
+    for (var quad = 0u; quad < quads(); quad++) {
+        store_d_qkv(qkv_start(group, part, t), quad, (*token)[quad]);
+    }
+}
+
+@compute @workgroup_size(ROWS_WORKGROUP)
+fn forward_rows(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
+    let i = id.x + id.y * groups.x * ROWS_WORKGROUP;
+    if i >= params.batch * params.heads * params.seq {
         return;
     }
-    let group = own.group;
-    let query = vec4(own.first) + vec4(0u, 1u, 2u, 3u);
-    let q = qkv_starts(group, QUERY, tokens(own.first));
-    var sums: Tokens;
-    var row_max = vec4(MASKED);
-    var row_sum = vec4(0.0);
-    for (var key = 0u; key < min(own.first + COUNT, params.seq); key += COUNT) {
-        let key_tokens = tokens(key);
-        var scores = qkv_products(q, qkv_starts(group, KEY, key_tokens));
-        var new_max = row_max;
-        for (var j = 0u; j < COUNT; j++) {
-            scores[j] = select(vec4(MASKED), params.scale * scores[j], vec4(key + j) <= query);
-            new_max = max(new_max, scores[j]);
-        }
+    let group = group_of(i);
+    let query = i % params.seq;
+    var q: Token;
+    load_qkv(group, QUERY, query, &q);
+    var sum: Token;
+    var row_max = MASKED;
+    var row_sum = 0.0;
+    var other: Token;
+    for (var key = 0u; key <= query; key++) {
+        load_qkv(group, KEY, key, &other);
+        let score = params.scale * token_dot(&q, &other);
+        let new_max = max(row_max, score);
         let correction = exp(row_max - new_max);
+        let probability = exp(score - new_max);
+        load_qkv(group, VALUE, key, &other);
+        token_add(&sum, correction, probability, &other);
+        row_sum = row_sum * correction + probability;
         row_max = new_max;
-        row_sum *= correction;
-        for (var j = 0u; j < COUNT; j++) {
-            scores[j] = exp(scores[j] - new_max);
-            row_sum += scores[j];
-        }
-        add_qkv(&sums, correction, scores, qkv_starts(group, VALUE, key_tokens));
     }
-    for (var i = 0u; i < min(COUNT, params.seq - own.first); i++) {
-        for (var quad = 0u; quad < quads(); quad++) {
-            store_out(out_start(group, query[i]), quad, sums[COUNT * quad + i] / row_sum[i]);
-        }
-        lse[row_index(group, query[i])] = row_max[i] + log(row_sum[i]);
+    for (var quad = 0u; quad < quads(); quad++) {
+        store_out(out_start(group, query), quad, sum[quad] / row_sum);
     }
+    lse[i] = row_max + log(row_sum);
 }
 
-// saved_lse and saved_dot of four tokens.
-fn lse_quad(group: Group, t: vec4<u32>) -> vec4<f32> {
-    let at = row_index(group, 0u) + t;
-    return vec4(saved_lse[at.x], saved_lse[at.y], saved_lse[at.z], saved_lse[at.w]);
-}
-
-fn dot_quad(group: Group, t: vec4<u32>) -> vec4<f32> {
-    let at = row_index(group, 0u) + t;
-    return vec4(saved_dot[at.x], saved_dot[at.y], saved_dot[at.z], saved_dot[at.w]);
-}
-
-@compute @workgroup_size(REGISTER_WORKGROUP)
-fn backward_q_registers(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
-    let own = place(id, groups);
-    if own.outside {
+@compute @workgroup_size(ROWS_WORKGROUP)
+fn backward_q_rows(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
+    let i = id.x + id.y * groups.x * ROWS_WORKGROUP;
+    if i >= params.batch * params.heads * params.seq {
         return;
     }
-    let group = own.group;
-    let query = vec4(own.first) + vec4(0u, 1u, 2u, 3u);
-    let query_tokens = tokens(own.first);
-    let row_lse = lse_quad(group, query_tokens);
-    let row_dot = dot_quad(group, query_tokens);
-    let q = qkv_starts(group, QUERY, query_tokens);
-    let d_o = out_starts(group, query_tokens);
-    var d_q: Tokens;
-    for (var key = 0u; key < min(own.first + COUNT, params.seq); key += COUNT) {
-        let key_tokens = tokens(key);
-        var scores = qkv_products(q, qkv_starts(group, KEY, key_tokens));
-        let d_probabilities = d_out_products(d_o, qkv_starts(group, VALUE, key_tokens));
-        for (var j = 0u; j < COUNT; j++) {
-            let probability = exp(params.scale * scores[j] - row_lse);
-            let d_score = params.scale * probability * (d_probabilities[j] - row_dot);
-            scores[j] = select(vec4(0.0), d_score, vec4(key + j) <= query);
-        }
-        add_qkv(&d_q, vec4(1.0), scores, qkv_starts(group, KEY, key_tokens));
+    let group = group_of(i);
+    let query = i % params.seq;
+    var q: Token;
+    var d_o: Token;
+    load_qkv(group, QUERY, query, &q);
+    load_d_out(group, query, &d_o);
+    var d_q: Token;
+    var other: Token;
+    for (var key = 0u; key <= query; key++) {
+        load_qkv(group, VALUE, key, &other);
+        let d_probability = token_dot(&d_o, &other);
+        load_qkv(group, KEY, key, &other);
+        let probability = exp(params.scale * token_dot(&q, &other) - saved_lse[i]);
+        token_add(&d_q, 1.0, params.scale * probability * (d_probability - saved_dot[i]), &other);
     }
-    store_d_tokens(group, QUERY, own.first, &d_q);
+    store_d_token(group, QUERY, query, &d_q);
 }
 
-@compute @workgroup_size(REGISTER_WORKGROUP)
-fn backward_kv_registers(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
-    let own = place(id, groups);
-    if own.outside {
+@compute @workgroup_size(ROWS_WORKGROUP)
+fn backward_kv_rows(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
+    let i = id.x + id.y * groups.x * ROWS_WORKGROUP;
+    if i >= params.batch * params.heads * params.seq {
         return;
     }
-    let group = own.group;
-    let key = vec4(own.first) + vec4(0u, 1u, 2u, 3u);
-    let k = qkv_starts(group, KEY, tokens(own.first));
-    let v = qkv_starts(group, VALUE, tokens(own.first));
-    var d_k: Tokens;
-    var d_v: Tokens;
-    // A column of these matrices belongs to a query.
-    for (var query = own.first; query < params.seq; query += COUNT) {
-        let query_tokens = tokens(query);
-        let row_lse = lse_quad(group, query_tokens);
-        let row_dot = dot_quad(group, query_tokens);
-        let q = qkv_starts(group, QUERY, query_tokens);
-        let d_o = out_starts(group, query_tokens);
-        var probabilities = qkv_products(k, q);
-        var d_scores = transpose(d_out_products(d_o, v));
-        for (var j = 0u; j < COUNT; j++) {
-            let attended = (key <= vec4(query + j)) & vec4(query + j < params.seq);
-            let probability = exp(params.scale * probabilities[j] - vec4(row_lse[j]));
-            probabilities[j] = select(vec4(0.0), probability, attended);
-            d_scores[j] = params.scale * probabilities[j] * (d_scores[j] - vec4(row_dot[j]));
-        }
-        add_d_out(&d_v, probabilities, d_o);
-        add_qkv(&d_k, vec4(1.0), d_scores, q);
+    let group = group_of(i);
+    let key = i % params.seq;
+    var k: Token;
+    var v: Token;
+    load_qkv(group, KEY, key, &k);
+    load_qkv(group, VALUE, key, &v);
+    var d_k: Token;
+    var d_v: Token;
+    var q: Token;
+    var d_o: Token;
+    for (var query = key; query < params.seq; query++) {
+        let row = row_index(group, query);
+        load_qkv(group, QUERY, query, &q);
+        load_d_out(group, query, &d_o);
+        let probability = exp(params.scale * token_dot(&k, &q) - saved_lse[row]);
+        token_add(&d_v, 1.0, probability, &d_o);
+        token_add(&d_k, 1.0, params.scale * probability * (token_dot(&v, &d_o) - saved_dot[row]), &q);
     }
-    store_d_tokens(group, KEY, own.first, &d_k);
-    store_d_tokens(group, VALUE, own.first, &d_v);
+    store_d_token(group, KEY, key, &d_k);
+    store_d_token(group, VALUE, key, &d_v);
 }

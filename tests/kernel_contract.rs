@@ -9,13 +9,16 @@ use sflllm::compute::kernel::{Access, Constants, Kernel, specialise};
 use sflllm::compute::{Buffer, Command, DeviceClass, Engine, Recording};
 use sflllm::kernels::{
     self, adamw, aggregate, attention, cross_entropy, embedding, gelu, layernorm, lora, matmul,
-    quantize, residual, scalar,
+    peak, quantize, residual, scalar,
 };
 
 /// WebGPU's defaults, which every adapter has.
 const MAX_INVOCATIONS: u32 = 256;
 const MAX_WORKGROUP_BYTES: u32 = 16_384;
 const MAX_STORAGE_BUFFERS: usize = 8;
+
+/// What WebGPU has without optional features: `unpack2x16float` is one of its core built-ins.
+const CORE: Capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
 
 /// (rows, inputs, outputs, rank): one with odd sizes, one with sizes of a real model.
 const MATRICES: [(usize, usize, usize, u32); 2] = [(45, 70, 301, 3), (512, 768, 2304, 16)];
@@ -26,6 +29,7 @@ fn record_all(recording: &mut Recording) {
     let make = || engine.buffer("word", 1).expect("one word");
     let words: [Buffer; 9] = std::array::from_fn(|_| make());
     let [a, b, c, d, e, f, g, h, i] = &words;
+    peak::multiply_add(recording, a);
     residual::accumulate(recording, 301, a, b);
     gelu::forward(recording, 301, a, b);
     gelu::backward_x(recording, 301, a, b, c);
@@ -235,8 +239,8 @@ impl Shader {
         let source = specialise(kernel.source, constants);
         let module = naga::front::wgsl::parse_str(&source)
             .unwrap_or_else(|error| panic!("{claim}: {}", error.emit_to_string(&source)));
-        // No capabilities: neither subgroups nor f16 nor anything else beyond WebGPU's core.
-        let info = Validator::new(ValidationFlags::all(), Capabilities::empty())
+        // Neither subgroups nor f16 nor anything else beyond the core.
+        let info = Validator::new(ValidationFlags::all(), CORE)
             .validate(&module)
             .unwrap_or_else(|error| panic!("{claim}: {}", error.emit_to_string(&source)));
         let entry = module

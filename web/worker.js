@@ -23,6 +23,11 @@ let run = null;
 
 // ---- the device ---------------------------------------------------------------------------------------------------
 
+function loadEngine() {
+  wasm ??= init({ module_or_path: new URL('./sflllm_bg.wasm', import.meta.url) });
+  return wasm;
+}
+
 async function adapterName() {
   const adapter = await navigator.gpu.requestAdapter({ powerPreference: 'high-performance' }).catch(() => null);
   if (!adapter) return null;
@@ -34,8 +39,7 @@ async function adapterName() {
 
 // Finds a device the model can run on; otherwise says what is missing, first things first.
 async function diagnose() {
-  wasm ??= init();
-  await wasm;
+  await loadEngine();
   if (!self.isSecureContext) return { failed: 'secure', device: 'CPU' };
   if (!navigator.gpu) return { failed: 'webgpu', device: 'CPU' };
   const name = await adapterName();
@@ -49,7 +53,7 @@ async function diagnose() {
 }
 
 async function chosenDevice(engine) {
-  await (wasm ??= init());
+  await loadEngine();
   if (engine === 'cpu') return { device: await openDevice('cpu'), name: 'CPU (WebAssembly)' };
   if (!gpu) {
     const { failed, detail } = await diagnose();

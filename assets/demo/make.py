@@ -32,9 +32,9 @@ END = "<|endoftext|>"
 
 VOCAB = 1536
 WIDTH, HEADS, BLOCKS, POSITIONS = 128, 4, 4, 256
-WINDOW, BATCH, STEPS = 128, 8, 2000
+WINDOW, BATCH, STEPS = 128, 8, 1200
 MATRIX_RATE, VECTOR_RATE, WARMUP = 0.02, 3e-3, 40
-PARAGRAPHS = 100_000
+PARAGRAPHS = 32_000
 LINES = dict(train=3000, valid=200, test=200)
 
 
@@ -84,12 +84,61 @@ def windows(tokenizer, paragraphs):
     return torch.tensor(rows, dtype=torch.int16)
 
 
-def wave_positions():
-    """Sines and cosines of the position as the first value of the position embedding: one rotation leads from any
-    position to the one before, so attention to the previous token, and with it copying, is learnt early."""
-    position = torch.arange(POSITIONS, dtype=torch.float32).unsqueeze(1)
-    frequency = torch.exp(torch.arange(WIDTH // 2) * (-math.log(1000.0) / (WIDTH // 2)))
-    return 0.03 * torch.cat([torch.sin(position * frequency), torch.cos(position * frequency)], dim=1)
+@torch.no_grad()
+def start_copying(model, draw):
+    """Sets three attention heads so that the untrained model can already copy; training then refines them.
+
+    A model this small and shortly trained would hardly find copying by itself (it takes two heads in series: one that
+    looks at the previous token, one that looks for the place where the present token came before), and following
+    slots needs it. The residual stream is divided for this: 64 dimensions hold the token, 32 the token before it and
+    32 the position, as sines and cosines, where going back by one is a rotation.
+    """
+    size = WIDTH // HEADS
+    assert (WIDTH, size) == (128, 32)
+    token, before, place = slice(0, 64), slice(64, 96), slice(96, 128)
+    body = model.transformer
+
+    body.wte.weight.normal_(0.0, 0.01, generator=draw)
+    body.wte.weight[:, token].normal_(0.0, 0.05, generator=draw)
+    frequency = 0.03 * 100.0 ** (torch.arange(size // 2) / (size // 2 - 1))
+    angle = torch.arange(POSITIONS).unsqueeze(1) * frequency
+    body.wpe.weight.normal_(0.0, 0.005, generator=draw)
+    body.wpe.weight[:, place] = 0.07 * torch.cat([torch.sin(angle), torch.cos(angle)], dim=1)
+
+    def place_head(attention, head, query, key, value, output):
+        columns = slice(head * size, (head + 1) * size)
+        for part, matrix in enumerate([query, key, value]):
+            attention.c_attn.weight[:, part * WIDTH : (part + 1) * WIDTH][:, columns] = matrix
+        attention.c_proj.weight[columns] = output
+
+    def matrix(rows, values):
+        whole = torch.zeros(WIDTH, size)
+        whole[rows] = values
+        return whole
+
+    # Random orthogonal axes: the first half of them is the signature by which tokens are compared.
+    axes = torch.linalg.qr(torch.randn(64, 64, generator=draw))[0]
+    signature = axes[:, :size]
+    sine, cosine = torch.diag(torch.sin(frequency)), torch.diag(torch.cos(frequency))
+    back_by_one = torch.cat([torch.cat([cosine, sine], dim=1), torch.cat([-sine, cosine], dim=1)])
+    place_head(
+        body.h[0].attn,
+        0,
+        query=matrix(place, 1.6 * back_by_one),
+        key=matrix(place, 1.6 * torch.eye(size)),
+        value=matrix(token, signature),
+        output=0.05 * matrix(before, torch.eye(size)).T,
+    )
+    for head in range(2):
+        half = axes[:, head * size : (head + 1) * size]
+        place_head(
+            body.h[1].attn,
+            head,
+            query=matrix(token, 1.5 * signature),
+            key=matrix(before, 1.5 * torch.eye(size)),
+            value=matrix(token, half),
+            output=0.15 * matrix(token, half).T,
+        )
 
 
 def config():
@@ -148,8 +197,7 @@ class Muon:
 def pretrain(rows, steps):
     torch.manual_seed(SEED)
     model = GPT2LMHeadModel(config()).train()
-    with torch.no_grad():
-        model.transformer.wpe.weight.copy_(wave_positions())
+    start_copying(model, torch.Generator().manual_seed(SEED))
     for block in model.transformer.h:
         block.mlp.act = torch.nn.GELU(approximate="tanh")  # the same function as gelu_new, in one pass
     print("parameters", sum(p.numel() for p in model.parameters()), "windows", len(rows), flush=True)

@@ -35,6 +35,8 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(2);
 pub enum Error {
     #[error(transparent)]
     Transport(#[from] transport::Error),
+    #[error("the server refused: {0}")]
+    Refused(String),
     #[error(transparent)]
     Session(#[from] ClientFailure),
     #[error(transparent)]
@@ -361,7 +363,9 @@ impl Driver {
         while let Some(transmit) = self.session.poll_transmit() {
             self.transmit(transmit);
         }
-        self.outcome = Some(Err(error));
+        if !matches!(self.outcome, Some(Err(_))) {
+            self.outcome = Some(Err(error));
+        }
     }
 
     /// Lets the last frames out.
@@ -540,13 +544,21 @@ impl Driver {
             }
             ClientEvent::UploadAdapter { round } => self.task(Task::Collect(round))?,
             ClientEvent::RoundResult(result) => (self.report)(Report::Round(result)),
-            ClientEvent::Finished(reason) => self.outcome = Some(Ok(reason)),
+            // Taking leave because of an error ends well for the session only.
+            ClientEvent::Finished(reason) => {
+                self.outcome.get_or_insert(Ok(reason));
+            }
             ClientEvent::Failed(failure) => {
                 // Why the last connection failed says more than that it did.
                 let unreachable = matches!(failure, ClientFailure::Unreachable { .. });
-                return Err(match self.last_error.take().filter(|_| unreachable) {
-                    Some(error) => error.into(),
-                    None => failure.into(),
+                return Err(match (self.last_error.take().filter(|_| unreachable), failure) {
+                    (Some(error), _) => error.into(),
+                    (None, ClientFailure::Refused { refused, .. }) => {
+                        let reason = refused.reason.to_string();
+                        let more = if refused.detail == reason { String::new() } else { format!(" ({})", refused.detail) };
+                        Error::Refused(reason + &more)
+                    }
+                    (None, failure) => failure.into(),
                 });
             }
         }

@@ -445,10 +445,12 @@ impl Shared {
             // The learner is taken out for the time of the work: frames are handled meanwhile.
             let (mut learner, work, generation) = {
                 let mut state = self.state.borrow_mut();
-                if state.over || state.learner.is_none() {
+                if state.over {
                     return;
                 }
-                let (Some(work), Some(learner)) = (state.work.pop_front(), state.learner.take()) else {
+                let Some(learner) = state.learner.take() else { return };
+                let Some(work) = state.work.pop_front() else {
+                    state.learner = Some(learner);
                     return;
                 };
                 (learner, work, state.generation)

@@ -33,22 +33,35 @@ enum Guard<'a> {
 pub(super) fn run_command(command: &Command) {
     match command {
         Command::Dispatch(dispatch) => {
-            let mut guards: Vec<Guard<'_>> = dispatch
-                .buffers
+            // A buffer bound for reading twice is locked once: a second read lock could wait for a writer that waits for us.
+            let buffers = &dispatch.buffers;
+            let first = |i: usize| {
+                (0..=i)
+                    .find(|&j| buffers[j].is(&buffers[i]))
+                    .unwrap_or(i)
+            };
+            let mut guards: Vec<Option<Guard<'_>>> = buffers
                 .iter()
                 .zip(dispatch.kernel.bindings)
-                .map(|(buffer, binding)| match binding.access {
-                    Access::Read => Guard::Read(read(buffer)),
-                    Access::Write => Guard::Write(write(buffer)),
+                .enumerate()
+                .map(|(i, (buffer, binding))| {
+                    (first(i) == i).then(|| match binding.access {
+                        Access::Read => Guard::Read(read(buffer)),
+                        Access::Write => Guard::Write(write(buffer)),
+                    })
                 })
                 .collect();
-            let mut operands: Vec<Operand<'_>> = guards
-                .iter_mut()
-                .map(|guard| match guard {
-                    Guard::Read(words) => Operand::Read(words),
-                    Guard::Write(words) => Operand::Write(words),
-                })
-                .collect();
+            let mut operands: Vec<Operand<'_>> = Vec::with_capacity(guards.len());
+            for (i, guard) in guards.iter_mut().enumerate() {
+                operands.push(match guard {
+                    Some(Guard::Read(words)) => Operand::Read(words),
+                    Some(Guard::Write(words)) => Operand::Write(words),
+                    None => match operands[first(i)] {
+                        Operand::Read(words) => Operand::Read(words),
+                        Operand::Write(_) => unreachable!("recordings refuse aliased writes"),
+                    },
+                });
+            }
             (dispatch.kernel.reference)(&dispatch.params, &mut operands);
         }
         Command::Copy {

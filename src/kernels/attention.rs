@@ -16,9 +16,8 @@ const WORKGROUP: u32 = 64;
 /// Queries and keys in a tile, the default of `TILE` in the shader.
 const TILE: u32 = 32;
 
-/// Tokens of an invocation of the `_registers` entry points, `COUNT` in the shader, and invocations in their workgroups.
-const REGISTER_TOKENS: u32 = 4;
-const REGISTER_WORKGROUP: u32 = 8;
+/// Invocations in a workgroup of the `_rows` entry points, the default of `ROWS_WORKGROUP` in the shader.
+const ROWS_WORKGROUP: u32 = 8;
 
 params! {
     pub struct Params {
@@ -60,8 +59,8 @@ kernel! {
 }
 
 kernel! {
-    /// [`FORWARD`], an invocation four queries.
-    pub static FORWARD_REGISTERS = "attention.forward", "attention", "forward_registers", Params,
+    /// [`FORWARD`], an invocation a query.
+    pub static FORWARD_ROWS = "attention.forward", "attention", "forward_rows", Params,
     [qkv: Read f32, out: Write f32, lse: Write f32], forward_cpu
 }
 
@@ -78,8 +77,8 @@ kernel! {
 }
 
 kernel! {
-    /// [`BACKWARD_Q`], an invocation four queries.
-    pub static BACKWARD_Q_REGISTERS = "attention.backward_q", "attention", "backward_q_registers", Params,
+    /// [`BACKWARD_Q`], an invocation a query.
+    pub static BACKWARD_Q_ROWS = "attention.backward_q", "attention", "backward_q_rows", Params,
     [qkv: Read f32, d_out: Read f32, lse: Read f32, dot: Read f32, d_qkv: Write f32], backward_q_cpu
 }
 
@@ -90,20 +89,20 @@ kernel! {
 }
 
 kernel! {
-    /// [`BACKWARD_KV`], an invocation four keys.
-    pub static BACKWARD_KV_REGISTERS = "attention.backward_kv", "attention", "backward_kv_registers", Params,
+    /// [`BACKWARD_KV`], an invocation a key.
+    pub static BACKWARD_KV_ROWS = "attention.backward_kv", "attention", "backward_kv_rows", Params,
     [qkv: Read f32, d_out: Read f32, lse: Read f32, dot: Read f32, d_qkv: Write f32], backward_kv_cpu
 }
 
 /// The kernels of this family.
 pub static ALL: &[&Kernel] = &[
     &FORWARD,
-    &FORWARD_REGISTERS,
+    &FORWARD_ROWS,
     &BACKWARD_DOT,
     &BACKWARD_Q,
-    &BACKWARD_Q_REGISTERS,
+    &BACKWARD_Q_ROWS,
     &BACKWARD_KV,
-    &BACKWARD_KV_REGISTERS,
+    &BACKWARD_KV_ROWS,
 ];
 
 /// The kernel, constants and workgroups for a pass over the tokens of every head, by the recording's device class.
@@ -111,19 +110,14 @@ fn launch(
     recording: &Recording,
     params: &Params,
     tiled: &'static Kernel,
-    registers: &'static Kernel,
+    rows: &'static Kernel,
 ) -> (&'static Kernel, Constants, [u32; 3]) {
     let aligned = ("ALIGNED", params.head_size.is_multiple_of(4).into());
     match recording.class() {
         DeviceClass::CpuAdapter => (
-            registers,
+            rows,
             vec![("HEAD_QUADS", params.head_size.div_ceil(4).into()), aligned],
-            linear_workgroups(
-                params.batch as usize
-                    * params.heads as usize
-                    * params.seq.div_ceil(REGISTER_TOKENS) as usize,
-                REGISTER_WORKGROUP,
-            ),
+            linear_workgroups(params.rows() * params.heads as usize, ROWS_WORKGROUP),
         ),
         _ => (
             tiled,
@@ -145,7 +139,7 @@ pub fn forward(
     out: &Buffer,
     lse: &Buffer,
 ) {
-    let (kernel, constants, workgroups) = launch(recording, &params, &FORWARD, &FORWARD_REGISTERS);
+    let (kernel, constants, workgroups) = launch(recording, &params, &FORWARD, &FORWARD_ROWS);
     recording.dispatch(
         kernel,
         constants,
@@ -205,8 +199,7 @@ pub fn backward_q(
     dot: &Buffer,
     d_qkv: &Buffer,
 ) {
-    let (kernel, constants, workgroups) =
-        launch(recording, &params, &BACKWARD_Q, &BACKWARD_Q_REGISTERS);
+    let (kernel, constants, workgroups) = launch(recording, &params, &BACKWARD_Q, &BACKWARD_Q_ROWS);
     recording.dispatch(
         kernel,
         constants,
@@ -231,7 +224,7 @@ pub fn backward_kv(
     d_qkv: &Buffer,
 ) {
     let (kernel, constants, workgroups) =
-        launch(recording, &params, &BACKWARD_KV, &BACKWARD_KV_REGISTERS);
+        launch(recording, &params, &BACKWARD_KV, &BACKWARD_KV_ROWS);
     recording.dispatch(
         kernel,
         constants,

@@ -11,6 +11,7 @@
 //! loss     = ln sum + max - target logit                                  cross_entropy.loss
 //! ```
 
+use super::attention::exp;
 use super::matmul::{self, Epilogue, Shape};
 use super::scalar;
 use crate::compute::cpu::for_each_row;
@@ -459,39 +460,4 @@ fn sum_exp(values: &[f32], max: f32) -> f32 {
         }
     }
     lanes.iter().sum::<f32>() + rest
-}
-
-/// eˣ for x ≤ 0 (below -87 as for -87), within 2 units in the last place, free of branches so that loops over it use vector
-/// instructions: `2ⁿ · e^r` with `|r| ≤ ln 2 / 2` and e^r by its Taylor polynomial of degree 7.
-fn exp(x: f32) -> f32 {
-    /// Adding 1.5 · 2²³ rounds to an integer, which is then in the low bits.
-    const ROUND: f32 = 12_582_912.0;
-    /// ln 2 in two parts, of which the first has few bits, so that `n · LN_2_HIGH` is exact.
-    const LN_2_HIGH: f32 = 0.693_359_4;
-    const LN_2_LOW: f32 = -2.121_944_4e-4;
-    let x = x.max(-87.0);
-    let rounded = x * std::f32::consts::LOG2_E + ROUND;
-    let n = rounded - ROUND;
-    let r = x - n * LN_2_HIGH - n * LN_2_LOW;
-    let mut e = 1.0 / 5040.0;
-    for coefficient in [720.0, 120.0, 24.0, 6.0, 2.0, 1.0, 1.0f32] {
-        e = e * r + 1.0 / coefficient;
-    }
-    e * f32::from_bits((rounded.to_bits() << 23).wrapping_add(127 << 23))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::exp;
-
-    #[test]
-    fn exp_is_within_two_units_in_the_last_place() {
-        for i in 0..=870_000 {
-            let x = -(i as f32) / 10_000.0;
-            let exact = f64::from(x).exp();
-            let error = (f64::from(exp(x)) - exact).abs() / exact;
-            assert!(error < 2.0 * f64::from(f32::EPSILON), "exp({x}): {error:e}");
-        }
-        assert_eq!(exp(0.0), 1.0);
-    }
 }

@@ -4,6 +4,7 @@
 //! Weights are held as stored: `array<u32>` with either two halves a word (element `i` is half `i & 1` of word `i >> 1`, over
 //! the whole row-major matrix) or the bits of one `f32` a word.
 
+use super::gelu::gelu;
 use crate::compute::cpu::for_each_row;
 use crate::compute::kernel::Kernel;
 use crate::compute::{Buffer, Cost, DeviceClass, Recording};
@@ -427,13 +428,6 @@ pub fn forward_gelu_cpu(
     });
 }
 
-/// GELU by its tanh approximation (Hendrycks & Gimpel, arXiv 1606.08415), as `gelu_new` in Hugging Face's GPT-2. The argument
-/// is clamped where tanh is 1 in `f32`, because some GPUs compute tanh from exponentials that overflow.
-fn gelu(x: f32) -> f32 {
-    let z = 0.797_884_6 * (x + 0.044_715 * x * x * x);
-    0.5 * x * (1.0 + z.clamp(-15.0, 15.0).tanh())
-}
-
 /// The specification of `matmul.backward_x`.
 #[allow(clippy::too_many_arguments)] // one for each binding
 pub fn backward_x_cpu(
@@ -677,7 +671,7 @@ pub(super) fn add_products(
 }
 
 /// The vector instructions the machine has.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 enum Simd {
     /// What every machine of the target has.
     Baseline,
@@ -794,4 +788,51 @@ fn tile<const ROWS: usize, const COLUMNS: usize, const FUSED: bool>(
         }
     }
     sums
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn available() -> Vec<Simd> {
+        let mut available = vec![Simd::Baseline];
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                available.push(Simd::Avx2);
+            }
+            if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("fma") {
+                available.push(Simd::Avx512);
+            }
+        }
+        available
+    }
+
+    #[test]
+    fn product_is_exact_on_small_integers_with_every_instruction_set() {
+        for (rows, columns, inner) in [(1, 1, 1), (13, 33, 257), (25, 70, 45)] {
+            // Sums of products of integers up to 3 are exact in any order.
+            let value = |i: usize| (i * 5 % 7) as f32 - 3.0;
+            let left: Vec<f32> = (0..rows * inner).map(value).collect();
+            let right: Vec<f32> = (0..columns * inner).map(value).collect();
+            let mut expected = vec![1.0; rows * columns];
+            for (i, expected) in expected.iter_mut().enumerate() {
+                let (row, column) = (i / columns, i % columns);
+                *expected += (0..inner)
+                    .map(|k| 2.0 * left[row * inner + k] * right[column * inner + k])
+                    .sum::<f32>();
+            }
+            for simd in available() {
+                let term = Term {
+                    inner,
+                    left: Matrix::rows(&left, 0, inner),
+                    right: Matrix::rows(&right, 0, inner),
+                    scale: 2.0,
+                };
+                let mut out = vec![1.0; rows * columns];
+                simd.add_product(&term, 0, columns, &mut out);
+                assert_eq!(out, expected, "{simd:?}, {rows}x{columns}x{inner}");
+            }
+        }
+    }
 }

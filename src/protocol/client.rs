@@ -161,6 +161,8 @@ struct Identity {
 
 struct Assigned {
     assignment: Assignment,
+    /// It came over this connection, or came again.
+    current: bool,
     /// The driver has said `ready`.
     loaded: bool,
     /// The main server has been told, on this connection.
@@ -553,6 +555,7 @@ impl ClientSession {
         self.work = Work::Idle;
         self.next_step = None;
         if let Some(assigned) = &mut self.assigned {
+            assigned.current = false;
             assigned.told = false;
         }
     }
@@ -631,6 +634,7 @@ impl ClientSession {
         let up = self.main.is_up() && self.federated.is_up();
         if let Some(assigned) = &mut self.assigned
             && up
+            && assigned.current
             && assigned.loaded
             && !assigned.told
         {
@@ -702,14 +706,15 @@ impl ClientSession {
 
     fn handle_assignment(&mut self, now: Duration, assignment: Assignment) {
         match &mut self.assigned {
-            Some(assigned) if assigned.told => {
+            Some(assigned) if assigned.current => {
                 return self.protocol(Endpoint::Main, "a second Assignment".to_owned());
             }
-            Some(assigned) if assigned.assignment == assignment => {}
+            Some(assigned) if assigned.assignment == assignment => assigned.current = true,
             _ => {
                 self.installed = None;
                 self.assigned = Some(Assigned {
                     assignment: assignment.clone(),
+                    current: true,
                     loaded: false,
                     told: false,
                 });

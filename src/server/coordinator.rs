@@ -19,7 +19,7 @@ use super::metrics::{Metrics, RoundRecord, StepRecord};
 use super::socket::{Outgoing, Service};
 use super::store::RunDirectory;
 use super::worker::{Done, Work};
-use crate::protocol::message::{ControlReply, RefusalReason, RoundKey, StepKey};
+use crate::protocol::message::{ControlReply, RefusalReason};
 use crate::protocol::{
     ConnectionId, ControlEvent, ControlSession, FederatedEvent, FederatedServerSession, MAX_FRAME_BYTES, MainEvent,
     MainServerSession, RunEnd, RunPhase, Transmit,
