@@ -6,9 +6,7 @@ use std::hint::black_box;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use sflllm::federated::weighted_mean;
 use sflllm::protocol::codec::{Frame, decode_frame, decode_message, encode_frame, encode_message};
-use sflllm::protocol::message::{
-    Activations, Digest, IGNORED_TARGET, Message, RoundKey, StepKey, WireDtype,
-};
+use sflllm::protocol::message::{Activations, Digest, IGNORED_TARGET, Message, RoundKey, StepKey, WireDtype};
 
 const WIDTH: usize = 768;
 
@@ -17,10 +15,7 @@ fn activations(batch: usize, seq: usize, dtype: WireDtype) -> Message {
     let payload = dtype.payload_bytes(rows, WIDTH).expect("small sizes");
     Message::Activations(Activations {
         key: StepKey {
-            round: RoundKey {
-                round: 3,
-                attempt: 0,
-            },
+            round: RoundKey { round: 3, attempt: 0 },
             step: 7,
         },
         batch: batch as u32,

@@ -64,24 +64,8 @@ fn steps(criterion: &mut Criterion) {
         let embedding = unit(Unit::Embedding).unwrap();
         let blocks = [unit(Unit::Block(0)).unwrap()];
         let side = |range| adapter.slice(&config, range).unwrap().values;
-        let mut client = ClientPart::new(
-            &engine,
-            &config,
-            &embedding,
-            &blocks,
-            &training,
-            &side(0..CUT),
-        )
-        .unwrap();
-        let mut server = ServerPart::new(
-            &engine,
-            &config,
-            unit,
-            CUT,
-            &training,
-            &side(CUT..config.blocks),
-        )
-        .unwrap();
+        let mut client = ClientPart::new(&engine, &config, &embedding, &blocks, &training, &side(0..CUT)).unwrap();
+        let mut server = ServerPart::new(&engine, &config, unit, CUT, &training, &side(CUT..config.blocks)).unwrap();
         group.bench_function("split", |bencher| {
             bencher.iter(|| {
                 let activations = block_on(client.forward(&batch.tokens, batch.seq)).unwrap();

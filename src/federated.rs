@@ -41,9 +41,7 @@ pub fn weighted_mean(adapters: &[(u64, &[f32])]) -> Result<Vec<f32>, AverageErro
         if let Some(position) = values.iter().position(|value| !value.is_finite()) {
             return Err(AverageError::NotFinite { index, position });
         }
-        total = total
-            .checked_add(*weight)
-            .ok_or(AverageError::WeightOverflow)?;
+        total = total.checked_add(*weight).ok_or(AverageError::WeightOverflow)?;
     }
     if total == 0 {
         return Err(AverageError::ZeroWeight);
@@ -54,8 +52,5 @@ pub fn weighted_mean(adapters: &[(u64, &[f32])]) -> Result<Vec<f32>, AverageErro
             *sum += *weight as f64 * f64::from(*value);
         }
     }
-    Ok(sums
-        .into_iter()
-        .map(|sum| (sum / total as f64) as f32)
-        .collect())
+    Ok(sums.into_iter().map(|sum| (sum / total as f64) as f32).collect())
 }

@@ -9,12 +9,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::{SinkExt, StreamExt};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
-use futures_util::{SinkExt, StreamExt};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
@@ -76,7 +76,11 @@ impl Error {
 /// # Errors
 /// [`Error::NoHome`] when the environment names none.
 pub fn data_directory() -> Result<PathBuf, Error> {
-    let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let variable = |name: &str| {
+        std::env::var_os(name)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    };
     if let Some(home) = variable("SFLLLM_HOME") {
         return Ok(home);
     }
@@ -96,7 +100,9 @@ pub fn cache_directory() -> Result<PathBuf, Error> {
 
 /// This machine's name in its network, in lower case.
 pub fn host_name() -> Option<String> {
-    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").ok().or_else(|| std::env::var("COMPUTERNAME").ok());
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname")
+        .ok()
+        .or_else(|| std::env::var("COMPUTERNAME").ok());
     let name = name.or_else(|| {
         let output = std::process::Command::new("hostname").output().ok()?;
         String::from_utf8(output.stdout).ok()
@@ -136,7 +142,12 @@ impl Origin {
 
 impl std::fmt::Display for Origin {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}://{}", if self.secure { "https" } else { "http" }, self.authority())
+        write!(
+            f,
+            "{}://{}",
+            if self.secure { "https" } else { "http" },
+            self.authority()
+        )
     }
 }
 
@@ -151,7 +162,10 @@ impl std::str::FromStr for JoinLink {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self, Error> {
-        let fail = |reason: &str| Error::Url { url: text.chars().take(200).collect(), reason: reason.to_owned() };
+        let fail = |reason: &str| Error::Url {
+            url: text.chars().take(200).collect(),
+            reason: reason.to_owned(),
+        };
         let url = reqwest::Url::parse(text).map_err(|error| fail(&error.to_string()))?;
         let secure = match url.scheme() {
             "https" | "wss" => true,
@@ -163,12 +177,20 @@ impl std::str::FromStr for JoinLink {
         let port = url.port_or_known_default().ok_or_else(|| fail("it names no port"))?;
         let origin = Origin { secure, host, port };
         if !origin.secure && !origin.is_loopback() {
-            return Err(Error::PlainText { host: origin.authority() });
+            return Err(Error::PlainText {
+                host: origin.authority(),
+            });
         }
         let token = url.fragment().and_then(|fragment| {
-            fragment.split('&').find_map(|part| part.strip_prefix("t=")).filter(|token| !token.is_empty())
+            fragment
+                .split('&')
+                .find_map(|part| part.strip_prefix("t="))
+                .filter(|token| !token.is_empty())
         });
-        Ok(Self { origin, token: token.map(str::to_owned) })
+        Ok(Self {
+            origin,
+            token: token.map(str::to_owned),
+        })
     }
 }
 
@@ -251,8 +273,11 @@ impl Dialer {
             Trust::Known => builder.with_root_certificates(known_roots()).with_no_client_auth(),
             Trust::Authority(path) => builder.with_root_certificates(authority(path)?).with_no_client_auth(),
             Trust::Anyone => {
-                let mut tls = builder.with_root_certificates(RootCertStore::empty()).with_no_client_auth();
-                tls.dangerous().set_certificate_verifier(Arc::new(AnyCertificate(provider)));
+                let mut tls = builder
+                    .with_root_certificates(RootCertStore::empty())
+                    .with_no_client_auth();
+                tls.dangerous()
+                    .set_certificate_verifier(Arc::new(AnyCertificate(provider)));
                 tls
             }
         };
@@ -265,7 +290,10 @@ impl Dialer {
             .connect_timeout(CONNECT_TIMEOUT)
             .build()
             .map_err(Error::Http)?;
-        Ok(Self { tls: Arc::new(tls), http })
+        Ok(Self {
+            tls: Arc::new(tls),
+            http,
+        })
     }
 
     /// Starts to GET `path` (from `/`), and gives the answer if it is a success; the body is still to be read.
@@ -274,10 +302,19 @@ impl Dialer {
     /// [`Error`] names the address.
     pub async fn get(&self, origin: &Origin, path: &str) -> Result<reqwest::Response, Error> {
         let url = format!("{origin}{path}");
-        let response = self.http.get(&url).send().await.map_err(|error| http_error(&url, &error))?;
+        let response = self
+            .http
+            .get(&url)
+            .send()
+            .await
+            .map_err(|error| http_error(&url, &error))?;
         let status = response.status();
         if !status.is_success() {
-            return Err(Error::Status { url, status: status.as_u16(), detail: String::new() });
+            return Err(Error::Status {
+                url,
+                status: status.as_u16(),
+                detail: String::new(),
+            });
         }
         Ok(response)
     }
@@ -292,11 +329,17 @@ impl Dialer {
         path: &str,
         max_message: usize,
     ) -> Result<WebSocketStream<ByteStream>, Error> {
-        let url = format!("{}://{}{path}", if origin.secure { "wss" } else { "ws" }, origin.authority());
+        let url = format!(
+            "{}://{}{path}",
+            if origin.secure { "wss" } else { "ws" },
+            origin.authority()
+        );
         let opening = self.open_websocket(origin, &url, max_message);
         match tokio::time::timeout(CONNECT_TIMEOUT, opening).await {
             Ok(opened) => opened,
-            Err(_) => Err(Error::TimedOut { url: origin.to_string() }),
+            Err(_) => Err(Error::TimedOut {
+                url: origin.to_string(),
+            }),
         }
     }
 
@@ -336,8 +379,10 @@ impl Dialer {
         // Frames are written whole; waiting to fill a packet only delays a step.
         tcp.set_nodelay(true).map_err(|error| io_error(&place, &error))?;
         let stream = if origin.secure {
-            let name = ServerName::try_from(origin.host.clone())
-                .map_err(|error| Error::Url { url: place.clone(), reason: error.to_string() })?;
+            let name = ServerName::try_from(origin.host.clone()).map_err(|error| Error::Url {
+                url: place.clone(),
+                reason: error.to_string(),
+            })?;
             let tls = tokio_rustls::TlsConnector::from(self.tls.clone())
                 .connect(name, tcp)
                 .await
@@ -364,7 +409,10 @@ impl Dialer {
                 })
             }
             Err(tokio_tungstenite::tungstenite::Error::Io(error)) => Err(io_error(&place, &error)),
-            Err(error) => Err(Error::Unreachable { url: place, reason: error.to_string() }),
+            Err(error) => Err(Error::Unreachable {
+                url: place,
+                reason: error.to_string(),
+            }),
         }
     }
 }
@@ -387,14 +435,13 @@ async fn carry<T: Copy>(tag: T, socket: WebSocketStream<ByteStream>, events: &mp
     };
     let reading = async {
         while let Some(Ok(message)) = stream.next().await {
-            match message {
-                Message::Binary(bytes) => {
-                    if events.send((tag, SocketEvent::Frame(bytes.into()))).await.is_err() {
-                        return;
-                    }
-                }
+            let bytes = match message {
+                Message::Binary(bytes) => bytes,
                 Message::Close(_) => return,
-                _ => {}
+                _ => continue,
+            };
+            if events.send((tag, SocketEvent::Frame(bytes.into()))).await.is_err() {
+                return;
             }
         }
     };
@@ -412,7 +459,10 @@ fn io_error(url: &str, error: &io::Error) -> Error {
     match error.kind() {
         io::ErrorKind::ConnectionRefused => Error::Refused { url },
         io::ErrorKind::TimedOut => Error::TimedOut { url },
-        _ => Error::Unreachable { url, reason: error.to_string() },
+        _ => Error::Unreachable {
+            url,
+            reason: error.to_string(),
+        },
     }
 }
 
@@ -426,7 +476,10 @@ fn tls_error(url: String, error: &rustls::Error) -> Error {
             };
             Error::Certificate { url, reason, home }
         }
-        other => Error::Unreachable { url, reason: other.to_string() },
+        other => Error::Unreachable {
+            url,
+            reason: other.to_string(),
+        },
     }
 }
 
@@ -450,19 +503,29 @@ fn http_error(url: &str, error: &reqwest::Error) -> Error {
     if error.is_timeout() {
         return Error::TimedOut { url: url.to_owned() };
     }
-    Error::Unreachable { url: url.to_owned(), reason: deepest }
+    Error::Unreachable {
+        url: url.to_owned(),
+        reason: deepest,
+    }
 }
 
 /// The certificates in a PEM file.
 fn authority(path: &Path) -> Result<RootCertStore, Error> {
-    let fail = |reason: String| Error::Authority { path: path.display().to_string(), reason };
+    let fail = |reason: String| Error::Authority {
+        path: path.display().to_string(),
+        reason,
+    };
     let pem = std::fs::read(path).map_err(|error| fail(error.to_string()))?;
     let mut roots = RootCertStore::empty();
     for certificate in CertificateDer::pem_slice_iter(&pem) {
         let certificate = certificate.map_err(|error| fail(error.to_string()))?;
         roots.add(certificate).map_err(|error| fail(error.to_string()))?;
     }
-    if roots.is_empty() { Err(fail("it holds no certificate".to_owned())) } else { Ok(roots) }
+    if roots.is_empty() {
+        Err(fail("it holds no certificate".to_owned()))
+    } else {
+        Ok(roots)
+    }
 }
 
 fn known_roots() -> RootCertStore {
@@ -498,7 +561,12 @@ impl ServerCertVerifier for AnyCertificate {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, certificate, signature, &self.0.signature_verification_algorithms)
+        verify_tls12_signature(
+            message,
+            certificate,
+            signature,
+            &self.0.signature_verification_algorithms,
+        )
     }
 
     fn verify_tls13_signature(
@@ -507,7 +575,12 @@ impl ServerCertVerifier for AnyCertificate {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, certificate, signature, &self.0.signature_verification_algorithms)
+        verify_tls13_signature(
+            message,
+            certificate,
+            signature,
+            &self.0.signature_verification_algorithms,
+        )
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
@@ -522,16 +595,29 @@ mod tests {
     #[test]
     fn a_join_link_names_origin_and_token() {
         let link: JoinLink = "https://192.168.1.20:8443/?join=1#t=abc-def".parse().unwrap();
-        assert_eq!(link.origin, Origin { secure: true, host: "192.168.1.20".to_owned(), port: 8443 });
+        assert_eq!(
+            link.origin,
+            Origin {
+                secure: true,
+                host: "192.168.1.20".to_owned(),
+                port: 8443
+            }
+        );
         assert_eq!(link.token.as_deref(), Some("abc-def"));
         let link: JoinLink = "http://[::1]:8080".parse().unwrap();
-        assert_eq!((link.origin.to_string().as_str(), link.token), ("http://[::1]:8080", None));
+        assert_eq!(
+            (link.origin.to_string().as_str(), link.token),
+            ("http://[::1]:8080", None)
+        );
     }
 
     #[test]
     fn plain_text_is_for_loopback_only() {
         assert!("http://localhost:8080".parse::<JoinLink>().is_ok());
-        assert!(matches!("http://192.168.1.20:8080".parse::<JoinLink>(), Err(Error::PlainText { .. })));
+        assert!(matches!(
+            "http://192.168.1.20:8080".parse::<JoinLink>(),
+            Err(Error::PlainText { .. })
+        ));
         assert!(matches!("ftp://host:1".parse::<JoinLink>(), Err(Error::Url { .. })));
         assert!(matches!("host:8443".parse::<JoinLink>(), Err(Error::Url { .. })));
     }

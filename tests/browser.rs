@@ -44,12 +44,19 @@ fn two_tabs_on_webgpu_train_to_the_end() {
         assert_eq!(shown["step"], (rounds * local_steps).to_string(), "{shown}");
         assert_eq!(shown["round"], rounds.to_string(), "{shown}");
         let device = shown["device"].as_str().unwrap_or_default().to_lowercase();
-        assert!(device.contains("swiftshader"), "the tab should compute on WebGPU: {shown}");
+        assert!(
+            device.contains("swiftshader"),
+            "the tab should compute on WebGPU: {shown}"
+        );
         for counter in ["sent", "received"] {
             let bytes: u64 = shown[counter].as_str().and_then(|text| text.parse().ok()).unwrap_or(0);
             assert!(bytes > 1000, "{counter} bytes are not counted: {shown}");
         }
-        assert_eq!(chromium.script("return location.hash", json!([])), "", "the token must leave the address bar");
+        assert_eq!(
+            chromium.script("return location.hash", json!([])),
+            "",
+            "the token must leave the address bar"
+        );
     }
     chromium.screenshot("browser.png");
     server.finish();
@@ -67,13 +74,19 @@ fn a_browser_without_webgpu_says_so_and_joins_with_its_cpu() {
     chromium.wait_for_state(&["unsupported"], &server);
     let advice = chromium.script("return document.getElementById('problem').innerText", json!([]));
     let advice = advice.as_str().unwrap_or_default();
-    assert!(advice.contains("WebGPU") && advice.contains("CPU"), "no advice in: {advice}");
+    assert!(
+        advice.contains("WebGPU") && advice.contains("CPU"),
+        "no advice in: {advice}"
+    );
     chromium.screenshot("browser-unsupported.png");
 
     chromium.script("document.getElementById('join-button').click()", json!([]));
     chromium.wait_for_state(&["done"], &server);
     let shown = chromium.root_data();
-    assert!(shown["device"].as_str().is_some_and(|device| device.contains("CPU")), "{shown}");
+    assert!(
+        shown["device"].as_str().is_some_and(|device| device.contains("CPU")),
+        "{shown}"
+    );
     server.finish();
     check_metrics(run.path(), 1, 1, 4);
 }
@@ -88,7 +101,10 @@ fn a_wrong_join_code_is_explained() {
     chromium.open(&format!("{}/?join=1&device=cpu#t=wrong", server.origin));
     chromium.wait_for_state(&["error"], &server);
     let advice = chromium.script("return document.getElementById('problem').innerText", json!([]));
-    assert!(advice.as_str().is_some_and(|advice| advice.contains("join code")), "{advice}");
+    assert!(
+        advice.as_str().is_some_and(|advice| advice.contains("join code")),
+        "{advice}"
+    );
 }
 
 #[test]
@@ -100,7 +116,9 @@ fn browser_token_ids_are_the_native_ones() {
     chromium.open(&server.origin);
 
     let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/demo");
-    let native = Tokenizer::load(&assets, None).unwrap().expect("the demo has a tokenizer");
+    let native = Tokenizer::load(&assets, None)
+        .unwrap()
+        .expect("the demo has a tokenizer");
     let mut texts: Vec<String> = fs::read_to_string(assets.join("test.txt"))
         .unwrap()
         .lines()
@@ -130,7 +148,8 @@ fn browser_token_ids_are_the_native_ones() {
          }, (error) => done(String(error)));",
         json!([tokenizer, texts]),
     );
-    let found: Vec<Vec<u32>> = serde_json::from_value(found.clone()).unwrap_or_else(|_| panic!("the page answered {found}"));
+    let found: Vec<Vec<u32>> =
+        serde_json::from_value(found.clone()).unwrap_or_else(|_| panic!("the page answered {found}"));
     assert_eq!(found.len(), texts.len());
     for (text, ids) in texts.iter().zip(found) {
         assert_eq!(ids, native.encode(text).unwrap(), "{text:?}");
@@ -141,22 +160,37 @@ fn browser_token_ids_are_the_native_ones() {
 fn check_metrics(run: &Path, tabs: u64, rounds: u64, local_steps: u64) {
     let text = fs::read_to_string(run.join("out/metrics.jsonl")).unwrap();
     let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    let of_kind = |kind: &str| lines.iter().filter(|line| line["kind"] == kind).cloned().collect::<Vec<_>>();
+    let of_kind = |kind: &str| {
+        lines
+            .iter()
+            .filter(|line| line["kind"] == kind)
+            .cloned()
+            .collect::<Vec<_>>()
+    };
 
     let steps = of_kind("step");
     assert_eq!(steps.len() as u64, rounds * local_steps);
     for step in &steps {
         assert_eq!(step["clients"], tabs, "a tab missed a step: {step}");
-        assert!(step["bytes_up"].as_u64() > Some(0) && step["bytes_down"].as_u64() > Some(0), "{step}");
+        assert!(
+            step["bytes_up"].as_u64() > Some(0) && step["bytes_down"].as_u64() > Some(0),
+            "{step}"
+        );
     }
-    let averaged: Vec<Value> = of_kind("round").into_iter().filter(|round| round["adapters"].as_u64() > Some(0)).collect();
+    let averaged: Vec<Value> = of_kind("round")
+        .into_iter()
+        .filter(|round| round["adapters"].as_u64() > Some(0))
+        .collect();
     assert_eq!(averaged.len() as u64, rounds);
     for round in &averaged {
         assert_eq!(round["adapters"], tabs, "a tab is missing from an average: {round}");
     }
     let loss = |lines: &[Value], key: &str| lines.iter().filter_map(|line| line[key].as_f64()).collect::<Vec<_>>();
     let losses = loss(&of_kind("round"), "valid_loss");
-    assert!(losses.len() >= 2 && losses.last() < losses.first(), "validation loss did not fall: {losses:?}");
+    assert!(
+        losses.len() >= 2 && losses.last() < losses.first(),
+        "validation loss did not fall: {losses:?}"
+    );
     assert!(loss(&steps, "loss").iter().all(|loss| loss.is_finite()));
 }
 
@@ -183,11 +217,26 @@ struct Server {
 impl Server {
     fn start(directory: &Path, clients: u64, rounds: u64, local_steps: u64) -> Self {
         let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/demo/valid.txt");
-        let few: Vec<String> = fs::read_to_string(demo).unwrap().lines().take(16).map(str::to_owned).collect();
+        let few: Vec<String> = fs::read_to_string(demo)
+            .unwrap()
+            .lines()
+            .take(16)
+            .map(str::to_owned)
+            .collect();
         let valid = directory.join("valid.txt");
         fs::write(&valid, few.join("\n")).unwrap();
         let mut process = Command::new(env!("CARGO_BIN_EXE_sflllm"))
-            .args(["serve", "--model", "demo", "--device", "cpu", "--listen", "http://127.0.0.1:0", "--token", TOKEN])
+            .args([
+                "serve",
+                "--model",
+                "demo",
+                "--device",
+                "cpu",
+                "--listen",
+                "http://127.0.0.1:0",
+                "--token",
+                TOKEN,
+            ])
             .args(["--batch", "2", "--lr", "3e-3", "--split", "1", "--rank", "4"])
             .args(["--clients", &clients.to_string(), "--rounds", &rounds.to_string()])
             .args(["--local-steps", &local_steps.to_string()])
@@ -216,7 +265,11 @@ impl Server {
                 heard.push('\n');
             }
         });
-        let mut server = Self { process, origin: String::new(), said };
+        let mut server = Self {
+            process,
+            origin: String::new(),
+            said,
+        };
         match receiver.recv_timeout(PATIENCE) {
             Ok(origin) => server.origin = origin,
             Err(_) => panic!("the server does not listen:\n{}", server.said.lock().unwrap()),
@@ -264,12 +317,24 @@ impl Chromium {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        let mut lines = BufReader::new(driver.stdout.take().unwrap()).lines().map_while(Result::ok);
-        let port = lines.find_map(|line| line.split_once("successfully on port ")?.1.trim_end_matches('.').parse().ok());
+        let mut lines = BufReader::new(driver.stdout.take().unwrap())
+            .lines()
+            .map_while(Result::ok);
+        let port = lines.find_map(|line| {
+            line.split_once("successfully on port ")?
+                .1
+                .trim_end_matches('.')
+                .parse()
+                .ok()
+        });
         // The driver blocks when nobody reads what it says.
         thread::spawn(move || lines.for_each(drop));
-        let mut chromium =
-            Self { driver, port: port.expect("chromedriver names its port"), session: String::new(), _profile: profile };
+        let mut chromium = Self {
+            driver,
+            port: port.expect("chromedriver names its port"),
+            session: String::new(),
+            _profile: profile,
+        };
 
         let user_data = format!("--user-data-dir={}", chromium._profile.path().display());
         let mut arguments = vec![
@@ -290,7 +355,10 @@ impl Chromium {
             "goog:chromeOptions": { "binary": programs.chromium, "args": arguments },
         }}});
         let session = chromium.request("POST", "/session", Some(&wanted));
-        chromium.session = session["sessionId"].as_str().expect("chromedriver names its session").to_owned();
+        chromium.session = session["sessionId"]
+            .as_str()
+            .expect("chromedriver names its session")
+            .to_owned();
         chromium
     }
 
@@ -314,11 +382,19 @@ impl Chromium {
     }
 
     fn script(&self, script: &str, arguments: Value) -> Value {
-        self.command("POST", "execute/sync", Some(&json!({ "script": script, "args": arguments })))
+        self.command(
+            "POST",
+            "execute/sync",
+            Some(&json!({ "script": script, "args": arguments })),
+        )
     }
 
     fn asynchronous_script(&self, script: &str, arguments: Value) -> Value {
-        self.command("POST", "execute/async", Some(&json!({ "script": script, "args": arguments })))
+        self.command(
+            "POST",
+            "execute/async",
+            Some(&json!({ "script": script, "args": arguments })),
+        )
     }
 
     /// The root element's `data-*`.
@@ -389,7 +465,11 @@ impl Chromium {
         let mut answer = vec![0; length];
         reader.read_exact(&mut answer).unwrap();
         let answer: Value = serde_json::from_slice(&answer).unwrap();
-        assert!(status.contains(" 200 "), "{method} {path}: {}", answer["value"]["message"]);
+        assert!(
+            status.contains(" 200 "),
+            "{method} {path}: {}",
+            answer["value"]["message"]
+        );
         answer["value"].clone()
     }
 }

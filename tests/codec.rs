@@ -7,8 +7,8 @@ use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
 use sflllm::protocol::codec::{
-    Answer, DecodeError, Frame, GreetingError, decode_answer, decode_frame, decode_hello,
-    decode_message, encode_answer, encode_frame, encode_hello, encode_message,
+    Answer, DecodeError, Frame, GreetingError, decode_answer, decode_frame, decode_hello, decode_message,
+    encode_answer, encode_frame, encode_hello, encode_message,
 };
 use sflllm::protocol::message::*;
 
@@ -25,10 +25,7 @@ fn text() -> impl Strategy<Value = String> {
 }
 
 fn number() -> impl Strategy<Value = f32> {
-    prop::num::f32::POSITIVE
-        | prop::num::f32::NEGATIVE
-        | prop::num::f32::ZERO
-        | prop::num::f32::SUBNORMAL
+    prop::num::f32::POSITIVE | prop::num::f32::NEGATIVE | prop::num::f32::ZERO | prop::num::f32::SUBNORMAL
 }
 
 fn numbers() -> impl Strategy<Value = Vec<f32>> {
@@ -61,11 +58,7 @@ fn version() -> impl Strategy<Value = Version> {
 
 fn blobs() -> impl Strategy<Value = Vec<Blob>> {
     vec(
-        (text(), digest(), any::<u64>()).prop_map(|(name, sha256, bytes)| Blob {
-            name,
-            sha256,
-            bytes,
-        }),
+        (text(), digest(), any::<u64>()).prop_map(|(name, sha256, bytes)| Blob { name, sha256, bytes }),
         0..4,
     )
 }
@@ -78,16 +71,14 @@ fn optimizer() -> impl Strategy<Value = OptimizerConfig> {
         prop::sample::select(vec![MomentPolicy::Keep, MomentPolicy::Reset]),
     )
         .prop_map(
-            |((lr, weight_decay, clip), schedule, (warmup, total_steps), moments)| {
-                OptimizerConfig {
-                    lr,
-                    weight_decay,
-                    schedule,
-                    warmup,
-                    total_steps,
-                    clip,
-                    moments,
-                }
+            |((lr, weight_decay, clip), schedule, (warmup, total_steps), moments)| OptimizerConfig {
+                lr,
+                weight_decay,
+                schedule,
+                warmup,
+                total_steps,
+                clip,
+                moments,
             },
         )
 }
@@ -145,14 +136,14 @@ fn control() -> impl Strategy<Value = Control> {
                     }
                 }
             ),
-        (round(), vec(client(), 0..5), digest(), any::<u64>()).prop_map(
-            |(round, members, base, max_examples)| Control::OpenRound {
+        (round(), vec(client(), 0..5), digest(), any::<u64>()).prop_map(|(round, members, base, max_examples)| {
+            Control::OpenRound {
                 round,
                 members,
                 base,
-                max_examples
+                max_examples,
             }
-        ),
+        }),
         (round(), client()).prop_map(|(round, client)| Control::Departed { round, client }),
         Just(Control::CloseRun),
     ]
@@ -168,16 +159,13 @@ fn exclusion() -> impl Strategy<Value = Exclusion> {
         ExclusionReason::Examples,
         ExclusionReason::Misbehaved,
     ];
-    (client(), prop::sample::select(reasons))
-        .prop_map(|(client, reason)| Exclusion { client, reason })
+    (client(), prop::sample::select(reasons)).prop_map(|(client, reason)| Exclusion { client, reason })
 }
 
 fn reply() -> impl Strategy<Value = ControlReply> {
-    let inclusion =
-        (client(), any::<u64>()).prop_map(|(client, examples)| Inclusion { client, examples });
+    let inclusion = (client(), any::<u64>()).prop_map(|(client, examples)| Inclusion { client, examples });
     prop_oneof![
-        (round(), exclusion())
-            .prop_map(|(round, exclusion)| ControlReply::Excluded { round, exclusion }),
+        (round(), exclusion()).prop_map(|(round, exclusion)| ControlReply::Excluded { round, exclusion }),
         (
             round(),
             vec(inclusion, 0..4),
@@ -204,16 +192,11 @@ fn stop() -> impl Strategy<Value = Stop> {
         StopReason::Excluded,
         StopReason::Superseded,
     ];
-    (
-        prop::sample::select(reasons),
-        text(),
-        option::of(duration()),
-    )
-        .prop_map(|(reason, detail, return_after)| Stop {
-            reason,
-            detail,
-            return_after,
-        })
+    (prop::sample::select(reasons), text(), option::of(duration())).prop_map(|(reason, detail, return_after)| Stop {
+        reason,
+        detail,
+        return_after,
+    })
 }
 
 fn message() -> impl Strategy<Value = Message> {
@@ -231,18 +214,15 @@ fn message() -> impl Strategy<Value = Message> {
             }
         ),
         Just(Message::Ready),
-        (round(), digest(), any::<u32>(), option::of(numbers())).prop_map(
-            |(round, base, members, adapter)| {
-                Message::RoundStart(RoundStart {
-                    round,
-                    base,
-                    members,
-                    adapter,
-                })
-            }
-        ),
-        (step(), any::<u32>())
-            .prop_map(|(key, members)| Message::StepStart(StepStart { key, members })),
+        (round(), digest(), any::<u32>(), option::of(numbers())).prop_map(|(round, base, members, adapter)| {
+            Message::RoundStart(RoundStart {
+                round,
+                base,
+                members,
+                adapter,
+            })
+        }),
+        (step(), any::<u32>()).prop_map(|(key, members)| Message::StepStart(StepStart { key, members })),
         (
             step(),
             any::<(u32, u32, u32, u32)>(),
@@ -250,29 +230,24 @@ fn message() -> impl Strategy<Value = Message> {
             vec(any::<i32>(), 0..9),
             vec(any::<u8>(), 0..40)
         )
-            .prop_map(
-                |(key, (batch, seq, width, examples), dtype, targets, payload)| {
-                    Message::Activations(Activations {
-                        key,
-                        batch,
-                        seq,
-                        width,
-                        dtype,
-                        examples,
-                        targets,
-                        payload,
-                    })
-                }
-            ),
+            .prop_map(|(key, (batch, seq, width, examples), dtype, targets, payload)| {
+                Message::Activations(Activations {
+                    key,
+                    batch,
+                    seq,
+                    width,
+                    dtype,
+                    examples,
+                    targets,
+                    payload,
+                })
+            }),
         (
             (step(), any::<(u32, u32, u32, u64)>(), dtype()),
             (digest(), number(), number(), vec(any::<u8>(), 0..40))
         )
             .prop_map(
-                |(
-                    (key, (batch, seq, width, tokens), dtype),
-                    (activations, loss, mean_loss, payload),
-                )| {
+                |((key, (batch, seq, width, tokens), dtype), (activations, loss, mean_loss, payload))| {
                     Message::Gradient(Gradient {
                         key,
                         batch,
@@ -287,47 +262,34 @@ fn message() -> impl Strategy<Value = Message> {
                     })
                 }
             ),
-        (run(), round(), digest(), any::<u64>(), numbers()).prop_map(
-            |(run, round, base, examples, values)| {
-                Message::AdapterUpdate(AdapterUpdate {
-                    run,
+        (run(), round(), digest(), any::<u64>(), numbers()).prop_map(|(run, round, base, examples, values)| {
+            Message::AdapterUpdate(AdapterUpdate {
+                run,
+                round,
+                base,
+                examples,
+                values,
+            })
+        }),
+        (round(), digest(), numbers()).prop_map(|(round, digest, values)| Message::Average(Average {
+            round,
+            digest,
+            values
+        })),
+        (round(), option::of(round()), text())
+            .prop_map(|(round, open, detail)| { Message::UpdateDeclined(UpdateDeclined { round, open, detail }) }),
+        (any::<(u32, u32, u32, u32, u32)>(), option::of(prop::num::f64::NORMAL)).prop_map(
+            |((round, rounds, included, steps, total_steps), valid_loss)| {
+                Message::RoundResult(RoundResult {
                     round,
-                    base,
-                    examples,
-                    values,
+                    rounds,
+                    included,
+                    valid_loss,
+                    steps,
+                    total_steps,
                 })
             }
         ),
-        (round(), digest(), numbers()).prop_map(|(round, digest, values)| Message::Average(
-            Average {
-                round,
-                digest,
-                values
-            }
-        )),
-        (round(), option::of(round()), text()).prop_map(|(round, open, detail)| {
-            Message::UpdateDeclined(UpdateDeclined {
-                round,
-                open,
-                detail,
-            })
-        }),
-        (
-            any::<(u32, u32, u32, u32, u32)>(),
-            option::of(prop::num::f64::NORMAL)
-        )
-            .prop_map(
-                |((round, rounds, included, steps, total_steps), valid_loss)| {
-                    Message::RoundResult(RoundResult {
-                        round,
-                        rounds,
-                        included,
-                        valid_loss,
-                        steps,
-                        total_steps,
-                    })
-                }
-            ),
         Just(Message::Leave),
         stop().prop_map(Message::Stop),
         control().prop_map(Message::Control),
@@ -383,10 +345,7 @@ fn answer() -> impl Strategy<Value = Answer> {
         (option::of(text()), duration(), digest(), digest()),
     )
         .prop_map(
-            |(
-                (version, client, run, ticket, federated_ticket),
-                (federated_url, ping_interval, model, tokenizer),
-            )| {
+            |((version, client, run, ticket, federated_ticket), (federated_url, ping_interval, model, tokenizer))| {
                 Answer::Welcome(Welcome {
                     version,
                     client,
@@ -509,10 +468,7 @@ proptest! {
 fn a_length_is_not_believed_before_its_bytes_are_there() {
     let update = AdapterUpdate {
         run: RunId([1; 16]),
-        round: RoundKey {
-            round: 0,
-            attempt: 0,
-        },
+        round: RoundKey { round: 0, attempt: 0 },
         base: Digest([2; 32]),
         examples: 1,
         values: vec![1.0; 3],
@@ -532,10 +488,7 @@ fn a_length_is_not_believed_before_its_bytes_are_there() {
 #[test]
 fn a_refusal_can_be_read_whatever_version_sent_it() {
     let refused = Refused {
-        version: Version {
-            major: 900,
-            minor: 1,
-        },
+        version: Version { major: 900, minor: 1 },
         reason: RefusalReason::Version,
         detail: "update".to_owned(),
     };
@@ -551,10 +504,7 @@ fn a_refusal_can_be_read_whatever_version_sent_it() {
         reason: RefusalReason::Other,
         ..refused
     };
-    assert_eq!(
-        decode_answer(PROTOCOL_VERSION, &bytes),
-        Ok(Answer::Refused(unknown))
-    );
+    assert_eq!(decode_answer(PROTOCOL_VERSION, &bytes), Ok(Answer::Refused(unknown)));
 }
 
 #[test]
@@ -599,12 +549,7 @@ fn payload_sizes_are_as_documented_and_do_not_overflow() {
 
 #[test]
 fn values_that_are_not_finite_are_found_in_every_wire_type() {
-    let f32s = |values: [f32; 2]| {
-        values
-            .iter()
-            .flat_map(|value| value.to_le_bytes())
-            .collect::<Vec<u8>>()
-    };
+    let f32s = |values: [f32; 2]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
     assert!(WireDtype::F32.is_finite(&f32s([1.0, f32::MAX]), 1));
     assert!(!WireDtype::F32.is_finite(&f32s([1.0, f32::NAN]), 1));
     // 65504 is the largest half; 0x7c00 is infinity, 0x7e01 not a number.

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 use sflllm::data::{
-    Batches, Cursor, DataError, Dataset, Document, Example, Format, IGNORED, Options, Sharding,
-    Tokenize, Tokenizer, pass,
+    Batches, Cursor, DataError, Dataset, Document, Example, Format, IGNORED, Options, Sharding, Tokenize, Tokenizer,
+    pass,
 };
 
 const VOCAB: usize = 300;
@@ -55,10 +55,7 @@ fn e2e_lines_are_learned_on_the_reference_only() {
     assert_eq!(data.examples.len(), 2);
     let context = [bytes("name : Aromi | food : Chinese"), vec![EOS]].concat();
     let reference = [bytes(" Aromi is Chinese ."), vec![EOS]].concat();
-    assert_eq!(
-        data.examples[0].ids,
-        [context.clone(), reference.clone()].concat()
-    );
+    assert_eq!(data.examples[0].ids, [context.clone(), reference.clone()].concat());
     assert_eq!(
         data.examples[0].labels,
         [vec![IGNORED; context.len()], learned(&reference)].concat()
@@ -67,10 +64,7 @@ fn e2e_lines_are_learned_on_the_reference_only() {
         data.examples[1].ids,
         [bytes("name : B"), vec![EOS], bytes(" B is ."), vec![EOS]].concat()
     );
-    assert_eq!(
-        data.summary.targets,
-        (reference.len() + " B is .".len() + 1) as u64
-    );
+    assert_eq!(data.summary.targets, (reference.len() + " B is .".len() + 1) as u64);
 }
 
 #[test]
@@ -117,11 +111,7 @@ fn plain_text_becomes_windows_that_cover_it() {
     let text = "To be, or not to be:\nthat is the question.\nWhether 'tis nobler || in the mind";
     let data = read(text, "play.txt", &options(20)).unwrap();
     assert_eq!(data.summary.format, Format::Text);
-    let together: Vec<u32> = data
-        .examples
-        .iter()
-        .flat_map(|example| example.ids.clone())
-        .collect();
+    let together: Vec<u32> = data.examples.iter().flat_map(|example| example.ids.clone()).collect();
     assert_eq!(together, bytes(text));
     assert!(
         data.examples
@@ -137,12 +127,7 @@ fn a_bad_line_is_named_with_file_line_and_reason() {
         ("a||b\n||d\n", "e2e.txt", 2, "nothing before"),
         ("a||b\nc|| \n", "e2e.txt", 2, "nothing after"),
         ("{\"text\":\"a\"}\n{\"text\":\n", "d", 2, "bad JSON"),
-        (
-            "{\"text\":\"a\"}\n\n[1,2]\n{\"text\":\"b\"}\n",
-            "d",
-            3,
-            "JSON object",
-        ),
+        ("{\"text\":\"a\"}\n\n[1,2]\n{\"text\":\"b\"}\n", "d", 3, "JSON object"),
         ("hello\n", "d.jsonl", 1, "JSON object"),
         ("{\"text\":1}\n", "d", 1, "bad JSON"),
         ("{\"txt\":\"a\"}\n", "d", 1, "expected `input_ids`"),
@@ -150,22 +135,14 @@ fn a_bad_line_is_named_with_file_line_and_reason() {
         ("{\"completion\":\"a\"}\n", "d", 1, "without `prompt`"),
         ("{\"input_ids\":[1,300]}\n", "d", 1, "300"),
         ("{\"input_ids\":[-1,2]}\n", "d", 1, "bad JSON"),
-        (
-            "{\"input_ids\":[1,2],\"labels\":[1]}\n",
-            "d",
-            1,
-            "1 entries",
-        ),
+        ("{\"input_ids\":[1,2],\"labels\":[1]}\n", "d", 1, "1 entries"),
         ("{\"input_ids\":[1,2],\"labels\":[1,-1]}\n", "d", 1, "-1"),
         ("{\"input_ids\":[1,2],\"labels\":[1,300]}\n", "d", 1, "300"),
         ("{\"labels\":[1,2]}\n", "d", 1, "without `input_ids`"),
     ];
     for (text, name, line, reason) in cases {
         let error = read(text, name, &options(64)).unwrap_err();
-        let DataError::BadLine {
-            file, line: found, ..
-        } = &error
-        else {
+        let DataError::BadLine { file, line: found, .. } = &error else {
             panic!("{text:?}: {error}")
         };
         assert_eq!((file.as_str(), *found), (name, line), "{text:?}");
@@ -185,13 +162,7 @@ fn skipped_bad_lines_are_counted_and_the_rest_is_read() {
     };
     let data = read("a||b\nbad\nc||d\n||\n", "e.txt", &skipping).unwrap();
     assert_eq!((data.examples.len(), data.summary.bad_lines), (2, 2));
-    assert!(
-        data.summary
-            .first_bad_line
-            .as_ref()
-            .unwrap()
-            .starts_with("line 2: ")
-    );
+    assert!(data.summary.first_bad_line.as_ref().unwrap().starts_with("line 2: "));
     assert!(data.summary.to_string().contains("2 bad lines skipped"));
     let with_bytes = [&b"a||b\nc||\xff\nd||e\n"[..]].concat();
     assert!(matches!(
@@ -205,37 +176,23 @@ fn skipped_bad_lines_are_counted_and_the_rest_is_read() {
             .len(),
         2
     );
-    let error = read("{\"text\":1}\n", "only-bad", &skipping)
-        .unwrap_err()
-        .to_string();
-    assert!(
-        error.contains("only-bad") && error.contains("line 1"),
-        "{error}"
-    );
+    let error = read("{\"text\":1}\n", "only-bad", &skipping).unwrap_err().to_string();
+    assert!(error.contains("only-bad") && error.contains("line 1"), "{error}");
 }
 
 #[test]
 fn long_examples_are_cut_and_those_with_nothing_left_are_dropped() {
     let data = read("a||0123456789\n0123456789||b\n", "e.txt", &options(8)).unwrap();
     assert_eq!(
-        (
-            data.summary.truncated,
-            data.summary.dropped,
-            data.examples.len()
-        ),
+        (data.summary.truncated, data.summary.dropped, data.examples.len()),
         (2, 1, 1)
     );
     assert_eq!(data.examples[0].ids.len(), 8);
-    let error = read("0123456789||b\n", "e.txt", &options(8))
-        .unwrap_err()
-        .to_string();
+    let error = read("0123456789||b\n", "e.txt", &options(8)).unwrap_err().to_string();
     assert!(error.contains("1 examples were dropped"), "{error}");
     assert!(matches!(
         read("a||b\n", "e", &options(1)),
-        Err(DataError::Option {
-            option: "--seq",
-            ..
-        })
+        Err(DataError::Option { option: "--seq", .. })
     ));
 }
 
@@ -244,10 +201,7 @@ fn empty_files_hold_no_example() {
     for text in ["", "\n \n", "\u{feff}"] {
         for name in ["d.txt", "d.jsonl"] {
             assert!(
-                matches!(
-                    read(text, name, &options(8)),
-                    Err(DataError::NoExamples { .. })
-                ),
+                matches!(read(text, name, &options(8)), Err(DataError::NoExamples { .. })),
                 "{text:?} {name}"
             );
         }
@@ -277,13 +231,7 @@ fn ids_made_elsewhere_give_the_same_examples() {
     );
 
     let fewer = document.clone().assemble(ids[1..].to_vec(), Some(EOS));
-    assert!(matches!(
-        fewer,
-        Err(DataError::TextCount {
-            expected: 4,
-            found: 3
-        })
-    ));
+    assert!(matches!(fewer, Err(DataError::TextCount { expected: 4, found: 3 })));
     assert!(matches!(
         document.clone().assemble(ids.clone(), None),
         Err(DataError::NoEndToken)
@@ -292,10 +240,7 @@ fn ids_made_elsewhere_give_the_same_examples() {
     outside[2] = vec![300];
     assert!(matches!(
         document.assemble(outside, Some(EOS)),
-        Err(DataError::Token {
-            id: 300,
-            vocab: 300
-        })
+        Err(DataError::Token { id: 300, vocab: 300 })
     ));
     assert!(matches!(
         Dataset::read(text.as_bytes(), "e", None, &options(64)),
@@ -311,10 +256,7 @@ fn long_text_is_encoded_in_pieces_that_join_to_the_whole() {
     assert_eq!(document.texts().concat(), text);
     let tokenizer = tiny_tokenizer();
     let whole = tokenizer.encode(&text).unwrap();
-    assert_eq!(
-        tokenizer.encode_all(document.texts()).unwrap().concat(),
-        whole
-    );
+    assert_eq!(tokenizer.encode_all(document.texts()).unwrap().concat(), whole);
 }
 
 proptest! {
@@ -351,13 +293,7 @@ fn byte_characters() -> Vec<char> {
     let printable = |byte: &u32| matches!(byte, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
     let mut others = 0x100..;
     (0..256)
-        .map(|byte| {
-            if printable(&byte) {
-                byte
-            } else {
-                others.next().unwrap()
-            }
-        })
+        .map(|byte| if printable(&byte) { byte } else { others.next().unwrap() })
         .map(|code| char::from_u32(code).unwrap())
         .collect()
 }
@@ -399,15 +335,9 @@ fn merges_apply_as_in_gpt2() {
     // 256 as, 257 th, 258 the, 259 Ġthe, 260 Ġw, 261 ĊĊ, 262 Ġwas, 263 end-of-text.
     assert_eq!(tokenizer.encode("the the was").unwrap(), [258, 259, 262]);
     assert_eq!(tokenizer.encode("é").unwrap(), [0xc3, 0xa9]);
-    assert_eq!(
-        tokenizer.encode("x<|endoftext|>").unwrap(),
-        [u32::from(b'x'), 263]
-    );
+    assert_eq!(tokenizer.encode("x<|endoftext|>").unwrap(), [u32::from(b'x'), 263]);
     assert_eq!(tokenizer.encode("").unwrap(), [0; 0]);
-    assert_eq!(
-        (tokenizer.eos().unwrap(), tokenizer.vocab_size()),
-        (263, 264)
-    );
+    assert_eq!((tokenizer.eos().unwrap(), tokenizer.vocab_size()), (263, 264));
     assert_eq!(
         tokenizer.decode(&[258, 259, 262, 0xc3, 0xa9, 263]).unwrap(),
         "the the wasé"
@@ -455,10 +385,7 @@ fn both_layouts_serve_one_tokenizer_with_the_same_ids_and_digest() {
 fn encoding_and_decoding_gives_the_text_back() {
     let tokenizer = tiny_tokenizer();
     for text in ["the cat\twas\r\n there", "  two  spaces ", "ünïcödé 🦀"] {
-        assert_eq!(
-            tokenizer.decode(&tokenizer.encode(text).unwrap()).unwrap(),
-            text
-        );
+        assert_eq!(tokenizer.decode(&tokenizer.encode(text).unwrap()).unwrap(), text);
     }
 }
 
@@ -467,25 +394,17 @@ fn a_tokenizer_larger_than_the_model_is_named_with_both_sizes() {
     let tokenizer = tiny_tokenizer();
     assert!(tokenizer.check_vocabulary(264).is_ok() && tokenizer.check_vocabulary(300).is_ok());
     let error = tokenizer.check_vocabulary(263).unwrap_err().to_string();
-    assert!(
-        error.contains("263") && error.contains("vocabulary"),
-        "{error}"
-    );
+    assert!(error.contains("263") && error.contains("vocabulary"), "{error}");
 }
 
 #[test]
 fn the_end_token_comes_from_the_model_only_when_the_tokenizer_names_none() {
     let (vocab, merges) = tiny_files();
     let without = vocab.replace("<|endoftext|>", "unused");
-    let load = |vocab: &str, eos| {
-        Tokenizer::from_vocab_and_merges(vocab.as_bytes(), merges.as_bytes(), eos).unwrap()
-    };
+    let load = |vocab: &str, eos| Tokenizer::from_vocab_and_merges(vocab.as_bytes(), merges.as_bytes(), eos).unwrap();
     assert_eq!(load(&vocab, Some(7)).eos().unwrap(), 263);
     assert_eq!(load(&without, Some(7)).eos().unwrap(), 7);
-    assert!(matches!(
-        load(&without, None).eos(),
-        Err(DataError::NoEndToken)
-    ));
+    assert!(matches!(load(&without, None).eos(), Err(DataError::NoEndToken)));
 }
 
 #[test]
@@ -525,8 +444,7 @@ fn malformed_tokenizers_are_errors() {
         (vocab.as_str(), "zz y"),
         ("{\"a\":-1}", ""),
     ] {
-        let error = Tokenizer::from_vocab_and_merges(vocab.as_bytes(), merges.as_bytes(), None)
-            .unwrap_err();
+        let error = Tokenizer::from_vocab_and_merges(vocab.as_bytes(), merges.as_bytes(), None).unwrap_err();
         assert!(matches!(error, DataError::Tokenizer { .. }), "{error}");
     }
 }
@@ -618,25 +536,15 @@ fn every_epoch_visits_every_example_once() {
         epochs[0] != epochs[1] && epochs[1] != epochs[2],
         "epochs differ in their order"
     );
-    assert_eq!(
-        batches.cursor(),
-        Cursor {
-            epoch: 3,
-            position: 0
-        }
-    );
+    assert_eq!(batches.cursor(), Cursor { epoch: 3, position: 0 });
 }
 
 #[test]
 fn the_shuffle_is_the_same_on_every_platform() {
     let examples: Vec<Example> = (0..8).map(|first| example(2, first)).collect();
     let order = |seed| {
-        let batch = Batches::new(examples.clone(), 8, 16, seed)
-            .unwrap()
-            .next_batch();
-        (0..8)
-            .map(|row| batch.tokens[row * batch.seq])
-            .collect::<Vec<u32>>()
+        let batch = Batches::new(examples.clone(), 8, 16, seed).unwrap().next_batch();
+        (0..8).map(|row| batch.tokens[row * batch.seq]).collect::<Vec<u32>>()
     };
     assert_eq!(order(None), [0, 1, 2, 3, 4, 5, 6, 7]);
     assert_eq!(order(Some(1)), ORDER_OF_SEED_1);
@@ -645,25 +553,16 @@ fn the_shuffle_is_the_same_on_every_platform() {
 
 #[test]
 fn a_restored_cursor_goes_on_with_the_very_next_batch() {
-    let examples: Vec<Example> = (0..7)
-        .map(|first| example(2 + first as usize, first))
-        .collect();
+    let examples: Vec<Example> = (0..7).map(|first| example(2 + first as usize, first)).collect();
     let mut original = Batches::new(examples.clone(), 3, 64, Some(3)).unwrap();
     for step in 0..8 {
         let saved = serde_json::to_string(&original.cursor()).unwrap();
         let mut resumed = Batches::new(examples.clone(), 3, 64, Some(3)).unwrap();
-        resumed
-            .restore(serde_json::from_str(&saved).unwrap())
-            .unwrap();
+        resumed.restore(serde_json::from_str(&saved).unwrap()).unwrap();
         assert_eq!(original.next_batch(), resumed.next_batch(), "step {step}");
         assert_eq!(original.next_batch(), resumed.next_batch(), "step {step}");
     }
-    let error = original
-        .restore(Cursor {
-            epoch: 0,
-            position: 7,
-        })
-        .unwrap_err();
+    let error = original.restore(Cursor { epoch: 0, position: 7 }).unwrap_err();
     assert!(matches!(
         error,
         DataError::Cursor {
@@ -678,37 +577,22 @@ fn one_pass_counts_every_target_once() {
     let examples: Vec<Example> = (2..13).map(|length| example(length, 0)).collect();
     let batches: Vec<_> = pass(&examples, 4, 64).unwrap().collect();
     assert_eq!(
-        batches
-            .iter()
-            .map(|batch| batch.examples)
-            .collect::<Vec<_>>(),
+        batches.iter().map(|batch| batch.examples).collect::<Vec<_>>(),
         [4, 4, 3]
     );
     let targets: usize = examples.iter().map(Example::target_count).sum();
-    assert_eq!(
-        batches
-            .iter()
-            .map(|batch| batch.target_count)
-            .sum::<usize>(),
-        targets
-    );
+    assert_eq!(batches.iter().map(|batch| batch.target_count).sum::<usize>(), targets);
 }
 
 #[test]
 fn impossible_shapes_are_refused() {
     assert!(matches!(
         Batches::new(vec![example(2, 0)], 0, 16, None),
-        Err(DataError::Option {
-            option: "--batch",
-            ..
-        })
+        Err(DataError::Option { option: "--batch", .. })
     ));
     assert!(matches!(
         pass(&[example(2, 0)], 1, 0).err(),
-        Some(DataError::Option {
-            option: "--seq",
-            ..
-        })
+        Some(DataError::Option { option: "--seq", .. })
     ));
     assert!(matches!(
         Batches::new(Vec::new(), 1, 16, None),

@@ -39,13 +39,7 @@ fn the_adapter_that_cannot_be_averaged_is_named() {
     );
     for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         let error = weighted_mean(&[(1, &[1.0, 2.0]), (1, &[1.0, 2.0]), (1, &[1.0, value])]);
-        assert_eq!(
-            error,
-            Err(AverageError::NotFinite {
-                index: 2,
-                position: 1
-            })
-        );
+        assert_eq!(error, Err(AverageError::NotFinite { index: 2, position: 1 }));
     }
     let error = weighted_mean(&[(u64::MAX, &[1.0]), (1, &[1.0])]);
     assert_eq!(error, Err(AverageError::WeightOverflow));

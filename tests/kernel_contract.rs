@@ -8,8 +8,8 @@ use naga::{AddressSpace, Module, StorageAccess, TypeInner};
 use sflllm::compute::kernel::{Access, Constants, Kernel, specialise};
 use sflllm::compute::{Buffer, Command, DeviceClass, Engine, Recording};
 use sflllm::kernels::{
-    self, adamw, aggregate, attention, cross_entropy, embedding, gelu, layernorm, lora, matmul,
-    peak, quantize, residual, scalar,
+    self, adamw, aggregate, attention, cross_entropy, embedding, gelu, layernorm, lora, matmul, peak, quantize,
+    residual, scalar,
 };
 
 /// WebGPU's defaults, which every adapter has.
@@ -37,10 +37,7 @@ fn record_all(recording: &mut Recording) {
     aggregate::mean(recording, mean, a, b, c);
     adamw::norm(recording, 301, a, b, c);
     adamw::update(recording, 301, a, b, (c, d, e));
-    let tensor = quantize::Params {
-        rows: 45,
-        width: 70,
-    };
+    let tensor = quantize::Params { rows: 45, width: 70 };
     quantize::forward_f16(recording, tensor, a, b);
     quantize::inverse_f16(recording, tensor, a, b);
     quantize::forward_int8(recording, tensor, a, b, c);
@@ -97,10 +94,7 @@ fn record_all(recording: &mut Recording) {
                     tile: n - 1,
                     f16,
                     hidden: a,
-                    chunks: &[
-                        (b.clone(), 0, n as u32),
-                        (b.clone(), n as u32, n as u32 + 7),
-                    ],
+                    chunks: &[(b.clone(), 0, n as u32), (b.clone(), n as u32, n as u32 + 7)],
                     targets: c,
                     scalars: d,
                     scratch: cross_entropy::Scratch {
@@ -204,9 +198,7 @@ fn launched() -> Vec<(&'static Kernel, Constants)> {
                 .commands()
                 .iter()
                 .filter_map(|command| match command {
-                    Command::Dispatch(dispatch) => {
-                        Some((dispatch.kernel, dispatch.constants.clone()))
-                    }
+                    Command::Dispatch(dispatch) => Some((dispatch.kernel, dispatch.constants.clone())),
                     _ => None,
                 })
                 .collect::<Vec<_>>()
@@ -258,10 +250,7 @@ impl Shader {
     }
 
     /// The module-scope variables that the entry point uses, in a given sort of address space.
-    fn used(
-        &self,
-        wanted: impl Fn(AddressSpace) -> bool,
-    ) -> impl Iterator<Item = (&naga::GlobalVariable, GlobalUse)> {
+    fn used(&self, wanted: impl Fn(AddressSpace) -> bool) -> impl Iterator<Item = (&naga::GlobalVariable, GlobalUse)> {
         self.module
             .global_variables
             .iter()
@@ -287,11 +276,7 @@ impl Shader {
                 );
                 let binding = variable.binding.expect("a storage variable is bound");
                 assert_eq!(binding.group, 0, "{claim}: {:?}", variable.name);
-                let access = if writable {
-                    Access::Write
-                } else {
-                    Access::Read
-                };
+                let access = if writable { Access::Write } else { Access::Read };
                 (binding.binding, access, variable.name.as_deref())
             })
             .collect();
@@ -316,8 +301,7 @@ impl Shader {
             .map(|(variable, _)| {
                 let binding = variable.binding.expect("a uniform is bound");
                 assert_eq!((binding.group, binding.binding), (0, 0), "{claim}");
-                let TypeInner::Struct { members, span } = &self.module.types[variable.ty].inner
-                else {
+                let TypeInner::Struct { members, span } = &self.module.types[variable.ty].inner else {
                     panic!("{claim}: params are a struct")
                 };
                 let members: Vec<(&str, usize)> = members
@@ -440,11 +424,7 @@ fn shaders_and_rust_agree_where_each_scalar_lives() {
     for kernel in kernels::all() {
         let Shader { module, .. } = Shader::parse(kernel, &vec![]);
         for (_, constant) in module.constants.iter() {
-            let Some(name) = constant
-                .name
-                .as_deref()
-                .and_then(|name| name.strip_prefix("SCALAR_"))
-            else {
+            let Some(name) = constant.name.as_deref().and_then(|name| name.strip_prefix("SCALAR_")) else {
                 continue;
             };
             let expected = scalar::INDICES
@@ -452,9 +432,7 @@ fn shaders_and_rust_agree_where_each_scalar_lives() {
                 .find(|(other, _)| *other == name)
                 .unwrap_or_else(|| panic!("{kernel:?}: scalar.rs has no {name}"))
                 .1;
-            let naga::Expression::Literal(naga::Literal::U32(found)) =
-                module.global_expressions[constant.init]
-            else {
+            let naga::Expression::Literal(naga::Literal::U32(found)) = module.global_expressions[constant.init] else {
                 panic!("{kernel:?}: SCALAR_{name} is a u32")
             };
             assert_eq!(found as usize, expected, "{kernel:?}: SCALAR_{name}");

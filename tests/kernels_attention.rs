@@ -81,10 +81,7 @@ fn forward_equals_naive_attention_in_every_tiling() {
     for &(batch, seq, heads, size) in SHAPES {
         let params = params(batch, seq, heads, size);
         let width = heads * size;
-        let qkv: Vec<f32> = numbers(1, batch * seq * 3 * width)
-            .iter()
-            .map(|x| 3.0 * x)
-            .collect();
+        let qkv: Vec<f32> = numbers(1, batch * seq * 3 * width).iter().map(|x| 3.0 * x).collect();
         let claim = format!("forward {params:?}");
         let found = agree(
             &claim,
@@ -93,9 +90,7 @@ fn forward_equals_naive_attention_in_every_tiling() {
                 poisoned(batch * seq * width),
                 poisoned(batch * heads * seq),
             ],
-            |recording, buffers| {
-                attention::forward(recording, params, &buffers[0], &buffers[1], &buffers[2])
-            },
+            |recording, buffers| attention::forward(recording, params, &buffers[0], &buffers[1], &buffers[2]),
         );
         let (out, lse) = naive(&params, &wide(&qkv));
         assert_close(&claim, rows_of(&found[1]), &narrow(&out), 1e-4);
@@ -112,16 +107,12 @@ fn a_token_attends_to_no_later_one() {
         let found = agree(
             "causality",
             &[floats(qkv), poisoned(40 * width), poisoned(2 * 40)],
-            |recording, buffers| {
-                attention::forward(recording, params, &buffers[0], &buffers[1], &buffers[2])
-            },
+            |recording, buffers| attention::forward(recording, params, &buffers[0], &buffers[1], &buffers[2]),
         );
         rows_of(&found[1]).to_vec()
     };
     let before = run(&qkv);
-    qkv[33 * 3 * width..]
-        .iter_mut()
-        .for_each(|x| *x = 7.0 - 2.0 * *x);
+    qkv[33 * 3 * width..].iter_mut().for_each(|x| *x = 7.0 - 2.0 * *x);
     let after = run(&qkv);
     assert_eq!(before[..33 * width], after[..33 * width]);
     assert_ne!(before[33 * width..], after[33 * width..]);
@@ -134,9 +125,7 @@ fn large_scores_neither_overflow_nor_vanish() {
     let found = agree(
         "scores up to thousands",
         &[floats(&qkv), poisoned(40 * 16), poisoned(40)],
-        |recording, buffers| {
-            attention::forward(recording, params, &buffers[0], &buffers[1], &buffers[2])
-        },
+        |recording, buffers| attention::forward(recording, params, &buffers[0], &buffers[1], &buffers[2]),
     );
     let (out, lse) = naive(&params, &wide(&qkv));
     assert_close("out", rows_of(&found[1]), &narrow(&out), 2e-3);
@@ -148,10 +137,7 @@ fn backward_agrees_in_every_tiling_and_writes_all_of_d_qkv() {
     for &(batch, seq, heads, size) in SHAPES {
         let params = params(batch, seq, heads, size);
         let (rows, width) = (batch * seq, heads * size);
-        let qkv: Vec<f32> = numbers(4, rows * 3 * width)
-            .iter()
-            .map(|x| 2.0 * x)
-            .collect();
+        let qkv: Vec<f32> = numbers(4, rows * 3 * width).iter().map(|x| 2.0 * x).collect();
         let mut out = vec![0.0; rows * width];
         let mut lse = vec![0.0; batch * heads * seq];
         attention::forward_cpu(&params, &qkv, &mut out, &mut lse);
@@ -226,10 +212,7 @@ fn backward_equals_finite_differences() {
         attention::backward_kv_cpu(&params, &qkv, &d_out, &lse, &dot, &mut d_qkv);
         let expected = finite_differences(&wide(&qkv), |qkv| {
             let (out, _) = naive(&params, qkv);
-            out.iter()
-                .zip(&d_out)
-                .map(|(out, &d_out)| out * f64::from(d_out))
-                .sum()
+            out.iter().zip(&d_out).map(|(out, &d_out)| out * f64::from(d_out)).sum()
         });
         assert_close(&format!("{params:?}"), &d_qkv, &expected, 1e-4);
     }
@@ -244,14 +227,8 @@ fn attention_reads_no_further_than_its_shape() {
     let bits = |values: &[f32]| bytemuck::cast_slice::<f32, u32>(values).to_vec();
     let found = agree(
         "a buffer longer than the shape",
-        &[
-            exact(&bits(&qkv)),
-            floats(&vec![8.0; 40]),
-            floats(&vec![8.0; 20]),
-        ],
-        |recording, buffers| {
-            attention::forward(recording, params, &buffers[0], &buffers[1], &buffers[2])
-        },
+        &[exact(&bits(&qkv)), floats(&[8.0; 40]), floats(&[8.0; 20])],
+        |recording, buffers| attention::forward(recording, params, &buffers[0], &buffers[1], &buffers[2]),
     );
     assert!(rows_of(&found[1])[12..].iter().all(|&x| x == 8.0));
     assert!(rows_of(&found[2])[3..].iter().all(|&x| x == 8.0));

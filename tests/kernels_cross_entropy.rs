@@ -82,13 +82,7 @@ impl Case {
     fn logits(&self, hidden: &[f64]) -> Vec<f64> {
         self.wte
             .chunks_exact(self.width)
-            .map(|embedding| {
-                embedding
-                    .iter()
-                    .zip(hidden)
-                    .map(|(&e, h)| f64::from(e) * h)
-                    .sum()
-            })
+            .map(|embedding| embedding.iter().zip(hidden).map(|(&e, h)| f64::from(e) * h).sum())
             .collect()
     }
 
@@ -147,9 +141,7 @@ impl Case {
         let hidden = padded(engine, "hidden", &self.hidden);
         let mut targets = self.targets.clone();
         targets.resize(rows + TAIL, i32::MAX);
-        let targets = engine
-            .buffer_from("targets", &targets)
-            .expect("a small buffer");
+        let targets = engine.buffer_from("targets", &targets).expect("a small buffer");
         let scalars = padded(engine, "scalars", &scalars);
         let logits = poison("logits", rows * tile);
         let state = poison("state", rows * STATE_WORDS);
@@ -176,19 +168,12 @@ impl Case {
         };
         cross_entropy::record(&mut recording, &head);
         engine.run(&engine.prepare(recording)).expect("run");
-        for (buffer, count) in [
-            (&logits, rows * tile),
-            (&state, rows * STATE_WORDS),
-            (&row_scale, rows),
-        ] {
+        for (buffer, count) in [(&logits, rows * tile), (&state, rows * STATE_WORDS), (&row_scale, rows)] {
             read(engine, buffer, count);
         }
         let d_hidden = read(engine, &d_hidden, rows * width);
         if !backward {
-            assert!(
-                d_hidden.iter().all(|d| d.is_nan()),
-                "evaluation wrote a gradient"
-            );
+            assert!(d_hidden.iter().all(|d| d.is_nan()), "evaluation wrote a gradient");
         }
         (read(engine, &loss, rows), backward.then_some(d_hidden))
     }
@@ -202,8 +187,7 @@ fn padded<T: bytemuck::NoUninit>(engine: &Engine, name: &str, values: &[T]) -> B
 
 /// The first `count` numbers of `buffer`, after checking that nothing was written behind them.
 fn read(engine: &Engine, buffer: &Buffer, count: usize) -> Vec<f32> {
-    let all: Vec<f32> =
-        pollster::block_on(engine.download(buffer, 0, buffer.words())).expect("download");
+    let all: Vec<f32> = pollster::block_on(engine.download(buffer, 0, buffer.words())).expect("download");
     assert!(
         all[count..].iter().all(|value| value.is_nan()),
         "{buffer:?} was written past its end"
@@ -214,9 +198,7 @@ fn read(engine: &Engine, buffer: &Buffer, count: usize) -> Vec<f32> {
 /// The largest difference must be below `tolerance` of the largest expected number.
 fn assert_close(found: &[f32], expected: &[f64], tolerance: f64, what: &str) {
     assert_eq!(found.len(), expected.len(), "{what}");
-    let scale = expected
-        .iter()
-        .fold(1e-30f64, |scale, value| scale.max(value.abs()));
+    let scale = expected.iter().fold(1e-30f64, |scale, value| scale.max(value.abs()));
     for (i, (&found, &expected)) in found.iter().zip(expected).enumerate() {
         let error = (f64::from(found) - expected).abs();
         assert!(
@@ -242,23 +224,14 @@ fn wide(values: &[f32]) -> Vec<f64> {
 
 #[test]
 fn loss_and_gradient_equal_f64_for_every_tile_and_chunk() {
-    let shapes = [
-        (1, 1, 1),
-        (7, 5, 2),
-        (45, 70, 301),
-        (65, 64, 257),
-        (9, 33, 130),
-    ];
+    let shapes = [(1, 1, 1), (7, 5, 2), (45, 70, 301), (65, 64, 257), (9, 33, 130)];
     for target in &targets() {
         for (rows, width, vocab) in shapes {
             let case = Case::new(rows, width, vocab, 2.0);
             let losses = case.losses(&wide(&case.hidden));
             let gradient = case.gradient(&wide(&case.hidden));
             let chunkings: [&[usize]; 3] = [&[], &[vocab / 2], &[vocab / 3, vocab - 1]];
-            for cuts in chunkings
-                .into_iter()
-                .filter(|cuts| vocab > 3 || cuts.is_empty())
-            {
+            for cuts in chunkings.into_iter().filter(|cuts| vocab > 3 || cuts.is_empty()) {
                 for tile in [64, 63, 1000, 130] {
                     for halves in [true, false] {
                         let what = format!(
@@ -314,10 +287,7 @@ fn logits_in_the_thousands_do_not_overflow() {
     for target in &targets() {
         let case = Case::new(9, 70, 301, 500.0);
         let expected = case.losses(&wide(&case.hidden));
-        assert!(
-            expected.iter().any(|loss| *loss > 1000.0),
-            "the case must be extreme"
-        );
+        assert!(expected.iter().any(|loss| *loss > 1000.0), "the case must be extreme");
         let (loss, d_hidden) = case.run(target, &[100], 64, true, true);
         let what = format!("{:?}", target.1);
         assert_close(&loss, &expected, 1e-5, &what);

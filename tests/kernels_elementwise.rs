@@ -86,9 +86,7 @@ fn gelu_backward_equals_finite_differences() {
         let found = agree(
             &format!("gelu.backward_x {n}"),
             &[floats(&x), floats(&d_out), poisoned(n)],
-            |recording, buffers| {
-                gelu::backward_x(recording, n, &buffers[0], &buffers[1], &buffers[2])
-            },
+            |recording, buffers| gelu::backward_x(recording, n, &buffers[0], &buffers[1], &buffers[2]),
         );
         for i in 0..n {
             let slope = finite_differences(&[x[i].into()], |x| gelu_f64(x[0]))[0];
@@ -105,10 +103,7 @@ fn gelu_backward_equals_finite_differences() {
 #[test]
 fn layernorm_forward_equals_its_formula() {
     for &(rows, width) in MATRICES {
-        let x: Vec<f32> = numbers(5, rows * width)
-            .iter()
-            .map(|x| 2.0 * x + 0.7)
-            .collect();
+        let x: Vec<f32> = numbers(5, rows * width).iter().map(|x| 2.0 * x + 0.7).collect();
         let (gamma, beta) = (numbers(6, width), numbers(7, width));
         let params = layernorm::ForwardParams {
             rows: rows as u32,
@@ -132,14 +127,10 @@ fn layernorm_forward_equals_its_formula() {
                 layernorm::forward(recording, params, x, (gamma, beta), out, stats)
             },
         );
-        let expected: Vec<f32> = layernorm_f64(
-            &x.iter().map(|&x| x.into()).collect::<Vec<_>>(),
-            &gamma,
-            &beta,
-        )
-        .iter()
-        .map(|&x| x as f32)
-        .collect();
+        let expected: Vec<f32> = layernorm_f64(&x.iter().map(|&x| x.into()).collect::<Vec<_>>(), &gamma, &beta)
+            .iter()
+            .map(|&x| x as f32)
+            .collect();
         assert_close(&claim, as_floats(&found[3]), &expected, 1e-4);
     }
 }
@@ -151,12 +142,9 @@ fn layernorm_f64(x: &[f64], gamma: &[f32], beta: &[f32]) -> Vec<f64> {
         .flat_map(|row| {
             let mean = row.iter().sum::<f64>() / width as f64;
             let variance = row.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / width as f64;
-            row.iter()
-                .zip(gamma)
-                .zip(beta)
-                .map(move |((x, &gamma), &beta)| {
-                    (x - mean) / (variance + 1e-5).sqrt() * f64::from(gamma) + f64::from(beta)
-                })
+            row.iter().zip(gamma).zip(beta).map(move |((x, &gamma), &beta)| {
+                (x - mean) / (variance + 1e-5).sqrt() * f64::from(gamma) + f64::from(beta)
+            })
         })
         .collect()
 }
@@ -191,13 +179,7 @@ fn layernorm_backward_equals_finite_differences() {
             let claim = format!("layernorm.backward_x {rows}x{width} {accumulate}");
             let found = agree(
                 &claim,
-                &[
-                    floats(&d_out),
-                    floats(&x),
-                    floats(&gamma),
-                    floats(&stats),
-                    d_x,
-                ],
+                &[floats(&d_out), floats(&x), floats(&gamma), floats(&stats), d_x],
                 |recording, buffers| {
                     let [d_out, x, gamma, stats, d_x] = buffers else {
                         unreachable!("five slots")
@@ -236,9 +218,7 @@ fn weight_words(values: &[f32], f16: bool) -> Vec<u32> {
     values
         .chunks(2)
         .map(|pair| {
-            let half = |x: Option<&f32>| {
-                u32::from(half::f16::from_f32(x.copied().unwrap_or(0.0)).to_bits())
-            };
+            let half = |x: Option<&f32>| u32::from(half::f16::from_f32(x.copied().unwrap_or(0.0)).to_bits());
             half(pair.first()) | half(pair.get(1)) << 16
         })
         .collect()
@@ -248,20 +228,11 @@ fn weight_words(values: &[f32], f16: bool) -> Vec<u32> {
 fn embedding_adds_token_and_position_whatever_the_chunks() {
     let vocab = 301;
     for f16 in [true, false] {
-        for (batch, seq, width, chunk) in [
-            (1, 1, 1, vocab),
-            (2, 45, 70, 100),
-            (3, 5, 7, 64),
-            (1, 13, 65, 1),
-        ] {
+        for (batch, seq, width, chunk) in [(1, 1, 1, vocab), (2, 45, 70, 100), (3, 5, 7, 64), (1, 13, 65, 1)] {
             let rows = batch * seq;
             let round = |values: Vec<f32>| -> Vec<f32> {
                 let narrowed = |x: f32| {
-                    if f16 {
-                        half::f16::from_f32(x).to_f32()
-                    } else {
-                        x
-                    }
+                    if f16 { half::f16::from_f32(x).to_f32() } else { x }
                 };
                 values.into_iter().map(narrowed).collect()
             };
@@ -269,11 +240,7 @@ fn embedding_adds_token_and_position_whatever_the_chunks() {
             let wpe = round(numbers(13, (seq + 2) * width));
             let tokens: Vec<u32> = (0..rows as u32).map(|i| i * 7919 % vocab as u32).collect();
             let starts: Vec<usize> = (0..vocab).step_by(chunk).collect();
-            let mut slots = vec![
-                exact(&tokens),
-                exact(&weight_words(&wpe, f16)),
-                poisoned(rows * width),
-            ];
+            let mut slots = vec![exact(&tokens), exact(&weight_words(&wpe, f16)), poisoned(rows * width)];
             slots.extend(starts.iter().map(|&start| {
                 let end = (start + chunk).min(vocab);
                 exact(&weight_words(&wte[start * width..end * width], f16))
@@ -289,20 +256,12 @@ fn embedding_adds_token_and_position_whatever_the_chunks() {
                         vocab_end: (start + chunk).min(vocab) as u32,
                         f16: f16.into(),
                     };
-                    embedding::forward(
-                        recording,
-                        params,
-                        &buffers[0],
-                        wte,
-                        &buffers[1],
-                        &buffers[2],
-                    );
+                    embedding::forward(recording, params, &buffers[0], wte, &buffers[1], &buffers[2]);
                 }
             });
             for row in 0..rows {
                 for i in 0..width {
-                    let expected =
-                        wte[tokens[row] as usize * width + i] + wpe[row % seq * width + i];
+                    let expected = wte[tokens[row] as usize * width + i] + wpe[row % seq * width + i];
                     assert_eq!(as_floats(&found[2])[row * width + i], expected, "{claim}");
                 }
             }
@@ -328,16 +287,7 @@ fn embedding_leaves_rows_of_other_chunks_alone() {
             exact(as_words(&[0.0; 6])),
             floats(&[7.0; 6]),
         ],
-        |recording, buffers| {
-            embedding::forward(
-                recording,
-                params,
-                &buffers[0],
-                &buffers[1],
-                &buffers[2],
-                &buffers[3],
-            )
-        },
+        |recording, buffers| embedding::forward(recording, params, &buffers[0], &buffers[1], &buffers[2], &buffers[3]),
     );
     assert_eq!(as_floats(&found[3]), [7.0, 7.0, 1.0, 2.0, 7.0, 7.0]);
 }
@@ -356,9 +306,7 @@ fn aggregate_mean_weighs_clients_by_their_share() {
             let found = agree(
                 &claim,
                 &[floats(&stacked), floats(&weights), poisoned(n)],
-                |recording, buffers| {
-                    aggregate::mean(recording, params, &buffers[0], &buffers[1], &buffers[2])
-                },
+                |recording, buffers| aggregate::mean(recording, params, &buffers[0], &buffers[1], &buffers[2]),
             );
             let total: f64 = weights.iter().map(|&w| f64::from(w)).sum();
             let expected: Vec<f32> = (0..n)
@@ -385,11 +333,7 @@ fn adamw_norm_is_the_norm_of_the_scaled_gradient() {
         let claim = format!("adamw.norm {n}");
         let found = agree(
             &claim,
-            &[
-                floats(&gradient),
-                poisoned(adamw::partial_words(n)),
-                floats(&scalars),
-            ],
+            &[floats(&gradient), poisoned(adamw::partial_words(n)), floats(&scalars)],
             |recording, buffers| adamw::norm(recording, n, &buffers[0], &buffers[1], &buffers[2]),
         );
         let squares: f64 = gradient[..n].iter().map(|&g| f64::from(g).powi(2)).sum();
@@ -478,7 +422,7 @@ fn adamw_updates_follow_the_published_algorithm_with_decay_and_clipping() {
 
 /// Floats whose conversion to f16 is delicate: ties, subnormals, the largest, infinities, NaN.
 fn delicate() -> Vec<u32> {
-    let mut words: Vec<u32> = (0..0x2_0000u32).map(|i| i << 15 | i % 3).collect();
+    let mut words: Vec<u32> = (0..0x2_0000u32).map(|i| (i << 15) | (i % 3)).collect();
     words.extend((0..0x1_0000u32).map(|i| {
         let exact = half::f16::from_bits(i as u16).to_f32().to_bits();
         exact.wrapping_add(1 << 12)
@@ -515,11 +459,8 @@ fn f16_rounds_to_nearest_even_and_saturates_bit_for_bit() {
 
 #[test]
 fn every_f16_expands_exactly() {
-    let packed: Vec<u32> = (0..0x8000u32).map(|i| 2 * i | (2 * i + 1) << 16).collect();
-    let params = quantize::Params {
-        rows: 256,
-        width: 256,
-    };
+    let packed: Vec<u32> = (0..0x8000u32).map(|i| (2 * i) | ((2 * i + 1) << 16)).collect();
+    let params = quantize::Params { rows: 256, width: 256 };
     let found = agree(
         "quantize.inverse_f16",
         &[exact(&packed), exact(&[!0; 0x1_0000])],
@@ -584,25 +525,19 @@ fn int8_round_trip_is_within_half_a_step_of_each_row() {
         let found = agree(
             &format!("quantize.inverse_int8 {rows}x{width}"),
             &[exact(&packed), floats(&scales), poisoned(rows * width)],
-            |recording, buffers| {
-                quantize::inverse_int8(recording, params, &buffers[0], &buffers[1], &buffers[2])
-            },
+            |recording, buffers| quantize::inverse_int8(recording, params, &buffers[0], &buffers[1], &buffers[2]),
         );
         for row in 0..rows {
-            let largest = x[row * width..][..width]
-                .iter()
-                .fold(0.0f32, |max, x| max.max(x.abs()));
+            let largest = x[row * width..][..width].iter().fold(0.0f32, |max, x| max.max(x.abs()));
             assert!((scales[row] - largest / 127.0).abs() <= 1e-6 * largest);
-            for i in row * width..(row + 1) * width {
-                let error = (as_floats(&found[2])[i] - x[i]).abs();
-                assert!(error <= 0.500_01 * scales[row], "element {i}: {error:e}");
+            let out = &as_floats(&found[2])[row * width..][..width];
+            for (out, x) in out.iter().zip(&x[row * width..]) {
+                let error = (out - x).abs();
+                assert!(error <= 0.500_01 * scales[row], "{x} reads back as {out}");
             }
             let words = width.div_ceil(4);
             let padding = packed[(row + 1) * words - 1] >> (((width - 1) % 4 + 1) as u32 * 8 % 32);
-            assert!(
-                width % 4 == 0 || padding == 0,
-                "row {row} is not padded with zeros"
-            );
+            assert!(width % 4 == 0 || padding == 0, "row {row} is not padded with zeros");
         }
     }
 }

@@ -2,9 +2,7 @@
 //! gradients against finite differences.
 
 use sflllm::compute::{Buffer, DeviceClass, Engine, Recording};
-use sflllm::kernels::lora::{
-    self, BackwardAParams, BackwardBParams, BackwardUpParams, ForwardDownParams,
-};
+use sflllm::kernels::lora::{self, BackwardAParams, BackwardBParams, BackwardUpParams, ForwardDownParams};
 use sflllm::kernels::matmul::{self, Epilogue, Lora, Shape};
 use sflllm::kernels::scalar;
 
@@ -76,8 +74,7 @@ fn poisoned(engine: &Engine, name: &str, count: usize) -> Buffer {
 
 /// The first `count` numbers of `buffer`, after checking that nothing was written behind them.
 fn read(engine: &Engine, buffer: &Buffer, count: usize) -> Vec<f32> {
-    let all: Vec<f32> =
-        pollster::block_on(engine.download(buffer, 0, buffer.words())).expect("download");
+    let all: Vec<f32> = pollster::block_on(engine.download(buffer, 0, buffer.words())).expect("download");
     assert!(
         all[count..].iter().all(|value| value.is_nan()),
         "{buffer:?} was written past its end"
@@ -92,9 +89,7 @@ fn run(engine: &Engine, recording: Recording) {
 /// The largest difference must be below `tolerance` of the largest expected number.
 fn assert_close(found: &[f32], expected: &[f64], tolerance: f64, what: &str) {
     assert_eq!(found.len(), expected.len(), "{what}");
-    let scale = expected
-        .iter()
-        .fold(1e-30f64, |scale, value| scale.max(value.abs()));
+    let scale = expected.iter().fold(1e-30f64, |scale, value| scale.max(value.abs()));
     for (i, (&found, &expected)) in found.iter().zip(expected).enumerate() {
         let error = (f64::from(found) - expected).abs();
         assert!(
@@ -123,9 +118,7 @@ fn product(
     let mut out = vec![0.0; rows * columns];
     for row in 0..rows {
         for column in 0..columns {
-            out[row * columns + column] = (0..inner)
-                .map(|i| left[row * inner + i] * right(i, column))
-                .sum();
+            out[row * columns + column] = (0..inner).map(|i| left[row * inner + i] * right(i, column)).sum();
         }
     }
     out
@@ -196,9 +189,7 @@ fn check_product(
     (f16, w_offset): (bool, usize),
     fused: Fused,
 ) {
-    let what = format!(
-        "{class:?}, transposed {transposed}, {m}x{n}x{k}, f16 {f16}, w_offset {w_offset}, {fused:?}"
-    );
+    let what = format!("{class:?}, transposed {transposed}, {m}x{n}x{k}, f16 {f16}, w_offset {w_offset}, {fused:?}");
     // In terms of the product: out (m, columns) from x (m, inner).
     let (columns, inner) = if transposed { (k, n) } else { (n, k) };
     let x = numbers(1, m * inner);
@@ -317,12 +308,10 @@ fn backward_w_equals_f64_at_every_shape_and_tiling() {
             let x = numbers(1, m * k);
             let d_y = numbers(2, m * n);
             let transposed: Vec<f64> = (0..k * m).map(|i| x[i % m * k + i / m].into()).collect();
-            let expected: Vec<f64> = product(&transposed, (k, n, m), |row, output| {
-                d_y[row * n + output].into()
-            })
-            .iter()
-            .map(|value| value * 0.5)
-            .collect();
+            let expected: Vec<f64> = product(&transposed, (k, n, m), |row, output| d_y[row * n + output].into())
+                .iter()
+                .map(|value| value * 0.5)
+                .collect();
             let x = buffer(engine, "x", &x);
             let d_y = buffer(engine, "d_y", &d_y);
             let d_w = poisoned(engine, "d_w", k * n);
@@ -360,10 +349,7 @@ fn gelu_epilogue_stays_finite_far_from_zero() {
         run(engine, recording);
         assert_eq!(read(engine, &pre, values.len()), values);
         for (&x, found) in values.iter().zip(read(engine, &out, values.len())) {
-            assert!(
-                (found - x.max(0.0)).abs() < 1e-6,
-                "{class:?}: gelu({x}) = {found}"
-            );
+            assert!((found - x.max(0.0)).abs() < 1e-6, "{class:?}: gelu({x}) = {found}");
         }
     }
 }
@@ -434,8 +420,7 @@ fn low_rank_products_equal_f64_at_every_shape_and_tiling() {
             let u = poisoned(engine, "u", rows * rank);
             let v = poisoned(engine, "v", rows * rank);
             let mut recording = Recording::new(*class);
-            let (rows_, columns_, rank_, offset_) =
-                (rows as u32, columns as u32, rank as u32, offset as u32);
+            let (rows_, columns_, rank_, offset_) = (rows as u32, columns as u32, rank as u32, offset as u32);
             let down = ForwardDownParams {
                 rows: rows_,
                 inputs: columns_,
@@ -468,10 +453,7 @@ fn low_rank_gradients_equal_f64_at_every_shape_and_tiling() {
             let old = numbers(3, offset + columns * rank);
             let sum = |column: usize, r: usize| -> f64 {
                 (0..rows)
-                    .map(|row| {
-                        f64::from(wide_operand[row * columns + column])
-                            * f64::from(thin[row * rank + r])
-                    })
+                    .map(|row| f64::from(wide_operand[row * columns + column]) * f64::from(thin[row * rank + r]))
                     .sum()
             };
             let mut a_expected = wide(&old);
@@ -491,8 +473,7 @@ fn low_rank_gradients_equal_f64_at_every_shape_and_tiling() {
             let a = buffer(engine, "a", &old);
             let b = buffer(engine, "b", &old);
             let mut recording = Recording::new(*class);
-            let (rows, columns, rank, offset) =
-                (rows as u32, columns as u32, rank as u32, offset as u32);
+            let (rows, columns, rank, offset) = (rows as u32, columns as u32, rank as u32, offset as u32);
             let params = BackwardAParams {
                 rows,
                 inputs: columns,
@@ -500,15 +481,7 @@ fn low_rank_gradients_equal_f64_at_every_shape_and_tiling() {
                 offset,
                 scale: scale as f32,
             };
-            lora::backward_a(
-                &mut recording,
-                params,
-                &thin,
-                &wide_operand,
-                &scalars,
-                &partial,
-                &a,
-            );
+            lora::backward_a(&mut recording, params, &thin, &wide_operand, &scalars, &partial, &a);
             let params = BackwardBParams {
                 rows,
                 outputs: columns,
@@ -516,15 +489,7 @@ fn low_rank_gradients_equal_f64_at_every_shape_and_tiling() {
                 offset,
                 scale: scale as f32,
             };
-            lora::backward_b(
-                &mut recording,
-                params,
-                &wide_operand,
-                &thin,
-                &scalars,
-                &partial,
-                &b,
-            );
+            lora::backward_b(&mut recording, params, &wide_operand, &thin, &scalars, &partial, &b);
             run(engine, recording);
             assert_close(&read(engine, &a, old.len()), &a_expected, 1e-5, &what);
             assert_close(&read(engine, &b, old.len()), &b_expected, 1e-5, &what);
@@ -550,12 +515,7 @@ fn more_row_blocks_than_one_dimension_holds_are_all_computed() {
         lora::forward_down(&mut recording, params, &x_buffer, &adapter, &u);
         run(engine, recording);
         let expected: Vec<f64> = x.iter().map(|&x| 2.0 * f64::from(x)).collect();
-        assert_close(
-            &read(engine, &u, rows),
-            &expected,
-            1e-6,
-            &format!("{class:?}"),
-        );
+        assert_close(&read(engine, &u, rows), &expected, 1e-6, &format!("{class:?}"));
     }
 }
 
@@ -571,15 +531,11 @@ struct Layer {
 impl Layer {
     /// The loss `Σ c · y` with `y = x·W + scale · (x·Aᵀ)·Bᵀ`.
     fn loss(&self, x: &[f64], w: &[f64], a: &[f64], b: &[f64], c: &[f64]) -> f64 {
-        let u = product(x, (self.rows, self.rank, self.inputs), |i, r| {
-            a[r * self.inputs + i]
-        });
+        let u = product(x, (self.rows, self.rank, self.inputs), |i, r| a[r * self.inputs + i]);
         let y = product(x, (self.rows, self.outputs, self.inputs), |i, o| {
             w[i * self.outputs + o]
         });
-        let low = product(&u, (self.rows, self.outputs, self.rank), |r, o| {
-            b[o * self.rank + r]
-        });
+        let low = product(&u, (self.rows, self.outputs, self.rank), |r, o| b[o * self.rank + r]);
         y.iter()
             .zip(&low)
             .zip(c)
@@ -641,17 +597,12 @@ fn layer_gradients_equal_finite_differences() {
         let d_y = buffer(engine, "d_y", &c);
         let u = poisoned(engine, "u", rows * rank);
         let v = poisoned(engine, "v", rows * rank);
-        let partial = poisoned(
-            engine,
-            "partial",
-            lora::partial_words(rows, inputs.max(outputs), rank),
-        );
+        let partial = poisoned(engine, "partial", lora::partial_words(rows, inputs.max(outputs), rank));
         let d_x = poisoned(engine, "d_x", rows * inputs);
         let d_w = poisoned(engine, "d_w", inputs * outputs);
         let mut recording = Recording::new(*class);
         let shape = Shape::new(rows, outputs, inputs);
-        let (rows_, inputs_, outputs_, rank_) =
-            (rows as u32, inputs as u32, outputs as u32, rank as u32);
+        let (rows_, inputs_, outputs_, rank_) = (rows as u32, inputs as u32, outputs as u32, rank as u32);
         let (b_offset, scale) = (a.len() as u32, scale as f32);
         let params = ForwardDownParams {
             rows: rows_,
@@ -674,15 +625,7 @@ fn layer_gradients_equal_finite_differences() {
             offset: b_offset,
             scale,
         };
-        lora::backward_b(
-            &mut recording,
-            params,
-            &d_y,
-            &u,
-            &scalars,
-            &partial,
-            &gradient,
-        );
+        lora::backward_b(&mut recording, params, &d_y, &u, &scalars, &partial, &gradient);
         let params = BackwardAParams {
             rows: rows_,
             inputs: inputs_,
@@ -690,15 +633,7 @@ fn layer_gradients_equal_finite_differences() {
             offset: 0,
             scale,
         };
-        lora::backward_a(
-            &mut recording,
-            params,
-            &v,
-            &x,
-            &scalars,
-            &partial,
-            &gradient,
-        );
+        lora::backward_a(&mut recording, params, &v, &x, &scalars, &partial, &gradient);
         let epilogue = Epilogue {
             lora: Some(Lora {
                 u: &v,
@@ -714,18 +649,8 @@ fn layer_gradients_equal_finite_differences() {
         run(engine, recording);
 
         let what = format!("{class:?}");
-        assert_close(
-            &read(engine, &d_x, rows * inputs),
-            &d_x_expected,
-            1e-5,
-            &what,
-        );
-        assert_close(
-            &read(engine, &d_w, inputs * outputs),
-            &d_w_expected,
-            1e-5,
-            &what,
-        );
+        assert_close(&read(engine, &d_x, rows * inputs), &d_x_expected, 1e-5, &what);
+        assert_close(&read(engine, &d_w, inputs * outputs), &d_w_expected, 1e-5, &what);
         let found = read(engine, &gradient, a.len() + b.len());
         assert_close(&found[..a.len()], &d_a_expected, 1e-5, &what);
         assert_close(&found[a.len()..], &d_b_expected, 1e-5, &what);

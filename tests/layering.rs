@@ -19,10 +19,22 @@ const MODULES: &[(&str, &[&str])] = &[
     ("split", &["model", "kernels", "compute"]),
     ("allocation", &["model"]),
     ("simulation", &["protocol", "federated", "allocation"]),
-    ("client", &["split", "model", "protocol", "data", "compute", "transport"]),
+    (
+        "client",
+        &["split", "model", "protocol", "data", "compute", "transport"],
+    ),
     (
         "server",
-        &["split", "model", "protocol", "data", "compute", "federated", "allocation", "transport"],
+        &[
+            "split",
+            "model",
+            "protocol",
+            "data",
+            "compute",
+            "federated",
+            "allocation",
+            "transport",
+        ],
     ),
 ];
 
@@ -87,7 +99,9 @@ fn without_comments(source: &str) -> String {
 }
 
 fn identifier(text: &str) -> &str {
-    let end = text.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(text.len());
+    let end = text
+        .find(|c: char| !c.is_alphanumeric() && c != '_')
+        .unwrap_or(text.len());
     &text[..end]
 }
 
@@ -138,10 +152,14 @@ fn names_crate(code: &str, name: &str) -> bool {
 #[test]
 fn the_scanner_sees_every_form_of_a_path() {
     let code = "use crate::model::config::Config;\nuse crate::{split::{Cut, Wire}, data, protocol::*};\nlet x: crate::compute::Engine;\nmacro $crate::hidden";
-    let expected: BTreeSet<String> =
-        ["model", "split", "data", "protocol", "compute"].map(str::to_owned).into();
+    let expected: BTreeSet<String> = ["model", "split", "data", "protocol", "compute"]
+        .map(str::to_owned)
+        .into();
     assert_eq!(named_modules(code), expected);
-    assert_eq!(named_modules(&without_comments("// crate::server is elsewhere\n")), BTreeSet::new());
+    assert_eq!(
+        named_modules(&without_comments("// crate::server is elsewhere\n")),
+        BTreeSet::new()
+    );
     assert!(names_crate("use tokio::sync::mpsc;", "tokio"));
     assert!(names_crate("    fn f() -> anyhow::Result<()>", "anyhow"));
     assert!(!names_crate("use tokio_rustls::x;", "tokio"));
@@ -194,15 +212,19 @@ fn external_crates_have_an_owner() {
     let mut wrong = Vec::new();
     for (file, code) in files() {
         for (name, owners) in CRATES {
-            let owned = owners.iter().any(|owner| {
-                file == *owner || file.strip_prefix(owner).is_some_and(|rest| rest.starts_with('/'))
-            });
+            let owned = owners
+                .iter()
+                .any(|owner| file == *owner || file.strip_prefix(owner).is_some_and(|rest| rest.starts_with('/')));
             if !owned && names_crate(&code, name) {
                 wrong.push(format!("src/{file} names {name}, which belongs to {owners:?}"));
             }
         }
     }
-    assert!(wrong.is_empty(), "external crates outside their owners:\n{}", wrong.join("\n"));
+    assert!(
+        wrong.is_empty(),
+        "external crates outside their owners:\n{}",
+        wrong.join("\n")
+    );
 }
 
 #[test]
@@ -216,8 +238,22 @@ fn the_browser_build_has_no_native_crates() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let tree = String::from_utf8(output.stdout).unwrap();
     let packages: BTreeSet<&str> = tree.lines().filter_map(|line| line.split_whitespace().next()).collect();
-    assert!(packages.contains("wgpu") && packages.contains("wasm-bindgen"), "not the browser's tree:\n{tree}");
-    for native in ["tokio", "axum", "naga", "wgpu-core", "wgpu-hal", "rustls", "reqwest", "tokenizers", "rayon", "clap"] {
+    assert!(
+        packages.contains("wgpu") && packages.contains("wasm-bindgen"),
+        "not the browser's tree:\n{tree}"
+    );
+    for native in [
+        "tokio",
+        "axum",
+        "naga",
+        "wgpu-core",
+        "wgpu-hal",
+        "rustls",
+        "reqwest",
+        "tokenizers",
+        "rayon",
+        "clap",
+    ] {
         assert!(!packages.contains(native), "{native} is in the browser build:\n{tree}");
     }
 }

@@ -33,22 +33,14 @@ fn with(field: &str, value: Value) -> String {
 #[test]
 fn a_hugging_face_config_is_read() {
     let config = config();
-    assert_eq!(
-        (config.blocks, config.width, config.heads, config.ffn),
-        (3, 6, 3, 5)
-    );
-    assert_eq!(
-        (config.vocab, config.positions, config.eos),
-        (7, 9, Some(6))
-    );
+    assert_eq!((config.blocks, config.width, config.heads, config.ffn), (3, 6, 3, 5));
+    assert_eq!((config.vocab, config.positions, config.eos), (7, 9, Some(6)));
     assert_eq!(config.layernorm_epsilon, 1e-5);
     let defaults = Config::from_json(&with("n_inner", Value::Null)).unwrap();
     assert_eq!(defaults.ffn, 24);
     // transformers writes 50256 whatever the vocabulary is.
     assert_eq!(
-        Config::from_json(&with("eos_token_id", json!(50256)))
-            .unwrap()
-            .eos,
+        Config::from_json(&with("eos_token_id", json!(50256))).unwrap().eos,
         None
     );
     let mut older = config_json();
@@ -65,8 +57,7 @@ fn a_config_written_is_the_config_read() {
             ..config()
         };
         assert_eq!(Config::from_json(&config.to_json()).unwrap(), config);
-        let through_serde: Config =
-            serde_json::from_str(&serde_json::to_string(&config).unwrap()).unwrap();
+        let through_serde: Config = serde_json::from_str(&serde_json::to_string(&config).unwrap()).unwrap();
         assert_eq!(through_serde, config);
     }
 }
@@ -96,19 +87,10 @@ fn unsupported_configs_are_refused_by_name() {
         ("layer_norm_epsilon", json!("x"), "layer_norm_epsilon"),
     ];
     for (field, value, named) in cases {
-        let error = Config::from_json(&with(field, value.clone()))
-            .unwrap_err()
-            .to_string();
+        let error = Config::from_json(&with(field, value.clone())).unwrap_err().to_string();
         assert!(error.contains(named), "{field} = {value}: {error}");
     }
-    for field in [
-        "model_type",
-        "n_layer",
-        "n_embd",
-        "n_head",
-        "vocab_size",
-        "n_positions",
-    ] {
+    for field in ["model_type", "n_layer", "n_embd", "n_head", "vocab_size", "n_positions"] {
         let mut config = config_json();
         config.as_object_mut().unwrap().remove(field);
         let error = Config::from_json(&config.to_string()).unwrap_err();
@@ -117,10 +99,7 @@ fn unsupported_configs_are_refused_by_name() {
             "{field}: {error}"
         );
     }
-    assert!(matches!(
-        Config::from_json("[]"),
-        Err(ConfigError::NotAnObject)
-    ));
+    assert!(matches!(Config::from_json("[]"), Err(ConfigError::NotAnObject)));
     assert!(matches!(Config::from_json("{"), Err(ConfigError::Json(_))));
 }
 
@@ -163,10 +142,7 @@ struct Stored {
 }
 
 fn f32_tensor(name: &str, shape: &[usize], values: &[f32]) -> Stored {
-    let data = values
-        .iter()
-        .flat_map(|value| value.to_le_bytes())
-        .collect();
+    let data = values.iter().flat_map(|value| value.to_le_bytes()).collect();
     Stored {
         name: name.to_owned(),
         dtype: "F32",
@@ -182,18 +158,14 @@ fn safetensors(tensors: &[Stored]) -> Vec<u8> {
     for tensor in tensors {
         let start = data.len();
         data.extend(&tensor.data);
-        header[&tensor.name] = json!({ "dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [start, data.len()] });
+        header[&tensor.name] =
+            json!({ "dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [start, data.len()] });
     }
     with_header(&header.to_string(), &data)
 }
 
 fn with_header(header: &str, data: &[u8]) -> Vec<u8> {
-    [
-        &(header.len() as u64).to_le_bytes()[..],
-        header.as_bytes(),
-        data,
-    ]
-    .concat()
+    [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), data].concat()
 }
 
 /// Values that differ everywhere and are exact in f16 and bf16.
@@ -215,11 +187,7 @@ fn stored_model(config: &Config, prefix: &str) -> Vec<Stored> {
             let elements: usize = shape.iter().product();
             let values: Vec<f32> = (index..index + elements).map(value).collect();
             index += elements;
-            tensors.push(f32_tensor(
-                &format!("{prefix}{block}{name}"),
-                &shape,
-                &values,
-            ));
+            tensors.push(f32_tensor(&format!("{prefix}{block}{name}"), &shape, &values));
         }
     }
     tensors
@@ -249,9 +217,7 @@ fn open(tensors: &[Stored]) -> Result<Weights, WeightsError> {
 }
 
 fn refused(tensors: &[Stored]) -> String {
-    open(tensors)
-        .expect_err("these weights are not valid")
-        .to_string()
+    open(tensors).expect_err("these weights are not valid").to_string()
 }
 
 /// All units as f32 values, with the names of their tensors.
@@ -276,18 +242,11 @@ fn every_stored_dtype_prefix_and_held_dtype_gives_the_same_values() {
         .collect();
     for prefix in ["", "transformer."] {
         let tensors = stored_model(&config(), prefix);
-        for stored in [
-            tensors.clone(),
-            in_dtype(&tensors, "F16"),
-            in_dtype(&tensors, "BF16"),
-        ] {
+        for stored in [tensors.clone(), in_dtype(&tensors, "F16"), in_dtype(&tensors, "BF16")] {
             for dtype in [WeightDtype::F16, WeightDtype::F32] {
                 let values = all_values(&mut open(&stored).unwrap(), dtype);
                 assert_eq!(
-                    values
-                        .iter()
-                        .map(|(_, values)| values.clone())
-                        .collect::<Vec<_>>(),
+                    values.iter().map(|(_, values)| values.clone()).collect::<Vec<_>>(),
                     expected
                 );
             }
@@ -323,8 +282,7 @@ fn matrices_are_packed_two_halves_a_word_and_vectors_stay_f32() {
     assert_eq!(words.len(), 32);
     assert_eq!(
         words[0],
-        u32::from(f16::from_f32(value(0)).to_bits())
-            | u32::from(f16::from_f32(value(1)).to_bits()) << 16
+        u32::from(f16::from_f32(value(0)).to_bits()) | u32::from(f16::from_f32(value(1)).to_bits()) << 16
     );
     assert_eq!(
         words[31],
@@ -340,10 +298,7 @@ fn f16_rounds_to_nearest_even() {
     let mut values = [0.0; 42];
     values[..4].copy_from_slice(&[2049.0, 2051.0, -2049.0, 1e-9]);
     tensors[0] = f32_tensor("wte.weight", &[7, 6], &values);
-    let embedding = open(&tensors)
-        .unwrap()
-        .unit(Unit::Embedding, WeightDtype::F16)
-        .unwrap();
+    let embedding = open(&tensors).unwrap().unit(Unit::Embedding, WeightDtype::F16).unwrap();
     assert_eq!(
         embedding.tensor("wte.weight").unwrap().to_f32()[..4],
         [2048.0, 2052.0, -2048.0, 0.0]
@@ -357,10 +312,7 @@ fn a_value_beyond_f16_names_the_tensor_and_the_remedy() {
     values[17] = 70000.0;
     tensors[0] = f32_tensor("wte.weight", &[7, 6], &values);
     let mut weights = open(&tensors).unwrap();
-    let error = weights
-        .unit(Unit::Embedding, WeightDtype::F16)
-        .unwrap_err()
-        .to_string();
+    let error = weights.unit(Unit::Embedding, WeightDtype::F16).unwrap_err().to_string();
     assert!(
         error.contains("wte.weight") && error.contains("70000") && error.contains("--weights f32"),
         "{error}"
@@ -408,18 +360,13 @@ fn missing_and_misshapen_tensors_are_named() {
         let mut without = tensors.clone();
         without.remove(index);
         let error = refused(&without);
-        assert!(
-            error.contains("no tensor") && error.contains(&tensor.name),
-            "{error}"
-        );
+        assert!(error.contains("no tensor") && error.contains(&tensor.name), "{error}");
     }
     let mut turned = tensors.clone();
     turned[4].shape.reverse();
     let error = refused(&turned);
     assert!(
-        error.contains("h.0.attn.c_attn.weight")
-            && error.contains("[18, 6]")
-            && error.contains("[6, 18]"),
+        error.contains("h.0.attn.c_attn.weight") && error.contains("[18, 6]") && error.contains("[6, 18]"),
         "{error}"
     );
     let mut whole_numbers = tensors;
@@ -489,36 +436,21 @@ fn shards_and_single_files_load_from_a_directory() {
     std::fs::write(dir.path().join("model-1.safetensors"), safetensors(first)).unwrap();
     std::fs::write(dir.path().join("model-2.safetensors"), safetensors(second)).unwrap();
     let mut map = serde_json::Map::new();
-    for (part, file) in [
-        (first, "model-1.safetensors"),
-        (second, "model-2.safetensors"),
-    ] {
+    for (part, file) in [(first, "model-1.safetensors"), (second, "model-2.safetensors")] {
         map.extend(part.iter().map(|tensor| (tensor.name.clone(), json!(file))));
     }
     let index = dir.path().join("model.safetensors.index.json");
     std::fs::write(&index, json!({ "weight_map": map }).to_string()).unwrap();
-    let sharded = all_values(
-        &mut Weights::open(dir.path(), &config()).unwrap(),
-        WeightDtype::F32,
-    );
+    let sharded = all_values(&mut Weights::open(dir.path(), &config()).unwrap(), WeightDtype::F32);
 
     std::fs::write(dir.path().join("model.safetensors"), safetensors(&tensors)).unwrap();
-    let single = all_values(
-        &mut Weights::open(dir.path(), &config()).unwrap(),
-        WeightDtype::F32,
-    );
+    let single = all_values(&mut Weights::open(dir.path(), &config()).unwrap(), WeightDtype::F32);
     assert_eq!(sharded, single);
 
     std::fs::remove_file(dir.path().join("model.safetensors")).unwrap();
     for outside in ["../model-1.safetensors", "/etc/passwd", "notes.txt"] {
-        std::fs::write(
-            &index,
-            json!({ "weight_map": { "a": outside } }).to_string(),
-        )
-        .unwrap();
-        let error = Weights::open(dir.path(), &config())
-            .unwrap_err()
-            .to_string();
+        std::fs::write(&index, json!({ "weight_map": { "a": outside } }).to_string()).unwrap();
+        let error = Weights::open(dir.path(), &config()).unwrap_err().to_string();
         assert!(error.contains(outside), "{error}");
     }
 }
@@ -557,10 +489,7 @@ fn encoded(unit: &UnitData) -> Vec<u8> {
 #[test]
 fn a_unit_decoded_is_the_unit_encoded() {
     // Odd sizes, so that the padding half matters.
-    let odd = Config {
-        width: 9,
-        ..config()
-    };
+    let odd = Config { width: 9, ..config() };
     let mut weights = Weights::from_bytes(safetensors(&stored_model(&odd, "")), &odd).unwrap();
     for unit in Unit::all(&odd) {
         for dtype in [WeightDtype::F16, WeightDtype::F32] {
@@ -588,10 +517,7 @@ fn bytes_of_another_unit_or_model_are_refused() {
     assert!(UnitData::decode(&bytes, Unit::Block(0), &Config { ffn: 6, ..config() }).is_err());
     assert!(matches!(
         UnitData::decode(&bytes, Unit::Block(3), &config()),
-        Err(WeightsError::NoSuchBlock {
-            block: 3,
-            blocks: 3
-        })
+        Err(WeightsError::NoSuchBlock { block: 3, blocks: 3 })
     ));
     assert!(matches!(
         weights.unit(Unit::Block(3), WeightDtype::F16),
@@ -662,9 +588,7 @@ fn spec(targets: &str) -> LoraSpec {
 /// An adapter whose values all differ.
 fn numbered(targets: &str, blocks: std::ops::Range<usize>) -> Adapter {
     let layout = AdapterLayout::new(&config(), &spec(targets), blocks.clone()).unwrap();
-    let values = (0..layout.len())
-        .map(|index| index as f32 * 0.5 - 3.0)
-        .collect();
+    let values = (0..layout.len()).map(|index| index as f32 * 0.5 - 3.0).collect();
     Adapter::from_values(&config(), &spec(targets), blocks, values).unwrap()
 }
 
@@ -673,10 +597,7 @@ fn targets_are_parsed_and_sorted() {
     use Target::{AttnProj, AttnQkv, MlpFc, MlpProj};
     let parse = |names| LoraSpec::parse_targets(names).unwrap();
     assert_eq!(parse("c_attn"), [AttnQkv]);
-    assert_eq!(
-        parse("c_fc, c_proj,c_attn"),
-        [AttnQkv, AttnProj, MlpFc, MlpProj]
-    );
+    assert_eq!(parse("c_fc, c_proj,c_attn"), [AttnQkv, AttnProj, MlpFc, MlpProj]);
     assert_eq!(parse("mlp.c_proj"), [MlpProj]);
     assert_eq!(parse("attn.c_proj,c_proj"), [AttnProj, MlpProj]);
     for (names, named) in [
@@ -693,15 +614,10 @@ fn targets_are_parsed_and_sorted() {
 #[test]
 fn impossible_specs_are_refused() {
     for (rank, alpha) in [(0, 1.0), (1 << 20, 1.0), (2, 0.0), (2, -1.0), (2, f32::NAN)] {
-        assert!(
-            LoraSpec::new(rank, alpha, [Target::AttnQkv]).is_err(),
-            "{rank} {alpha}"
-        );
+        assert!(LoraSpec::new(rank, alpha, [Target::AttnQkv]).is_err(), "{rank} {alpha}");
     }
     assert!(LoraSpec::new(2, 1.0, []).is_err());
-    assert!(
-        serde_json::from_str::<LoraSpec>(r#"{"rank":0,"alpha":1,"targets":["attn_qkv"]}"#).is_err()
-    );
+    assert!(serde_json::from_str::<LoraSpec>(r#"{"rank":0,"alpha":1,"targets":["attn_qkv"]}"#).is_err());
     let spec = spec("c_attn,c_proj");
     assert_eq!(
         serde_json::from_str::<LoraSpec>(&serde_json::to_string(&spec).unwrap()).unwrap(),
@@ -746,16 +662,10 @@ fn the_layout_is_blocks_then_targets_then_a_then_b() {
 
 #[test]
 fn a_fresh_adapter_is_kaiming_uniform_a_and_zero_b() {
-    let wide = Config {
-        width: 600,
-        ..config()
-    };
+    let wide = Config { width: 600, ..config() };
     let adapter = Adapter::init(&wide, &spec("c_attn"), 0..1, 5).unwrap();
     let entry = adapter.layout.entries()[0];
-    let (a, b) = (
-        &adapter.values[entry.range_a()],
-        &adapter.values[entry.range_b()],
-    );
+    let (a, b) = (&adapter.values[entry.range_a()], &adapter.values[entry.range_b()]);
     assert!(b.iter().all(|&value| value == 0.0));
     let bound = 1.0 / 600f32.sqrt();
     assert!(a.iter().all(|value| value.abs() <= bound));
@@ -788,14 +698,8 @@ fn any_split_of_a_fresh_adapter_has_the_numbers_of_the_whole() {
         whole.slice(&config(), 0..1).unwrap(),
         whole.slice(&config(), 2..3).unwrap(),
     );
-    assert!(matches!(
-        first.merge(&config(), &last),
-        Err(AdapterError::Merge { .. })
-    ));
-    assert!(matches!(
-        first.slice(&config(), 0..2),
-        Err(AdapterError::Blocks { .. })
-    ));
+    assert!(matches!(first.merge(&config(), &last), Err(AdapterError::Merge { .. })));
+    assert!(matches!(first.slice(&config(), 0..2), Err(AdapterError::Blocks { .. })));
 }
 
 #[test]
@@ -810,9 +714,7 @@ fn an_adapter_saved_is_the_adapter_loaded() {
     ] {
         for blocks in [0..3, 0..2, 1..3] {
             let adapter = numbered(targets, blocks);
-            adapter
-                .save(&dir.path().join("a"), &config(), "gpt2")
-                .unwrap();
+            adapter.save(&dir.path().join("a"), &config(), "gpt2").unwrap();
             assert_eq!(
                 Adapter::load(&dir.path().join("a"), &config()).unwrap(),
                 adapter,
@@ -829,9 +731,8 @@ fn an_adapter_saved_is_the_adapter_loaded() {
 
 #[test]
 fn the_description_says_what_peft_expects() {
-    let [(tensor_file, tensors), (config_file, description)] = numbered("c_attn,c_proj", 0..3)
-        .to_peft(&config(), "my/model")
-        .unwrap();
+    let [(tensor_file, tensors), (config_file, description)] =
+        numbered("c_attn,c_proj", 0..3).to_peft(&config(), "my/model").unwrap();
     assert_eq!(
         (tensor_file, config_file),
         ("adapter_model.safetensors", "adapter_config.json")
@@ -859,10 +760,7 @@ fn the_description_says_what_peft_expects() {
     assert_eq!(shape("attn.c_attn.lora_A"), [2, 6]);
     assert_eq!(shape("attn.c_attn.lora_B"), [18, 2]);
     assert_eq!(shape("mlp.c_proj.lora_A"), [2, 5]);
-    let description = &numbered("attn.c_proj", 1..3)
-        .to_peft(&config(), "m")
-        .unwrap()[1]
-        .1;
+    let description = &numbered("attn.c_proj", 1..3).to_peft(&config(), "m").unwrap()[1].1;
     let description: Value = serde_json::from_slice(description).unwrap();
     assert_eq!(description["target_modules"], json!(["attn.c_proj"]));
     assert_eq!(description["layers_to_transform"], json!([1, 2]));
@@ -873,10 +771,7 @@ fn peft_parts() -> (Vec<Stored>, Value) {
     let adapter = numbered("c_attn", 0..3);
     let mut tensors = Vec::new();
     for entry in adapter.layout.entries() {
-        let name = format!(
-            "base_model.model.transformer.h.{}.attn.c_attn.lora_",
-            entry.block
-        );
+        let name = format!("base_model.model.transformer.h.{}.attn.c_attn.lora_", entry.block);
         tensors.push(f32_tensor(
             &format!("{name}A.weight"),
             &[2, 6],
@@ -888,17 +783,12 @@ fn peft_parts() -> (Vec<Stored>, Value) {
             &adapter.values[entry.range_b()],
         ));
     }
-    let description =
-        json!({ "peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["c_attn"] });
+    let description = json!({ "peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["c_attn"] });
     (tensors, description)
 }
 
 fn import(tensors: &[Stored], description: &Value) -> Result<Adapter, AdapterError> {
-    Adapter::from_peft(
-        &description.to_string(),
-        Cursor::new(safetensors(tensors)),
-        &config(),
-    )
+    Adapter::from_peft(&description.to_string(), Cursor::new(safetensors(tensors)), &config())
 }
 
 #[test]
@@ -919,19 +809,13 @@ fn every_form_peft_has_written_is_read() {
         import(&renamed(".weight", ".default.weight"), &description).unwrap(),
         expected
     );
-    assert_eq!(
-        import(&renamed("transformer.", ""), &description).unwrap(),
-        expected
-    );
+    assert_eq!(import(&renamed("transformer.", ""), &description).unwrap(), expected);
     assert_eq!(
         import(&renamed("base_model.model.", ""), &description).unwrap(),
         expected
     );
     // Half-integers are exact in both.
-    assert_eq!(
-        import(&in_dtype(&tensors, "F16"), &description).unwrap(),
-        expected
-    );
+    assert_eq!(import(&in_dtype(&tensors, "F16"), &description).unwrap(), expected);
     for names in [
         json!("c_attn"),
         json!(["attn.c_attn"]),
@@ -976,12 +860,7 @@ fn unsupported_adapters_are_refused_by_name() {
     }
     let mut unknown = description.clone();
     unknown["target_modules"] = json!(["q_proj"]);
-    assert!(
-        import(&tensors, &unknown)
-            .unwrap_err()
-            .to_string()
-            .contains("q_proj")
-    );
+    assert!(import(&tensors, &unknown).unwrap_err().to_string().contains("q_proj"));
     for rank in [json!(0), json!(u64::MAX), json!(3)] {
         let mut description = description.clone();
         description["r"] = rank.clone();
@@ -1000,10 +879,7 @@ fn missing_extra_and_misshapen_adapter_tensors_are_named() {
         let mut without = tensors.clone();
         let name = without.remove(index).name;
         let error = import(&without, &description).unwrap_err().to_string();
-        assert!(
-            error.contains("no tensor") && error.contains(&name),
-            "{error}"
-        );
+        assert!(error.contains("no tensor") && error.contains(&name), "{error}");
     }
     for extra in [
         "base_model.model.transformer.h.0.mlp.c_fc.lora_A.weight",
@@ -1015,10 +891,7 @@ fn missing_extra_and_misshapen_adapter_tensors_are_named() {
         let mut with_extra = tensors.clone();
         with_extra.push(f32_tensor(extra, &[2, 6], &[0.0; 12]));
         let error = import(&with_extra, &description).unwrap_err();
-        assert!(
-            matches!(error, AdapterError::Extra { .. }),
-            "{extra}: {error}"
-        );
+        assert!(matches!(error, AdapterError::Extra { .. }), "{extra}: {error}");
     }
     let mut turned = tensors.clone();
     turned[3].shape.reverse();

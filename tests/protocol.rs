@@ -7,9 +7,8 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use sflllm::protocol::codec::{
-    self, Answer, DecodeError, Frame, GreetingError, MAX_HANDSHAKE_BYTES, decode_answer,
-    decode_frame, decode_hello, decode_message, encode_answer, encode_frame, encode_hello,
-    encode_message,
+    self, Answer, DecodeError, Frame, GreetingError, MAX_HANDSHAKE_BYTES, decode_answer, decode_frame, decode_hello,
+    decode_message, encode_answer, encode_frame, encode_hello, encode_message,
 };
 use sflllm::protocol::message::*;
 use sflllm::protocol::*;
@@ -185,8 +184,7 @@ fn listen(server: &mut impl Server, connection: ConnectionId) -> Said {
             Transmit::Frame { to, bytes } if to == connection => {
                 assert!(!said.closed, "nothing is sent after the close");
                 if codec::is_greeting(&bytes) {
-                    said.answers
-                        .push(decode_answer(PROTOCOL_VERSION, &bytes).unwrap());
+                    said.answers.push(decode_answer(PROTOCOL_VERSION, &bytes).unwrap());
                 } else if let Frame::Message { kind, body, .. } = decode_frame(&bytes).unwrap() {
                     said.messages.push(decode_message(kind, body).unwrap());
                 }
@@ -271,10 +269,7 @@ fn events(main: &mut MainServerSession) -> Vec<MainEvent> {
 }
 
 const KEY: StepKey = StepKey {
-    round: RoundKey {
-        round: 0,
-        attempt: 0,
-    },
+    round: RoundKey { round: 0, attempt: 0 },
     step: 0,
 };
 
@@ -311,10 +306,7 @@ fn every_pair_of_versions_gives_a_typed_result() {
                 ..client_config()
             };
             let mut client = ClientSession::new(config, Duration::ZERO);
-            assert!(matches!(
-                client.poll_event(),
-                Some(ClientEvent::Connect { .. })
-            ));
+            assert!(matches!(client.poll_event(), Some(ClientEvent::Connect { .. })));
             client.connected(Endpoint::Main, Duration::ZERO);
             main.connected(ConnectionId(1), Duration::ZERO);
             let Some(Transmit::Frame { bytes, .. }) = client.poll_transmit() else {
@@ -332,15 +324,10 @@ fn every_pair_of_versions_gives_a_typed_result() {
                 assert_eq!(welcome.version, ours.min(theirs));
                 assert_eq!(client.client(), Some(ClientId(1)));
             } else {
-                let Some(ClientEvent::Failed(ClientFailure::Refused { refused, .. })) =
-                    client.poll_event()
-                else {
+                let Some(ClientEvent::Failed(ClientFailure::Refused { refused, .. })) = client.poll_event() else {
                     panic!("{ours} at {theirs} is not refused");
                 };
-                assert_eq!(
-                    (refused.reason, refused.version),
-                    (RefusalReason::Version, theirs)
-                );
+                assert_eq!((refused.reason, refused.version), (RefusalReason::Version, theirs));
                 let refused = MainEvent::ClientRefused {
                     connection: ConnectionId(1),
                     reason: RefusalReason::Version,
@@ -359,10 +346,7 @@ fn a_newer_minor_may_append_to_its_greeting_and_an_older_may_not() {
     bytes.extend([1, 2, 3]);
     assert_eq!(decode_hello(PROTOCOL_VERSION, &bytes), Ok(hello.clone()));
     let error = decode_hello(hello.version, &bytes);
-    assert_eq!(
-        error,
-        Err(GreetingError::Malformed(DecodeError::Trailing(3)))
-    );
+    assert_eq!(error, Err(GreetingError::Malformed(DecodeError::Trailing(3))));
 }
 
 #[test]
@@ -385,10 +369,7 @@ fn nothing_but_a_greeting_is_parsed_first() {
     }));
     for (bytes, reason) in [
         (message, RefusalReason::NotThisProtocol),
-        (
-            b"GET / HTTP/1.1\r\n\r\n".to_vec(),
-            RefusalReason::NotThisProtocol,
-        ),
+        (b"GET / HTTP/1.1\r\n\r\n".to_vec(), RefusalReason::NotThisProtocol),
         (Vec::new(), RefusalReason::NotThisProtocol),
         (answer, RefusalReason::NotThisProtocol),
         (cut, RefusalReason::Malformed),
@@ -418,13 +399,7 @@ fn a_client_that_does_not_fit_the_run_is_told_why() {
         ..capabilities()
     };
     for (hello, reason) in [
-        (
-            Hello {
-                model: other,
-                ..base()
-            },
-            RefusalReason::Model,
-        ),
+        (Hello { model: other, ..base() }, RefusalReason::Model),
         (
             Hello {
                 tokenizer: other,
@@ -455,10 +430,7 @@ fn a_client_that_does_not_fit_the_run_is_told_why() {
         ),
     ] {
         let mut main = MainServerSession::new(main_config(1), Duration::ZERO).unwrap();
-        assert_eq!(
-            refusal(&greet(&mut main, 1, Duration::ZERO, &hello)),
-            Some(reason)
-        );
+        assert_eq!(refusal(&greet(&mut main, 1, Duration::ZERO, &hello)), Some(reason));
     }
     let fitting = Hello {
         model: Some(Digest::of(b"model")),
@@ -486,12 +458,7 @@ fn a_connection_that_never_greets_is_closed() {
     let deadline = main.poll_timeout().unwrap();
     assert!(deadline <= seconds(20));
     main.handle_timeout(deadline);
-    assert_eq!(
-        main.poll_transmit(),
-        Some(Transmit::Close {
-            to: ConnectionId(1)
-        })
-    );
+    assert_eq!(main.poll_transmit(), Some(Transmit::Close { to: ConnectionId(1) }));
 }
 
 // 3. Authorisation.
@@ -541,10 +508,7 @@ fn the_main_service_takes_its_own_unspent_tickets_and_its_secret_only() {
     );
 
     let second = welcome(&attempt(&mut main, 7, seconds(1), by(&first.ticket)));
-    assert_eq!(
-        second.client, first.client,
-        "a ticket keeps the client's number"
-    );
+    assert_eq!(second.client, first.client, "a ticket keeps the client's number");
     // The bearer speaks: from here on the ticket it came with is spent.
     Peer {
         connection: ConnectionId(7),
@@ -566,9 +530,7 @@ fn the_main_service_takes_its_own_unspent_tickets_and_its_secret_only() {
 
     let failures = events(&mut main)
         .into_iter()
-        .filter(|event| {
-            matches!(event, MainEvent::ClientRefused { reason, .. } if reason.is_authorisation_failure())
-        })
+        .filter(|event| matches!(event, MainEvent::ClientRefused { reason, .. } if reason.is_authorisation_failure()))
         .count();
     assert_eq!(
         failures, 6,
@@ -583,12 +545,7 @@ fn the_federated_service_takes_the_main_services_tickets_once() {
     let said = greet(&mut main, 1, seconds(1000), &hello(Service::Main, secret()));
     let ticket = welcome(&said).federated_ticket.unwrap();
     let attempt = |federated: &mut FederatedServerSession, number, now, credential| {
-        greet(
-            federated,
-            number,
-            now,
-            &hello(Service::Federated, credential),
-        )
+        greet(federated, number, now, &hello(Service::Federated, credential))
     };
     let by = |ticket: &Ticket| Credential::Ticket(ticket.clone());
     assert_eq!(
@@ -624,13 +581,7 @@ fn the_federated_service_takes_the_main_services_tickets_once() {
         Some(RefusalReason::TicketSpent)
     );
     assert_eq!(
-        welcome(&attempt(
-            &mut federated,
-            7,
-            seconds(3599),
-            by(&inside.ticket)
-        ))
-        .client,
+        welcome(&attempt(&mut federated, 7, seconds(3599), by(&inside.ticket))).client,
         inside.client
     );
 }
@@ -651,12 +602,7 @@ fn a_remote_main_server_needs_the_secret_and_a_local_one_cannot_be_impersonated(
         ..federated_config()
     });
     assert_eq!(
-        refusal(&greet(
-            &mut remote,
-            1,
-            Duration::ZERO,
-            &control(Credential::None)
-        )),
+        refusal(&greet(&mut remote, 1, Duration::ZERO, &control(Credential::None))),
         Some(RefusalReason::SecretMissing)
     );
     welcome(&greet(&mut remote, 2, Duration::ZERO, &control(secret())));
@@ -706,28 +652,13 @@ fn activations_that_cannot_be_used_end_their_senders_session_and_the_step_goes_o
     let good = good_activations;
     let later = StepKey { step: 1, ..KEY };
     let other = StepKey {
-        round: RoundKey {
-            round: 0,
-            attempt: 1,
-        },
+        round: RoundKey { round: 0, attempt: 1 },
         step: 0,
     };
     let nan = f32::NAN.to_le_bytes().repeat(8);
     let bad = [
-        (
-            "another step",
-            Activations {
-                key: later,
-                ..good()
-            },
-        ),
-        (
-            "another attempt",
-            Activations {
-                key: other,
-                ..good()
-            },
-        ),
+        ("another step", Activations { key: later, ..good() }),
+        ("another attempt", Activations { key: other, ..good() }),
         (
             "no batch",
             Activations {
@@ -815,27 +746,9 @@ fn activations_that_cannot_be_used_end_their_senders_session_and_the_step_goes_o
                 ..good()
             },
         ),
-        (
-            "no examples",
-            Activations {
-                examples: 0,
-                ..good()
-            },
-        ),
-        (
-            "more examples than rows",
-            Activations {
-                examples: 3,
-                ..good()
-            },
-        ),
-        (
-            "a value that is not finite",
-            Activations {
-                payload: nan,
-                ..good()
-            },
-        ),
+        ("no examples", Activations { examples: 0, ..good() }),
+        ("more examples than rows", Activations { examples: 3, ..good() }),
+        ("a value that is not finite", Activations { payload: nan, ..good() }),
     ];
     for (what, activations) in bad {
         let (mut main, [mut honest, mut liar]) = gathering();
@@ -883,10 +796,7 @@ fn a_message_out_of_place_ends_its_senders_session_and_is_named() {
     for message in [
         Message::Ready,
         Message::Average(average),
-        Message::StepStart(StepStart {
-            key: KEY,
-            members: 1,
-        }),
+        Message::StepStart(StepStart { key: KEY, members: 1 }),
         Message::Control(Control::CloseRun),
     ] {
         let (mut main, [_, mut liar]) = gathering();
@@ -895,11 +805,7 @@ fn a_message_out_of_place_ends_its_senders_session_and_is_named() {
             panic!("{message:?}: {said:?}")
         };
         assert_eq!(stop.reason, StopReason::Unexpected);
-        assert!(
-            stop.detail.contains("expected Activations"),
-            "{}",
-            stop.detail
-        );
+        assert!(stop.detail.contains("expected Activations"), "{}", stop.detail);
         assert!(
             stop.detail.contains(&format!("got {}", message.name())),
             "{}",
@@ -970,20 +876,13 @@ fn who_leaves_while_the_server_computes_gets_no_gradient_and_has_no_part_in_the_
     }
     main.disconnected(peers[1].connection, Duration::ZERO);
     events(&mut main);
-    main.step_result(
-        Duration::ZERO,
-        KEY,
-        vec![output(1, 2.0, 0.5), output(2, 4.0, 0.5)],
-    )
-    .unwrap();
+    main.step_result(Duration::ZERO, KEY, vec![output(1, 2.0, 0.5), output(2, 4.0, 0.5)])
+        .unwrap();
     let said = listen(&mut main, peers[0].connection);
     let [Message::Gradient(gradient), Message::StepStart(start)] = said.messages.as_slice() else {
         panic!("{said:?}");
     };
-    assert_eq!(
-        (gradient.loss, gradient.mean_loss, gradient.tokens),
-        (2.0, 2.0, 3)
-    );
+    assert_eq!((gradient.loss, gradient.mean_loss, gradient.tokens), (2.0, 2.0, 3));
     assert_eq!(
         gradient.activations,
         Digest::of(&[0; 32]),
@@ -1050,9 +949,7 @@ fn a_member_whose_loss_or_gradient_is_not_finite_is_dropped_and_the_rest_go_on()
         loss: 1.0,
         payload: vec![0; 4],
     };
-    let error = main
-        .step_result(Duration::ZERO, KEY, vec![short])
-        .unwrap_err();
+    let error = main.step_result(Duration::ZERO, KEY, vec![short]).unwrap_err();
     assert_eq!(
         error,
         MainError::GradientLength {
@@ -1072,23 +969,11 @@ fn a_configuration_that_cannot_work_is_refused() {
     };
     assert_eq!(with(&|_| {}), None);
     let zero = with(&|config| config.assignment.config.batch = 0);
-    assert!(
-        matches!(zero, Some(MainError::Zero { value: 0, .. })),
-        "{zero:?}"
-    );
+    assert!(matches!(zero, Some(MainError::Zero { value: 0, .. })), "{zero:?}");
     let large = with(&|config| config.assignment.config.seq = u32::MAX);
-    assert!(
-        matches!(large, Some(MainError::StepTooLarge { .. })),
-        "{large:?}"
-    );
+    assert!(matches!(large, Some(MainError::StepTooLarge { .. })), "{large:?}");
     let length = with(&|config| config.initial_adapter.push(0.0));
-    assert_eq!(
-        length,
-        Some(MainError::AdapterLength {
-            assigned: 4,
-            given: 5
-        })
-    );
+    assert_eq!(length, Some(MainError::AdapterLength { assigned: 4, given: 5 }));
     assert_eq!(
         with(&|config| config.initial_adapter[0] = f32::NAN),
         Some(MainError::AdapterNotFinite)
@@ -1107,12 +992,7 @@ fn collecting() -> (FederatedServerSession, [Peer; 2]) {
     let peers = [1, 2].map(|number| {
         let (_, welcome) = Peer::join(&mut main, number, &hello(Service::Main, secret()));
         let credential = Credential::Ticket(welcome.federated_ticket.unwrap());
-        Peer::join(
-            &mut federated,
-            number,
-            &hello(Service::Federated, credential),
-        )
-        .0
+        Peer::join(&mut federated, number, &hello(Service::Federated, credential)).0
     });
     let members = vec![ClientId(1), ClientId(2)];
     let base = Digest::of_values(&ADAPTER);
@@ -1144,14 +1024,8 @@ fn replies(federated: &mut FederatedServerSession) -> Vec<ControlReply> {
 #[test]
 fn the_average_goes_to_its_members_and_to_the_main_server() {
     let (mut federated, [mut first, mut second]) = collecting();
-    let said = first.send(
-        &mut federated,
-        &Message::AdapterUpdate(update([1.0, 2.0, 3.0, 4.0], 1)),
-    );
-    assert_eq!(
-        (said.messages.as_slice(), said.closed),
-        ([].as_slice(), false)
-    );
+    let said = first.send(&mut federated, &Message::AdapterUpdate(update([1.0, 2.0, 3.0, 4.0], 1)));
+    assert_eq!((said.messages.as_slice(), said.closed), ([].as_slice(), false));
     // (1 · 1 + 3 · 5) / 4 = 4, and so on.
     let said = second.send(
         &mut federated,
@@ -1205,10 +1079,7 @@ fn an_adapter_that_cannot_be_used_is_left_out_and_named() {
     for (bad, reason) in [
         (short, ExclusionReason::WrongLength),
         (long, ExclusionReason::WrongLength),
-        (
-            update([1.0, f32::NAN, 0.0, 0.0], 1),
-            ExclusionReason::NotFinite,
-        ),
+        (update([1.0, f32::NAN, 0.0, 0.0], 1), ExclusionReason::NotFinite),
         (
             update([1.0, 0.0, 0.0, f32::NEG_INFINITY], 1),
             ExclusionReason::NotFinite,
@@ -1221,11 +1092,7 @@ fn an_adapter_that_cannot_be_used_is_left_out_and_named() {
     ] {
         let (mut federated, [mut honest, mut liar]) = collecting();
         let said = liar.send(&mut federated, &Message::AdapterUpdate(bad));
-        assert_eq!(
-            stop_reason(&said),
-            Some(StopReason::BadUpdate),
-            "{reason:?}"
-        );
+        assert_eq!(stop_reason(&said), Some(StopReason::BadUpdate), "{reason:?}");
         let exclusion = Exclusion {
             client: ClientId(2),
             reason,
@@ -1255,10 +1122,7 @@ fn an_adapter_that_cannot_be_used_is_left_out_and_named() {
 #[test]
 fn who_departs_after_sending_its_adapter_is_not_in_the_average() {
     let (mut federated, [mut first, mut second]) = collecting();
-    first.send(
-        &mut federated,
-        &Message::AdapterUpdate(update([100.0; 4], 4)),
-    );
+    first.send(&mut federated, &Message::AdapterUpdate(update([100.0; 4], 4)));
     federated.handle_control(
         Duration::ZERO,
         Control::Departed {
@@ -1331,11 +1195,7 @@ fn a_round_that_nobody_is_left_in_closes_without_an_average() {
         panic!("{said:?}")
     };
     assert_eq!(
-        (
-            closed.average.as_ref(),
-            closed.included.len(),
-            closed.excluded.len()
-        ),
+        (closed.average.as_ref(), closed.included.len(), closed.excluded.len()),
         (None, 0, 2)
     );
 }
@@ -1344,10 +1204,7 @@ fn a_round_that_nobody_is_left_in_closes_without_an_average() {
 fn an_adapter_for_a_round_that_is_over_is_declined_with_the_round_that_is_open() {
     let (mut federated, [mut first, _]) = collecting();
     let base = Digest::of_values(&ADAPTER);
-    let round = RoundKey {
-        round: 0,
-        attempt: 1,
-    };
+    let round = RoundKey { round: 0, attempt: 1 };
     let open = Control::OpenRound {
         round,
         members: vec![ClientId(1)],
@@ -1367,19 +1224,13 @@ fn an_adapter_for_a_round_that_is_over_is_declined_with_the_round_that_is_open()
 fn an_adapter_that_overtakes_the_opening_of_its_round_is_in_the_average() {
     let (mut federated, [mut first, second]) = collecting();
     let base = Digest::of_values(&ADAPTER);
-    let round = RoundKey {
-        round: 0,
-        attempt: 1,
-    };
+    let round = RoundKey { round: 0, attempt: 1 };
     let early = AdapterUpdate {
         round,
         ..update([1.0; 4], 1)
     };
     let said = first.send(&mut federated, &Message::AdapterUpdate(early));
-    assert_eq!(
-        (said.messages.as_slice(), said.closed),
-        ([].as_slice(), false)
-    );
+    assert_eq!((said.messages.as_slice(), said.closed), ([].as_slice(), false));
     let open = |members| Control::OpenRound {
         round,
         members,
@@ -1430,15 +1281,9 @@ impl Puppet {
             members: 1,
             adapter,
         }));
-        puppet.send(&Message::StepStart(StepStart {
-            key: KEY,
-            members: 1,
-        }));
+        puppet.send(&Message::StepStart(StepStart { key: KEY, members: 1 }));
         let asked = puppet.events();
-        assert!(
-            asked.contains(&ClientEvent::ComputeForward { key: KEY }),
-            "{asked:?}"
-        );
+        assert!(asked.contains(&ClientEvent::ComputeForward { key: KEY }), "{asked:?}");
         let input = ActivationsInput {
             key: KEY,
             batch: 1,
@@ -1515,10 +1360,7 @@ fn a_gradient_is_applied_only_to_the_activations_it_belongs_to() {
 
     let good = good_gradient;
     let other = StepKey {
-        round: RoundKey {
-            round: 0,
-            attempt: 1,
-        },
+        round: RoundKey { round: 0, attempt: 1 },
         step: 0,
     };
     for bad in [
@@ -1526,10 +1368,7 @@ fn a_gradient_is_applied_only_to_the_activations_it_belongs_to() {
             key: StepKey { step: 1, ..KEY },
             ..good()
         },
-        Gradient {
-            key: other,
-            ..good()
-        },
+        Gradient { key: other, ..good() },
         Gradient {
             activations: Digest::of(&[4; 16]),
             ..good()
@@ -1558,10 +1397,7 @@ fn a_gradient_is_applied_only_to_the_activations_it_belongs_to() {
         puppet.send(&Message::Gradient(bad.clone()));
         let events = puppet.events();
         assert!(
-            matches!(
-                events.as_slice(),
-                [ClientEvent::Failed(ClientFailure::Protocol { .. })]
-            ),
+            matches!(events.as_slice(), [ClientEvent::Failed(ClientFailure::Protocol { .. })]),
             "{bad:?}: {events:?}"
         );
     }
@@ -1576,10 +1412,7 @@ fn a_second_gradient_for_the_same_step_is_never_applied() {
     puppet.send(&Message::Gradient(good_gradient()));
     let events = puppet.events();
     assert!(
-        matches!(
-            events.as_slice(),
-            [ClientEvent::Failed(ClientFailure::Protocol { .. })]
-        ),
+        matches!(events.as_slice(), [ClientEvent::Failed(ClientFailure::Protocol { .. })]),
         "{events:?}"
     );
 }
@@ -1612,10 +1445,7 @@ fn an_adapter_that_is_not_what_its_digest_says_is_not_installed() {
         }));
         let events = puppet.events();
         assert!(
-            matches!(
-                events.as_slice(),
-                [ClientEvent::Failed(ClientFailure::Protocol { .. })]
-            ),
+            matches!(events.as_slice(), [ClientEvent::Failed(ClientFailure::Protocol { .. })]),
             "{events:?}"
         );
     }
@@ -1633,23 +1463,14 @@ fn answers_to_superseded_requests_are_dropped_and_wrong_shapes_are_the_drivers_e
         payload: vec![0; 8],
     };
     while puppet.client.poll_transmit().is_some() {}
-    assert_eq!(
-        puppet.client.activations(Duration::ZERO, stale.clone()),
-        Ok(())
-    );
-    assert_eq!(
-        puppet.client.adapter(Duration::ZERO, KEY.round, vec![], 1),
-        Ok(())
-    );
+    assert_eq!(puppet.client.activations(Duration::ZERO, stale.clone()), Ok(()));
+    assert_eq!(puppet.client.adapter(Duration::ZERO, KEY.round, vec![], 1), Ok(()));
     puppet.client.step_done(Duration::ZERO, KEY);
     assert_eq!(puppet.client.poll_transmit(), None, "nothing is sent twice");
 
     puppet.send(&Message::Gradient(good_gradient()));
     let next = StepKey { step: 1, ..KEY };
-    puppet.send(&Message::StepStart(StepStart {
-        key: next,
-        members: 1,
-    }));
+    puppet.send(&Message::StepStart(StepStart { key: next, members: 1 }));
     puppet.client.step_done(Duration::ZERO, KEY);
     let fits = ActivationsInput { key: next, ..stale };
     let wide = ActivationsInput {
@@ -1708,14 +1529,8 @@ fn a_calm_run_does_every_step_with_everybody() {
         }
         for client in &outcome.clients {
             assert_eq!(client.finished, Some(FinishReason::Completed));
-            assert_eq!(
-                (client.forwards, client.backwards, client.assigned),
-                (20, 20, 1)
-            );
-            assert_eq!(
-                client.adapter, outcome.adapter,
-                "everybody ends with the last average"
-            );
+            assert_eq!((client.forwards, client.backwards, client.assigned), (20, 20, 1));
+            assert_eq!(client.adapter, outcome.adapter, "everybody ends with the last average");
         }
         assert_eq!((outcome.traffic.lost, outcome.traffic.repeated), (0, 0));
     }
@@ -1748,8 +1563,7 @@ fn loss_repetition_and_reordering_change_no_bit_of_the_result() {
         assert!(outcome.traffic.lost > 0 && outcome.traffic.repeated > 0);
         // A client whose pings are all lost for fifteen seconds is rightly dropped; that is another run then.
         if outcome.history.iter().any(|(at, phase)| {
-            matches!(phase, Phase::Left(_))
-                && *at < outcome.rounds.last().map_or(*at, |round| round.at)
+            matches!(phase, Phase::Left(_)) && *at < outcome.rounds.last().map_or(*at, |round| round.at)
         }) {
             continue;
         }
@@ -1758,10 +1572,7 @@ fn loss_repetition_and_reordering_change_no_bit_of_the_result() {
         assert_eq!(outcome.adapter, calm.adapter, "seed {seed}");
         assert_eq!(outcome.server, calm.server, "seed {seed}");
         for (stormy, calm) in outcome.clients.iter().zip(&calm.clients) {
-            assert_eq!(
-                (stormy.forwards, stormy.backwards),
-                (calm.forwards, calm.backwards)
-            );
+            assert_eq!((stormy.forwards, stormy.backwards), (calm.forwards, calm.backwards));
         }
     }
     assert!(undisturbed > 90, "{undisturbed} of 100");
@@ -1781,16 +1592,9 @@ fn whoever_joins_at_any_moment_takes_part_from_the_next_round() {
         let outcome = simulate(&scenario);
         assert_sound(&outcome, &scenario);
         assert_eq!(outcome.end, Some(RunEnd::Completed));
-        let since: Vec<bool> = outcome
-            .rounds
-            .iter()
-            .map(|round| round.members.contains(&2))
-            .collect();
+        let since: Vec<bool> = outcome.rounds.iter().map(|round| round.members.contains(&2)).collect();
         assert!(since.is_sorted(), "a member stays one: {since:?}");
-        let joined = outcome
-            .history
-            .iter()
-            .find(|(_, phase)| *phase == Phase::Joined(2));
+        let joined = outcome.history.iter().find(|(_, phase)| *phase == Phase::Joined(2));
         if let Some((joined, _)) = joined {
             // Loading takes at most 600 ms, both handshakes less than 400 ms.
             let ready = *joined + seconds(1);
@@ -1818,12 +1622,7 @@ fn whoever_comes_after_the_end_is_told_so() {
     let (_, inside) = Peer::join(&mut main, 1, &hello(Service::Main, secret()));
     main.stop(Duration::ZERO, "enough".to_owned());
     for credential in [secret(), Credential::Ticket(inside.ticket)] {
-        let said = greet(
-            &mut main,
-            2,
-            Duration::ZERO,
-            &hello(Service::Main, credential),
-        );
+        let said = greet(&mut main, 2, Duration::ZERO, &hello(Service::Main, credential));
         assert_eq!(refusal(&said), Some(RefusalReason::NoRun));
     }
     let wrong = hello(Service::Main, Credential::Secret("wrong".to_owned()));
@@ -1904,24 +1703,13 @@ fn with_nobody_left_the_run_waits_and_a_returning_client_goes_on_from_the_last_a
     let outcome = simulate(&scenario);
     assert_sound(&outcome, &scenario);
     assert_eq!(outcome.end, Some(RunEnd::Completed), "{outcome:#?}");
-    let lost = RoundKey {
-        round: 2,
-        attempt: 0,
-    };
+    let lost = RoundKey { round: 2, attempt: 0 };
     assert!(
-        outcome
-            .history
-            .iter()
-            .any(|(_, phase)| *phase == Phase::Lost(lost)),
+        outcome.history.iter().any(|(_, phase)| *phase == Phase::Lost(lost)),
         "{:#?}",
         outcome.history
     );
-    assert!(
-        outcome
-            .history
-            .iter()
-            .any(|(_, phase)| *phase == Phase::Waiting)
-    );
+    assert!(outcome.history.iter().any(|(_, phase)| *phase == Phase::Waiting));
     let keys: Vec<RoundKey> = outcome.rounds.iter().map(|round| round.round).collect();
     let key = |round, attempt| RoundKey { round, attempt };
     assert_eq!(keys, [key(0, 0), key(1, 0), key(2, 1), key(3, 0)]);
@@ -1933,10 +1721,7 @@ fn with_nobody_left_the_run_waits_and_a_returning_client_goes_on_from_the_last_a
 fn with_nobody_left_and_nobody_returning_the_run_stops_with_what_it_has() {
     let mut scenario = Scenario::calm(2, 50, 3);
     scenario.wait_for_client = seconds(45);
-    scenario.faults = vec![
-        (seconds(20), Fault::Leave(0)),
-        (seconds(21), Fault::Kill(1)),
-    ];
+    scenario.faults = vec![(seconds(20), Fault::Leave(0)), (seconds(21), Fault::Kill(1))];
     scenario
         .faults
         .extend([(seconds(0), Fault::Start(0)), (seconds(0), Fault::Start(1))]);
@@ -1983,11 +1768,7 @@ fn a_cut_connection_is_made_again_and_nothing_is_loaded_twice() {
             assert_sound(&outcome, &scenario);
             assert_eq!(outcome.end, Some(RunEnd::Completed), "{scenario:#?}");
             for client in &outcome.clients {
-                assert_eq!(
-                    (client.failed.as_ref(), client.assigned),
-                    (None, 1),
-                    "{scenario:#?}"
-                );
+                assert_eq!((client.failed.as_ref(), client.assigned), (None, 1), "{scenario:#?}");
             }
             if endpoint == Endpoint::Federated {
                 assert_eq!(
@@ -2013,10 +1794,7 @@ fn the_servers_link_may_break_at_any_moment() {
     let calm = simulate(&base);
     for moment in 1..50 {
         let faults = vec![(calm.elapsed * moment / 50, Fault::CutControl)];
-        let scenario = Scenario {
-            faults,
-            ..base.clone()
-        };
+        let scenario = Scenario { faults, ..base.clone() };
         let outcome = simulate(&scenario);
         assert_sound(&outcome, &scenario);
         assert_eq!(outcome.end, Some(RunEnd::Completed), "{scenario:#?}");
@@ -2041,43 +1819,32 @@ fn fault(clients: usize) -> impl Strategy<Value = Fault> {
 
 fn scenario() -> impl Strategy<Value = Scenario> {
     let weather = prop_oneof![3 => Just(Weather::CALM), 1 => Just(Weather::STORM)];
-    (
-        any::<u64>(),
-        weather,
-        1_usize..5,
-        1_u32..4,
-        1_u32..4,
-        any::<bool>(),
+    (any::<u64>(), weather, 1_usize..5, 1_u32..4, 1_u32..4, any::<bool>()).prop_flat_map(
+        |(seed, weather, clients, rounds, local_steps, remote_control)| {
+            let moment = (0_u64..60_000).prop_map(Duration::from_millis);
+            (
+                1..=clients as u32,
+                prop::collection::vec((moment, fault(clients)), 0..12),
+            )
+                .prop_map(move |(needed, mut faults)| {
+                    // Everybody starts at some time, and once more when all the trouble is over.
+                    for client in 0..clients {
+                        faults.push((Duration::from_millis(500 * client as u64), Fault::Start(client)));
+                        faults.push((seconds(120), Fault::Start(client)));
+                    }
+                    Scenario {
+                        seed,
+                        weather,
+                        needed,
+                        remote_control,
+                        faults,
+                        wait_for_client: seconds(400),
+                        time_limit: seconds(3600),
+                        ..Scenario::calm(clients, rounds, local_steps)
+                    }
+                })
+        },
     )
-        .prop_flat_map(
-            |(seed, weather, clients, rounds, local_steps, remote_control)| {
-                let moment = (0_u64..60_000).prop_map(Duration::from_millis);
-                (
-                    1..=clients as u32,
-                    prop::collection::vec((moment, fault(clients)), 0..12),
-                )
-                    .prop_map(move |(needed, mut faults)| {
-                        // Everybody starts at some time, and once more when all the trouble is over.
-                        for client in 0..clients {
-                            faults.push((
-                                Duration::from_millis(500 * client as u64),
-                                Fault::Start(client),
-                            ));
-                            faults.push((seconds(120), Fault::Start(client)));
-                        }
-                        Scenario {
-                            seed,
-                            weather,
-                            needed,
-                            remote_control,
-                            faults,
-                            wait_for_client: seconds(400),
-                            time_limit: seconds(3600),
-                            ..Scenario::calm(clients, rounds, local_steps)
-                        }
-                    })
-            },
-        )
 }
 
 proptest! {
@@ -2105,10 +1872,6 @@ fn a_run_is_a_function_of_its_scenario() {
     assert_eq!(simulate(&scenario), simulate(&scenario));
     assert_ne!(
         simulate(&scenario).traffic,
-        simulate(&Scenario {
-            seed: 6,
-            ..scenario
-        })
-        .traffic
+        simulate(&Scenario { seed: 6, ..scenario }).traffic
     );
 }

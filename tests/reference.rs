@@ -40,8 +40,7 @@ impl Fixture {
             weights: Weights::open(&dir.join("model"), &config).unwrap(),
             adapter: Adapter::load(&dir.join("adapter"), &config).unwrap(),
             data: Dataset::load(&dir.join("data.jsonl"), None, &options).unwrap(),
-            expected: serde_json::from_slice(&std::fs::read(dir.join("expected.json")).unwrap())
-                .unwrap(),
+            expected: serde_json::from_slice(&std::fs::read(dir.join("expected.json")).unwrap()).unwrap(),
             tensors: std::fs::read(dir.join("expected.safetensors")).unwrap(),
             config,
         }
@@ -70,10 +69,7 @@ impl Fixture {
     ) -> Central {
         let weights = {
             let source = &mut self.weights;
-            central::load(engine, &self.config, &mut |unit| {
-                source.unit(unit, WeightDtype::F32)
-            })
-            .unwrap()
+            central::load(engine, &self.config, &mut |unit| source.unit(unit, WeightDtype::F32)).unwrap()
         };
         let extent = Extent {
             batch,
@@ -99,9 +95,7 @@ impl Fixture {
 
 /// The CPU engine, and a GPU engine where there is an adapter.
 fn engines() -> Vec<Engine> {
-    std::iter::once(Engine::cpu())
-        .chain(Engine::gpu_for_tests())
-        .collect()
+    std::iter::once(Engine::cpu()).chain(Engine::gpu_for_tests()).collect()
 }
 
 fn mean_loss(model: &mut Central, batches: &[Batch]) -> (f64, usize) {
@@ -157,8 +151,7 @@ fn logits_equal_those_of_transformers_and_peft() {
         let ids = fixture.data.examples[0].ids.clone();
         for engine in engines() {
             let mut model = fixture.central(&engine, 1, true, None);
-            let logits =
-                block_on(model.logits(&ids, ids.len(), 0..ids.len())).unwrap();
+            let logits = block_on(model.logits(&ids, ids.len(), 0..ids.len())).unwrap();
             let expected = fixture.tensor("logits.example_0");
             let what = format!("{case} logits on {}", engine.name());
             assert_tensor_close(&logits.concat(), &expected, 2e-5, &what);
@@ -174,8 +167,7 @@ fn adapter_gradients_equal_those_of_transformers_and_peft() {
             let settings = OptimizerSettings::default();
             let mut model = fixture.central(&engine, 8, true, Some(settings));
             let batch = &fixture.pass(8)[0];
-            let gradient =
-                block_on(model.gradient(&batch.tokens, &batch.targets, batch.seq)).unwrap();
+            let gradient = block_on(model.gradient(&batch.tokens, &batch.targets, batch.seq)).unwrap();
             for entry in fixture.adapter.layout.entries() {
                 let module = format!(
                     "base_model.model.transformer.h.{}.{}",
@@ -214,12 +206,10 @@ fn ten_adamw_losses_equal_those_of_torch() {
             for engine in engines() {
                 let mut model = fixture.central(&engine, rows, true, Some(settings));
                 let examples = fixture.data.examples.clone();
-                let mut batches =
-                    Batches::new(examples, rows, fixture.config.positions, None).unwrap();
+                let mut batches = Batches::new(examples, rows, fixture.config.positions, None).unwrap();
                 for (step, expected) in run["losses"].as_array().unwrap().iter().enumerate() {
                     let batch = batches.next_batch();
-                    let counted =
-                        block_on(model.step(&batch.tokens, &batch.targets, batch.seq)).unwrap();
+                    let counted = block_on(model.step(&batch.tokens, &batch.targets, batch.seq)).unwrap();
                     let what = format!("{case} {name} step {step} on {}", engine.name());
                     let loss = counted.loss_sum / counted.tokens as f64;
                     assert_close(loss, expected.as_f64().unwrap(), 2e-5, &what);
@@ -263,15 +253,7 @@ impl Fixture {
         let blocks: Vec<UnitData> = (0..cut).map(|block| self.unit(Unit::Block(block))).collect();
         let source = &mut self.weights;
         Parts {
-            client: ClientPart::new(
-                engine,
-                &self.config,
-                &embedding,
-                &blocks,
-                training,
-                &client_values,
-            )
-            .unwrap(),
+            client: ClientPart::new(engine, &self.config, &embedding, &blocks, training, &client_values).unwrap(),
             server: ServerPart::new(
                 engine,
                 &self.config,
@@ -299,17 +281,13 @@ fn split_step_equals_unsplit_step_at_every_cut() {
             let unsplit: Vec<f64> = steps
                 .iter()
                 .map(|batch| {
-                    let counted =
-                        block_on(whole.step(&batch.tokens, &batch.targets, batch.seq)).unwrap();
+                    let counted = block_on(whole.step(&batch.tokens, &batch.targets, batch.seq)).unwrap();
                     counted.loss_sum / counted.tokens as f64
                 })
                 .collect();
             let unsplit_adapter = block_on(whole.adapter()).unwrap();
             for cut in 1..fixture.config.blocks {
-                let Parts {
-                    mut client,
-                    mut server,
-                } = fixture.parts(&engine, cut, &training);
+                let Parts { mut client, mut server } = fixture.parts(&engine, cut, &training);
                 for (step, batch) in steps.iter().enumerate() {
                     let activations = block_on(client.forward(&batch.tokens, batch.seq)).unwrap();
                     let (loss, replies) = block_on(server.step(&[Contribution {
@@ -375,10 +353,7 @@ fn the_server_steps_on_the_concatenated_batch() {
     let engine = Engine::cpu();
     let training = fixture.training(2, Wire::F32);
     let batches = fixture.pass(2);
-    let Parts {
-        mut client,
-        mut server,
-    } = fixture.parts(&engine, 1, &training);
+    let Parts { mut client, mut server } = fixture.parts(&engine, 1, &training);
     let forwards: Vec<Cut> = batches
         .iter()
         .map(|batch| block_on(client.forward(&batch.tokens, batch.seq)).unwrap())
@@ -394,10 +369,7 @@ fn the_server_steps_on_the_concatenated_batch() {
     let (loss, _) = block_on(server.step(&contributions)).unwrap();
 
     let all = &fixture.pass(8)[0];
-    let whole = Training {
-        batch: 8,
-        ..training
-    };
+    let whole = Training { batch: 8, ..training };
     let Parts {
         client: mut whole_client,
         server: mut whole_server,
@@ -426,10 +398,7 @@ fn wire_forms_change_the_loss_by_their_rounding_only() {
         let mut losses = Vec::new();
         for wire in [Wire::F32, Wire::F16, Wire::Int8] {
             let training = fixture.training(2, wire);
-            let Parts {
-                mut client,
-                mut server,
-            } = fixture.parts(&engine, 1, &training);
+            let Parts { mut client, mut server } = fixture.parts(&engine, 1, &training);
             let activations = block_on(client.forward(&batch.tokens, batch.seq)).unwrap();
             assert_eq!(activations.bytes.len(), {
                 Cut::byte_length(wire, 2, batch.seq, fixture.config.width)

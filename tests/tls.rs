@@ -1,5 +1,5 @@
-//! One real run over TLS: the program serves, two processes join with a third of the demo data each, and the run directory
-//! holds what it should.
+//! Real runs over TLS: the program serves, other processes of it join with parts of the demo data, and the run directory holds
+//! what it should.
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -44,7 +44,11 @@ impl Running {
 
 fn program(home: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_sflllm"));
-    command.env("SFLLLM_HOME", home).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    command
+        .env("SFLLLM_HOME", home)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
     command
 }
 
@@ -70,7 +74,13 @@ fn serve(home: &Path, arguments: &[&str]) -> Serving {
     loop {
         match lines.recv_timeout(LIMIT) {
             Ok(line) => match line.strip_prefix("listening on ") {
-                Some(url) => return Serving { process, url: url.to_owned(), lines },
+                Some(url) => {
+                    return Serving {
+                        process,
+                        url: url.to_owned(),
+                        lines,
+                    };
+                }
                 None => said.push(line),
             },
             Err(_) => panic!("the server does not listen; it said:\n{}", said.join("\n")),
@@ -80,7 +90,13 @@ fn serve(home: &Path, arguments: &[&str]) -> Serving {
 
 fn join(home: &Path, url: &str, data: &Path, arguments: &[&str]) -> Running {
     let mut command = program(home);
-    command.arg("join").arg(url).arg("--data").arg(data).args(["--device", "cpu"]).args(arguments);
+    command
+        .arg("join")
+        .arg(url)
+        .arg("--data")
+        .arg(data)
+        .args(["--device", "cpu"])
+        .args(arguments);
     Running(command.spawn().unwrap())
 }
 
@@ -97,7 +113,11 @@ fn third(directory: &Path, part: usize) -> PathBuf {
 }
 
 fn objects(path: &Path) -> Vec<Value> {
-    std::fs::read_to_string(path).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    std::fs::read_to_string(path)
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
 }
 
 #[test]
@@ -111,9 +131,32 @@ fn two_clients_train_over_tls_and_leave_an_adapter() {
     let server = serve(
         &home,
         &[
-            "--model", "demo", "--listen", "https://127.0.0.1:0", "--token", "secret", "--clients", "2",
-            "--rounds", &rounds, "--local-steps", &local_steps, "--batch", "2", "--split", "1", "--rank", "4",
-            "--lr", "3e-3", "--device", "cpu", "--valid", valid.to_str().unwrap(), "--out", out.to_str().unwrap(),
+            "--model",
+            "demo",
+            "--listen",
+            "https://127.0.0.1:0",
+            "--token",
+            "secret",
+            "--clients",
+            "2",
+            "--rounds",
+            &rounds,
+            "--local-steps",
+            &local_steps,
+            "--batch",
+            "2",
+            "--split",
+            "1",
+            "--rank",
+            "4",
+            "--lr",
+            "3e-3",
+            "--device",
+            "cpu",
+            "--valid",
+            valid.to_str().unwrap(),
+            "--out",
+            out.to_str().unwrap(),
         ],
     );
 
@@ -133,10 +176,24 @@ fn two_clients_train_over_tls_and_leave_an_adapter() {
         &elsewhere,
         &server.url,
         &third(directory.path(), 0),
-        &["--token", "secret", "--ca", certificate.to_str().unwrap(), "--name", "first", "--adapter-out", kept.to_str().unwrap()],
+        &[
+            "--token",
+            "secret",
+            "--ca",
+            certificate.to_str().unwrap(),
+            "--name",
+            "first",
+            "--adapter-out",
+            kept.to_str().unwrap(),
+        ],
     );
     let link = format!("{}/?join=1#t=secret", server.url);
-    let second = join(&elsewhere, &link, &third(directory.path(), 1), &["--insecure-tls", "--name", "second"]);
+    let second = join(
+        &elsewhere,
+        &link,
+        &third(directory.path(), 1),
+        &["--insecure-tls", "--name", "second"],
+    );
     for client in [first, second] {
         let (status, said) = client.finish();
         assert!(status.success(), "{said}");
@@ -149,7 +206,10 @@ fn two_clients_train_over_tls_and_leave_an_adapter() {
 
     let run: Value = serde_json::from_str(&std::fs::read_to_string(out.join("run.json")).unwrap()).unwrap();
     assert_eq!(run["ended"], "completed");
-    assert_eq!((&run["totals"]["rounds"], &run["totals"]["steps"]), (&ROUNDS.into(), &(ROUNDS * LOCAL_STEPS).into()));
+    assert_eq!(
+        (&run["totals"]["rounds"], &run["totals"]["steps"]),
+        (&ROUNDS.into(), &(ROUNDS * LOCAL_STEPS).into())
+    );
     assert!(run["addresses"][0].as_str().unwrap().starts_with("https://127.0.0.1:"));
 
     let metrics = objects(&out.join("metrics.jsonl"));
@@ -165,13 +225,35 @@ fn two_clients_train_over_tls_and_leave_an_adapter() {
         }
     }
     let rounds = of_kind("round");
-    assert_eq!(rounds.iter().map(|round| round["round"].as_u64().unwrap()).collect::<Vec<_>>(), [0, 1, 2]);
-    assert!(rounds[1..].iter().all(|round| round["adapters"] == 2 && round["excluded"] == Value::Array(Vec::new())));
-    let losses: Vec<f64> = rounds.iter().map(|round| round["valid_loss"].as_f64().unwrap()).collect();
-    assert!(losses[1] < losses[0] && losses[2] < losses[1], "the validation loss does not fall: {losses:?}");
-    let names: Vec<&str> =
-        of_kind("event").iter().filter(|event| event["event"] == "joined").filter_map(|event| event["name"].as_str()).collect();
-    assert!(names.len() == 2 && names.contains(&"first") && names.contains(&"second"), "{names:?}");
+    assert_eq!(
+        rounds
+            .iter()
+            .map(|round| round["round"].as_u64().unwrap())
+            .collect::<Vec<_>>(),
+        [0, 1, 2]
+    );
+    assert!(
+        rounds[1..]
+            .iter()
+            .all(|round| round["adapters"] == 2 && round["excluded"] == Value::Array(Vec::new()))
+    );
+    let losses: Vec<f64> = rounds
+        .iter()
+        .map(|round| round["valid_loss"].as_f64().unwrap())
+        .collect();
+    assert!(
+        losses[1] < losses[0] && losses[2] < losses[1],
+        "the validation loss does not fall: {losses:?}"
+    );
+    let names: Vec<&str> = of_kind("event")
+        .iter()
+        .filter(|event| event["event"] == "joined")
+        .filter_map(|event| event["name"].as_str())
+        .collect();
+    assert!(
+        names.len() == 2 && names.contains(&"first") && names.contains(&"second"),
+        "{names:?}"
+    );
     assert!(of_kind("event").iter().any(|event| event["event"] == "refused"));
 
     // The adapter is that of the whole model; the client kept its own side of it.
@@ -183,10 +265,127 @@ fn two_clients_train_over_tls_and_leave_an_adapter() {
         let trained = whole.values[entry.range_b()].iter().any(|&value| value != 0.0);
         assert!(trained, "block {} was not trained", entry.block);
     }
-    assert_eq!(Adapter::load(&kept, &config).unwrap().values, whole.slice(&config, 0..1).unwrap().values);
+    assert_eq!(
+        Adapter::load(&kept, &config).unwrap().values,
+        whole.slice(&config, 0..1).unwrap().values
+    );
     let trained = out.join("adapter");
-    assert!(!out.join("weights").exists(), "the clients' part of the model is left behind");
+    assert!(
+        !out.join("weights").exists(),
+        "the clients' part of the model is left behind"
+    );
     assert!(trained.join("adapter_config.json").is_file());
+}
+
+#[test]
+fn a_federated_server_of_its_own_sees_adapters_only() {
+    let directory = tempfile::tempdir().unwrap();
+    let home = directory.path();
+    let (main_out, federated_out) = (home.join("main"), home.join("federated"));
+    let address = ["--listen", "https://127.0.0.1:0", "--token", "secret", "--out"];
+    let federated = serve(
+        home,
+        &[
+            &["--role", "federated"],
+            &address[..],
+            &[federated_out.to_str().unwrap()],
+        ]
+        .concat(),
+    );
+    let role = [
+        "--role",
+        "main",
+        "--federated-url",
+        &federated.url,
+        "--clients",
+        "2",
+        "--device",
+        "cpu",
+    ];
+    let run = ["--rounds", "2", "--local-steps", "2", "--batch", "2"];
+    let main = serve(
+        home,
+        &[&role[..], &run, &address, &[main_out.to_str().unwrap()]].concat(),
+    );
+    // On the server's own machine and account its certificate is known.
+    let clients = [0, 1].map(|part| join(home, &main.url, &third(home, part), &["--token", "secret"]));
+    for client in clients {
+        let (status, said) = client.finish();
+        assert!(status.success(), "{said}");
+    }
+    for server in [main, federated] {
+        let said: Vec<String> = server.lines.iter().collect();
+        let (status, _) = server.process.finish();
+        assert!(status.success(), "{}", said.join("\n"));
+    }
+    let steps = objects(&main_out.join("metrics.jsonl"));
+    let adapters: Vec<u64> = steps
+        .iter()
+        .filter(|line| line["kind"] == "round")
+        .filter_map(|line| line["adapters"].as_u64())
+        .collect();
+    assert_eq!(adapters, [2, 2]);
+    let federated = objects(&federated_out.join("metrics.jsonl"));
+    let updates = federated.iter().filter(|line| line["event"] == "update").count();
+    assert_eq!(updates, 4);
+    assert!(
+        federated.iter().all(|line| line["kind"] == "event"),
+        "a federated server has no steps: {federated:?}"
+    );
+    assert!(main_out.join("adapter").is_dir() && !federated_out.join("adapter").exists());
+}
+
+#[test]
+fn a_client_that_vanishes_is_dropped_and_the_run_goes_on() {
+    let directory = tempfile::tempdir().unwrap();
+    let home = directory.path();
+    let out = home.join("run");
+    let server = serve(
+        home,
+        &[
+            "--listen",
+            "https://127.0.0.1:0",
+            "--token",
+            "secret",
+            "--clients",
+            "2",
+            "--rounds",
+            "2",
+            "--local-steps",
+            "30",
+            "--batch",
+            "2",
+            "--device",
+            "cpu",
+            "--out",
+            out.to_str().unwrap(),
+        ],
+    );
+    let [stays, mut vanishes] = [0, 1].map(|part| join(home, &server.url, &third(home, part), &["--token", "secret"]));
+    let metrics = out.join("metrics.jsonl");
+    let steps = || -> Vec<Value> {
+        let text = std::fs::read_to_string(&metrics).unwrap_or_default();
+        text.lines()
+            .filter_map(|line| serde_json::from_str(line).ok())
+            .filter(|line: &Value| line["kind"] == "step")
+            .collect()
+    };
+    while steps().is_empty() {
+        assert!(
+            vanishes.0.try_wait().unwrap().is_none(),
+            "the client ended before the first step"
+        );
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    vanishes.0.kill().unwrap();
+    let (status, said) = stays.finish();
+    assert!(status.success(), "{said}");
+    let said: Vec<String> = server.lines.iter().collect();
+    let (status, _) = server.process.finish();
+    assert!(status.success(), "{}", said.join("\n"));
+    let steps = steps();
+    assert_eq!(steps.len(), 60, "{}", said.join("\n"));
+    assert_eq!((&steps[0]["clients"], &steps[59]["clients"]), (&2.into(), &1.into()));
 }
 
 #[test]
@@ -194,8 +393,18 @@ fn a_server_says_what_is_wrong_with_its_address() {
     let directory = tempfile::tempdir().unwrap();
     let out = directory.path().join("run");
     let serve = |listen: &str| {
-        let output =
-            run(directory.path(), &["serve", "--listen", listen, "--device", "cpu", "--out", out.to_str().unwrap()]);
+        let output = run(
+            directory.path(),
+            &[
+                "serve",
+                "--listen",
+                listen,
+                "--device",
+                "cpu",
+                "--out",
+                out.to_str().unwrap(),
+            ],
+        );
         (output.status.code(), String::from_utf8(output.stderr).unwrap())
     };
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -205,7 +414,10 @@ fn a_server_says_what_is_wrong_with_its_address() {
     assert!(said.contains(&format!("port {port} is in use")), "{said}");
     let (code, said) = serve("http://0.0.0.0:0");
     assert_eq!(code, Some(1), "{said}");
-    assert!(said.contains("loopback only") && said.contains("https://0.0.0.0:0"), "{said}");
+    assert!(
+        said.contains("loopback only") && said.contains("https://0.0.0.0:0"),
+        "{said}"
+    );
     let (code, said) = serve("127.0.0.1");
     assert_eq!(code, Some(2), "{said}");
 }
@@ -214,10 +426,17 @@ fn a_server_says_what_is_wrong_with_its_address() {
 fn a_client_says_why_it_cannot_join() {
     let directory = tempfile::tempdir().unwrap();
     let data = third(directory.path(), 0);
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = std::net::TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port();
     let (status, said) = join(directory.path(), &format!("https://127.0.0.1:{port}"), &data, &[]).finish();
     assert_eq!(status.code(), Some(1), "{said}");
-    assert!(said.contains("connection refused") && said.contains("sflllm serve"), "{said}");
+    assert!(
+        said.contains("connection refused") && said.contains("sflllm serve"),
+        "{said}"
+    );
     let (status, said) = join(directory.path(), "http://192.0.2.1:8080", &data, &[]).finish();
     assert_eq!(status.code(), Some(2), "{said}");
     assert!(said.contains("https://"), "{said}");

@@ -138,14 +138,7 @@ fn bench_step(engine: &Engine, id: &str, batch: usize) -> anyhow::Result<Row> {
     };
     let weights = source.load(engine)?;
     let settings = OptimizerSettings::default();
-    let mut model = Central::new(
-        engine,
-        &source.config,
-        weights,
-        Some(&adapter),
-        extent,
-        Some(settings),
-    )?;
+    let mut model = Central::new(engine, &source.config, weights, Some(&adapter), extent, Some(settings))?;
     let mut samples = Vec::new();
     for _ in 0..3 + SAMPLES {
         let start = Instant::now();
@@ -174,24 +167,17 @@ fn peaks(engine: &Engine) -> anyhow::Result<(f64, f64)> {
     let words = COPY_BYTES / 4;
     let source = engine.buffer("peak.source", words)?;
     let target = engine.buffer("peak.target", words)?;
-    let copy = median_seconds(engine, &|recording| {
-        recording.copy((&source, 0), (&target, 0), words)
-    })?;
+    let copy = median_seconds(engine, &|recording| recording.copy((&source, 0), (&target, 0), words))?;
     let out = engine.buffer("peak.out", crate::kernels::peak::LANES)?;
-    let fma = median_seconds(engine, &|recording| {
-        crate::kernels::peak::multiply_add(recording, &out)
-    })?;
+    let fma = median_seconds(engine, &|recording| crate::kernels::peak::multiply_add(recording, &out))?;
     let mut recording = engine.recording();
     crate::kernels::peak::multiply_add(&mut recording, &out);
-    Ok((
-        2.0 * COPY_BYTES as f64 / copy / 1e9,
-        recording.cost().flops / fma / 1e9,
-    ))
+    Ok((2.0 * COPY_BYTES as f64 / copy / 1e9, recording.cost().flops / fma / 1e9))
 }
 
 pub fn run(options: Options) -> anyhow::Result<()> {
-    let filter = regex::Regex::new(options.filter.as_deref().unwrap_or(""))
-        .context("--filter is no regular expression")?;
+    let filter =
+        regex::Regex::new(options.filter.as_deref().unwrap_or("")).context("--filter is no regular expression")?;
     let engine = options.device.engine()?;
     let peaks = options.peak.then(|| peaks(&engine)).transpose()?;
     let quiet = options.output.quiet;

@@ -71,10 +71,16 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         [] => vec![free("https://0.0.0.0:8443")?, free("http://127.0.0.1:8080")?],
         given => given.to_vec(),
     };
+    let token = token(options.token.as_deref(), &listen)?;
     let engine = options.device.engine()?;
     let source = open()?;
     let config = source.config.clone();
-    let initial = Adapter::init(&config, &LoraSpec::new(RANK, ALPHA, Target::ALL)?, 0..config.blocks, SEED)?;
+    let initial = Adapter::init(
+        &config,
+        &LoraSpec::new(RANK, ALPHA, Target::ALL)?,
+        0..config.blocks,
+        SEED,
+    )?;
     let training = Training {
         spec: initial.spec.clone(),
         optimizer: OptimizerSettings {
@@ -90,7 +96,12 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         wire: Wire::F16,
     };
     let read = |bytes: &[u8], name: &str| {
-        Dataset::read(bytes, name, source.tokenize(), &source.data_options(training.seq, false))
+        Dataset::read(
+            bytes,
+            name,
+            source.tokenize(),
+            &source.data_options(training.seq, false),
+        )
     };
     let train = read(DEMO_TRAIN, "train.txt")?;
     let mut valid = read(DEMO_VALID, "valid.txt")?;
@@ -103,7 +114,10 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let before = write(&engine, None, &meanings)?;
     if !quiet {
         show(&meanings, &before);
-        eprintln!("Now {CLIENTS} clients fine-tune it, each on its half of {} examples.\n", train.examples.len());
+        eprintln!(
+            "Now {CLIENTS} clients fine-tune it, each on its half of {} examples.\n",
+            train.examples.len()
+        );
     }
 
     let mut directory = RunDirectory::create(options.out.as_deref(), "demo")?;
@@ -132,8 +146,12 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         clients: CLIENTS as u32,
         wait: Duration::from_secs(10),
     };
-    let hosting =
-        Hosting { token: token(options.token.as_deref(), &listen), listen, open: options.open, quiet };
+    let hosting = Hosting {
+        token,
+        listen,
+        open: options.open,
+        quiet,
+    };
     let summary = host(hosting, Role::Both, directory, Some(run), local)?;
     if summary.ending == Ending::Completed && !quiet {
         let adapter = Adapter::load(&adapter_directory, &config)?;
@@ -193,7 +211,9 @@ fn write(engine: &Engine, adapter: Option<&Adapter>, meanings: &[String]) -> any
         .map(|meaning| {
             let prompt = prompt_ids(tokenizer, &format!("{meaning}||"))?;
             let ids = writer.write(&prompt, &Sampling::greedy(SAMPLE_TOKENS), |_| {})?;
-            tokenizer.decode(&ids).context("the model wrote something its tokenizer cannot read")
+            tokenizer
+                .decode(&ids)
+                .context("the model wrote something its tokenizer cannot read")
         })
         .collect()
 }

@@ -29,9 +29,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         .as_ref()
         .map(|home| home.join("tls/certificate.pem"))
         .filter(|path| path.is_file());
-    let real = adapters
-        .iter()
-        .any(|adapter| adapter.class == DeviceClass::Gpu);
+    let real = adapters.iter().any(|adapter| adapter.class == DeviceClass::Gpu);
     let chosen = match adapters.first() {
         Some(first) if first.class == DeviceClass::Gpu => first.label(),
         _ => "CPU engine".to_owned(),
@@ -49,7 +47,9 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         advice.push("no network address: other devices cannot join; connect this machine to a network");
     }
     if !crate::server::has_browser_client() {
-        advice.push("this program holds no browser client: build it with `cargo xtask web`, then build this program again");
+        advice.push(
+            "this program holds no browser client: build it with `cargo xtask web`, then build this program again",
+        );
     }
     if options.output.json {
         println!(

@@ -49,17 +49,8 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         seq <= positions,
         "--seq {seq} is longer than the model's {positions} positions"
     );
-    let data = source.data(
-        &options.data,
-        seq,
-        options.skip_bad_lines,
-        options.output.quiet,
-    )?;
-    let adapter = options
-        .adapter
-        .as_deref()
-        .map(|dir| source.adapter(dir))
-        .transpose()?;
+    let data = source.data(&options.data, seq, options.skip_bad_lines, options.output.quiet)?;
+    let adapter = options.adapter.as_deref().map(|dir| source.adapter(dir)).transpose()?;
     let engine = options.device.engine()?;
     let batches = pass(&data.examples, options.batch as usize, seq)?;
     let bar = progress::bar(batches.len() as u64, "eval", options.output.quiet);
@@ -70,18 +61,10 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         batch: options.batch as usize,
         seq: longest,
     };
-    let mut model = Central::new(
-        &engine,
-        &source.config,
-        weights,
-        adapter.as_ref(),
-        extent,
-        None,
-    )?;
+    let mut model = Central::new(&engine, &source.config, weights, adapter.as_ref(), extent, None)?;
     let mut counted = Counted::default();
     for batch in &batches {
-        counted +=
-            pollster::block_on(model.loss(&batch.tokens, &batch.targets, batch.seq))?;
+        counted += pollster::block_on(model.loss(&batch.tokens, &batch.targets, batch.seq))?;
         bar.set_message(format!("loss {:.4}", counted.loss_sum / counted.tokens as f64));
         bar.inc(1);
     }
@@ -98,9 +81,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
             serde_json::json!({"loss": loss, "perplexity": perplexity, "tokens": tokens, "examples": examples})
         );
     } else {
-        println!(
-            "loss {loss:.5}, perplexity {perplexity:.4} over {tokens} tokens of {examples} examples"
-        );
+        println!("loss {loss:.5}, perplexity {perplexity:.4} over {tokens} tokens of {examples} examples");
     }
     Ok(())
 }

@@ -83,10 +83,7 @@ pub fn prompt_ids(tokenizer: &Tokenizer, prompt: &str) -> anyhow::Result<Vec<u32
         }
         None => tokenizer.encode(prompt)?,
     };
-    anyhow::ensure!(
-        !ids.is_empty(),
-        "--prompt is empty; give some text to go on from"
-    );
+    anyhow::ensure!(!ids.is_empty(), "--prompt is empty; give some text to go on from");
     Ok(ids)
 }
 
@@ -134,8 +131,7 @@ impl Writer {
             let seq = ids.len().next_multiple_of(LENGTH_BUCKET).min(positions);
             let mut tokens = ids.clone();
             tokens.resize(seq, 0);
-            let logits =
-                pollster::block_on(self.model.logits(&tokens, seq, [ids.len() - 1]))?.concat();
+            let logits = pollster::block_on(self.model.logits(&tokens, seq, [ids.len() - 1]))?.concat();
             let next = choose(&logits, sampling, &mut rng)?;
             if Some(next) == self.eos {
                 break;
@@ -194,11 +190,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     );
     let mut source = Source::open(&options.model.model, options.model.weights.into())?;
     let prompt = prompt_ids(source.tokenizer()?, &options.prompt)?;
-    let adapter = options
-        .adapter
-        .as_deref()
-        .map(|dir| source.adapter(dir))
-        .transpose()?;
+    let adapter = options.adapter.as_deref().map(|dir| source.adapter(dir)).transpose()?;
     let engine = options.device.engine()?;
     let weights = source.load(&engine)?;
     let eos = source.tokenizer()?.eos().ok();

@@ -67,9 +67,15 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         server: options.url.origin.clone(),
         token: options.token.or(options.url.token),
         dialer: Dialer::new(&trust)?,
-        name: options.name.or_else(transport::host_name).unwrap_or_else(|| "native client".to_owned()),
+        name: options
+            .name
+            .or_else(transport::host_name)
+            .unwrap_or_else(|| "native client".to_owned()),
         engine,
-        source: Source::File { path: options.data, skip_bad_lines: options.skip_bad_lines },
+        source: Source::File {
+            path: options.data,
+            skip_bad_lines: options.skip_bad_lines,
+        },
         cache: transport::cache_directory()?,
         adapter_out: options.adapter_out.clone(),
     };
@@ -86,7 +92,10 @@ pub fn run(options: Options) -> anyhow::Result<()> {
             super::serve::interrupted().await;
             std::process::exit(130);
         });
-        let shown = Shown { console: console.clone(), fetching: Mutex::new(String::new()) };
+        let shown = Shown {
+            console: console.clone(),
+            fetching: Mutex::new(String::new()),
+        };
         native::join(settings, stop, move |report| shown.report(&report)).await
     });
     console.finish();
@@ -102,8 +111,14 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let ending = match &summary.reason {
         FinishReason::Completed => "the run is complete".to_owned(),
         FinishReason::Left => "left the run".to_owned(),
-        FinishReason::Stopped { detail, return_after: None } => format!("the server ended the run: {detail}"),
-        FinishReason::Stopped { detail, return_after: Some(after) } => {
+        FinishReason::Stopped {
+            detail,
+            return_after: None,
+        } => format!("the server ended the run: {detail}"),
+        FinishReason::Stopped {
+            detail,
+            return_after: Some(after),
+        } => {
             format!("the server ended the run: {detail}; come back in {} s", after.as_secs())
         }
     };
@@ -113,7 +128,10 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         summary.seconds,
         bytes(summary.bytes_up),
         bytes(summary.bytes_down),
-        options.adapter_out.map(|directory| format!("; adapter in {}", directory.display())).unwrap_or_default(),
+        options
+            .adapter_out
+            .map(|directory| format!("; adapter in {}", directory.display()))
+            .unwrap_or_default(),
     ));
     Ok(())
 }
@@ -146,7 +164,11 @@ impl Shown {
                 Some(reason) => format!("connection lost ({reason}); trying again"),
                 None => "connection lost; trying again".to_owned(),
             }),
-            Report::Fetching { name, done, bytes: total } => {
+            Report::Fetching {
+                name,
+                done,
+                bytes: total,
+            } => {
                 console.waiting(format!("fetching {name}: {} of {}", bytes(*done), bytes(*total)));
                 let mut fetching = self.fetching.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
                 if *fetching != *name {
@@ -154,7 +176,9 @@ impl Shown {
                     fetching.clone_from(name);
                 }
             }
-            Report::Loaded { data, blocks, steps, .. } => {
+            Report::Loaded {
+                data, blocks, steps, ..
+            } => {
                 if let Some(data) = data {
                     console.line(format!("data: {data}"));
                 }
@@ -164,7 +188,13 @@ impl Shown {
             Report::RoundStarted { round, rounds, members } => {
                 console.line(format!("round {round} of {rounds} with {members} clients"));
             }
-            Report::Step { step, steps, loss, mean_loss, .. } => console.step(
+            Report::Step {
+                step,
+                steps,
+                loss,
+                mean_loss,
+                ..
+            } => console.step(
                 u64::from(*step),
                 u64::from(*steps),
                 format!("loss {loss:.3} (all clients {mean_loss:.3})"),

@@ -163,10 +163,7 @@ impl OptimizerOptions {
             self.weight_decay
         );
         if let Some(clip) = self.clip {
-            anyhow::ensure!(
-                clip.is_finite() && clip > 0.0,
-                "--clip {clip} must be a number above 0"
-            );
+            anyhow::ensure!(clip.is_finite() && clip > 0.0, "--clip {clip} must be a number above 0");
         }
         Ok(OptimizerSettings {
             lr: self.lr,

@@ -11,10 +11,8 @@ pub fn bar(length: u64, what: &'static str, quiet: bool) -> ProgressBar {
     } else {
         ProgressDrawTarget::stderr()
     };
-    let style = ProgressStyle::with_template(
-        "{prefix} {bar:30} {pos}/{len}  {per_sec}  {eta} left  {msg}",
-    )
-    .unwrap_or_else(|_| ProgressStyle::default_bar());
+    let style = ProgressStyle::with_template("{prefix} {bar:30} {pos}/{len}  {per_sec}  {eta} left  {msg}")
+        .unwrap_or_else(|_| ProgressStyle::default_bar());
     ProgressBar::with_draw_target(Some(length), target)
         .with_style(style)
         .with_prefix(what)

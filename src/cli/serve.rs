@@ -12,9 +12,7 @@ use tokio::task::JoinSet;
 
 use super::console::Console;
 use super::join::bytes;
-use super::options::{
-    BatchOptions, Choice, DeviceOptions, LoraOptions, ModelOptions, OptimizerOptions, OutputOptions,
-};
+use super::options::{BatchOptions, Choice, DeviceOptions, LoraOptions, ModelOptions, OptimizerOptions, OutputOptions};
 use super::source::{DEMO_TRAIN, Source};
 use crate::client::native;
 use crate::compute::Engine;
@@ -129,7 +127,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         given => given.to_vec(),
     };
     let hosting = Hosting {
-        token: token(options.token.as_deref(), &listen),
+        token: token(options.token.as_deref(), &listen)?,
         listen,
         open: options.open,
         quiet: options.output.quiet,
@@ -151,7 +149,10 @@ pub fn run(options: Options) -> anyhow::Result<()> {
                 (None, true) => Trust::Anyone,
                 (None, false) => Trust::Known,
             };
-            Role::Main { federated: link.origin.clone(), dialer: Dialer::new(&trust)? }
+            Role::Main {
+                federated: link.origin.clone(),
+                dialer: Dialer::new(&trust)?,
+            }
         }
         Some(_) => bail!("--federated-url belongs to --role main"),
         None => Role::Both,
@@ -165,20 +166,34 @@ pub fn run(options: Options) -> anyhow::Result<()> {
 
 /// The last part of a model's path.
 fn name_of(model: &str) -> String {
-    Path::new(model).file_name().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
+    Path::new(model)
+        .file_name()
+        .map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
 }
 
 /// The join token: what was asked for, or a generated one where other machines can connect.
-pub(super) fn token(asked: Option<&str>, listen: &[Listen]) -> Option<String> {
+pub(super) fn token(asked: Option<&str>, listen: &[Listen]) -> anyhow::Result<Option<String>> {
     let loopback = |listen: &Listen| {
-        listen.host == "localhost" || listen.host.parse::<std::net::IpAddr>().is_ok_and(|host| host.is_loopback())
+        listen.host == "localhost"
+            || listen
+                .host
+                .parse::<std::net::IpAddr>()
+                .is_ok_and(|host| host.is_loopback())
     };
-    match asked {
+    Ok(match asked {
         Some("generate") => Some(server::generate_token()),
-        Some(token) => Some(token.to_owned()),
+        Some(token) => {
+            // It is part of a link, and is copied by hand.
+            let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte);
+            anyhow::ensure!(
+                !token.is_empty() && token.len() <= 256 && token.bytes().all(plain),
+                "--token takes 1 to 256 letters, digits and -._~, or `generate`"
+            );
+            Some(token.to_owned())
+        }
         None if listen.iter().all(loopback) => None,
         None => Some(server::generate_token()),
-    }
+    })
 }
 
 struct Prepared {
@@ -190,7 +205,13 @@ struct Prepared {
 /// Reads model and data, and writes down what they are.
 fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Prepared> {
     let source = Source::open(&options.model.model, options.model.weights.into())?;
-    let BatchOptions { batch, seed, no_shuffle, skip_bad_lines, .. } = options.batches;
+    let BatchOptions {
+        batch,
+        seed,
+        no_shuffle,
+        skip_bad_lines,
+        ..
+    } = options.batches;
     let seq = options.batches.seq(source.config.positions)?;
     let initial = match &options.lora.init_adapter {
         Some(directory) => source.adapter(directory)?,
@@ -198,7 +219,9 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
     };
     let training = Training {
         spec: initial.spec.clone(),
-        optimizer: options.optimizer.settings(u64::from(options.rounds) * u64::from(options.local_steps))?,
+        optimizer: options
+            .optimizer
+            .settings(u64::from(options.rounds) * u64::from(options.local_steps))?,
         batch: batch as usize,
         seq,
         wire: match options.wire {
@@ -226,8 +249,13 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
         "valid": options.valid.as_ref().zip(valid.as_ref()).map(|(path, data)| describe(path, data)),
         "data": options.data.iter().zip(&data).map(|(path, data)| describe(path, data)).collect::<Vec<_>>(),
     }))?;
-    let local = divide(data.into_iter().map(|data| data.examples).collect(), options.local_clients)?;
-    let clients = options.clients.unwrap_or(u32::try_from(options.local_clients).unwrap_or(u32::MAX).max(1));
+    let local = divide(
+        data.into_iter().map(|data| data.examples).collect(),
+        options.local_clients,
+    )?;
+    let clients = options
+        .clients
+        .unwrap_or(u32::try_from(options.local_clients).unwrap_or(u32::MAX).max(1));
     let run = Run {
         engine: options.device.engine()?,
         training,
@@ -326,14 +354,20 @@ async fn host_here(
 ) -> anyhow::Result<Summary> {
     let console = Console::new(hosting.quiet);
     let engine = run.as_ref().map(|run| run.engine.clone());
-    let steps = run.as_ref().map_or(0, |run| u64::from(run.rounds) * u64::from(run.local_steps));
+    let steps = run
+        .as_ref()
+        .map_or(0, |run| u64::from(run.rounds) * u64::from(run.local_steps));
     let clients = run.as_ref().map_or(0, |run| run.clients);
     let path = directory.path().to_owned();
     let home = transport::data_directory()?;
     if let Some(engine) = &engine {
         console.line(format!("loading the model on {}", engine.name()));
     }
-    let shown = Shown { console: console.clone(), steps, members: Mutex::new(0) };
+    let shown = Shown {
+        console: console.clone(),
+        steps,
+        members: Mutex::new(0),
+    };
     let is_page = !matches!(role, Role::Federated);
     let settings = Settings {
         role,
@@ -348,7 +382,10 @@ async fn host_here(
     announce(&server, &console, hosting.token.as_deref(), is_page);
     console.line(format!("run directory: {}", path.display()));
     if is_page {
-        console.waiting(format!("waiting for {clients} client{}", if clients == 1 { "" } else { "s" }));
+        console.waiting(format!(
+            "waiting for {clients} client{}",
+            if clients == 1 { "" } else { "s" }
+        ));
     }
     if hosting.open
         && let Some(address) = server.addresses().last()
@@ -382,14 +419,20 @@ async fn host_here(
                 Ok(Err(error)) => anyhow::Error::from(error),
                 Err(error) => anyhow::Error::from(error),
             };
-            noted.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+            noted
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .get_or_insert(error);
             stopper.stop("a client of the server's own process failed").await;
         }
     });
     let summary = server.serve().await;
     // The clients have been told; this is for one that has lost its connection meanwhile.
     let _ = stop_sender.send(true);
-    if tokio::time::timeout(Duration::from_secs(3), local_failures).await.is_err() {
+    if tokio::time::timeout(Duration::from_secs(3), local_failures)
+        .await
+        .is_err()
+    {
         tracing::warn!("a local client did not end in time");
     }
     watcher.abort();
@@ -421,7 +464,10 @@ fn local_client(
         name: format!("local {}", number + 1),
         engine: engine.clone(),
         source: native::Source::Examples(examples),
-        cache: server.blobs().context("only a main server has local clients")?.to_owned(),
+        cache: server
+            .blobs()
+            .context("only a main server has local clients")?
+            .to_owned(),
         adapter_out: None,
     })
 }
@@ -451,10 +497,18 @@ fn announce(server: &Server, console: &Console, token: Option<&str>, is_page: bo
     if !is_page {
         return;
     }
-    for address in server.addresses().iter().filter(|address| address.network_urls.is_empty()) {
+    for address in server
+        .addresses()
+        .iter()
+        .filter(|address| address.network_urls.is_empty())
+    {
         console.line(format!("on this machine: {}", join_page(&address.local_url, token)));
     }
-    let network: Vec<&String> = server.addresses().iter().flat_map(|address| &address.network_urls).collect();
+    let network: Vec<&String> = server
+        .addresses()
+        .iter()
+        .flat_map(|address| &address.network_urls)
+        .collect();
     for (position, url) in network.iter().enumerate() {
         let link = join_link(url, token);
         console.line(format!("on the network: {link}"));
@@ -496,7 +550,9 @@ pub(super) fn conclude(summary: &Summary, adapter: Option<&Path>, output: &Outpu
         });
         println!("{line}");
     }
-    let saved = adapter.map(|adapter| format!("; adapter in {}", adapter.display())).unwrap_or_default();
+    let saved = adapter
+        .map(|adapter| format!("; adapter in {}", adapter.display()))
+        .unwrap_or_default();
     let text = format!(
         "{} rounds, {} steps in {:.1} s, {} received, {} sent{saved}",
         summary.rounds,
@@ -524,13 +580,18 @@ impl Shown {
     fn report(&self, report: Report) {
         let console = &self.console;
         match report {
-            Report::Joined { client, name, device } if device.is_empty() => {
-                console.line(format!("client {client} ({name}) joined"));
-            }
             Report::Joined { client, name, device } => {
-                console.line(format!("client {client} ({name}, {device}) joined"));
+                let device = if device.is_empty() {
+                    device
+                } else {
+                    format!(", {device}")
+                };
+                console.line(format!("client {client} ({name}{device}) joined"));
             }
-            Report::Left { client, name, reason } => console.line(format!("client {client} ({name}) is gone: {reason}")),
+            Report::Left { client, name, reason } => {
+                let name = if name.is_empty() { name } else { format!(" ({name})") };
+                console.line(format!("client {client}{name} is gone: {reason}"));
+            }
             Report::Refused { address, reason } => console.line(format!("refused {address}: {reason}")),
             Report::Baseline(evaluation) => console.line(format!(
                 "before training: validation loss {:.4}, perplexity {:.3}",
@@ -559,10 +620,19 @@ impl Shown {
                 ));
             }
             Report::Waiting { limit } => {
-                console.important(format!("no clients left; waiting {:.0} s for one to return", limit.as_secs_f64()));
+                console.important(format!(
+                    "no clients left; waiting {:.0} s for one to return",
+                    limit.as_secs_f64()
+                ));
             }
-            Report::Link { connected: true, detail } => console.line(format!("linked with {detail}")),
-            Report::Link { connected: false, detail } => console.important(detail),
+            Report::Link {
+                connected: true,
+                detail,
+            } => console.line(format!("linked with {detail}")),
+            Report::Link {
+                connected: false,
+                detail,
+            } => console.important(detail),
             Report::Averaged { round, adapters } => {
                 console.line(format!("round {round}: {adapters} adapters averaged"));
             }

@@ -36,10 +36,8 @@ pub struct Source {
 }
 
 fn hash_file(digest: &mut Sha256, path: &Path) -> anyhow::Result<()> {
-    let mut file =
-        std::fs::File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
-    std::io::copy(&mut file, &mut HashWriter(digest))
-        .with_context(|| format!("cannot read {}", path.display()))?;
+    let mut file = std::fs::File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
+    std::io::copy(&mut file, &mut HashWriter(digest)).with_context(|| format!("cannot read {}", path.display()))?;
     Ok(())
 }
 
@@ -108,13 +106,7 @@ impl Source {
     }
 
     /// Reads a data file with this model's tokenizer; says on stderr what was read.
-    pub fn data(
-        &self,
-        path: &Path,
-        seq: usize,
-        skip_bad_lines: bool,
-        quiet: bool,
-    ) -> anyhow::Result<Dataset> {
+    pub fn data(&self, path: &Path, seq: usize, skip_bad_lines: bool, quiet: bool) -> anyhow::Result<Dataset> {
         let options = self.data_options(seq, skip_bad_lines);
         let data = Dataset::load(path, self.tokenize(), &options)?;
         if !quiet {

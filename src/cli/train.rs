@@ -17,9 +17,7 @@ use crate::model::config::Config;
 use crate::model::stack::{Extent, StackWeights};
 use crate::split::Evaluation;
 
-use super::options::{
-    BatchOptions, DeviceOptions, LoraOptions, ModelOptions, OptimizerOptions, OutputOptions,
-};
+use super::options::{BatchOptions, DeviceOptions, LoraOptions, ModelOptions, OptimizerOptions, OutputOptions};
 use super::progress;
 use super::source::Source;
 
@@ -71,10 +69,7 @@ fn interrupted() -> anyhow::Result<Arc<AtomicBool>> {
     std::thread::Builder::new()
         .name("interrupt".to_owned())
         .spawn(move || {
-            let Ok(runtime) = tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build()
-            else {
+            let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else {
                 return;
             };
             runtime.block_on(async {
@@ -98,14 +93,7 @@ fn evaluate(
     examples: &[Example],
     extent: Extent,
 ) -> anyhow::Result<Evaluation> {
-    let mut model = Central::new(
-        engine,
-        config,
-        weights.clone(),
-        Some(adapter),
-        extent,
-        None,
-    )?;
+    let mut model = Central::new(engine, config, weights.clone(), Some(adapter), extent, None)?;
     let mut counted = Counted::default();
     for batch in pass(examples, extent.batch, extent.seq)? {
         counted += pollster::block_on(model.loss(&batch.tokens, &batch.targets, batch.seq))?;
@@ -159,21 +147,12 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         .unwrap_or_else(|| PathBuf::from(format!("runs/{}-train", unix_time())));
     std::fs::create_dir_all(&out).with_context(|| format!("cannot create {}", out.display()))?;
     let metrics_path = out.join("metrics.jsonl");
-    let mut metrics = std::fs::File::create(&metrics_path)
-        .with_context(|| format!("cannot write {}", metrics_path.display()))?;
+    let mut metrics =
+        std::fs::File::create(&metrics_path).with_context(|| format!("cannot write {}", metrics_path.display()))?;
     let evaluate_on = |adapter: &Adapter| {
         valid
             .as_ref()
-            .map(|valid| {
-                evaluate(
-                    &engine,
-                    &source.config,
-                    &weights,
-                    adapter,
-                    &valid.examples,
-                    extent,
-                )
-            })
+            .map(|valid| evaluate(&engine, &source.config, &weights, adapter, &valid.examples, extent))
             .transpose()
     };
     let before = evaluate_on(&adapter)?;

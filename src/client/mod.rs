@@ -38,7 +38,9 @@ pub enum Error {
     Assignment(String),
     #[error("the server's model: {0}")]
     Config(#[from] ConfigError),
-    #[error("{name} from the server has another hash than announced; fetch it again, and if it stays tell the server's owner")]
+    #[error(
+        "{name} from the server has another hash than announced; fetch it again, and if it stays tell the server's owner"
+    )]
     Hash { name: String },
     #[error(transparent)]
     Compute(#[from] compute::Error),
@@ -86,7 +88,11 @@ impl Plan {
         let config = Config::from_json(&assignment.model_config)?;
         let cut = run.split as usize;
         if cut == 0 || cut >= config.blocks {
-            return Err(split::Error::Split { cut, blocks: config.blocks }.into());
+            return Err(split::Error::Split {
+                cut,
+                blocks: config.blocks,
+            }
+            .into());
         }
         if (run.width as usize, run.vocab as usize) != (config.width, config.vocab) {
             return fail(format!(
@@ -95,12 +101,19 @@ impl Plan {
             ));
         }
         if run.seq as usize > config.positions {
-            return fail(format!("sequences of {} in a model of {} positions", run.seq, config.positions));
+            return fail(format!(
+                "sequences of {} in a model of {} positions",
+                run.seq, config.positions
+            ));
         }
         let training = training(run)?;
         let layout = AdapterLayout::new(&config, &training.spec, 0..cut)?;
         if layout.len() as u64 != assignment.adapter_len {
-            return fail(format!("an adapter of {} values, expected {}", assignment.adapter_len, layout.len()));
+            return fail(format!(
+                "an adapter of {} values, expected {}",
+                assignment.adapter_len,
+                layout.len()
+            ));
         }
         let names: Vec<&str> = assignment.weights.iter().map(|blob| blob.name.as_str()).collect();
         let expected: Vec<String> = units(cut).map(|unit| unit.to_string()).collect();
@@ -114,7 +127,10 @@ impl Plan {
                 .map(|(_, shape)| shape.iter().map(|&size| size as u64).product::<u64>())
                 .sum();
             if blob.bytes > 4 * values + UNIT_HEADER_BYTES {
-                return fail(format!("{} of {} bytes is larger than its tensors", blob.name, blob.bytes));
+                return fail(format!(
+                    "{} of {} bytes is larger than its tensors",
+                    blob.name, blob.bytes
+                ));
             }
         }
         let tokenizer = assignment.tokenizer.first().cloned();
@@ -148,7 +164,11 @@ impl Plan {
 
     /// How to read data for this run.
     pub fn data_options(&self, skip_bad_lines: bool) -> data::Options {
-        data::Options { seq: self.training.seq, vocab: self.config.vocab, skip_bad_lines }
+        data::Options {
+            seq: self.training.seq,
+            vocab: self.config.vocab,
+            skip_bad_lines,
+        }
     }
 
     /// The endless batches of this client, from its first example or from `cursor`.
@@ -185,7 +205,11 @@ fn training(run: &RunConfig) -> Result<Training, Error> {
 }
 
 fn optimizer_settings(config: &OptimizerConfig) -> Result<OptimizerSettings, Error> {
-    let numbers = [("learning rate", Some(config.lr)), ("weight decay", Some(config.weight_decay)), ("clip", config.clip)];
+    let numbers = [
+        ("learning rate", Some(config.lr)),
+        ("weight decay", Some(config.weight_decay)),
+        ("clip", config.clip),
+    ];
     for (name, number) in numbers {
         if number.is_some_and(|number| !number.is_finite() || number < 0.0) {
             return Err(Error::Assignment(format!("a {name} of {}", number.unwrap_or_default())));
@@ -211,7 +235,9 @@ fn optimizer_settings(config: &OptimizerConfig) -> Result<OptimizerSettings, Err
 pub fn verify(blob: &Blob, bytes: &[u8]) -> Result<(), Error> {
     let digest: [u8; 32] = Sha256::digest(bytes).into();
     if bytes.len() as u64 != blob.bytes || digest != blob.sha256.0 {
-        return Err(Error::Hash { name: blob.name.clone() });
+        return Err(Error::Hash {
+            name: blob.name.clone(),
+        });
     }
     Ok(())
 }
@@ -226,7 +252,12 @@ pub struct Loader {
 
 impl Loader {
     pub fn new(engine: &Engine, plan: &Plan) -> Self {
-        Self { engine: engine.clone(), plan: plan.clone(), embedding: None, blocks: Vec::new() }
+        Self {
+            engine: engine.clone(),
+            plan: plan.clone(),
+            embedding: None,
+            blocks: Vec::new(),
+        }
     }
 
     /// The part that [`Loader::add`] takes next; `None` when all are there.
@@ -266,11 +297,27 @@ impl Loader {
         if let Some(missing) = self.next() {
             return Err(Error::Assignment(format!("{} was not loaded", missing.name)));
         }
-        let Self { engine, plan, embedding, blocks } = self;
-        let weights = StackWeights { embedding, blocks, first_block: 0, head: None };
+        let Self {
+            engine,
+            plan,
+            embedding,
+            blocks,
+        } = self;
+        let weights = StackWeights {
+            embedding,
+            blocks,
+            first_block: 0,
+            head: None,
+        };
         let values = vec![0.0; AdapterLayout::new(&plan.config, &plan.training.spec, 0..plan.cut)?.len()];
         let part = ClientPart::with_weights(&engine, &plan.config, weights, &plan.training, &values)?;
-        Ok(Learner { part, plan, batches, examples: 0, tokens: 0 })
+        Ok(Learner {
+            part,
+            plan,
+            batches,
+            examples: 0,
+            tokens: 0,
+        })
     }
 }
 

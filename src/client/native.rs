@@ -44,7 +44,11 @@ pub enum Error {
     #[error(transparent)]
     Answer(#[from] ClientError),
     #[error("cannot {action} {path}: {source}")]
-    File { action: &'static str, path: String, source: io::Error },
+    File {
+        action: &'static str,
+        path: String,
+        source: io::Error,
+    },
     #[error("{name} could not be fetched from {url}: {reason}")]
     Download { name: String, url: String, reason: String },
     #[error("the compute thread ended without a reason")]
@@ -53,7 +57,11 @@ pub enum Error {
 
 impl Error {
     fn file(action: &'static str, path: &Path, source: io::Error) -> Self {
-        Self::File { action, path: path.display().to_string(), source }
+        Self::File {
+            action,
+            path: path.display().to_string(),
+            source,
+        }
     }
 }
 
@@ -84,12 +92,34 @@ pub struct Settings {
 #[derive(Clone, Debug)]
 pub enum Report {
     Connected,
-    ConnectionLost { endpoint: Endpoint, reason: Option<String> },
+    ConnectionLost {
+        endpoint: Endpoint,
+        reason: Option<String>,
+    },
     /// A part of the model is being fetched; `done` of `bytes` are there.
-    Fetching { name: String, done: u64, bytes: u64 },
-    Loaded { data: Option<DataSummary>, blocks: usize, rounds: u32, steps: u32 },
-    RoundStarted { round: u32, rounds: u32, members: u32 },
-    Step { step: u32, steps: u32, loss: f32, mean_loss: f32, tokens: u64 },
+    Fetching {
+        name: String,
+        done: u64,
+        bytes: u64,
+    },
+    Loaded {
+        data: Option<DataSummary>,
+        blocks: usize,
+        rounds: u32,
+        steps: u32,
+    },
+    RoundStarted {
+        round: u32,
+        rounds: u32,
+        members: u32,
+    },
+    Step {
+        step: u32,
+        steps: u32,
+        loss: f32,
+        mean_loss: f32,
+        tokens: u64,
+    },
     Round(RoundResult),
 }
 
@@ -155,27 +185,39 @@ pub async fn join(
 
 /// Asked of the compute thread.
 enum Task {
-    Load { generation: u64, plan: Box<Plan>, units: Vec<PathBuf>, tokenizer: Option<PathBuf> },
+    Load {
+        generation: u64,
+        plan: Box<Plan>,
+        units: Vec<PathBuf>,
+        tokenizer: Option<PathBuf>,
+    },
     BeginRound,
     Install(Vec<f32>),
     Forward(StepKey),
-    Backward { key: StepKey, gradient: Box<Gradient> },
+    Backward {
+        key: StepKey,
+        gradient: Box<Gradient>,
+    },
     Collect(RoundKey),
 }
 
 /// Answered by the compute thread.
 enum Reply {
-    Loaded { generation: u64, data: Option<DataSummary> },
+    Loaded {
+        generation: u64,
+        data: Option<DataSummary>,
+    },
     Activations(ActivationsInput),
     StepDone(StepKey),
-    Adapter { round: RoundKey, values: Vec<f32>, examples: u64 },
+    Adapter {
+        round: RoundKey,
+        values: Vec<f32>,
+        examples: u64,
+    },
     Failed(Error),
 }
 
-fn start_thread(
-    engine: Engine,
-    source: Source,
-) -> Result<(thread_mpsc::Sender<Task>, mpsc::Receiver<Reply>), Error> {
+fn start_thread(engine: Engine, source: Source) -> Result<(thread_mpsc::Sender<Task>, mpsc::Receiver<Reply>), Error> {
     let (tasks, receiver) = thread_mpsc::channel();
     let (sender, replies) = mpsc::channel(16);
     let compute = move || {
@@ -187,7 +229,11 @@ fn start_thread(
     std::thread::Builder::new()
         .name("client".to_owned())
         .spawn(compute)
-        .map_err(|source| Error::File { action: "start", path: "a thread".to_owned(), source })?;
+        .map_err(|source| Error::File {
+            action: "start",
+            path: "a thread".to_owned(),
+            source,
+        })?;
     Ok((tasks, replies))
 }
 
@@ -200,7 +246,15 @@ async fn compute(
     let mut learner: Option<Learner> = None;
     while let Ok(task) = tasks.recv() {
         let reply = match (task, &mut learner) {
-            (Task::Load { generation, plan, units, tokenizer }, current) => {
+            (
+                Task::Load {
+                    generation,
+                    plan,
+                    units,
+                    tokenizer,
+                },
+                current,
+            ) => {
                 // Within one process the data goes on where it stood, whatever is loaded again.
                 let cursor = current.as_ref().map(Learner::cursor);
                 *current = None;
@@ -224,7 +278,11 @@ async fn compute(
             }
             (Task::Collect(round), Some(learner)) => {
                 let (values, examples) = learner.adapter().await?;
-                Some(Reply::Adapter { round, values, examples })
+                Some(Reply::Adapter {
+                    round,
+                    values,
+                    examples,
+                })
             }
         };
         if let Some(reply) = reply
@@ -252,7 +310,9 @@ fn load(
                 Some(tokenizer) => {
                     let tokenizer =
                         Tokenizer::from_json(&read(tokenizer)?, plan.config.eos).map_err(super::Error::from)?;
-                    tokenizer.check_vocabulary(plan.config.vocab).map_err(super::Error::from)?;
+                    tokenizer
+                        .check_vocabulary(plan.config.vocab)
+                        .map_err(super::Error::from)?;
                     Some(tokenizer)
                 }
                 None => None,
@@ -435,7 +495,12 @@ impl Driver {
             Reply::Loaded { generation, data } if generation == self.generation => {
                 if let Some(plan) = &self.plan {
                     let steps = plan.rounds.saturating_mul(plan.local_steps);
-                    (self.report)(Report::Loaded { data, blocks: plan.cut, rounds: plan.rounds, steps });
+                    (self.report)(Report::Loaded {
+                        data,
+                        blocks: plan.cut,
+                        rounds: plan.rounds,
+                        steps,
+                    });
                 }
                 self.session.ready(now);
             }
@@ -445,25 +510,28 @@ impl Driver {
                 self.summary.steps += 1;
                 self.session.step_done(now, key);
             }
-            Reply::Adapter { round, values, examples } => self.session.adapter(now, round, values, examples)?,
+            Reply::Adapter {
+                round,
+                values,
+                examples,
+            } => self.session.adapter(now, round, values, examples)?,
             Reply::Failed(error) => return Err(error),
         }
         Ok(())
     }
 
-    fn fetched(
-        &mut self,
-        generation: u64,
-        files: Result<(Vec<PathBuf>, Option<PathBuf>), Error>,
-    ) -> Result<(), Error> {
+    fn fetched(&mut self, generation: u64, files: Result<(Vec<PathBuf>, Option<PathBuf>), Error>) -> Result<(), Error> {
         if generation != self.generation {
             return Ok(());
         }
         let (units, tokenizer) = files?;
         match &self.plan {
-            Some(plan) => {
-                self.task(Task::Load { generation, plan: Box::new(plan.clone()), units, tokenizer })
-            }
+            Some(plan) => self.task(Task::Load {
+                generation,
+                plan: Box::new(plan.clone()),
+                units,
+                tokenizer,
+            }),
             None => Ok(()),
         }
     }
@@ -521,7 +589,11 @@ impl Driver {
             ClientEvent::Assigned(assignment) => self.assigned(&assignment, fetch)?,
             ClientEvent::RoundStarted { round, members } => {
                 let rounds = self.plan.as_ref().map_or(0, |plan| plan.rounds);
-                (self.report)(Report::RoundStarted { round: round.round + 1, rounds, members });
+                (self.report)(Report::RoundStarted {
+                    round: round.round + 1,
+                    rounds,
+                    members,
+                });
                 self.task(Task::BeginRound)?;
             }
             ClientEvent::InstallAdapter { values, .. } => {
@@ -530,8 +602,10 @@ impl Driver {
             }
             ClientEvent::ComputeForward { key } => self.task(Task::Forward(key))?,
             ClientEvent::ComputeBackward { key, gradient } => {
-                let (local_steps, rounds) =
-                    self.plan.as_ref().map_or((0, 0), |plan| (plan.local_steps, plan.rounds));
+                let (local_steps, rounds) = self
+                    .plan
+                    .as_ref()
+                    .map_or((0, 0), |plan| (plan.local_steps, plan.rounds));
                 self.summary.tokens += gradient.tokens;
                 (self.report)(Report::Step {
                     step: key.round.round.saturating_mul(local_steps).saturating_add(key.step + 1),
@@ -540,7 +614,10 @@ impl Driver {
                     mean_loss: gradient.mean_loss,
                     tokens: gradient.tokens,
                 });
-                self.task(Task::Backward { key, gradient: Box::new(gradient) })?;
+                self.task(Task::Backward {
+                    key,
+                    gradient: Box::new(gradient),
+                })?;
             }
             ClientEvent::UploadAdapter { round } => self.task(Task::Collect(round))?,
             ClientEvent::RoundResult(result) => (self.report)(Report::Round(result)),
@@ -555,7 +632,11 @@ impl Driver {
                     (Some(error), _) => error.into(),
                     (None, ClientFailure::Refused { refused, .. }) => {
                         let reason = refused.reason.to_string();
-                        let more = if refused.detail == reason { String::new() } else { format!(" ({})", refused.detail) };
+                        let more = if refused.detail == reason {
+                            String::new()
+                        } else {
+                            format!(" ({})", refused.detail)
+                        };
                         Error::Refused(reason + &more)
                     }
                     (None, failure) => failure.into(),
@@ -579,7 +660,9 @@ impl Driver {
         socket.outgoing = None;
         socket.live = true;
         let tag = (endpoint, socket.number);
-        self.settings.dialer.open(tag, &origin, path, MAX_FRAME_BYTES, self.socket_sender.clone());
+        self.settings
+            .dialer
+            .open(tag, &origin, path, MAX_FRAME_BYTES, self.socket_sender.clone());
         Ok(())
     }
 
@@ -610,7 +693,9 @@ impl Driver {
 
     /// Saves the client's side of the adapter, if asked to.
     fn save(&self, values: &[f32]) -> Result<(), Error> {
-        let (Some(directory), Some(plan)) = (&self.settings.adapter_out, &self.plan) else { return Ok(()) };
+        let (Some(directory), Some(plan)) = (&self.settings.adapter_out, &self.plan) else {
+            return Ok(());
+        };
         Adapter::from_values(&plan.config, &plan.training.spec, 0..plan.cut, values.to_vec())
             .and_then(|adapter| adapter.save(directory, &plan.config, ""))
             .map_err(|error| super::Error::from(error).into())
@@ -661,12 +746,17 @@ impl Fetcher {
     async fn fetch(&self, blob: &Blob) -> Result<PathBuf, Error> {
         let path = self.cache.join(blob.sha256.to_string());
         let (there, wanted) = (path.clone(), blob.clone());
-        if tokio::task::spawn_blocking(move || cached(&there, &wanted)).await.unwrap_or(false) {
+        if tokio::task::spawn_blocking(move || cached(&there, &wanted))
+            .await
+            .unwrap_or(false)
+        {
             return Ok(path);
         }
         static DOWNLOADS: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
         let number = DOWNLOADS.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let temporary = self.cache.join(format!("{}.{}-{number}.part", blob.sha256, std::process::id()));
+        let temporary = self
+            .cache
+            .join(format!("{}.{}-{number}.part", blob.sha256, std::process::id()));
         let result = self.download(blob, &temporary).await;
         let moved = result.and_then(|()| {
             std::fs::rename(&temporary, &path).map_err(|error| Error::file("rename", &temporary, error))
@@ -686,7 +776,9 @@ impl Fetcher {
             reason,
         };
         let mut response = self.dialer.get(&self.server, &url).await?;
-        let mut output = tokio::fs::File::create(file).await.map_err(|error| Error::file("create", file, error))?;
+        let mut output = tokio::fs::File::create(file)
+            .await
+            .map_err(|error| Error::file("create", file, error))?;
         let (mut hash, mut done) = (Sha256::new(), 0_u64);
         while let Some(chunk) = response.chunk().await.map_err(|error| fail(error.to_string()))? {
             done += chunk.len() as u64;
@@ -694,13 +786,26 @@ impl Fetcher {
                 return Err(fail(format!("it is longer than the {} bytes announced", blob.bytes)));
             }
             hash.update(&chunk);
-            output.write_all(&chunk).await.map_err(|error| Error::file("write", file, error))?;
-            (self.report)(Report::Fetching { name: blob.name.clone(), done, bytes: blob.bytes });
+            output
+                .write_all(&chunk)
+                .await
+                .map_err(|error| Error::file("write", file, error))?;
+            (self.report)(Report::Fetching {
+                name: blob.name.clone(),
+                done,
+                bytes: blob.bytes,
+            });
         }
-        output.flush().await.map_err(|error| Error::file("write", file, error))?;
+        output
+            .flush()
+            .await
+            .map_err(|error| Error::file("write", file, error))?;
         let digest: [u8; 32] = hash.finalize().into();
         if digest != blob.sha256.0 {
-            return Err(super::Error::Hash { name: blob.name.clone() }.into());
+            return Err(super::Error::Hash {
+                name: blob.name.clone(),
+            }
+            .into());
         }
         Ok(())
     }
@@ -708,7 +813,9 @@ impl Fetcher {
 
 /// Whether the cache holds the blob with its hash.
 fn cached(path: &Path, blob: &Blob) -> bool {
-    let Ok(mut file) = std::fs::File::open(path) else { return false };
+    let Ok(mut file) = std::fs::File::open(path) else {
+        return false;
+    };
     let mut hash = Sha256::new();
     let copied = io::copy(&mut file, &mut HashWriter(&mut hash));
     let digest: [u8; 32] = hash.finalize().into();

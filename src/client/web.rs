@@ -73,8 +73,16 @@ enum Work {
 enum Done {
     Nothing,
     Forward(ActivationsInput),
-    Backward { key: StepKey, loss: f32, tokens: u64 },
-    Upload { round: RoundKey, values: Vec<f32>, examples: u64 },
+    Backward {
+        key: StepKey,
+        loss: f32,
+        tokens: u64,
+    },
+    Upload {
+        round: RoundKey,
+        values: Vec<f32>,
+        examples: u64,
+    },
 }
 
 struct State {
@@ -143,17 +151,20 @@ impl EdgeClient {
 
     /// The socket asked for by `connect` is open. Endpoint 0 is the main server, 1 the federated server.
     pub fn connected(&self, endpoint: u8) {
-        self.0.with_session(|session, now| session.connected(endpoint_of(endpoint), now));
+        self.0
+            .with_session(|session, now| session.connected(endpoint_of(endpoint), now));
     }
 
     /// The socket closed, or could not be opened.
     pub fn disconnected(&self, endpoint: u8) {
-        self.0.with_session(|session, now| session.disconnected(endpoint_of(endpoint), now));
+        self.0
+            .with_session(|session, now| session.disconnected(endpoint_of(endpoint), now));
     }
 
     /// A binary message came.
     pub fn frame(&self, endpoint: u8, bytes: &[u8]) {
-        self.0.with_session(|session, now| session.handle_frame(endpoint_of(endpoint), now, bytes));
+        self.0
+            .with_session(|session, now| session.handle_frame(endpoint_of(endpoint), now, bytes));
     }
 
     /// The time told by `timer` has come.
@@ -185,7 +196,11 @@ impl EdgeClient {
     #[wasm_bindgen(js_name = checkTokenizer)]
     pub fn check_tokenizer(&self, bytes: &[u8]) -> Result<(), JsError> {
         let state = self.0.state.borrow();
-        let blob = state.plan.as_ref().and_then(Plan::tokenizer).ok_or_else(no_assignment)?;
+        let blob = state
+            .plan
+            .as_ref()
+            .and_then(Plan::tokenizer)
+            .ok_or_else(no_assignment)?;
         Ok(verify(blob, bytes)?)
     }
 
@@ -214,9 +229,10 @@ impl EdgeClient {
         let mut rest = ids;
         let mut texts = Vec::with_capacity(lengths.len());
         for &length in lengths {
-            let (text, after) = rest
-                .split_at_checked(length as usize)
-                .ok_or(DataError::TextCount { expected: lengths.len(), found: texts.len() })?;
+            let (text, after) = rest.split_at_checked(length as usize).ok_or(DataError::TextCount {
+                expected: lengths.len(),
+                found: texts.len(),
+            })?;
             texts.push(text.to_vec());
             rest = after;
         }
@@ -248,7 +264,11 @@ fn no_assignment() -> JsError {
 }
 
 fn endpoint_of(number: u8) -> Endpoint {
-    if number == 0 { Endpoint::Main } else { Endpoint::Federated }
+    if number == 0 {
+        Endpoint::Main
+    } else {
+        Endpoint::Federated
+    }
 }
 
 fn number_of(endpoint: Endpoint) -> JsValue {
@@ -336,17 +356,26 @@ impl Shared {
         match event {
             ClientEvent::Connect { endpoint, url } => self.perform(
                 "connect",
-                &[("endpoint", number_of(endpoint)), ("url", url.map_or(JsValue::NULL, |url| url.into()))],
+                &[
+                    ("endpoint", number_of(endpoint)),
+                    ("url", url.map_or(JsValue::NULL, |url| url.into())),
+                ],
             ),
             ClientEvent::ConnectionLost { endpoint, retry_at, .. } => {
                 let wait = retry_at.saturating_sub(now()).as_secs_f64() * 1000.0;
-                self.perform("lost", &[("endpoint", number_of(endpoint)), ("milliseconds", wait.into())]);
+                self.perform(
+                    "lost",
+                    &[("endpoint", number_of(endpoint)), ("milliseconds", wait.into())],
+                );
             }
             ClientEvent::Assigned(assignment) => self.assign(&assignment),
             ClientEvent::InstallAdapter { values, .. } => self.queue(Work::Install(values)),
             ClientEvent::RoundStarted { round, members } => {
                 self.queue(Work::BeginRound);
-                self.perform("round", &[("round", (round.round + 1).into()), ("members", members.into())]);
+                self.perform(
+                    "round",
+                    &[("round", (round.round + 1).into()), ("members", members.into())],
+                );
             }
             ClientEvent::ComputeForward { key } => self.queue(Work::Forward(key)),
             ClientEvent::ComputeBackward { gradient, .. } => self.queue(Work::Backward(gradient)),
@@ -410,7 +439,10 @@ impl Shared {
                 );
             }
         };
-        self.perform("finished", &[("completed", completed.into()), ("message", message.into())]);
+        self.perform(
+            "finished",
+            &[("completed", completed.into()), ("message", message.into())],
+        );
     }
 
     fn fail(&self, title: &str, remedy: &str) {
@@ -483,9 +515,11 @@ impl Shared {
                     let step = key.round.round * local_steps + key.step + 1;
                     Ok(Some((key, step, loss, tokens)))
                 }
-                Done::Upload { round, values, examples } => {
-                    session.adapter(now(), round, values, examples).map(|()| None)
-                }
+                Done::Upload {
+                    round,
+                    values,
+                    examples,
+                } => session.adapter(now(), round, values, examples).map(|()| None),
             }
         };
         match refused {
@@ -515,7 +549,10 @@ impl Shared {
             }
         }
         self.state.borrow_mut().over = true;
-        let lost = matches!(error, Error::Split(split::Error::Compute(compute::Error::DeviceLost(_))));
+        let lost = matches!(
+            error,
+            Error::Split(split::Error::Compute(compute::Error::DeviceLost(_)))
+        );
         if lost {
             self.perform("deviceLost", &[("message", error.to_string().into())]);
         } else {
@@ -542,7 +579,11 @@ async fn run(learner: &mut Learner, work: Work) -> Result<Done, Error> {
         }
         Work::Upload(round) => {
             let (values, examples) = learner.adapter().await?;
-            Done::Upload { round, values, examples }
+            Done::Upload {
+                round,
+                values,
+                examples,
+            }
         }
     })
 }
@@ -559,7 +600,10 @@ fn explain(failure: &ClientFailure) -> (String, String) {
                 "This page is older or newer than the server",
                 "Reload the page, without the browser's cache.".to_owned(),
             ),
-            reason => ("The server did not let this page in", format!("{reason}. {}", refused.detail)),
+            reason => (
+                "The server did not let this page in",
+                format!("{reason}. {}", refused.detail),
+            ),
         },
         ClientFailure::Unreachable { .. } => (
             "The server is out of reach",

@@ -14,15 +14,11 @@ fn words(buffer: &Buffer) -> &std::sync::RwLock<Vec<u32>> {
 }
 
 pub(super) fn read(buffer: &Buffer) -> RwLockReadGuard<'_, Vec<u32>> {
-    words(buffer)
-        .read()
-        .unwrap_or_else(|poisoned| poisoned.into_inner())
+    words(buffer).read().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 pub(super) fn write(buffer: &Buffer) -> RwLockWriteGuard<'_, Vec<u32>> {
-    words(buffer)
-        .write()
-        .unwrap_or_else(|poisoned| poisoned.into_inner())
+    words(buffer).write().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 enum Guard<'a> {
@@ -35,11 +31,7 @@ pub(super) fn run_command(command: &Command) {
         Command::Dispatch(dispatch) => {
             // A buffer bound for reading twice is locked once: a second read lock could wait for a writer that waits for us.
             let buffers = &dispatch.buffers;
-            let first = |i: usize| {
-                (0..=i)
-                    .find(|&j| buffers[j].is(&buffers[i]))
-                    .unwrap_or(i)
-            };
+            let first = |i: usize| (0..=i).find(|&j| buffers[j].is(&buffers[i])).unwrap_or(i);
             let mut guards: Vec<Option<Guard<'_>>> = buffers
                 .iter()
                 .zip(dispatch.kernel.bindings)
@@ -94,7 +86,5 @@ pub fn for_each_row<T: Send>(out: &mut [T], width: usize, row: impl Fn(usize, &m
             .for_each(|(i, slice)| row(i, slice));
     }
     #[cfg(target_arch = "wasm32")]
-    out.chunks_mut(width)
-        .enumerate()
-        .for_each(|(i, slice)| row(i, slice));
+    out.chunks_mut(width).enumerate().for_each(|(i, slice)| row(i, slice));
 }

@@ -80,17 +80,12 @@ pub(super) fn summary(adapter: &wgpu::Adapter) -> AdapterSummary {
         (wgpu::Features::SUBGROUP, "subgroups"),
         (wgpu::Features::TIMESTAMP_QUERY, "timestamp-query"),
         (wgpu::Features::PIPELINE_CACHE, "pipeline-cache"),
-        (
-            wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX,
-            "cooperative-matrix",
-        ),
+        (wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX, "cooperative-matrix"),
     ];
     AdapterSummary {
         name: info.name,
         backend: info.backend.to_string(),
-        driver: format!("{} {}", info.driver, info.driver_info)
-            .trim()
-            .to_owned(),
+        driver: format!("{} {}", info.driver, info.driver_info).trim().to_owned(),
         class: if emulated {
             DeviceClass::CpuAdapter
         } else {
@@ -101,9 +96,7 @@ pub(super) fn summary(adapter: &wgpu::Adapter) -> AdapterSummary {
             .filter(|(feature, _)| adapter.features().contains(*feature))
             .map(|(_, name)| *name)
             .collect(),
-        max_binding_bytes: limits
-            .max_storage_buffer_binding_size
-            .min(limits.max_buffer_size),
+        max_binding_bytes: limits.max_storage_buffer_binding_size.min(limits.max_buffer_size),
         workgroup_bytes: limits.max_compute_workgroup_storage_size,
         workgroup_invocations: limits.max_compute_invocations_per_workgroup,
     }
@@ -142,11 +135,7 @@ async fn adapters() -> Vec<wgpu::Adapter> {
         power_preference: wgpu::PowerPreference::HighPerformance,
         ..Default::default()
     };
-    instance()
-        .request_adapter(&options)
-        .await
-        .into_iter()
-        .collect()
+    instance().request_adapter(&options).await.into_iter().collect()
 }
 
 /// Every adapter that can run compute shaders, the preferred one first.
@@ -160,15 +149,11 @@ pub(super) async fn choose(selection: &Selection) -> Result<Option<wgpu::Adapter
         return Ok(None);
     }
     let mut adapters = adapters().await;
-    let emulated =
-        |adapter: &wgpu::Adapter| summary(adapter).class == DeviceClass::CpuAdapter;
+    let emulated = |adapter: &wgpu::Adapter| summary(adapter).class == DeviceClass::CpuAdapter;
     match selection {
         Selection::Cpu => Ok(None),
-        Selection::Auto => Ok((!adapters.is_empty() && !emulated(&adapters[0]))
-            .then(|| adapters.swap_remove(0))),
-        Selection::Gpu if adapters.is_empty() => {
-            Err(Error::NoAdapter("none can run compute shaders".to_owned()))
-        }
+        Selection::Auto => Ok((!adapters.is_empty() && !emulated(&adapters[0])).then(|| adapters.swap_remove(0))),
+        Selection::Gpu if adapters.is_empty() => Err(Error::NoAdapter("none can run compute shaders".to_owned())),
         Selection::Gpu => Ok(Some(adapters.swap_remove(0))),
         Selection::Named(wanted) => {
             let names: Vec<String> = adapters.iter().map(|a| summary(a).label()).collect();

@@ -55,9 +55,7 @@ pub(super) struct Prepared {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex
-        .lock()
-        .unwrap_or_else(|poisoned| poisoned.into_inner())
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 fn storage(buffer: &Buffer) -> &wgpu::Buffer {
@@ -128,9 +126,7 @@ impl Gpu {
         }));
         let losses = trouble.clone();
         device.set_device_lost_callback(move |reason, message| {
-            lock(&losses)
-                .lost
-                .get_or_insert(format!("{reason:?}: {message}"));
+            lock(&losses).lost.get_or_insert(format!("{reason:?}: {message}"));
         });
         Ok(Self {
             device,
@@ -172,9 +168,7 @@ impl Gpu {
         let buffer = self.device.create_buffer(&wgpu::BufferDescriptor {
             label: Some(name),
             size,
-            usage: wgpu::BufferUsages::STORAGE
-                | wgpu::BufferUsages::COPY_SRC
-                | wgpu::BufferUsages::COPY_DST,
+            usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST,
             mapped_at_creation: false,
         });
         self.check()?;
@@ -183,27 +177,20 @@ impl Gpu {
 
     pub fn upload(&self, buffer: &Buffer, offset: usize, bytes: &[u8]) {
         if !bytes.is_empty() {
-            self.queue
-                .write_buffer(storage(buffer), offset as u64 * 4, bytes);
+            self.queue.write_buffer(storage(buffer), offset as u64 * 4, bytes);
         }
     }
 
     fn pipeline(&self, kernel: &'static Kernel, constants: &Constants) -> Arc<Pipeline> {
-        let key = (
-            kernel.source.as_ptr() as usize,
-            kernel.entry,
-            constants.clone(),
-        );
+        let key = (kernel.source.as_ptr() as usize, kernel.entry, constants.clone());
         if let Some(pipeline) = lock(&self.pipelines).get(&key) {
             return pipeline.clone();
         }
         let source = specialise(kernel.source, constants);
-        let module = self
-            .device
-            .create_shader_module(wgpu::ShaderModuleDescriptor {
-                label: Some(kernel.name),
-                source: wgpu::ShaderSource::Wgsl(source.into()),
-            });
+        let module = self.device.create_shader_module(wgpu::ShaderModuleDescriptor {
+            label: Some(kernel.name),
+            source: wgpu::ShaderSource::Wgsl(source.into()),
+        });
         let entry = |binding: usize, ty| wgpu::BindGroupLayoutEntry {
             binding: binding as u32,
             visibility: wgpu::ShaderStages::COMPUTE,
@@ -224,33 +211,27 @@ impl Gpu {
             )
         });
         let entries: Vec<_> = uniform.into_iter().chain(storage).collect();
-        let layout = self
-            .device
-            .create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor {
-                label: Some(kernel.name),
-                entries: &entries,
-            });
-        let pipeline_layout = self
-            .device
-            .create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
-                label: Some(kernel.name),
-                bind_group_layouts: &[Some(&layout)],
-                immediate_size: 0,
-            });
-        let pipeline = self
-            .device
-            .create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
-                label: Some(kernel.name),
-                layout: Some(&pipeline_layout),
-                module: &module,
-                entry_point: Some(kernel.entry),
-                compilation_options: wgpu::PipelineCompilationOptions {
-                    constants: &[],
-                    // Every kernel writes its workgroup memory before it reads it.
-                    zero_initialize_workgroup_memory: false,
-                },
-                cache: None,
-            });
+        let layout = self.device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor {
+            label: Some(kernel.name),
+            entries: &entries,
+        });
+        let pipeline_layout = self.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+            label: Some(kernel.name),
+            bind_group_layouts: &[Some(&layout)],
+            immediate_size: 0,
+        });
+        let pipeline = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label: Some(kernel.name),
+            layout: Some(&pipeline_layout),
+            module: &module,
+            entry_point: Some(kernel.entry),
+            compilation_options: wgpu::PipelineCompilationOptions {
+                constants: &[],
+                // Every kernel writes its workgroup memory before it reads it.
+                zero_initialize_workgroup_memory: false,
+            },
+            cache: None,
+        });
         let pipeline = Arc::new(Pipeline { pipeline, layout });
         lock(&self.pipelines).insert(key, pipeline.clone());
         pipeline
@@ -304,32 +285,28 @@ impl Gpu {
         Prepared { steps }
     }
 
-    fn prepare_dispatch(
-        &self,
-        dispatch: &Dispatch,
-        uniforms: &wgpu::Buffer,
-        offset: usize,
-    ) -> Step {
+    fn prepare_dispatch(&self, dispatch: &Dispatch, uniforms: &wgpu::Buffer, offset: usize) -> Step {
         let pipeline = self.pipeline(dispatch.kernel, &dispatch.constants);
-        let uniform =
-            std::num::NonZeroU64::new(dispatch.params.len() as u64).map(|size| {
-                wgpu::BindGroupEntry {
-                    binding: 0,
-                    resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
-                        buffer: uniforms,
-                        offset: offset as u64,
-                        size: Some(size),
-                    }),
-                }
-            });
+        let uniform = std::num::NonZeroU64::new(dispatch.params.len() as u64).map(|size| wgpu::BindGroupEntry {
+            binding: 0,
+            resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+                buffer: uniforms,
+                offset: offset as u64,
+                size: Some(size),
+            }),
+        });
         let entries: Vec<_> = uniform
             .into_iter()
-            .chain(dispatch.buffers.iter().enumerate().map(|(i, buffer)| {
-                wgpu::BindGroupEntry {
-                    binding: i as u32 + 1,
-                    resource: storage(buffer).as_entire_binding(),
-                }
-            }))
+            .chain(
+                dispatch
+                    .buffers
+                    .iter()
+                    .enumerate()
+                    .map(|(i, buffer)| wgpu::BindGroupEntry {
+                        binding: i as u32 + 1,
+                        resource: storage(buffer).as_entire_binding(),
+                    }),
+            )
             .collect();
         let bind_group = self.device.create_bind_group(&wgpu::BindGroupDescriptor {
             label: Some(dispatch.kernel.name),
@@ -371,13 +348,7 @@ impl Gpu {
                     destination,
                     destination_offset,
                     bytes,
-                } => encoder.copy_buffer_to_buffer(
-                    source,
-                    *source_offset,
-                    destination,
-                    *destination_offset,
-                    *bytes,
-                ),
+                } => encoder.copy_buffer_to_buffer(source, *source_offset, destination, *destination_offset, *bytes),
                 Step::Clear(buffer) => encoder.clear_buffer(buffer, 0, None),
             }
         }

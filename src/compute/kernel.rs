@@ -129,10 +129,7 @@ pub fn specialise(source: &str, constants: &[(&'static str, Constant)]) -> Strin
             .find(&declaration)
             .unwrap_or_else(|| panic!("the shader has no `{declaration}`"))
             + declaration.len();
-        let end = start
-            + text[start..]
-                .find(';')
-                .expect("a WGSL constant ends with a semicolon");
+        let end = start + text[start..].find(';').expect("a WGSL constant ends with a semicolon");
         text.replace_range(start..end, &literal);
     }
     text
@@ -210,10 +207,7 @@ mod tests {
     fn specialise_replaces_only_the_named_constant() {
         let source = "const TILE: u32 = 64u;\nconst F16: bool = true;\nfn f() {}";
         let text = specialise(source, &[("F16", false.into())]);
-        assert_eq!(
-            text,
-            "const TILE: u32 = 64u;\nconst F16: bool = false;\nfn f() {}"
-        );
+        assert_eq!(text, "const TILE: u32 = 64u;\nconst F16: bool = false;\nfn f() {}");
     }
 
     #[test]

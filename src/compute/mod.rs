@@ -38,13 +38,9 @@ pub enum Error {
     },
     #[error("the device could not be opened: {0}")]
     Request(String),
-    #[error(
-        "the device was lost ({0}); close other programs that use it, or start again with `--device cpu`"
-    )]
+    #[error("the device was lost ({0}); close other programs that use it, or start again with `--device cpu`")]
     DeviceLost(String),
-    #[error(
-        "the device reported: {0}; try a smaller --batch or --seq, or `--device cpu`, and report this if it stays"
-    )]
+    #[error("the device reported: {0}; try a smaller --batch or --seq, or `--device cpu`, and report this if it stays")]
     Device(String),
 }
 
@@ -149,20 +145,12 @@ impl Engine {
             Backend::Gpu(gpu) => Storage::Gpu(gpu.buffer(&name, words)?),
         };
         Ok(Buffer {
-            inner: Arc::new(BufferInner {
-                name,
-                words,
-                storage,
-            }),
+            inner: Arc::new(BufferInner { name, words, storage }),
         })
     }
 
     /// A buffer holding `data`.
-    pub fn buffer_from<T: bytemuck::NoUninit>(
-        &self,
-        name: impl Into<String>,
-        data: &[T],
-    ) -> Result<Buffer, Error> {
+    pub fn buffer_from<T: bytemuck::NoUninit>(&self, name: impl Into<String>, data: &[T]) -> Result<Buffer, Error> {
         let words = std::mem::size_of_val(data) / 4;
         let buffer = self.buffer(name, words)?;
         self.upload(&buffer, 0, data);
@@ -182,10 +170,10 @@ impl Engine {
             bytes.len() / 4
         );
         match &*self.backend {
-            Backend::Cpu => bytemuck::cast_slice_mut::<u32, u8>(
-                &mut cpu::write(buffer)[offset..offset + bytes.len() / 4],
-            )
-            .copy_from_slice(bytes),
+            Backend::Cpu => {
+                bytemuck::cast_slice_mut::<u32, u8>(&mut cpu::write(buffer)[offset..offset + bytes.len() / 4])
+                    .copy_from_slice(bytes)
+            }
             Backend::Gpu(gpu) => gpu.upload(buffer, offset, bytes),
         }
     }
@@ -202,9 +190,7 @@ impl Engine {
             "{buffer:?} is shorter than {offset} + {words}"
         );
         match &*self.backend {
-            Backend::Cpu => Ok(bytemuck::pod_collect_to_vec(
-                &cpu::read(buffer)[offset..offset + words],
-            )),
+            Backend::Cpu => Ok(bytemuck::pod_collect_to_vec(&cpu::read(buffer)[offset..offset + words])),
             Backend::Gpu(gpu) => gpu.download(buffer, offset, words).await,
         }
     }

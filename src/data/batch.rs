@@ -34,11 +34,7 @@ impl Batch {
     ///
     /// An example of n tokens needs n-1 positions, and none after its last target: attention is causal,
     /// so positions without a later target change nothing and are trimmed.
-    fn new<'a>(
-        examples: impl ExactSizeIterator<Item = &'a Example> + Clone,
-        batch: usize,
-        seq: usize,
-    ) -> Self {
+    fn new<'a>(examples: impl ExactSizeIterator<Item = &'a Example> + Clone, batch: usize, seq: usize) -> Self {
         let filled = examples.len();
         let longest = examples
             .clone()
@@ -73,10 +69,7 @@ impl Batch {
 /// Input positions up to the last one with a target.
 fn positions(example: &Example) -> usize {
     let labels = &example.labels[..example.labels.len().min(example.ids.len())];
-    labels
-        .iter()
-        .rposition(|&label| label != IGNORED)
-        .unwrap_or(0)
+    labels.iter().rposition(|&label| label != IGNORED).unwrap_or(0)
 }
 
 /// Where the next batch starts; saved with a run and restored by [`Batches::restore`].
@@ -104,12 +97,7 @@ impl Batches {
     ///
     /// # Errors
     /// [`DataError::NoExamples`] without an example, [`DataError::Option`] for a zero `batch` or `seq`.
-    pub fn new(
-        examples: Vec<Example>,
-        batch: usize,
-        seq: usize,
-        shuffle: Option<u64>,
-    ) -> Result<Self, DataError> {
+    pub fn new(examples: Vec<Example>, batch: usize, seq: usize, shuffle: Option<u64>) -> Result<Self, DataError> {
         check_shape(batch, seq)?;
         if examples.is_empty() {
             return Err(DataError::NoExamples {
@@ -183,11 +171,7 @@ impl Batches {
 ///
 /// # Errors
 /// [`DataError::Option`] for a zero `batch` or `seq`.
-pub fn pass(
-    examples: &[Example],
-    batch: usize,
-    seq: usize,
-) -> Result<impl ExactSizeIterator<Item = Batch>, DataError> {
+pub fn pass(examples: &[Example], batch: usize, seq: usize) -> Result<impl ExactSizeIterator<Item = Batch>, DataError> {
     check_shape(batch, seq)?;
     Ok(examples
         .chunks(batch)

@@ -31,11 +31,7 @@ pub struct Example {
 impl Example {
     /// Positions that are learned.
     pub fn target_count(&self) -> usize {
-        self.labels
-            .iter()
-            .skip(1)
-            .filter(|&&label| label != IGNORED)
-            .count()
+        self.labels.iter().skip(1).filter(|&&label| label != IGNORED).count()
     }
 }
 
@@ -43,30 +39,16 @@ impl Example {
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
     #[error("cannot read {path}: {source}")]
-    Read {
-        path: String,
-        source: std::io::Error,
-    },
+    Read { path: String, source: std::io::Error },
     #[error("{file}, line {line}: {reason} (--skip-bad-lines leaves such lines out)")]
-    BadLine {
-        file: String,
-        line: usize,
-        reason: String,
-    },
+    BadLine { file: String, line: usize, reason: String },
     #[error("{name} holds no example to learn from{}", .why.as_deref().map(|why| format!(": {why}")).unwrap_or_default())]
     NoExamples { name: String, why: Option<String> },
     #[error("{option} {reason}")]
-    Option {
-        option: &'static str,
-        reason: String,
-    },
-    #[error(
-        "the saved data cursor is at example {position} but there are {examples}: the data file has changed"
-    )]
+    Option { option: &'static str, reason: String },
+    #[error("the saved data cursor is at example {position} but there are {examples}: the data file has changed")]
     Cursor { position: u64, examples: usize },
-    #[error(
-        "{examples} examples cannot be divided among {clients} clients: each needs at least one"
-    )]
+    #[error("{examples} examples cannot be divided among {clients} clients: each needs at least one")]
     TooFewExamples { examples: usize, clients: usize },
     #[error(
         "{file} holds text, and the model has no tokenizer for it: put tokenizer.json, or vocab.json and merges.txt, beside its weights"

@@ -99,18 +99,10 @@ impl std::fmt::Display for Summary {
             write!(formatter, ", {} cut to the longest length", self.truncated)?;
         }
         if self.dropped > 0 {
-            write!(
-                formatter,
-                ", {} dropped with nothing to learn",
-                self.dropped
-            )?;
+            write!(formatter, ", {} dropped with nothing to learn", self.dropped)?;
         }
         if let Some(first) = &self.first_bad_line {
-            write!(
-                formatter,
-                ", {} bad lines skipped (first: {first})",
-                self.bad_lines
-            )?;
+            write!(formatter, ", {} bad lines skipped (first: {first})", self.bad_lines)?;
         }
         Ok(())
     }
@@ -138,9 +130,7 @@ impl Dataset {
         if document.texts().is_empty() {
             return document.assemble(Vec::new(), None);
         }
-        let tokenizer = tokenizer.ok_or_else(|| DataError::NoTokenizer {
-            file: name.to_owned(),
-        })?;
+        let tokenizer = tokenizer.ok_or_else(|| DataError::NoTokenizer { file: name.to_owned() })?;
         let ids = tokenizer.encode_all(document.texts())?;
         let eos = if document.needs_eos() {
             Some(tokenizer.eos()?)
@@ -218,10 +208,7 @@ impl Document {
             name: name.to_owned(),
             options: *options,
             format: detect(content, name),
-            digest: Sha256::digest(bytes)
-                .iter()
-                .map(|byte| format!("{byte:02x}"))
-                .collect(),
+            digest: Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect(),
             texts: Vec::new(),
             drafts: Vec::new(),
             bad_lines: 0,
@@ -270,12 +257,7 @@ impl Document {
         }
         // Labels are i32, so ids must also fit it.
         let largest = vocab.min(i32::MAX as usize);
-        if let Some(&id) = ids
-            .iter()
-            .flatten()
-            .chain(&eos)
-            .find(|&&id| id as usize >= largest)
-        {
+        if let Some(&id) = ids.iter().flatten().chain(&eos).find(|&&id| id as usize >= largest) {
             return Err(DataError::Token { id, vocab });
         }
         let eos = match eos {
@@ -325,10 +307,7 @@ impl Document {
                     add(learned_after(&[&ids[prompt]], &[&ids[completion], &[eos]]));
                 }
                 Draft::Reference { meaning, reference } => {
-                    add(learned_after(
-                        &[&ids[meaning], &[eos]],
-                        &[&ids[reference], &[eos]],
-                    ));
+                    add(learned_after(&[&ids[meaning], &[eos]], &[&ids[reference], &[eos]]));
                 }
                 Draft::Whole { text } => add(learned_after(&[], &[&ids[text], &[eos]])),
                 Draft::Piece { text } => running.extend_from_slice(&ids[text]),
@@ -388,9 +367,7 @@ impl Document {
             return Ok(());
         }
         for piece in pieces(&text) {
-            self.drafts.push(Draft::Piece {
-                text: self.texts.len(),
-            });
+            self.drafts.push(Draft::Piece { text: self.texts.len() });
             self.texts.push(piece.to_owned());
         }
         Ok(())
@@ -465,9 +442,7 @@ fn detect(content: &[u8], name: &str) -> Format {
     {
         sampled += 1;
         let object = line.strip_prefix(b"{").map(<[u8]>::trim_ascii_start);
-        json += usize::from(
-            object.is_some_and(|inside| inside.starts_with(b"\"") || inside.starts_with(b"}")),
-        );
+        json += usize::from(object.is_some_and(|inside| inside.starts_with(b"\"") || inside.starts_with(b"}")));
         let separator = line.windows(2).position(|pair| pair == b"||");
         e2e += usize::from(separator.is_some_and(|at| at > 0 && at + 2 < line.len()));
     }
@@ -488,14 +463,8 @@ fn parse_e2e(line: &str) -> Result<Line, String> {
     };
     let (meaning, reference) = (meaning.trim(), reference.trim());
     if meaning.is_empty() || reference.is_empty() {
-        let empty = if meaning.is_empty() {
-            "before"
-        } else {
-            "after"
-        };
-        return Err(format!(
-            "expected `meaning||reference`, found nothing {empty} `||`"
-        ));
+        let empty = if meaning.is_empty() { "before" } else { "after" };
+        return Err(format!("expected `meaning||reference`, found nothing {empty} `||`"));
     }
     // The space makes the reference's first word the token it is in running text.
     Ok(Line::Reference {
@@ -520,9 +489,7 @@ fn parse_json(line: &str, options: &Options) -> Result<Line, String> {
     let line: JsonLine = serde_json::from_str(line).map_err(|error| {
         format!(
             "bad JSON: {}",
-            error
-                .to_string()
-                .replace(" at line 1 column ", " at column ")
+            error.to_string().replace(" at line 1 column ", " at column ")
         )
     })?;
     match line {
@@ -531,9 +498,7 @@ fn parse_json(line: &str, options: &Options) -> Result<Line, String> {
             labels,
             ..
         } => parse_ids(ids, labels, options.vocab),
-        JsonLine {
-            labels: Some(_), ..
-        } => Err("`labels` without `input_ids`".to_owned()),
+        JsonLine { labels: Some(_), .. } => Err("`labels` without `input_ids`".to_owned()),
         JsonLine {
             prompt: Some(_),
             completion: Some(completion),
@@ -544,19 +509,12 @@ fn parse_json(line: &str, options: &Options) -> Result<Line, String> {
             completion: Some(completion),
             ..
         } => Ok(Line::Completion { prompt, completion }),
+        JsonLine { prompt: Some(_), .. } => Err("`prompt` without `completion`".to_owned()),
         JsonLine {
-            prompt: Some(_), ..
-        } => Err("`prompt` without `completion`".to_owned()),
-        JsonLine {
-            completion: Some(_),
-            ..
+            completion: Some(_), ..
         } => Err("`completion` without `prompt`".to_owned()),
-        JsonLine {
-            text: Some(text), ..
-        } if text.is_empty() => Err("`text` is empty".to_owned()),
-        JsonLine {
-            text: Some(text), ..
-        } => Ok(Line::Whole(text)),
+        JsonLine { text: Some(text), .. } if text.is_empty() => Err("`text` is empty".to_owned()),
+        JsonLine { text: Some(text), .. } => Ok(Line::Whole(text)),
         _ => Err("expected `input_ids`, or `prompt` and `completion`, or `text`".to_owned()),
     }
 }
@@ -579,8 +537,7 @@ fn parse_ids(ids: Vec<u32>, labels: Option<Vec<i32>>, vocab: usize) -> Result<Li
             ids.len()
         ));
     }
-    let known =
-        |label: i32| label == IGNORED || usize::try_from(label).is_ok_and(|label| label < largest);
+    let known = |label: i32| label == IGNORED || usize::try_from(label).is_ok_and(|label| label < largest);
     if let Some(label) = labels.iter().find(|&&label| !known(label)) {
         return Err(format!(
             "`labels` holds {label}: neither {IGNORED} (not learned) nor an entry of the model's vocabulary of {vocab}"

@@ -52,9 +52,7 @@ impl Tokenizer {
             return Self::from_json(&json, model_eos).map(Some);
         }
         match (read("vocab.json")?, read("merges.txt")?) {
-            (Some(vocab), Some(merges)) => {
-                Self::from_vocab_and_merges(&vocab, &merges, model_eos).map(Some)
-            }
+            (Some(vocab), Some(merges)) => Self::from_vocab_and_merges(&vocab, &merges, model_eos).map(Some),
             (None, None) => Ok(None),
             (vocab, _) => {
                 let (file, other) = if vocab.is_some() {
@@ -72,8 +70,7 @@ impl Tokenizer {
     /// # Errors
     /// [`DataError::Tokenizer`].
     pub fn from_json(json: &[u8], model_eos: Option<u32>) -> Result<Self, DataError> {
-        let parsed: Value =
-            serde_json::from_slice(json).map_err(|error| bad(TOKENIZER_FILE, error.to_string()))?;
+        let parsed: Value = serde_json::from_slice(json).map_err(|error| bad(TOKENIZER_FILE, error.to_string()))?;
         check_merges(&parsed).map_err(|reason| bad(TOKENIZER_FILE, reason))?;
         let inner = guarded(TOKENIZER_FILE, || Inner::from_bytes(json))?;
         Self::new(inner, json.to_vec(), model_eos)
@@ -83,15 +80,10 @@ impl Tokenizer {
     ///
     /// # Errors
     /// [`DataError::Tokenizer`].
-    pub fn from_vocab_and_merges(
-        vocab: &[u8],
-        merges: &[u8],
-        model_eos: Option<u32>,
-    ) -> Result<Self, DataError> {
+    pub fn from_vocab_and_merges(vocab: &[u8], merges: &[u8], model_eos: Option<u32>) -> Result<Self, DataError> {
         let vocab: std::collections::HashMap<String, u32> =
             serde_json::from_slice(vocab).map_err(|error| bad("vocab.json", error.to_string()))?;
-        let merges =
-            std::str::from_utf8(merges).map_err(|error| bad("merges.txt", error.to_string()))?;
+        let merges = std::str::from_utf8(merges).map_err(|error| bad("merges.txt", error.to_string()))?;
         let mut pairs: Merges = Vec::new();
         for (index, line) in merges.lines().enumerate() {
             if line.is_empty() || (index == 0 && line.starts_with("#version")) {
@@ -102,10 +94,7 @@ impl Tokenizer {
                 .split_once(' ')
                 .ok_or_else(|| wrong("expected two parts and a space"))?;
             let joined = [left, right].concat();
-            if [left, right, &joined]
-                .iter()
-                .any(|&part| !vocab.contains_key(part))
-            {
+            if [left, right, &joined].iter().any(|&part| !vocab.contains_key(part)) {
                 return Err(wrong("it joins tokens that vocab.json does not have"));
             }
             pairs.push((left.to_owned(), right.to_owned()));
@@ -113,10 +102,7 @@ impl Tokenizer {
         let end_of_text = vocab.contains_key(END_OF_TEXT);
         let vocab: Vocab = vocab.into_iter().collect();
         let mut inner = guarded("vocab.json", || {
-            BPE::builder()
-                .vocab_and_merges(vocab, pairs)
-                .build()
-                .map(Inner::new)
+            BPE::builder().vocab_and_merges(vocab, pairs).build().map(Inner::new)
         })?;
         inner.with_pre_tokenizer(Some(ByteLevel::new(false, true, true)));
         inner.with_post_processor(Some(ByteLevel::new(true, false, true)));
@@ -239,10 +225,7 @@ fn bad(file: &str, reason: String) -> DataError {
 }
 
 /// Builds a tokenizer, taking a panic of the tokenizer library on a malformed file as an error.
-fn guarded(
-    file: &str,
-    build: impl FnOnce() -> tokenizers::Result<Inner>,
-) -> Result<Inner, DataError> {
+fn guarded(file: &str, build: impl FnOnce() -> tokenizers::Result<Inner>) -> Result<Inner, DataError> {
     match catch_unwind(AssertUnwindSafe(build)) {
         Ok(built) => built.map_err(|error| bad(file, error.to_string())),
         Err(_) => Err(bad(file, "the tokenizer library cannot read it".to_owned())),
@@ -253,8 +236,7 @@ fn guarded(
 /// that is not in the vocabulary has to be found first.
 fn check_merges(tokenizer: &Value) -> Result<(), String> {
     let model = &tokenizer["model"];
-    let (Some(vocab), Some(merges)) = (model["vocab"].as_object(), model["merges"].as_array())
-    else {
+    let (Some(vocab), Some(merges)) = (model["vocab"].as_object(), model["merges"].as_array()) else {
         return Ok(());
     };
     let prefix = model["continuing_subword_prefix"].as_str().unwrap_or("");
@@ -262,9 +244,7 @@ fn check_merges(tokenizer: &Value) -> Result<(), String> {
         let pair = match merge {
             Value::String(merge) => merge.split_once(' '),
             Value::Array(pair) => match &pair[..] {
-                [Value::String(left), Value::String(right)] => {
-                    Some((left.as_str(), right.as_str()))
-                }
+                [Value::String(left), Value::String(right)] => Some((left.as_str(), right.as_str())),
                 _ => None,
             },
             _ => None,
@@ -274,9 +254,7 @@ fn check_merges(tokenizer: &Value) -> Result<(), String> {
         };
         let joined = format!("{left}{}", right.strip_prefix(prefix).unwrap_or(right));
         if !vocab.contains_key(&joined) || right.len() < prefix.len() {
-            return Err(format!(
-                "the merge of {left:?} and {right:?} is not in its vocabulary"
-            ));
+            return Err(format!("the merge of {left:?} and {right:?} is not in its vocabulary"));
         }
     }
     Ok(())

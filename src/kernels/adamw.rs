@@ -77,13 +77,7 @@ pub fn partial_words(n: usize) -> usize {
 }
 
 /// Records `scalars[NORM] = ‖GRAD_SCALE · gradient[0..n]‖₂`. Needed before [`update`] only where `scalars[CLIP]` may be set.
-pub fn norm(
-    recording: &mut Recording,
-    n: usize,
-    gradient: &Buffer,
-    partial: &Buffer,
-    scalars: &Buffer,
-) {
+pub fn norm(recording: &mut Recording, n: usize, gradient: &Buffer, partial: &Buffer, scalars: &Buffer) {
     let params = NormParams {
         n: n as u32,
         chunk: CHUNK as u32,

@@ -30,13 +30,7 @@ pub static ALL: &[&Kernel] = &[&MEAN];
 
 /// Records the weighted mean of `stacked` (clients, n) over its rows into `out` (n). `weights` (clients) need not sum to 1 but
 /// must have a positive sum; with one client the mean is exactly its row.
-pub fn mean(
-    recording: &mut Recording,
-    params: Params,
-    stacked: &Buffer,
-    weights: &Buffer,
-    out: &Buffer,
-) {
+pub fn mean(recording: &mut Recording, params: Params, stacked: &Buffer, weights: &Buffer, out: &Buffer) {
     let (n, clients) = (params.n as f64, params.clients as f64);
     recording.dispatch(
         &MEAN,

@@ -121,10 +121,7 @@ fn launch(
         ),
         _ => (
             tiled,
-            vec![
-                ("HEAD_SLICES", params.head_size.div_ceil(32).into()),
-                aligned,
-            ],
+            vec![("HEAD_SLICES", params.head_size.div_ceil(32).into()), aligned],
             [params.seq.div_ceil(TILE), params.heads, params.batch],
         ),
     }
@@ -132,13 +129,7 @@ fn launch(
 
 /// Records causal attention: `qkv` (batch·seq, 3·width) to `out` (batch·seq, width) and `lse` (batch, heads, seq), which
 /// [`backward`] needs.
-pub fn forward(
-    recording: &mut Recording,
-    params: Params,
-    qkv: &Buffer,
-    out: &Buffer,
-    lse: &Buffer,
-) {
+pub fn forward(recording: &mut Recording, params: Params, qkv: &Buffer, out: &Buffer, lse: &Buffer) {
     let (kernel, constants, workgroups) = launch(recording, &params, &FORWARD, &FORWARD_ROWS);
     recording.dispatch(
         kernel,
@@ -169,13 +160,7 @@ pub fn backward(
 }
 
 /// Records `dot = Σ out · d_out` over each head of each row: the softmax gradient's row term.
-pub fn backward_dot(
-    recording: &mut Recording,
-    params: Params,
-    d_out: &Buffer,
-    out: &Buffer,
-    dot: &Buffer,
-) {
+pub fn backward_dot(recording: &mut Recording, params: Params, d_out: &Buffer, out: &Buffer, dot: &Buffer) {
     recording.dispatch(
         &BACKWARD_DOT,
         vec![],
@@ -223,8 +208,7 @@ pub fn backward_kv(
     dot: &Buffer,
     d_qkv: &Buffer,
 ) {
-    let (kernel, constants, workgroups) =
-        launch(recording, &params, &BACKWARD_KV, &BACKWARD_KV_ROWS);
+    let (kernel, constants, workgroups) = launch(recording, &params, &BACKWARD_KV, &BACKWARD_KV_ROWS);
     recording.dispatch(
         kernel,
         constants,
@@ -297,12 +281,7 @@ impl Tokens {
 }
 
 /// Calls `block(tokens, rows)` for blocks of at most [`BLOCK`] rows of `tensor` (batch·seq, pitch), none across sequences.
-fn for_each_block(
-    params: &Params,
-    tensor: &mut [f32],
-    pitch: usize,
-    block: impl Fn(Tokens, &mut [f32]) + Sync,
-) {
+fn for_each_block(params: &Params, tensor: &mut [f32], pitch: usize, block: impl Fn(Tokens, &mut [f32]) + Sync) {
     let (rows, seq) = (params.rows(), params.seq as usize);
     for_each_row(&mut tensor[..rows * pitch], BLOCK * pitch, |i, mut rest| {
         let mut row = i * BLOCK;
@@ -340,12 +319,7 @@ fn times(left: &[f32], right: &[f32], columns: usize) -> Vec<f32> {
     )
 }
 
-fn product(
-    (rows, columns, inner): (usize, usize, usize),
-    left: Matrix<'_>,
-    right: Matrix<'_>,
-    scale: f32,
-) -> Vec<f32> {
+fn product((rows, columns, inner): (usize, usize, usize), left: Matrix<'_>, right: Matrix<'_>, scale: f32) -> Vec<f32> {
     let term = Term {
         inner,
         left,
@@ -371,19 +345,12 @@ pub fn forward_cpu(
     out: &mut [f32], // (batch * seq, width)
     lse: &mut [f32], // (batch, heads, seq)
 ) {
-    let (size, heads, width) = (
-        params.head_size as usize,
-        params.heads as usize,
-        params.width(),
-    );
+    let (size, heads, width) = (params.head_size as usize, params.heads as usize, params.width());
     // Both results of a row side by side, because they are laid out differently.
     let pitch = width + heads;
     let mut results = vec![0.0; params.rows() * pitch];
     for_each_block(params, &mut results, pitch, |queries, rows| {
-        let keys = Tokens {
-            start: 0,
-            ..queries
-        };
+        let keys = Tokens { start: 0, ..queries };
         for head in 0..heads {
             let q = queries.part(params, qkv, 0, head);
             let k = keys.part(params, qkv, 1, head);
@@ -392,21 +359,13 @@ pub fn forward_cpu(
             for (i, scores) in probabilities.chunks_mut(keys.len()).enumerate() {
                 let (scores, masked) = scores.split_at_mut(queries.start + i + 1);
                 let max = scores.iter().copied().fold(f32::MIN, f32::max);
-                scores
-                    .iter_mut()
-                    .for_each(|score| *score = exp(*score - max));
+                scores.iter_mut().for_each(|score| *score = exp(*score - max));
                 let sum: f32 = scores.iter().sum();
                 scores.iter_mut().for_each(|score| *score /= sum);
                 masked.fill(0.0);
                 rows[i * pitch + width + head] = max + sum.ln();
             }
-            scatter(
-                &times(&probabilities, &v, size),
-                size,
-                rows,
-                pitch,
-                head * size,
-            );
+            scatter(&times(&probabilities, &v, size), size, rows, pitch, head * size);
         }
     });
     for (row, result) in results.chunks(pitch).enumerate() {
@@ -448,10 +407,7 @@ pub fn backward_q_cpu(
 ) {
     let (size, width) = (params.head_size as usize, params.width());
     for_each_block(params, d_qkv, 3 * width, |queries, rows| {
-        let keys = Tokens {
-            start: 0,
-            ..queries
-        };
+        let keys = Tokens { start: 0, ..queries };
         for head in 0..params.heads as usize {
             let q = queries.part(params, qkv, 0, head);
             let k = keys.part(params, qkv, 1, head);
@@ -468,13 +424,7 @@ pub fn backward_q_cpu(
                 }
                 masked.fill(0.0);
             }
-            scatter(
-                &times(&d_scores, &k, size),
-                size,
-                rows,
-                3 * width,
-                head * size,
-            );
+            scatter(&times(&d_scores, &k, size), size, rows, 3 * width, head * size);
         }
     });
 }
@@ -517,10 +467,7 @@ pub fn backward_kv_cpu(
                     d_scores[query] = params.scale * probability * (d_scores[query] - dot[query]);
                 }
             }
-            let (d_k, d_v) = (
-                times(&d_scores, &q, size),
-                times(&probabilities, &d_o, size),
-            );
+            let (d_k, d_v) = (times(&d_scores, &q, size), times(&probabilities, &d_o, size));
             scatter(&d_k, size, rows, 3 * width, width + head * size);
             scatter(&d_v, size, rows, 3 * width, 2 * width + head * size);
         }

@@ -7,8 +7,7 @@ use rand_chacha::ChaCha8Rng;
 use crate::compute::{Buffer, Engine, Error, Recording};
 
 use super::{
-    adamw, aggregate, attention, cross_entropy, embedding, gelu, layernorm, lora, matmul, quantize,
-    residual, scalar,
+    adamw, aggregate, attention, cross_entropy, embedding, gelu, layernorm, lora, matmul, quantize, residual, scalar,
 };
 
 /// The shapes that cases have.
@@ -84,11 +83,7 @@ impl Case {
             .zip(expected)
             .map(|(a, b)| {
                 let difference = (value(a) - value(b)).abs();
-                if difference.is_nan() {
-                    f64::INFINITY
-                } else {
-                    difference
-                }
+                if difference.is_nan() { f64::INFINITY } else { difference }
             })
             .fold(0.0, f64::max)
             / scale
@@ -115,9 +110,7 @@ impl Builder<'_> {
     /// f16 weights of `elements` values, small as in a network.
     fn weights(&mut self, name: &str, elements: usize) -> Result<Buffer, Error> {
         let mut half = || u32::from(half::f16::from_f32(0.1 * (2.0 * self.rng.random::<f32>() - 1.0)).to_bits());
-        let words: Vec<u32> = (0..elements.div_ceil(2))
-            .map(|_| half() | half() << 16)
-            .collect();
+        let words: Vec<u32> = (0..elements.div_ceil(2)).map(|_| half() | half() << 16).collect();
         self.engine.buffer_from(name, &words)
     }
 
@@ -126,9 +119,7 @@ impl Builder<'_> {
     }
 
     fn below(&mut self, name: &str, count: usize, end: usize) -> Result<Buffer, Error> {
-        let values: Vec<u32> = (0..count)
-            .map(|_| self.rng.random_range(0..end as u32))
-            .collect();
+        let values: Vec<u32> = (0..count).map(|_| self.rng.random_range(0..end as u32)).collect();
         self.engine.buffer_from(name, &values)
     }
 
@@ -153,11 +144,7 @@ impl Builder<'_> {
     }
 }
 
-fn case(
-    outputs: &[(&Buffer, usize)],
-    exact: bool,
-    record: impl Fn(&mut Recording) + 'static,
-) -> Case {
+fn case(outputs: &[(&Buffer, usize)], exact: bool, record: impl Fn(&mut Recording) + 'static) -> Case {
     Case {
         record: Box::new(record),
         outputs: outputs.iter().map(|(b, n)| ((*b).clone(), *n)).collect(),
@@ -197,11 +184,7 @@ fn rows_width(s: Sizes) -> String {
     format!("{}x{}", s.rows(), s.width)
 }
 
-fn product(
-    b: &mut Builder<'_>,
-    (m, k, n): (usize, usize, usize),
-    options: Options,
-) -> Result<Case, Error> {
+fn product(b: &mut Builder<'_>, (m, k, n): (usize, usize, usize), options: Options) -> Result<Case, Error> {
     let x = b.random("x", m * k)?;
     let w = b.weights("w", k * n)?;
     let bias = b.random("bias", n)?;
@@ -251,11 +234,7 @@ struct Options {
     rank: usize,
 }
 
-fn product_back(
-    b: &mut Builder<'_>,
-    (m, n, k): (usize, usize, usize),
-    rank: usize,
-) -> Result<Case, Error> {
+fn product_back(b: &mut Builder<'_>, (m, n, k): (usize, usize, usize), rank: usize) -> Result<Case, Error> {
     let d_y = b.random("d_y", m * n)?;
     let w = b.weights("w", k * n)?;
     let v = b.random("v", (m * rank).max(1))?;
@@ -488,27 +467,30 @@ pub fn all() -> &'static [Spec] {
                 let d_y = b.random("d_y", s.rows() * columns)?;
                 let u = b.random("u", s.rows() * s.rank)?;
                 let scalars = b.scalars()?;
-                let partial =
-                    b.zeros("partial", lora::partial_words(s.rows(), columns, s.rank))?;
+                let partial = b.zeros("partial", lora::partial_words(s.rows(), columns, s.rank))?;
                 let gradient = b.zeros("gradient", columns * s.rank)?;
-                Ok(case(&[(&gradient.clone(), columns * s.rank)], false, move |recording| {
-                    recording.clear(&gradient);
-                    lora::backward_b(
-                        recording,
-                        lora::BackwardBParams {
-                            rows: s.rows() as u32,
-                            outputs: columns as u32,
-                            rank: s.rank as u32,
-                            offset: 0,
-                            scale: 2.0,
-                        },
-                        &d_y,
-                        &u,
-                        &scalars,
-                        &partial,
-                        &gradient,
-                    );
-                }))
+                Ok(case(
+                    &[(&gradient.clone(), columns * s.rank)],
+                    false,
+                    move |recording| {
+                        recording.clear(&gradient);
+                        lora::backward_b(
+                            recording,
+                            lora::BackwardBParams {
+                                rows: s.rows() as u32,
+                                outputs: columns as u32,
+                                rank: s.rank as u32,
+                                offset: 0,
+                                scale: 2.0,
+                            },
+                            &d_y,
+                            &u,
+                            &scalars,
+                            &partial,
+                            &gradient,
+                        );
+                    },
+                ))
             },
         },
         Spec {
@@ -518,27 +500,30 @@ pub fn all() -> &'static [Spec] {
                 let x = b.random("x", s.rows() * s.width)?;
                 let v = b.random("v", s.rows() * s.rank)?;
                 let scalars = b.scalars()?;
-                let partial =
-                    b.zeros("partial", lora::partial_words(s.rows(), s.width, s.rank))?;
+                let partial = b.zeros("partial", lora::partial_words(s.rows(), s.width, s.rank))?;
                 let gradient = b.zeros("gradient", s.width * s.rank)?;
-                Ok(case(&[(&gradient.clone(), s.width * s.rank)], false, move |recording| {
-                    recording.clear(&gradient);
-                    lora::backward_a(
-                        recording,
-                        lora::BackwardAParams {
-                            rows: s.rows() as u32,
-                            inputs: s.width as u32,
-                            rank: s.rank as u32,
-                            offset: 0,
-                            scale: 2.0,
-                        },
-                        &v,
-                        &x,
-                        &scalars,
-                        &partial,
-                        &gradient,
-                    );
-                }))
+                Ok(case(
+                    &[(&gradient.clone(), s.width * s.rank)],
+                    false,
+                    move |recording| {
+                        recording.clear(&gradient);
+                        lora::backward_a(
+                            recording,
+                            lora::BackwardAParams {
+                                rows: s.rows() as u32,
+                                inputs: s.width as u32,
+                                rank: s.rank as u32,
+                                offset: 0,
+                                scale: 2.0,
+                            },
+                            &v,
+                            &x,
+                            &scalars,
+                            &partial,
+                            &gradient,
+                        );
+                    },
+                ))
             },
         },
         Spec {
@@ -569,14 +554,7 @@ pub fn all() -> &'static [Spec] {
                 b.engine.run(&b.engine.prepare(before))?;
                 let outputs = [(&d_qkv.clone(), s.rows() * 3 * s.width)];
                 Ok(case(&outputs, false, move |recording| {
-                    attention::backward(
-                        recording,
-                        attention_params(s),
-                        (&qkv, &out, &lse),
-                        &d_out,
-                        &dot,
-                        &d_qkv,
-                    );
+                    attention::backward(recording, attention_params(s), (&qkv, &out, &lse), &d_out, &dot, &d_qkv);
                 }))
             },
         },

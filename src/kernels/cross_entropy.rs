@@ -278,13 +278,7 @@ pub fn forward(
 }
 
 /// Records `loss (rows)`, after the last tile.
-pub fn loss(
-    recording: &mut Recording,
-    params: LossParams,
-    targets: &Buffer,
-    state: &Buffer,
-    loss: &Buffer,
-) {
+pub fn loss(recording: &mut Recording, params: LossParams, targets: &Buffer, state: &Buffer, loss: &Buffer) {
     let rows = params.rows as usize;
     recording.dispatch(
         &LOSS,
@@ -328,10 +322,7 @@ pub fn reset_cpu(
     params: &ResetParams,
     state: &mut [f32], // (rows, STATE_WORDS)
 ) {
-    for state in state
-        .chunks_exact_mut(STATE_WORDS)
-        .take(params.rows as usize)
-    {
+    for state in state.chunks_exact_mut(STATE_WORDS).take(params.rows as usize) {
         state.copy_from_slice(&[LOWEST, 0.0, 0.0]);
     }
 }
@@ -440,20 +431,13 @@ fn maximum(values: &[f32]) -> f32 {
             *max = if value > *max { value } else { *max };
         }
     }
-    lanes
-        .iter()
-        .chain(rest)
-        .fold(LOWEST, |max, &value| max.max(value))
+    lanes.iter().chain(rest).fold(LOWEST, |max, &value| max.max(value))
 }
 
 fn sum_exp(values: &[f32], max: f32) -> f32 {
     let mut lanes = [0.0; LANES];
     let chunks = values.chunks_exact(LANES);
-    let rest: f32 = chunks
-        .remainder()
-        .iter()
-        .map(|value| exp(value - max))
-        .sum();
+    let rest: f32 = chunks.remainder().iter().map(|value| exp(value - max)).sum();
     for chunk in chunks {
         for (sum, &value) in lanes.iter_mut().zip(chunk) {
             *sum += exp(value - max);

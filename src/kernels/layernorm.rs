@@ -142,12 +142,7 @@ pub fn backward_x_cpu(
     let (rows, width) = (params.rows as usize, params.width as usize);
     for_each_row(&mut d_x[..rows * width], width, |row, d_x| {
         let (mean, rstd) = (stats[row * 2], stats[row * 2 + 1]);
-        let pair = |i: usize| {
-            (
-                (x[row * width + i] - mean) * rstd,
-                d_out[row * width + i] * gamma[i],
-            )
-        };
+        let pair = |i: usize| ((x[row * width + i] - mean) * rstd, d_out[row * width + i] * gamma[i]);
         let (mut sum, mut dot) = (0.0, 0.0);
         for i in 0..width {
             let (norm, d_norm) = pair(i);
@@ -158,11 +153,7 @@ pub fn backward_x_cpu(
         for (i, d_x) in d_x.iter_mut().enumerate() {
             let (norm, d_norm) = pair(i);
             let value = rstd * (d_norm - sum - norm * dot);
-            *d_x = if params.accumulate != 0 {
-                *d_x + value
-            } else {
-                value
-            };
+            *d_x = if params.accumulate != 0 { *d_x + value } else { value };
         }
     });
 }

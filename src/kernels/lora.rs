@@ -148,18 +148,9 @@ pub fn partial_words(rows: usize, columns: usize, rank: usize) -> usize {
 }
 
 /// Records `u (rows, rank) = x (rows, inputs) · Aᵀ`.
-pub fn forward_down(
-    recording: &mut Recording,
-    params: ForwardDownParams,
-    x: &Buffer,
-    adapter: &Buffer,
-    u: &Buffer,
-) {
+pub fn forward_down(recording: &mut Recording, params: ForwardDownParams, x: &Buffer, adapter: &Buffer, u: &Buffer) {
     let (kernel, workgroups) = match recording.class() {
-        DeviceClass::CpuAdapter => (
-            &FORWARD_DOWN_REGISTERS,
-            register_workgroups(params.rows, params.rank),
-        ),
+        DeviceClass::CpuAdapter => (&FORWARD_DOWN_REGISTERS, register_workgroups(params.rows, params.rank)),
         _ => (&FORWARD_DOWN, block_workgroups(params.rows, params.rank)),
     };
     let cost = thin_cost(params.rows, params.inputs, params.rank);
@@ -167,18 +158,9 @@ pub fn forward_down(
 }
 
 /// Records `v (rows, rank) = d_y (rows, outputs) · B`.
-pub fn backward_up(
-    recording: &mut Recording,
-    params: BackwardUpParams,
-    d_y: &Buffer,
-    adapter: &Buffer,
-    v: &Buffer,
-) {
+pub fn backward_up(recording: &mut Recording, params: BackwardUpParams, d_y: &Buffer, adapter: &Buffer, v: &Buffer) {
     let (kernel, workgroups) = match recording.class() {
-        DeviceClass::CpuAdapter => (
-            &BACKWARD_UP_REGISTERS,
-            register_workgroups(params.rows, params.rank),
-        ),
+        DeviceClass::CpuAdapter => (&BACKWARD_UP_REGISTERS, register_workgroups(params.rows, params.rank)),
         _ => (&BACKWARD_UP, block_workgroups(params.rows, params.rank)),
     };
     let cost = thin_cost(params.rows, params.outputs, params.rank);
@@ -241,11 +223,7 @@ fn record_partial(
         rank,
         split_rows: split_rows as u32,
     };
-    let workgroups = [
-        columns.div_ceil(WORKGROUP),
-        rank.div_ceil(BLOCK),
-        splits as u32,
-    ];
+    let workgroups = [columns.div_ceil(WORKGROUP), rank.div_ceil(BLOCK), splits as u32];
     let mut cost = thin_cost(rows, columns, rank);
     cost.bytes += 4.0 * splits as f64 * f64::from(columns) * f64::from(rank);
     recording.dispatch(
@@ -348,28 +326,20 @@ pub fn backward_partial_cpu(
     wide: &[f32],        // (rows, columns)
     partial: &mut [f32], // (splits, rank, columns)
 ) {
-    let (rows, columns, rank) = (
-        params.rows as usize,
-        params.columns as usize,
-        params.rank as usize,
-    );
+    let (rows, columns, rank) = (params.rows as usize, params.columns as usize, params.rank as usize);
     let split_rows = params.split_rows as usize;
     let splits = rows.div_ceil(split_rows).max(1);
     let elements = rank * columns;
-    for_each_row(
-        &mut partial[..splits * elements],
-        elements,
-        |split, partial| {
-            let first = split * split_rows;
-            let term = Term {
-                inner: split_rows.min(rows - first),
-                left: Matrix::columns(thin, first * rank, rank),
-                right: Matrix::columns(wide, first * columns, columns),
-                scale: 1.0,
-            };
-            set_product(rank, columns, term, partial);
-        },
-    );
+    for_each_row(&mut partial[..splits * elements], elements, |split, partial| {
+        let first = split * split_rows;
+        let term = Term {
+            inner: split_rows.min(rows - first),
+            left: Matrix::columns(thin, first * rank, rank),
+            right: Matrix::columns(wide, first * columns, columns),
+            scale: 1.0,
+        };
+        set_product(rank, columns, term, partial);
+    });
 }
 
 /// The specification of `lora.backward_b`.
@@ -406,18 +376,9 @@ pub fn backward_a_cpu(
 
 fn partial_sum(params: &SumParams, partial: &[f32], element: usize) -> f32 {
     let split = params.columns as usize * params.rank as usize;
-    (0..params.splits as usize)
-        .map(|i| partial[i * split + element])
-        .sum()
+    (0..params.splits as usize).map(|i| partial[i * split + element]).sum()
 }
 
 fn set_product(rows: usize, columns: usize, term: Term<'_>, out: &mut [f32]) {
-    add_products(
-        rows,
-        columns,
-        &[term],
-        out,
-        |_, row| row.fill(0.0),
-        |_, _| {},
-    );
+    add_products(rows, columns, &[term], out, |_, row| row.fill(0.0), |_, _| {});
 }

@@ -160,12 +160,7 @@ pub struct Shape {
 impl Shape {
     /// A product with the weights at the start of their buffer.
     pub fn new(m: usize, n: usize, k: usize) -> Self {
-        Self {
-            m,
-            n,
-            k,
-            w_offset: 0,
-        }
+        Self { m, n, k, w_offset: 0 }
     }
 }
 
@@ -239,10 +234,7 @@ pub fn backward_x(
     d_x: &Buffer,
     epilogue: Epilogue<'_>,
 ) {
-    assert!(
-        epilogue.gelu_pre.is_none(),
-        "matmul.backward_x has no GELU epilogue"
-    );
+    assert!(epilogue.gelu_pre.is_none(), "matmul.backward_x has no GELU epilogue");
     let params = product_params(shape.m, shape.k, shape.n, shape.w_offset, f16, &epilogue);
     let aligned = shape.n.is_multiple_of(4) && shape.w_offset.is_multiple_of(4);
     let kernel = match recording.class() {
@@ -254,14 +246,7 @@ pub fn backward_x(
 }
 
 /// Records `d_w (k, n) = scale · xᵀ · d_y`, the rows summed in order.
-pub fn backward_w(
-    recording: &mut Recording,
-    shape: Shape,
-    x: &Buffer,
-    d_y: &Buffer,
-    d_w: &Buffer,
-    scale: f32,
-) {
+pub fn backward_w(recording: &mut Recording, shape: Shape, x: &Buffer, d_y: &Buffer, d_w: &Buffer, scale: f32) {
     assert_eq!(shape.w_offset, 0, "matmul.backward_w writes whole matrices");
     let params = BackwardWParams {
         rows: shape.m as u32,
@@ -348,11 +333,7 @@ fn product(
         bytes: 4.0 * (rows * inner + rows * columns * outputs as f64 + rank * (rows + columns))
             + inner * columns * if params.f16 != 0 { 2.0 } else { 4.0 },
     };
-    let groups = workgroups(
-        recording.class(),
-        params.rows as usize,
-        params.columns as usize,
-    );
+    let groups = workgroups(recording.class(), params.rows as usize, params.columns as usize);
     let mut constants = vec![("F16", (params.f16 != 0).into())];
     if recording.class() == DeviceClass::CpuAdapter {
         constants.push(("ALIGNED", aligned.into()));
@@ -441,11 +422,7 @@ pub fn backward_x_cpu(
     row_scale: &[f32], // (rows)
     out: &mut [f32],   // (rows, columns)
 ) {
-    let (columns, inner, rank) = (
-        params.columns as usize,
-        params.inner as usize,
-        params.rank as usize,
-    );
+    let (columns, inner, rank) = (params.columns as usize, params.inner as usize, params.rank as usize);
     let terms = [
         Term {
             inner,
@@ -477,14 +454,7 @@ pub fn backward_w_cpu(
         right: Matrix::columns(d_y, 0, outputs),
         scale: params.scale,
     };
-    add_products(
-        inputs,
-        outputs,
-        &[term],
-        d_w,
-        |_, row| row.fill(0.0),
-        |_, _| {},
-    );
+    add_products(inputs, outputs, &[term], d_w, |_, row| row.fill(0.0), |_, _| {});
 }
 
 fn weights<'a>(params: &ProductParams, w: &'a [u32], stride: usize, rows: bool) -> Matrix<'a> {
@@ -584,13 +554,7 @@ impl<'a> Matrix<'a> {
     /// Copies `panel.len() / LANES` inner elements from `first_inner` on of `lanes <= LANES` lanes from `first_lane` on to
     /// `panel` (inner, LANES), the lanes that do not exist as zeros.
     #[inline(always)]
-    fn pack<const LANES: usize>(
-        &self,
-        first_lane: usize,
-        lanes: usize,
-        first_inner: usize,
-        panel: &mut [f32],
-    ) {
+    fn pack<const LANES: usize>(&self, first_lane: usize, lanes: usize, first_inner: usize, panel: &mut [f32]) {
         let inner = panel.len() / LANES;
         if self.inner_contiguous {
             let mut run = [0.0; INNER_BLOCK];
@@ -648,26 +612,19 @@ pub(super) fn add_products(
     let threads = 1;
     let simd = Simd::detect();
     // A thread's block of rows: large, because every block packs the right factor again.
-    let block_rows = rows
-        .div_ceil(threads)
-        .next_multiple_of(simd.lanes().0)
-        .min(512);
-    for_each_row(
-        &mut out[..rows * columns],
-        block_rows * columns,
-        |block, out| {
-            let first_row = block * block_rows;
-            for (i, row) in out.chunks_exact_mut(columns).enumerate() {
-                before(first_row + i, row);
-            }
-            for term in terms {
-                simd.add_product(term, first_row, columns, out);
-            }
-            for (i, row) in out.chunks_exact_mut(columns).enumerate() {
-                after(first_row + i, row);
-            }
-        },
-    );
+    let block_rows = rows.div_ceil(threads).next_multiple_of(simd.lanes().0).min(512);
+    for_each_row(&mut out[..rows * columns], block_rows * columns, |block, out| {
+        let first_row = block * block_rows;
+        for (i, row) in out.chunks_exact_mut(columns).enumerate() {
+            before(first_row + i, row);
+        }
+        for term in terms {
+            simd.add_product(term, first_row, columns, out);
+        }
+        for (i, row) in out.chunks_exact_mut(columns).enumerate() {
+            after(first_row + i, row);
+        }
+    });
 }
 
 /// The vector instructions the machine has.
@@ -748,16 +705,14 @@ fn add_product<const ROWS: usize, const COLUMNS: usize, const FUSED: bool>(
         let right = &mut right[..COLUMNS * inner];
         for (i, panel) in left.chunks_exact_mut(ROWS * inner).enumerate() {
             let lanes = ROWS.min(rows - i * ROWS);
-            term.left
-                .pack::<ROWS>(first_row + i * ROWS, lanes, first_inner, panel);
+            term.left.pack::<ROWS>(first_row + i * ROWS, lanes, first_inner, panel);
         }
         if term.scale != 1.0 {
             left.iter_mut().for_each(|value| *value *= term.scale);
         }
         for column in (0..columns).step_by(COLUMNS) {
             let lanes = COLUMNS.min(columns - column);
-            term.right
-                .pack::<COLUMNS>(column, lanes, first_inner, right);
+            term.right.pack::<COLUMNS>(column, lanes, first_inner, right);
             for (i, panel) in left.chunks_exact(ROWS * inner).enumerate() {
                 let sums = tile::<ROWS, COLUMNS, FUSED>(panel, right);
                 let out = out[i * ROWS * columns..].chunks_mut(columns);

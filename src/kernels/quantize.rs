@@ -101,13 +101,7 @@ pub fn inverse_f16(recording: &mut Recording, params: Params, packed: &Buffer, o
 }
 
 /// Records the 8-bit form of `x` (rows, width): `packed` has [`int8_words`], `scales` is (rows).
-pub fn forward_int8(
-    recording: &mut Recording,
-    params: Params,
-    x: &Buffer,
-    packed: &Buffer,
-    scales: &Buffer,
-) {
+pub fn forward_int8(recording: &mut Recording, params: Params, x: &Buffer, packed: &Buffer, scales: &Buffer) {
     let elements = params.rows as f64 * params.width as f64;
     let (kernel, items) = match recording.class() {
         DeviceClass::CpuAdapter => (&FORWARD_INT8_ROWS, params.rows as usize),
@@ -127,13 +121,7 @@ pub fn forward_int8(
 }
 
 /// Records `out = scales · packed`, the inverse of [`forward_int8`].
-pub fn inverse_int8(
-    recording: &mut Recording,
-    params: Params,
-    packed: &Buffer,
-    scales: &Buffer,
-    out: &Buffer,
-) {
+pub fn inverse_int8(recording: &mut Recording, params: Params, packed: &Buffer, scales: &Buffer, out: &Buffer) {
     let elements = params.rows as usize * params.width as usize;
     recording.dispatch(
         &INVERSE_INT8,
@@ -241,11 +229,7 @@ fn row_scale(largest: u32) -> f32 {
     }
     let scale = f32::from_bits(largest) * (1.0 / 127.0);
     // Devices may take a subnormal scale as 0 and would divide by it.
-    if scale < f32::MIN_POSITIVE {
-        0.0
-    } else {
-        scale
-    }
+    if scale < f32::MIN_POSITIVE { 0.0 } else { scale }
 }
 
 /// One value of a row as an 8-bit integer in the low byte. No branch and no library call, so that loops over it use vector
@@ -268,10 +252,7 @@ pub fn forward_int8_cpu(
     let words = width.div_ceil(4);
     // On the bits, because a larger magnitude has larger bits and a NaN the largest.
     for_each_row(&mut scales[..rows], 1, |row, scale| {
-        let largest = x[row * width..][..width]
-            .iter()
-            .map(|x| x.to_bits() & !SIGN)
-            .max();
+        let largest = x[row * width..][..width].iter().map(|x| x.to_bits() & !SIGN).max();
         scale[0] = row_scale(largest.unwrap_or(0));
     });
     for_each_row(&mut packed[..rows * words], words, |row, packed| {

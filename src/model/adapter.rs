@@ -44,12 +44,7 @@ pub enum Target {
 
 impl Target {
     /// Every target, in the canonical order.
-    pub const ALL: [Target; 4] = [
-        Target::AttnQkv,
-        Target::AttnProj,
-        Target::MlpFc,
-        Target::MlpProj,
-    ];
+    pub const ALL: [Target; 4] = [Target::AttnQkv, Target::AttnProj, Target::MlpFc, Target::MlpProj];
 
     /// The module's name inside a block.
     pub fn module(self) -> &'static str {
@@ -141,11 +136,7 @@ pub enum AdapterError {
     #[error("an adapter needs at least one target: c_attn, c_proj or c_fc")]
     NoTarget,
     #[error("blocks {start}..{end} are not blocks of this model, which has {blocks}")]
-    Blocks {
-        start: usize,
-        end: usize,
-        blocks: usize,
-    },
+    Blocks { start: usize, end: usize, blocks: usize },
     #[error("an adapter of {values} values is too large")]
     TooLarge { values: u64 },
     #[error("the adapter has {found} values, expected {expected}")]
@@ -179,11 +170,7 @@ impl LoraSpec {
     ///
     /// # Errors
     /// [`AdapterError::Rank`], [`AdapterError::Alpha`], [`AdapterError::NoTarget`].
-    pub fn new(
-        rank: usize,
-        alpha: f32,
-        targets: impl IntoIterator<Item = Target>,
-    ) -> Result<Self, AdapterError> {
+    pub fn new(rank: usize, alpha: f32, targets: impl IntoIterator<Item = Target>) -> Result<Self, AdapterError> {
         if !(1..=MAX_RANK).contains(&rank) {
             return Err(AdapterError::Rank { rank });
         }
@@ -196,11 +183,7 @@ impl LoraSpec {
         if targets.is_empty() {
             return Err(AdapterError::NoTarget);
         }
-        Ok(Self {
-            rank,
-            alpha,
-            targets,
-        })
+        Ok(Self { rank, alpha, targets })
     }
 
     /// Targets from names such as `c_attn,c_proj,c_fc`; `c_proj` means both the attention's and the mlp's,
@@ -210,11 +193,7 @@ impl LoraSpec {
     /// [`AdapterError::Target`] names the unknown one.
     pub fn parse_targets(names: &str) -> Result<Vec<Target>, AdapterError> {
         let mut targets = Vec::new();
-        for name in names
-            .split(',')
-            .map(str::trim)
-            .filter(|name| !name.is_empty())
-        {
+        for name in names.split(',').map(str::trim).filter(|name| !name.is_empty()) {
             targets.extend(targets_named(name)?);
         }
         targets.sort();
@@ -233,10 +212,7 @@ impl LoraSpec {
 }
 
 fn targets_named(name: &str) -> Result<Vec<Target>, AdapterError> {
-    let targets: Vec<Target> = Target::ALL
-        .into_iter()
-        .filter(|target| target.named_by(name))
-        .collect();
+    let targets: Vec<Target> = Target::ALL.into_iter().filter(|target| target.named_by(name)).collect();
     if targets.is_empty() {
         Err(AdapterError::Target {
             name: name.chars().take(80).collect(),
@@ -290,11 +266,7 @@ impl AdapterLayout {
     ///
     /// # Errors
     /// [`AdapterError::Blocks`] when the range is not within the model, [`AdapterError::TooLarge`].
-    pub fn new(
-        config: &Config,
-        spec: &LoraSpec,
-        blocks: Range<usize>,
-    ) -> Result<Self, AdapterError> {
+    pub fn new(config: &Config, spec: &LoraSpec, blocks: Range<usize>) -> Result<Self, AdapterError> {
         if blocks.start > blocks.end || blocks.end > config.blocks {
             return Err(AdapterError::Blocks {
                 start: blocks.start,
@@ -330,11 +302,7 @@ impl AdapterLayout {
                 len = offset_b + outputs * spec.rank;
             }
         }
-        Ok(Self {
-            blocks,
-            entries,
-            len,
-        })
+        Ok(Self { blocks, entries, len })
     }
 
     /// The blocks covered.
@@ -381,12 +349,7 @@ impl Adapter {
     ///
     /// # Errors
     /// As [`AdapterLayout::new`].
-    pub fn init(
-        config: &Config,
-        spec: &LoraSpec,
-        blocks: Range<usize>,
-        seed: u64,
-    ) -> Result<Self, AdapterError> {
+    pub fn init(config: &Config, spec: &LoraSpec, blocks: Range<usize>, seed: u64) -> Result<Self, AdapterError> {
         let layout = AdapterLayout::new(config, spec, blocks)?;
         let mut values = vec![0.0; layout.len()];
         for entry in layout.entries() {
@@ -499,11 +462,7 @@ impl Adapter {
 impl fmt::Display for LoraSpec {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let names = Target::peft_names(&self.targets).join(",");
-        write!(
-            formatter,
-            "rank {}, alpha {}, targets {names}",
-            self.rank, self.alpha
-        )
+        write!(formatter, "rank {}, alpha {}, targets {names}", self.rank, self.alpha)
     }
 }
 
@@ -514,11 +473,7 @@ impl Adapter {
     ///
     /// # Errors
     /// [`AdapterError::Length`] when `values` does not fit the layout.
-    pub fn to_peft(
-        &self,
-        config: &Config,
-        base_model: &str,
-    ) -> Result<[(&'static str, Vec<u8>); 2], AdapterError> {
+    pub fn to_peft(&self, config: &Config, base_model: &str) -> Result<[(&'static str, Vec<u8>); 2], AdapterError> {
         if self.values.len() != self.layout.len() {
             return Err(AdapterError::Length {
                 expected: self.layout.len(),
@@ -549,30 +504,21 @@ impl Adapter {
         let mut text = serde_json::to_string_pretty(&description).expect("a JSON value has a text");
         text.push('\n');
 
-        let bytes: Vec<u8> = self
-            .values
-            .iter()
-            .flat_map(|value| value.to_le_bytes())
-            .collect();
+        let bytes: Vec<u8> = self.values.iter().flat_map(|value| value.to_le_bytes()).collect();
         let mut views = Vec::new();
         for entry in self.layout.entries() {
             for (matrix, range, shape) in [
                 ("A", entry.range_a(), vec![entry.rank, entry.inputs]),
                 ("B", entry.range_b(), vec![entry.outputs, entry.rank]),
             ] {
-                let name = format!(
-                    "base_model.model.transformer.{}",
-                    tensor_name(entry, matrix)
-                );
-                let view =
-                    TensorView::new(Dtype::F32, shape, &bytes[4 * range.start..4 * range.end])
-                        .expect("the layout gives each tensor as many bytes as its shape");
+                let name = format!("base_model.model.transformer.{}", tensor_name(entry, matrix));
+                let view = TensorView::new(Dtype::F32, shape, &bytes[4 * range.start..4 * range.end])
+                    .expect("the layout gives each tensor as many bytes as its shape");
                 views.push((name, view));
             }
         }
         let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-        let tensors =
-            safetensors::serialize(views, Some(format)).expect("the header of an adapter is small");
+        let tensors = safetensors::serialize(views, Some(format)).expect("the header of an adapter is small");
         Ok([(TENSOR_FILE, tensors), (CONFIG_FILE, text.into_bytes())])
     }
 
@@ -629,10 +575,7 @@ impl Adapter {
         // Every tensor is checked against the file's own size before room for its values is made.
         let mut order = Vec::with_capacity(2 * layout.entries().len());
         for entry in layout.entries() {
-            for (matrix, shape) in [
-                ("A", [entry.rank, entry.inputs]),
-                ("B", [entry.outputs, entry.rank]),
-            ] {
+            for (matrix, shape) in [("A", [entry.rank, entry.inputs]), ("B", [entry.outputs, entry.rank])] {
                 let wanted = tensor_name(entry, matrix);
                 let Some(name) = by_canonical_name.get(&wanted) else {
                     return Err(ArchiveError::Missing {
@@ -649,11 +592,7 @@ impl Adapter {
         for (name, shape) in order {
             values.extend(archive.read(name, &shape)?);
         }
-        Ok(Self {
-            spec,
-            layout,
-            values,
-        })
+        Ok(Self { spec, layout, values })
     }
 
     /// Writes a PEFT directory. Each file is replaced atomically: a reader sees the old one or the new one.
@@ -661,12 +600,7 @@ impl Adapter {
     /// # Errors
     /// [`AdapterError::File`] with the path; as [`Adapter::to_peft`].
     #[cfg(not(target_arch = "wasm32"))]
-    pub fn save(
-        &self,
-        dir: &std::path::Path,
-        config: &Config,
-        base_model: &str,
-    ) -> Result<(), AdapterError> {
+    pub fn save(&self, dir: &std::path::Path, config: &Config, base_model: &str) -> Result<(), AdapterError> {
         use std::io::Write;
 
         let files = self.to_peft(config, base_model)?;
@@ -703,8 +637,7 @@ impl Adapter {
             path: path.display().to_string(),
             source,
         };
-        let description =
-            std::fs::read_to_string(&path).map_err(|source| read_error(&path, source))?;
+        let description = std::fs::read_to_string(&path).map_err(|source| read_error(&path, source))?;
         let path = dir.join(TENSOR_FILE);
         let tensors = std::fs::File::open(&path).map_err(|source| read_error(&path, source))?;
         Self::from_peft(&description, tensors, config)
@@ -722,11 +655,7 @@ fn number(value: f32) -> Value {
 
 /// A tensor's name without `base_model.model.transformer.`.
 fn tensor_name(entry: &AdapterEntry, matrix: &str) -> String {
-    format!(
-        "h.{}.{}.lora_{matrix}.weight",
-        entry.block,
-        entry.target.module()
-    )
+    format!("h.{}.{}.lora_{matrix}.weight", entry.block, entry.target.module())
 }
 
 /// A tensor's name as [`tensor_name`] writes it, from the forms PEFT has written: with or without
@@ -744,9 +673,7 @@ fn parse_tensor_name(name: &str) -> Option<(usize, Target)> {
     let name = canonical_name(name)?;
     let (module, _) = name.rsplit_once(".lora_")?;
     let (block, module) = module.strip_prefix("h.")?.split_once('.')?;
-    let target = Target::ALL
-        .into_iter()
-        .find(|target| target.module() == module)?;
+    let target = Target::ALL.into_iter().find(|target| target.module() == module)?;
     let index: usize = block.parse().ok()?;
     (index.to_string() == block).then_some((index, target))
 }
@@ -766,22 +693,17 @@ impl Description {
             serde_json::from_str(text).map_err(|error| AdapterError::Config(error.to_string()))?;
         check_settings(&fields)?;
         let present = |field: &str| fields.get(field).filter(|value| !value.is_null());
-        let bad = |field: &str, expected: &str| {
-            AdapterError::Config(format!("`{field}` must be {expected}"))
-        };
+        let bad = |field: &str, expected: &str| AdapterError::Config(format!("`{field}` must be {expected}"));
 
         let rank = present("r")
             .and_then(Value::as_u64)
             .ok_or_else(|| bad("r", "a whole number"))?;
         let rank = usize::try_from(rank).unwrap_or(usize::MAX);
         let alpha = match present("lora_alpha") {
-            Some(alpha) => alpha
-                .as_f64()
-                .ok_or_else(|| bad("lora_alpha", "a number"))?,
+            Some(alpha) => alpha.as_f64().ok_or_else(|| bad("lora_alpha", "a number"))?,
             None => return Err(bad("lora_alpha", "a number")),
         };
-        let rank_stabilised =
-            present("use_rslora").is_some_and(|value| *value == Value::Bool(true));
+        let rank_stabilised = present("use_rslora").is_some_and(|value| *value == Value::Bool(true));
         // rsLoRA (arXiv 2312.03732) scales by α/√r.
         let alpha = if rank_stabilised {
             alpha * (rank as f64).sqrt()
@@ -807,12 +729,7 @@ impl Description {
             None => 0..config.blocks,
             Some(layers) => layer_range(layers)
                 .filter(|blocks| blocks.end <= config.blocks)
-                .ok_or_else(|| {
-                    bad(
-                        "layers_to_transform",
-                        "an ascending run of this model's blocks",
-                    )
-                })?,
+                .ok_or_else(|| bad("layers_to_transform", "an ascending run of this model's blocks"))?,
         };
         Ok(Self {
             rank,
@@ -829,9 +746,7 @@ fn layer_range(layers: &Value) -> Option<Range<usize>> {
         Value::Array(layers) => layers.iter().map(Value::as_u64).collect::<Option<_>>()?,
         layer => vec![layer.as_u64()?],
     };
-    let consecutive = layers
-        .windows(2)
-        .all(|pair| pair[0].checked_add(1) == Some(pair[1]));
+    let consecutive = layers.windows(2).all(|pair| pair[0].checked_add(1) == Some(pair[1]));
     let (first, last) = (*layers.first()?, *layers.last()?);
     let end = usize::try_from(last).ok()?.checked_add(1)?;
     consecutive.then_some(first as usize..end)
@@ -860,24 +775,15 @@ fn check_settings(fields: &Map<String, Value>) -> Result<(), AdapterError> {
         ("alora_invocation_tokens", "plain LoRA is"),
         ("alpha_pattern", "one alpha for all modules is"),
         ("arrow_config", "plain LoRA is"),
-        (
-            "exclude_modules",
-            "naming the adapted ones in target_modules is",
-        ),
+        ("exclude_modules", "naming the adapted ones in target_modules is"),
         ("kasa_config", "plain LoRA is"),
         ("layer_replication", "a model as its files have it is"),
         ("lora_bias", "an adapter without biases is"),
         ("modules_to_save", "an adapter of LoRA matrices alone is"),
         ("monteclora_config", "plain LoRA is"),
         ("rank_pattern", "one rank for all modules is"),
-        (
-            "target_parameters",
-            "naming the adapted modules in target_modules is",
-        ),
-        (
-            "trainable_token_indices",
-            "an adapter of LoRA matrices alone is",
-        ),
+        ("target_parameters", "naming the adapted modules in target_modules is"),
+        ("trainable_token_indices", "an adapter of LoRA matrices alone is"),
         ("use_bdlora", "plain LoRA is"),
         ("use_dora", "plain LoRA is"),
         ("use_qalora", "plain LoRA is"),

@@ -18,20 +18,11 @@ const CHUNK: usize = 1 << 15;
 #[derive(Debug, thiserror::Error)]
 pub enum ArchiveError {
     #[error("cannot read {file}: {source}")]
-    Read {
-        file: String,
-        source: std::io::Error,
-    },
+    Read { file: String, source: std::io::Error },
     #[error("{file} is not a safetensors file: {reason}")]
     Header { file: String, reason: String },
-    #[error(
-        "{file} is truncated or damaged: its header describes {described} bytes and the file has {actual}"
-    )]
-    Length {
-        file: String,
-        described: u64,
-        actual: u64,
-    },
+    #[error("{file} is truncated or damaged: its header describes {described} bytes and the file has {actual}")]
+    Length { file: String, described: u64, actual: u64 },
     #[error("{file} has no tensor `{tensor}`")]
     Missing { file: String, tensor: String },
     #[error("{file}: tensor `{tensor}` has shape {found:?}, expected {expected:?}")]
@@ -91,9 +82,7 @@ impl Archive {
         let actual = source.seek(SeekFrom::End(0)).map_err(read_error)?;
         source.seek(SeekFrom::Start(0)).map_err(read_error)?;
         if actual < 8 {
-            return Err(header_error(format!(
-                "{actual} bytes are too few for a header"
-            )));
+            return Err(header_error(format!("{actual} bytes are too few for a header")));
         }
         let mut length = [0; 8];
         source.read_exact(&mut length).map_err(read_error)?;
@@ -105,8 +94,8 @@ impl Archive {
         }
         let mut header = vec![0; header_length as usize];
         source.read_exact(&mut header).map_err(read_error)?;
-        let metadata: Metadata = serde_json::from_slice(&header)
-            .map_err(|error| header_error(format!("bad header: {error}")))?;
+        let metadata: Metadata =
+            serde_json::from_slice(&header).map_err(|error| header_error(format!("bad header: {error}")))?;
         let data_start = 8 + header_length;
         let described = data_start + metadata.data_len() as u64;
         if described != actual {
@@ -236,12 +225,10 @@ impl Archive {
     }
 
     fn info(&self, tensor: &str) -> Result<&TensorInfo, ArchiveError> {
-        self.metadata
-            .info(tensor)
-            .ok_or_else(|| ArchiveError::Missing {
-                file: self.file.clone(),
-                tensor: tensor.to_owned(),
-            })
+        self.metadata.info(tensor).ok_or_else(|| ArchiveError::Missing {
+            file: self.file.clone(),
+            tensor: tensor.to_owned(),
+        })
     }
 
     /// Replaces `values` with `count` elements from `start`; the caller has checked the range and the dtype.
@@ -266,13 +253,7 @@ impl Archive {
             })?;
         values.clear();
         match dtype {
-            Dtype::F32 => values.extend(
-                bytes
-                    .as_chunks::<4>()
-                    .0
-                    .iter()
-                    .map(|&bytes| f32::from_le_bytes(bytes)),
-            ),
+            Dtype::F32 => values.extend(bytes.as_chunks::<4>().0.iter().map(|&bytes| f32::from_le_bytes(bytes))),
             Dtype::BF16 => {
                 values.extend(
                     bytes

@@ -48,11 +48,7 @@ pub(super) fn upload(engine: &Engine, name: String, data: &TensorData) -> Result
 ///
 /// # Panics
 /// If the unit has no such tensor: units are checked where they are read.
-pub(super) fn upload_named(
-    engine: &Engine,
-    unit: &UnitData,
-    name: &str,
-) -> Result<(Buffer, WeightDtype), Error> {
+pub(super) fn upload_named(engine: &Engine, unit: &UnitData, name: &str) -> Result<(Buffer, WeightDtype), Error> {
     let tensor = unit
         .tensor(name)
         .unwrap_or_else(|| panic!("unit {} has no {name}", unit.unit));
@@ -72,8 +68,7 @@ impl BlockWeights {
     pub fn upload(engine: &Engine, config: &Config, unit: &UnitData) -> Result<Self, Error> {
         let linear = |target: Target| {
             let (inputs, outputs) = target.dimensions(config);
-            let (weight, dtype) =
-                upload_named(engine, unit, &format!("{}.weight", target.module()))?;
+            let (weight, dtype) = upload_named(engine, unit, &format!("{}.weight", target.module()))?;
             Ok(Linear {
                 weight,
                 bias: upload_named(engine, unit, &format!("{}.bias", target.module()))?.0,
@@ -148,9 +143,7 @@ impl Activations {
         };
         let (width, ffn) = (config.width, config.ffn);
         let u = |target: Target, old: Option<&Buffer>| {
-            entry(target)
-                .map(|e| pick("u", rows * e.rank, keep, old))
-                .transpose()
+            entry(target).map(|e| pick("u", rows * e.rank, keep, old)).transpose()
         };
         let old_u = |target: Target| shared.and_then(|s| s.u[target as usize].as_ref());
         Ok(Self {
@@ -378,32 +371,11 @@ impl Block<'_> {
         layernorm::forward(recording, norm, &act.x, (gamma, beta), &act.a, &act.stats_1);
         self.linear_forward(recording, Target::AttnQkv, &act.a, &act.qkv, None, None);
         attention::forward(recording, self.attention_params(), &act.qkv, &act.o, &act.lse);
-        self.linear_forward(
-            recording,
-            Target::AttnProj,
-            &act.o,
-            &act.y,
-            Some(&act.x),
-            None,
-        );
+        self.linear_forward(recording, Target::AttnProj, &act.o, &act.y, Some(&act.x), None);
         let (gamma, beta) = &self.weights.ln_2;
         layernorm::forward(recording, norm, &act.y, (gamma, beta), &act.m, &act.stats_2);
-        self.linear_forward(
-            recording,
-            Target::MlpFc,
-            &act.m,
-            &act.g,
-            None,
-            Some(&act.h),
-        );
-        self.linear_forward(
-            recording,
-            Target::MlpProj,
-            &act.g,
-            &act.out,
-            Some(&act.y),
-            None,
-        );
+        self.linear_forward(recording, Target::MlpFc, &act.m, &act.g, None, Some(&act.h));
+        self.linear_forward(recording, Target::MlpProj, &act.g, &act.out, Some(&act.y), None);
     }
 
     /// Takes `scratch.d_x`, the gradient of the block's output, to that of its input, and adds the adapter gradients.

@@ -40,19 +40,9 @@ pub fn load(
     units: &mut dyn FnMut(Unit) -> Result<UnitData, WeightsError>,
 ) -> Result<StackWeights, LoadError> {
     Ok(StackWeights {
-        embedding: Some(EmbeddingWeights::upload(
-            engine,
-            config,
-            &units(Unit::Embedding)?,
-        )?),
+        embedding: Some(EmbeddingWeights::upload(engine, config, &units(Unit::Embedding)?)?),
         blocks: (0..config.blocks)
-            .map(|block| {
-                Ok(BlockWeights::upload(
-                    engine,
-                    config,
-                    &units(Unit::Block(block))?,
-                )?)
-            })
+            .map(|block| Ok(BlockWeights::upload(engine, config, &units(Unit::Block(block))?)?))
             .collect::<Result<_, LoadError>>()?,
         first_block: 0,
         head: Some(HeadWeights::upload(engine, &units(Unit::Final)?)?),
@@ -78,10 +68,7 @@ impl Central {
         extent: Extent,
         optimizer: Option<OptimizerSettings>,
     ) -> Result<Self, Error> {
-        assert!(
-            optimizer.is_none() || adapter.is_some(),
-            "training needs an adapter"
-        );
+        assert!(optimizer.is_none() || adapter.is_some(), "training needs an adapter");
         Ok(Self {
             stack: Stack::new(
                 engine,
@@ -96,12 +83,7 @@ impl Central {
     }
 
     /// Loss of a batch of tokens and targets (batch, seq).
-    pub async fn loss(
-        &mut self,
-        tokens: &[u32],
-        targets: &[i32],
-        seq: usize,
-    ) -> Result<Counted, Error> {
+    pub async fn loss(&mut self, tokens: &[u32], targets: &[i32], seq: usize) -> Result<Counted, Error> {
         self.stack.upload_tokens(tokens);
         let count = self.stack.upload_targets(targets, 1.0);
         self.stack.run("loss", seq, |stack, recording| {
@@ -119,12 +101,7 @@ impl Central {
     ///
     /// # Panics
     /// If the model was made without an optimiser.
-    pub async fn step(
-        &mut self,
-        tokens: &[u32],
-        targets: &[i32],
-        seq: usize,
-    ) -> Result<Counted, Error> {
+    pub async fn step(&mut self, tokens: &[u32], targets: &[i32], seq: usize) -> Result<Counted, Error> {
         let settings = self.optimizer.expect("a trainable model");
         self.stack.upload_tokens(tokens);
         self.stack.begin_update(&settings, 1.0);
@@ -148,12 +125,7 @@ impl Central {
     }
 
     /// The gradient of a batch's mean loss with respect to the adapter, flat, without a step.
-    pub async fn gradient(
-        &mut self,
-        tokens: &[u32],
-        targets: &[i32],
-        seq: usize,
-    ) -> Result<Vec<f32>, Error> {
+    pub async fn gradient(&mut self, tokens: &[u32], targets: &[i32], seq: usize) -> Result<Vec<f32>, Error> {
         self.stack.upload_tokens(tokens);
         self.stack.upload_targets(targets, 1.0);
         self.stack.run("gradient", seq, |stack, recording| {
@@ -164,9 +136,8 @@ impl Central {
             stack.record_backward(recording, seq, false);
         })?;
         let gradient = self.stack.adapter_gradient().await?;
-        self.stack.run("clear", 0, |stack, recording| {
-            stack.record_clear_gradient(recording)
-        })?;
+        self.stack
+            .run("clear", 0, |stack, recording| stack.record_clear_gradient(recording))?;
         Ok(gradient)
     }
 

@@ -40,9 +40,7 @@ pub enum ConfigError {
     Json(#[from] serde_json::Error),
     #[error("config.json must hold a JSON object")]
     NotAnObject,
-    #[error(
-        "unknown model architecture {found}: only GPT-2 models (model_type \"gpt2\") can be loaded"
-    )]
+    #[error("unknown model architecture {found}: only GPT-2 models (model_type \"gpt2\") can be loaded")]
     Architecture { found: String },
     #[error("config.json has no `{field}`")]
     Missing { field: &'static str },
@@ -60,10 +58,7 @@ pub enum ConfigError {
     },
     #[cfg(not(target_arch = "wasm32"))]
     #[error("cannot read {path}: {source}")]
-    Read {
-        path: String,
-        source: std::io::Error,
-    },
+    Read { path: String, source: std::io::Error },
 }
 
 impl Config {
@@ -117,9 +112,7 @@ impl TryFrom<Value> for Config {
             Some(_) => size(&fields, "n_positions", 1 << 24)?,
             None if optional(&fields, "n_ctx").is_some() => size(&fields, "n_ctx", 1 << 24)?,
             None => {
-                return Err(ConfigError::Missing {
-                    field: "n_positions",
-                });
+                return Err(ConfigError::Missing { field: "n_positions" });
             }
         };
         let ffn = match optional(&fields, "n_inner") {
@@ -142,11 +135,8 @@ impl TryFrom<Value> for Config {
             if rows as u64 * columns as u64 > MAX_ELEMENTS {
                 return Err(ConfigError::Invalid {
                     field,
-                    found: optional(&fields, field)
-                        .map_or_else(|| "null".to_owned(), Value::to_string),
-                    expected: format!(
-                        "a model whose largest tensor has at most {MAX_ELEMENTS} elements"
-                    ),
+                    found: optional(&fields, field).map_or_else(|| "null".to_owned(), Value::to_string),
+                    expected: format!("a model whose largest tensor has at most {MAX_ELEMENTS} elements"),
                 });
             }
         }
@@ -156,11 +146,7 @@ impl TryFrom<Value> for Config {
             Some(value) => match value.as_f64().map(|epsilon| epsilon as f32) {
                 Some(epsilon) if epsilon > 0.0 && epsilon < 1.0 => epsilon,
                 _ => {
-                    return Err(invalid(
-                        "layer_norm_epsilon",
-                        value,
-                        "a number between 0 and 1",
-                    ));
+                    return Err(invalid("layer_norm_epsilon", value, "a number between 0 and 1"));
                 }
             },
         };
@@ -227,27 +213,16 @@ fn shown(value: &Value) -> String {
     }
 }
 
-fn size(
-    fields: &Map<String, Value>,
-    field: &'static str,
-    largest: u64,
-) -> Result<usize, ConfigError> {
+fn size(fields: &Map<String, Value>, field: &'static str, largest: u64) -> Result<usize, ConfigError> {
     let value = optional(fields, field).ok_or(ConfigError::Missing { field })?;
     match value.as_u64() {
         Some(size) if (1..=largest).contains(&size) => Ok(size as usize),
-        _ => Err(invalid(
-            field,
-            value,
-            &format!("a whole number from 1 to {largest}"),
-        )),
+        _ => Err(invalid(field, value, &format!("a whole number from 1 to {largest}"))),
     }
 }
 
 fn check_architecture(fields: &Map<String, Value>) -> Result<(), ConfigError> {
-    let found = match (
-        optional(fields, "model_type"),
-        optional(fields, "architectures"),
-    ) {
+    let found = match (optional(fields, "model_type"), optional(fields, "architectures")) {
         (Some(Value::String(model_type)), _) if model_type == "gpt2" => return Ok(()),
         (Some(model_type), _) => shown(model_type),
         (None, Some(Value::Array(names))) if names.iter().any(|name| name == "GPT2LMHeadModel") => {
@@ -255,9 +230,7 @@ fn check_architecture(fields: &Map<String, Value>) -> Result<(), ConfigError> {
         }
         (None, Some(names)) => shown(names),
         (None, None) => {
-            return Err(ConfigError::Missing {
-                field: "model_type",
-            });
+            return Err(ConfigError::Missing { field: "model_type" });
         }
     };
     Err(ConfigError::Architecture { found })

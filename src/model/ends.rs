@@ -35,9 +35,7 @@ impl EmbeddingWeights {
         let f16 = dtype == WeightDtype::F16;
         let per_word = if f16 { 2 } else { 1 };
         // An even number of rows starts every chunk on a whole word.
-        let rows = (engine.max_buffer_words() * per_word / config.width)
-            .min(config.vocab.next_multiple_of(2))
-            & !1;
+        let rows = (engine.max_buffer_words() * per_word / config.width).min(config.vocab.next_multiple_of(2)) & !1;
         if rows == 0 {
             return Err(Error::LimitTooSmall {
                 limit: "bytes in a storage binding",
@@ -53,19 +51,13 @@ impl EmbeddingWeights {
                 let name = format!("wte.{start}");
                 let (from, to) = (start * config.width, end * config.width);
                 let buffer = match &tensor.data {
-                    TensorData::F16(words) => {
-                        engine.buffer_from(name, &words[from / 2..to.div_ceil(2)])?
-                    }
+                    TensorData::F16(words) => engine.buffer_from(name, &words[from / 2..to.div_ceil(2)])?,
                     TensorData::F32(values) => engine.buffer_from(name, &values[from..to])?,
                 };
                 Ok(Chunk { buffer, start, end })
             })
             .collect::<Result<_, Error>>()?;
-        Ok(Self {
-            chunks,
-            positions,
-            f16,
-        })
+        Ok(Self { chunks, positions, f16 })
     }
 
     /// Records `out = wte[token] + wpe[position]`; `tokens` u32 (batch·seq), `out` (batch·seq, width).
@@ -128,12 +120,7 @@ pub(super) struct HeadBuffers {
 }
 
 impl HeadBuffers {
-    pub fn new(
-        engine: &Engine,
-        config: &Config,
-        rows: usize,
-        gradient: bool,
-    ) -> Result<Self, Error> {
+    pub fn new(engine: &Engine, config: &Config, rows: usize, gradient: bool) -> Result<Self, Error> {
         let tile = VOCABULARY_TILE.min(config.vocab);
         let new = |name: &str, words: usize| engine.buffer(format!("head.{name}"), words);
         Ok(Self {
@@ -144,9 +131,7 @@ impl HeadBuffers {
             row_scale: new("row_scale", rows)?,
             targets: new("targets", rows)?,
             loss: new("loss", rows)?,
-            d_hidden: gradient
-                .then(|| new("d_hidden", rows * config.width))
-                .transpose()?,
+            d_hidden: gradient.then(|| new("d_hidden", rows * config.width)).transpose()?,
         })
     }
 }

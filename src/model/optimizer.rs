@@ -42,8 +42,8 @@ impl Default for OptimizerSettings {
     }
 }
 
-const BETA1: f64 = 0.9;
-const BETA2: f64 = 0.999;
+const BETA1: f32 = 0.9;
+const BETA2: f32 = 0.999;
 const EPSILON: f32 = 1e-8;
 
 impl OptimizerSettings {
@@ -69,13 +69,14 @@ impl OptimizerSettings {
     pub fn fill_scalars(&self, step: u64, scalars: &mut [f32; scalar::COUNT]) {
         let exponent = (step + 1).min(i32::MAX as u64) as i32;
         scalars[scalar::LR] = self.lr_at(step);
-        scalars[scalar::BIAS1] = (1.0 - BETA1.powi(exponent)) as f32;
-        scalars[scalar::BIAS2] = (1.0 - BETA2.powi(exponent)) as f32;
+        // From the rounded decay rates that the kernel uses: their rounding then cancels.
+        scalars[scalar::BIAS1] = (1.0 - f64::from(BETA1).powi(exponent)) as f32;
+        scalars[scalar::BIAS2] = (1.0 - f64::from(BETA2).powi(exponent)) as f32;
         scalars[scalar::WEIGHT_DECAY] = self.weight_decay;
         scalars[scalar::CLIP] = self.clip.unwrap_or(0.0);
         scalars[scalar::GRAD_SCALE] = 1.0;
-        scalars[scalar::BETA1] = BETA1 as f32;
-        scalars[scalar::BETA2] = BETA2 as f32;
+        scalars[scalar::BETA1] = BETA1;
+        scalars[scalar::BETA2] = BETA2;
         scalars[scalar::EPSILON] = EPSILON;
     }
 }

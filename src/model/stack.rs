@@ -109,18 +109,13 @@ impl Stack {
         let scalars = engine.buffer("scalars", scalar::COUNT)?;
         let lora = adapter
             .map(|(spec, layout, values)| {
-                assert_eq!(
-                    layout.blocks(),
-                    weights.block_range(),
-                    "an adapter of other blocks"
-                );
+                assert_eq!(layout.blocks(), weights.block_range(), "an adapter of other blocks");
                 assert_eq!(layout.len(), values.len(), "adapter values");
                 Ok::<_, Error>(Lora {
                     layout: layout.clone(),
                     scale: spec.scale(),
                     values: engine.buffer_from("adapter", values)?,
-                    gradient: engine
-                        .buffer("adapter.gradient", if training { values.len() } else { 1 })?,
+                    gradient: engine.buffer("adapter.gradient", if training { values.len() } else { 1 })?,
                     scalars: scalars.clone(),
                 })
             })
@@ -156,10 +151,7 @@ impl Stack {
             (Some(lora), true) => Some(Moments {
                 first: engine.buffer("adapter.moment1", lora.layout.len())?,
                 second: engine.buffer("adapter.moment2", lora.layout.len())?,
-                norm_partial: engine.buffer(
-                    "adapter.norm_partial",
-                    adamw::partial_words(lora.layout.len()),
-                )?,
+                norm_partial: engine.buffer("adapter.norm_partial", adamw::partial_words(lora.layout.len()))?,
             }),
             _ => None,
         };
@@ -186,12 +178,7 @@ impl Stack {
         })
     }
 
-    fn scratch(
-        engine: &Engine,
-        config: &Config,
-        extent: Extent,
-        layout: &AdapterLayout,
-    ) -> Result<Scratch, Error> {
+    fn scratch(engine: &Engine, config: &Config, extent: Extent, layout: &AdapterLayout) -> Result<Scratch, Error> {
         let rows = extent.rows();
         let new = |name: &str, words: usize| engine.buffer(name, words);
         let rank = layout.entries().first().map_or(1, |entry| entry.rank);
@@ -278,15 +265,13 @@ impl Stack {
     /// Records the embedding of the uploaded tokens into [`Stack::input`].
     pub fn record_embedding(&self, recording: &mut Recording, seq: usize) {
         let embedding = self.weights.embedding.as_ref();
-        embedding
-            .expect("a stack with the embedding")
-            .record_forward(
-                recording,
-                &self.config,
-                (self.extent.batch, seq),
-                &self.tokens,
-                self.input(),
-            );
+        embedding.expect("a stack with the embedding").record_forward(
+            recording,
+            &self.config,
+            (self.extent.batch, seq),
+            &self.tokens,
+            self.input(),
+        );
     }
 
     /// Records the blocks' forward passes.
@@ -298,11 +283,8 @@ impl Stack {
 
     /// Records the head's loss and, with `gradient`, its gradient into [`Stack::d_x`].
     pub fn record_loss(&self, recording: &mut Recording, seq: usize, gradient: bool) {
-        self.head(seq).record_loss(
-            recording,
-            self.output(),
-            gradient.then(|| self.d_x()),
-        );
+        self.head(seq)
+            .record_loss(recording, self.output(), gradient.then(|| self.d_x()));
     }
 
     /// Records the backward passes from [`Stack::d_x`]. `to_input` leaves the gradient of [`Stack::input`] there; without it the
@@ -315,8 +297,7 @@ impl Stack {
             } else {
                 BackwardTo::LowestAdapter
             };
-            self.block(position, seq)
-                .record_backward(recording, scratch, to);
+            self.block(position, seq).record_backward(recording, scratch, to);
         }
     }
 
@@ -327,13 +308,7 @@ impl Stack {
             self.moments.as_ref().expect("a training stack"),
         );
         let n = lora.layout.len();
-        adamw::norm(
-            recording,
-            n,
-            &lora.gradient,
-            &moments.norm_partial,
-            &self.scalars,
-        );
+        adamw::norm(recording, n, &lora.gradient, &moments.norm_partial, &self.scalars);
         adamw::update(
             recording,
             n,
@@ -422,11 +397,7 @@ impl Stack {
     pub async fn adapter(&self) -> Result<Vec<f32>, Error> {
         match &self.lora {
             None => Ok(Vec::new()),
-            Some(lora) => {
-                self.engine
-                    .download(&lora.values, 0, lora.layout.len())
-                    .await
-            }
+            Some(lora) => self.engine.download(&lora.values, 0, lora.layout.len()).await,
         }
     }
 
@@ -443,9 +414,7 @@ impl Stack {
     /// The accumulated adapter gradient, flat.
     pub async fn adapter_gradient(&self) -> Result<Vec<f32>, Error> {
         let lora = self.lora.as_ref().expect("a training stack");
-        self.engine
-            .download(&lora.gradient, 0, lora.layout.len())
-            .await
+        self.engine.download(&lora.gradient, 0, lora.layout.len()).await
     }
 
     /// The logits (vocab) after position `position` of row 0 of the last forward pass.

@@ -75,9 +75,7 @@ pub enum WeightsError {
     UntiedHead,
     #[error("block {block} does not exist: the model has {blocks}")]
     NoSuchBlock { block: usize, blocks: usize },
-    #[error(
-        "no model.safetensors in {dir}: save the model in safetensors form (save_pretrained does)"
-    )]
+    #[error("no model.safetensors in {dir}: save the model in safetensors form (save_pretrained does)")]
     NoFile { dir: String },
     #[error("model.safetensors.index.json: {0}")]
     Index(String),
@@ -269,10 +267,7 @@ impl Weights {
     ///
     /// # Errors
     /// [`WeightsError`] names the tensor.
-    pub fn from_bytes(
-        bytes: impl AsRef<[u8]> + Send + 'static,
-        config: &Config,
-    ) -> Result<Self, WeightsError> {
+    pub fn from_bytes(bytes: impl AsRef<[u8]> + Send + 'static, config: &Config) -> Result<Self, WeightsError> {
         Self::from_source("model.safetensors", Cursor::new(bytes), config)
     }
 
@@ -280,11 +275,7 @@ impl Weights {
     ///
     /// # Errors
     /// [`WeightsError`] names the tensor.
-    pub fn from_source(
-        file: &str,
-        source: impl Source + 'static,
-        config: &Config,
-    ) -> Result<Self, WeightsError> {
+    pub fn from_source(file: &str, source: impl Source + 'static, config: &Config) -> Result<Self, WeightsError> {
         Self::from_archives(vec![Archive::open(file, source)?], config)
     }
 
@@ -337,11 +328,7 @@ impl Weights {
     fn find(&self, tensor: &str) -> Result<(usize, String), ArchiveError> {
         let prefixed = format!("transformer.{tensor}");
         for name in [tensor, &prefixed] {
-            if let Some(archive) = self
-                .archives
-                .iter()
-                .position(|archive| archive.contains(name))
-            {
+            if let Some(archive) = self.archives.iter().position(|archive| archive.contains(name)) {
                 return Ok((archive, name.to_owned()));
             }
         }
@@ -374,11 +361,7 @@ impl Weights {
             };
             first.equal(first_name, Some(second), second_name, &shape)?
         };
-        if equal {
-            Ok(())
-        } else {
-            Err(WeightsError::UntiedHead)
-        }
+        if equal { Ok(()) } else { Err(WeightsError::UntiedHead) }
     }
 }
 
@@ -414,8 +397,7 @@ fn shard_names(index: &str) -> Result<Vec<String>, WeightsError> {
     struct Index {
         weight_map: std::collections::BTreeMap<String, String>,
     }
-    let index: Index =
-        serde_json::from_str(index).map_err(|error| WeightsError::Index(error.to_string()))?;
+    let index: Index = serde_json::from_str(index).map_err(|error| WeightsError::Index(error.to_string()))?;
     let mut shards: Vec<String> = index.weight_map.into_values().collect();
     shards.sort();
     shards.dedup();
@@ -427,10 +409,7 @@ fn shard_names(index: &str) -> Result<Vec<String>, WeightsError> {
         }
     }
     if shards.is_empty() || shards.len() > 4096 {
-        return Err(WeightsError::Index(format!(
-            "it names {} shards",
-            shards.len()
-        )));
+        return Err(WeightsError::Index(format!("it names {} shards", shards.len())));
     }
     Ok(shards)
 }
@@ -462,11 +441,7 @@ impl UnitData {
 
     /// Length of [`UnitData::encode`]'s output in bytes.
     pub fn encoded_length(&self) -> u64 {
-        let data: u64 = self
-            .tensors
-            .iter()
-            .map(|tensor| tensor.data.byte_length() as u64)
-            .sum();
+        let data: u64 = self.tensors.iter().map(|tensor| tensor.data.byte_length() as u64).sum();
         encode_header(
             self.unit,
             self.tensors
@@ -490,12 +465,8 @@ impl UnitData {
         let mut bytes = Vec::with_capacity(1 << 16);
         for tensor in &self.tensors {
             match &tensor.data {
-                TensorData::F16(words) => {
-                    write_words(output, words, |word| word.to_le_bytes(), &mut bytes)?
-                }
-                TensorData::F32(values) => {
-                    write_words(output, values, |value| value.to_le_bytes(), &mut bytes)?
-                }
+                TensorData::F16(words) => write_words(output, words, |word| word.to_le_bytes(), &mut bytes)?,
+                TensorData::F32(values) => write_words(output, values, |value| value.to_le_bytes(), &mut bytes)?,
             }
         }
         Ok(())
@@ -533,11 +504,7 @@ impl UnitData {
                     (
                         *name,
                         &shape[..],
-                        if shape.len() == 2 {
-                            dtype
-                        } else {
-                            WeightDtype::F32
-                        },
+                        if shape.len() == 2 { dtype } else { WeightDtype::F32 },
                     )
                 }),
             )
@@ -568,13 +535,9 @@ impl UnitData {
                 }
             })
             .collect();
-        let expected =
-            header.len() as u64 + lengths.iter().map(|&length| 4 * length as u64).sum::<u64>();
+        let expected = header.len() as u64 + lengths.iter().map(|&length| 4 * length as u64).sum::<u64>();
         if bytes.len() as u64 != expected {
-            return Err(fail(format!(
-                "it has {} bytes, expected {expected}",
-                bytes.len()
-            )));
+            return Err(fail(format!("it has {} bytes, expected {expected}", bytes.len())));
         }
         let mut rest = &bytes[header.len()..];
         let mut tensors = Vec::with_capacity(table.len());
@@ -585,27 +548,18 @@ impl UnitData {
             let data = if shape.len() == 2 && dtype == WeightDtype::F16 {
                 let words: Vec<u32> = words.map(u32::from_le_bytes).collect();
                 let infinite = |bits: u32| bits & 0x7c00 == 0x7c00;
-                if words
-                    .iter()
-                    .any(|&word| infinite(word) || infinite(word >> 16))
-                {
-                    return Err(fail(format!(
-                        "tensor `{name}` holds a value that is not finite"
-                    )));
+                if words.iter().any(|&word| infinite(word) || infinite(word >> 16)) {
+                    return Err(fail(format!("tensor `{name}` holds a value that is not finite")));
                 }
                 let elements: usize = shape.iter().product();
                 if elements % 2 == 1 && words.last().is_some_and(|word| word >> 16 != 0) {
-                    return Err(fail(format!(
-                        "the padding after tensor `{name}` is not zero"
-                    )));
+                    return Err(fail(format!("the padding after tensor `{name}` is not zero")));
                 }
                 TensorData::F16(words)
             } else {
                 let values: Vec<f32> = words.map(f32::from_le_bytes).collect();
                 if values.iter().any(|value| !value.is_finite()) {
-                    return Err(fail(format!(
-                        "tensor `{name}` holds a value that is not finite"
-                    )));
+                    return Err(fail(format!("tensor `{name}` holds a value that is not finite")));
                 }
                 TensorData::F32(values)
             };
@@ -619,10 +573,7 @@ impl UnitData {
     }
 }
 
-fn encode_header<'a>(
-    unit: Unit,
-    tensors: impl Iterator<Item = (&'a str, &'a [usize], WeightDtype)>,
-) -> Vec<u8> {
+fn encode_header<'a>(unit: Unit, tensors: impl Iterator<Item = (&'a str, &'a [usize], WeightDtype)>) -> Vec<u8> {
     let (kind, block) = match unit {
         Unit::Embedding => (0, 0),
         Unit::Block(block) => (1, block as u32),

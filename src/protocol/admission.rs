@@ -22,15 +22,8 @@ fn authenticate(key: &[u8; 32], message: &[u8]) -> [u8; 32] {
         inner[index] ^= byte;
         outer[index] ^= byte;
     }
-    let digest = Sha256::new()
-        .chain_update(inner)
-        .chain_update(message)
-        .finalize();
-    Sha256::new()
-        .chain_update(outer)
-        .chain_update(digest)
-        .finalize()
-        .into()
+    let digest = Sha256::new().chain_update(inner).chain_update(message).finalize();
+    Sha256::new().chain_update(outer).chain_update(digest).finalize().into()
 }
 
 /// Compares in a time that does not depend on where the two differ.
@@ -44,10 +37,7 @@ fn equal_in_constant_time(left: &[u8; 32], right: &[u8; 32]) -> bool {
 
 /// Compares two secrets through their digests, so that neither content nor length shows in the time taken.
 fn same_secret(ours: &str, theirs: &str) -> bool {
-    equal_in_constant_time(
-        &Digest::of(ours.as_bytes()).0,
-        &Digest::of(theirs.as_bytes()).0,
-    )
+    equal_in_constant_time(&Digest::of(ours.as_bytes()).0, &Digest::of(theirs.as_bytes()).0)
 }
 
 /// What a genuine ticket says.
@@ -67,10 +57,7 @@ pub(super) enum Admission {
 }
 
 /// Checks the join secret; `None` asks for none.
-pub(super) fn check_secret(
-    secret: Option<&str>,
-    credential: &Credential,
-) -> Result<(), RefusalReason> {
+pub(super) fn check_secret(secret: Option<&str>, credential: &Credential) -> Result<(), RefusalReason> {
     match (secret, credential) {
         (None, _) => Ok(()),
         (Some(ours), Credential::Secret(theirs)) if same_secret(ours, theirs) => Ok(()),
@@ -102,12 +89,7 @@ impl TicketOffice {
     }
 
     /// What the ticket says, if this run's servers issued it for `service` and it is still good at `now`.
-    pub fn check(
-        &self,
-        service: Service,
-        ticket: &Ticket,
-        now: Duration,
-    ) -> Result<Pass, RefusalReason> {
+    pub fn check(&self, service: Service, ticket: &Ticket, now: Duration) -> Result<Pass, RefusalReason> {
         let Some((body, mac)) = ticket.0.split_first_chunk::<BODY_BYTES>() else {
             return Err(RefusalReason::TicketForged);
         };
@@ -116,9 +98,7 @@ impl TicketOffice {
         if body[1..17] != self.run.0 {
             return Err(RefusalReason::TicketOtherRun);
         }
-        if !equal_in_constant_time(&authenticate(&self.key, body), &mac)
-            || body[0] != service_code(service)
-        {
+        if !equal_in_constant_time(&authenticate(&self.key, body), &mac) || body[0] != service_code(service) {
             return Err(RefusalReason::TicketForged);
         }
         let number = |at: usize| {
@@ -174,14 +154,9 @@ mod tests {
             serial: 5,
         };
         let ticket = office().issue(Service::Main, pass, Duration::from_secs(1));
-        let check = |office: &TicketOffice, service, at| {
-            office.check(service, &ticket, Duration::from_secs(at))
-        };
+        let check = |office: &TicketOffice, service, at| office.check(service, &ticket, Duration::from_secs(at));
         assert_eq!(check(&office(), Service::Main, 60), Ok(pass));
-        assert_eq!(
-            check(&office(), Service::Main, 61),
-            Err(RefusalReason::TicketExpired)
-        );
+        assert_eq!(check(&office(), Service::Main, 61), Err(RefusalReason::TicketExpired));
         assert_eq!(
             check(&office(), Service::Federated, 2),
             Err(RefusalReason::TicketForged)
@@ -190,18 +165,12 @@ mod tests {
             run: RunId([8; 16]),
             ..office()
         };
-        assert_eq!(
-            check(&other_run, Service::Main, 2),
-            Err(RefusalReason::TicketOtherRun)
-        );
+        assert_eq!(check(&other_run, Service::Main, 2), Err(RefusalReason::TicketOtherRun));
         let other_key = TicketOffice {
             key: [8; 32],
             ..office()
         };
-        assert_eq!(
-            check(&other_key, Service::Main, 2),
-            Err(RefusalReason::TicketForged)
-        );
+        assert_eq!(check(&other_key, Service::Main, 2), Err(RefusalReason::TicketForged));
     }
 
     #[test]
@@ -218,9 +187,7 @@ mod tests {
             let mut changed = ticket.clone();
             changed.0[at] ^= 1;
             assert!(
-                office()
-                    .check(Service::Main, &changed, Duration::ZERO)
-                    .is_err(),
+                office().check(Service::Main, &changed, Duration::ZERO).is_err(),
                 "byte {at}"
             );
             let cut = Ticket(ticket.0[..at].to_vec());

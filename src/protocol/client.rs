@@ -57,9 +57,7 @@ pub enum ClientError {
         max_batch: u32,
         max_seq: u32,
     },
-    #[error(
-        "{given} bytes of activations and {targets} targets, where the shape needs {expected} and {rows}"
-    )]
+    #[error("{given} bytes of activations and {targets} targets, where the shape needs {expected} and {rows}")]
     Size {
         given: usize,
         expected: usize,
@@ -88,19 +86,13 @@ pub enum FinishReason {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ClientFailure {
     #[error("the {endpoint:?} server refused: {} ({})", .refused.reason, .refused.detail)]
-    Refused {
-        endpoint: Endpoint,
-        refused: Refused,
-    },
+    Refused { endpoint: Endpoint, refused: Refused },
     #[error("the {endpoint:?} server ended the session: {} ({})", .stop.reason, .stop.detail)]
     Stopped { endpoint: Endpoint, stop: Stop },
     #[error("the {endpoint:?} server broke the protocol: {detail}")]
     Protocol { endpoint: Endpoint, detail: String },
     #[error("the {endpoint:?} server: {fault}")]
-    Connection {
-        endpoint: Endpoint,
-        fault: ConnectionFault,
-    },
+    Connection { endpoint: Endpoint, fault: ConnectionFault },
     #[error("the {endpoint:?} server cannot be reached; check its address and that it runs")]
     Unreachable { endpoint: Endpoint },
 }
@@ -257,9 +249,7 @@ impl ClientSession {
             return;
         }
         let credential = match (endpoint, &self.identity, &self.config.secret) {
-            (Endpoint::Federated, Some(identity), _) => {
-                Credential::Ticket(identity.federated_ticket.clone())
-            }
+            (Endpoint::Federated, Some(identity), _) => Credential::Ticket(identity.federated_ticket.clone()),
             (Endpoint::Main, Some(identity), _) => Credential::Ticket(identity.main_ticket.clone()),
             (_, None, Some(secret)) => Credential::Secret(secret.clone()),
             (_, None, None) => Credential::None,
@@ -319,8 +309,7 @@ impl ClientSession {
                         (Endpoint::Federated, Some(identity)) => identity.federated_url.clone(),
                         _ => None,
                     };
-                    self.events
-                        .push_back(ClientEvent::Connect { endpoint, url });
+                    self.events.push_back(ClientEvent::Connect { endpoint, url });
                 }
                 Tick::Gone => self.lose(endpoint, now),
             }
@@ -339,11 +328,7 @@ impl ClientSession {
     ///
     /// # Errors
     /// When shape and sizes are not those agreed; the request stands.
-    pub fn activations(
-        &mut self,
-        _now: Duration,
-        input: ActivationsInput,
-    ) -> Result<(), ClientError> {
+    pub fn activations(&mut self, _now: Duration, input: ActivationsInput) -> Result<(), ClientError> {
         let (Work::Forward(key), Some(assigned)) = (&self.work, &self.assigned) else {
             return Ok(());
         };
@@ -415,8 +400,7 @@ impl ClientSession {
             self.begin_step();
         } else {
             self.work = Work::Collect(key.round);
-            self.events
-                .push_back(ClientEvent::UploadAdapter { round: key.round });
+            self.events.push_back(ClientEvent::UploadAdapter { round: key.round });
         }
     }
 
@@ -437,9 +421,7 @@ impl ClientSession {
         if *current != round {
             return Ok(());
         }
-        let Assignment {
-            run, adapter_len, ..
-        } = assigned.assignment;
+        let Assignment { run, adapter_len, .. } = assigned.assignment;
         if values.len() as u64 != adapter_len {
             return Err(ClientError::Adapter {
                 given: values.len(),
@@ -469,10 +451,7 @@ impl ClientSession {
         }
         for endpoint in [Endpoint::Main, Endpoint::Federated] {
             if let Some(bytes) = self.dialer(endpoint).poll_frame() {
-                return Some(Transmit::Frame {
-                    to: endpoint,
-                    bytes,
-                });
+                return Some(Transmit::Frame { to: endpoint, bytes });
             }
         }
         None
@@ -518,10 +497,7 @@ impl ClientSession {
     fn hang_up(&mut self, endpoint: Endpoint) {
         // What is still to be sent goes before the close.
         while let Some(bytes) = self.dialer(endpoint).poll_frame() {
-            self.closes.push_back(Transmit::Frame {
-                to: endpoint,
-                bytes,
-            });
+            self.closes.push_back(Transmit::Frame { to: endpoint, bytes });
         }
         if self.dialer(endpoint).hang_up() {
             self.closes.push_back(Transmit::Close { to: endpoint });
@@ -649,9 +625,7 @@ impl ClientSession {
 
     fn handle_message(&mut self, endpoint: Endpoint, now: Duration, message: Message) {
         match (endpoint, message) {
-            (Endpoint::Main, Message::Assignment(assignment)) => {
-                self.handle_assignment(now, *assignment)
-            }
+            (Endpoint::Main, Message::Assignment(assignment)) => self.handle_assignment(now, *assignment),
             (Endpoint::Main, Message::RoundStart(start)) => self.handle_round_start(start),
             (Endpoint::Main, Message::StepStart(start)) => self.handle_step_start(start),
             (Endpoint::Main, Message::Gradient(gradient)) => self.handle_gradient(gradient),
@@ -688,9 +662,7 @@ impl ClientSession {
         match (endpoint, &self.work) {
             (Endpoint::Federated, _) => "Average, UpdateDeclined or Stop".to_owned(),
             (Endpoint::Main, _) if self.assigned.is_none() => "Assignment or Stop".to_owned(),
-            (Endpoint::Main, Work::Idle | Work::AwaitAverage(_)) => {
-                "RoundStart, RoundResult or Stop".to_owned()
-            }
+            (Endpoint::Main, Work::Idle | Work::AwaitAverage(_)) => "RoundStart, RoundResult or Stop".to_owned(),
             (Endpoint::Main, Work::AwaitBase { start, .. }) => {
                 format!("StepStart of {} or Stop", start.round.step(0))
             }
@@ -698,9 +670,7 @@ impl ClientSession {
             (Endpoint::Main, Work::AwaitGradient { key, .. }) => {
                 format!("Gradient of {key} or Stop")
             }
-            (Endpoint::Main, Work::Forward(_) | Work::Backward(_) | Work::Collect(_)) => {
-                "StepStart or Stop".to_owned()
-            }
+            (Endpoint::Main, Work::Forward(_) | Work::Backward(_) | Work::Collect(_)) => "StepStart or Stop".to_owned(),
         }
     }
 
@@ -729,8 +699,7 @@ impl ClientSession {
                         link.set_limit(limit);
                     }
                 }
-                self.events
-                    .push_back(ClientEvent::Assigned(Box::new(assignment)));
+                self.events.push_back(ClientEvent::Assigned(Box::new(assignment)));
             }
         }
         self.announce(now);
@@ -752,18 +721,14 @@ impl ClientSession {
                 if !self.install(Endpoint::Main, round, base, values) {
                     return;
                 }
-                self.begin_round(RoundStart {
-                    adapter: None,
-                    ..start
-                });
+                self.begin_round(RoundStart { adapter: None, ..start });
             }
             None if self.installed == Some(base) => self.begin_round(start),
             None => match std::mem::replace(&mut self.work, Work::Idle) {
                 // The average comes over the other connection and may be later.
                 Work::AwaitAverage(update) => self.work = Work::AwaitBase { start, update },
                 _ => {
-                    let detail =
-                        format!("{round} starts from an adapter {base} that was never sent");
+                    let detail = format!("{round} starts from an adapter {base} that was never sent");
                     self.protocol(Endpoint::Main, detail);
                 }
             },
@@ -825,11 +790,7 @@ impl ClientSession {
             );
             return self.protocol(Endpoint::Main, detail);
         };
-        let Some(config) = self
-            .assigned
-            .as_ref()
-            .map(|assigned| &assigned.assignment.config)
-        else {
+        let Some(config) = self.assigned.as_ref().map(|assigned| &assigned.assignment.config) else {
             return;
         };
         let pairs = gradient.key == key
@@ -841,12 +802,7 @@ impl ClientSession {
             let detail = format!(
                 "the gradient of {} ({} × {} × {}, for activations {}) does not belong to the activations of {key} \
                  ({batch} × {seq} × {}, {activations})",
-                gradient.key,
-                gradient.batch,
-                gradient.seq,
-                gradient.width,
-                gradient.activations,
-                config.width
+                gradient.key, gradient.batch, gradient.seq, gradient.width, gradient.activations, config.width
             );
             return self.protocol(Endpoint::Main, detail);
         }
@@ -860,16 +816,11 @@ impl ClientSession {
             );
         }
         self.work = Work::Backward(key);
-        self.events
-            .push_back(ClientEvent::ComputeBackward { key, gradient });
+        self.events.push_back(ClientEvent::ComputeBackward { key, gradient });
     }
 
     fn handle_average(&mut self, average: Average) {
-        let Average {
-            round,
-            digest,
-            values,
-        } = average;
+        let Average { round, digest, values } = average;
         let awaited = match &self.work {
             Work::AwaitAverage(update) | Work::AwaitBase { update, .. } => update.round == round,
             _ => false,
@@ -895,22 +846,13 @@ impl ClientSession {
     }
 
     /// Checks an adapter and hands it to the driver. Returns whether it was good.
-    fn install(
-        &mut self,
-        endpoint: Endpoint,
-        round: RoundKey,
-        digest: Digest,
-        values: Vec<f32>,
-    ) -> bool {
+    fn install(&mut self, endpoint: Endpoint, round: RoundKey, digest: Digest, values: Vec<f32>) -> bool {
         let expected = self
             .assigned
             .as_ref()
             .map_or(0, |assigned| assigned.assignment.adapter_len);
         let fault = if values.len() as u64 != expected {
-            Some(format!(
-                "an adapter of {} values, not {expected}",
-                values.len()
-            ))
+            Some(format!("an adapter of {} values, not {expected}", values.len()))
         } else if !values.iter().all(|value| value.is_finite()) {
             Some("an adapter with a value that is not finite".to_owned())
         } else if Digest::of_values(&values) != digest {
@@ -923,8 +865,7 @@ impl ClientSession {
             return false;
         }
         self.installed = Some(digest);
-        self.events
-            .push_back(ClientEvent::InstallAdapter { round, values });
+        self.events.push_back(ClientEvent::InstallAdapter { round, values });
         true
     }
 

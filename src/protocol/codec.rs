@@ -87,10 +87,7 @@ struct Reader<'a> {
 
 impl<'a> Reader<'a> {
     fn take(&mut self, count: usize, what: &'static str) -> Result<&'a [u8], DecodeError> {
-        let (taken, rest) = self
-            .bytes
-            .split_at_checked(count)
-            .ok_or(DecodeError::Truncated(what))?;
+        let (taken, rest) = self.bytes.split_at_checked(count).ok_or(DecodeError::Truncated(what))?;
         self.bytes = rest;
         Ok(taken)
     }
@@ -248,9 +245,7 @@ impl Wire for String {
     fn take(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
         let length = reader.count(1, "text")?;
         let bytes = reader.take(length, "text")?;
-        Ok(std::str::from_utf8(bytes)
-            .map_err(|_| DecodeError::Text)?
-            .to_owned())
+        Ok(std::str::from_utf8(bytes).map_err(|_| DecodeError::Text)?.to_owned())
     }
 }
 
@@ -425,10 +420,7 @@ wire_enum!(ExclusionReason {
     Misbehaved = 6,
 });
 
-wire_struct!(Version {
-    major: u16,
-    minor: u16
-});
+wire_struct!(Version { major: u16, minor: u16 });
 wire_struct!(RoundKey {
     round: u32,
     attempt: u32
@@ -707,9 +699,7 @@ fn open_greeting(frame: &[u8]) -> Result<(u8, Version, Reader<'_>), GreetingErro
         }
         .into());
     }
-    let body = frame
-        .strip_prefix(&MAGIC)
-        .ok_or(GreetingError::NotThisProtocol)?;
+    let body = frame.strip_prefix(&MAGIC).ok_or(GreetingError::NotThisProtocol)?;
     let mut reader = Reader { bytes: body };
     let kind = u8::take(&mut reader)?;
     let version = Version::take(&mut reader)?;
@@ -739,10 +729,7 @@ pub fn decode_hello(ours: Version, frame: &[u8]) -> Result<Hello, GreetingError>
         return Err(GreetingError::NotThisProtocol);
     }
     if version.major != ours.major {
-        return Err(GreetingError::Version {
-            ours,
-            theirs: version,
-        });
+        return Err(GreetingError::Version { ours, theirs: version });
     }
     let reader = &mut reader;
     let hello = Hello {
@@ -798,10 +785,7 @@ pub fn decode_answer(ours: Version, frame: &[u8]) -> Result<Answer, GreetingErro
     match kind {
         WELCOME => {
             if version.major != ours.major || version.minor > ours.minor {
-                return Err(GreetingError::Version {
-                    ours,
-                    theirs: version,
-                });
+                return Err(GreetingError::Version { ours, theirs: version });
             }
             let welcome = Welcome {
                 version,
@@ -819,9 +803,7 @@ pub fn decode_answer(ours: Version, frame: &[u8]) -> Result<Answer, GreetingErro
         }
         REFUSED => {
             let code = u16::take(&mut reader)?;
-            let reason = REFUSALS
-                .into_iter()
-                .find(|reason| refusal_code(*reason) == code);
+            let reason = REFUSALS.into_iter().find(|reason| refusal_code(*reason) == code);
             let detail = Wire::take(&mut reader)?;
             Ok(Answer::Refused(Refused {
                 version,
@@ -845,14 +827,8 @@ fn header(kind: u8, number: u32, acknowledged: u32, body: &[u8]) -> Vec<u8> {
 /// The bytes of a frame.
 pub fn encode_frame(frame: Frame<'_>) -> Vec<u8> {
     match frame {
-        Frame::Ping {
-            nonce,
-            acknowledged,
-        } => header(PING, nonce, acknowledged, &[]),
-        Frame::Pong {
-            nonce,
-            acknowledged,
-        } => header(PONG, nonce, acknowledged, &[]),
+        Frame::Ping { nonce, acknowledged } => header(PING, nonce, acknowledged, &[]),
+        Frame::Pong { nonce, acknowledged } => header(PONG, nonce, acknowledged, &[]),
         Frame::Message {
             number,
             acknowledged,

@@ -174,11 +174,7 @@ impl ControlSession {
     }
 
     pub fn poll_timeout(&self) -> Option<Duration> {
-        if self.over {
-            None
-        } else {
-            self.dialer.poll_timeout()
-        }
+        if self.over { None } else { self.dialer.poll_timeout() }
     }
 
     /// Says goodbye and ends the link. Nothing more happens.
@@ -212,9 +208,7 @@ impl ControlSession {
         }
         self.hang_up();
         match self.dialer.retry(now) {
-            Some(retry_at) => self
-                .events
-                .push_back(ControlEvent::ConnectionLost { retry_at }),
+            Some(retry_at) => self.events.push_back(ControlEvent::ConnectionLost { retry_at }),
             None => self.fail(ClientFailure::Unreachable {
                 endpoint: Endpoint::Federated,
             }),

@@ -119,10 +119,7 @@ impl Dialer {
 
     /// Whether there is a socket, or one has been asked for.
     pub fn has_socket(&self) -> bool {
-        matches!(
-            self.state,
-            State::Opening | State::Greeting { .. } | State::Up(_)
-        )
+        matches!(self.state, State::Opening | State::Greeting { .. } | State::Up(_))
     }
 
     pub fn link(&mut self) -> Option<&mut Link> {
@@ -148,12 +145,7 @@ impl Dialer {
     }
 
     /// Takes in a frame. `limit` is the largest frame once the connection is up.
-    pub fn handle_frame(
-        &mut self,
-        now: Duration,
-        bytes: &[u8],
-        limit: usize,
-    ) -> Result<Heard, ConnectionFault> {
+    pub fn handle_frame(&mut self, now: Duration, bytes: &[u8], limit: usize) -> Result<Heard, ConnectionFault> {
         match &mut self.state {
             // A message that overtook the welcome comes again; so may the welcome itself.
             State::Greeting { .. } if !is_greeting(bytes) => Ok(Heard::Nothing),
@@ -180,11 +172,7 @@ impl Dialer {
                 self.state = State::Opening;
                 Tick::Dial
             }
-            State::Greeting {
-                hello,
-                again_at,
-                left,
-            } if *again_at <= now => {
+            State::Greeting { hello, again_at, left } if *again_at <= now => {
                 if *left == 0 {
                     return Tick::Gone;
                 }

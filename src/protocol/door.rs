@@ -76,17 +76,12 @@ impl<G: Copy> Door<G> {
 
     /// Forgets a connection whose socket is gone. Returns its guest.
     pub fn remove(&mut self, connection: ConnectionId) -> Option<G> {
-        self.connections
-            .remove(&connection)?
-            .guest
-            .map(|guest| guest.tag)
+        self.connections.remove(&connection)?.guest.map(|guest| guest.tag)
     }
 
     /// Whether anybody has been let in and not left.
     pub fn has_guests(&self) -> bool {
-        self.connections
-            .values()
-            .any(|connection| connection.guest.is_some())
+        self.connections.values().any(|connection| connection.guest.is_some())
     }
 
     pub fn connections(&self) -> Vec<ConnectionId> {
@@ -140,14 +135,7 @@ impl<G: Copy> Door<G> {
     }
 
     /// Lets a connection in. `limit` is the largest frame it may send.
-    pub fn welcome(
-        &mut self,
-        connection: ConnectionId,
-        tag: G,
-        welcome: Welcome,
-        now: Duration,
-        limit: usize,
-    ) {
+    pub fn welcome(&mut self, connection: ConnectionId, tag: G, welcome: Welcome, now: Duration, limit: usize) {
         let bytes = encode_answer(&Answer::Welcome(welcome));
         let link = Link::new(now, self.ping_interval, limit);
         if let Some(entry) = self.connections.get_mut(&connection) {
@@ -172,18 +160,12 @@ impl<G: Copy> Door<G> {
             detail,
         };
         let bytes = encode_answer(&Answer::Refused(refused));
-        self.transmits.push_back(Transmit::Frame {
-            to: connection,
-            bytes,
-        });
+        self.transmits.push_back(Transmit::Frame { to: connection, bytes });
         self.close(connection);
     }
 
     pub fn send(&mut self, connection: ConnectionId, message: &Message) {
-        if let Some(Connection {
-            guest: Some(guest), ..
-        }) = self.connections.get_mut(&connection)
-        {
+        if let Some(Connection { guest: Some(guest), .. }) = self.connections.get_mut(&connection) {
             guest.link.send(message);
             self.flush(connection);
         }
@@ -226,10 +208,7 @@ impl<G: Copy> Door<G> {
     }
 
     fn flush(&mut self, to: ConnectionId) {
-        if let Some(Connection {
-            guest: Some(guest), ..
-        }) = self.connections.get_mut(&to)
-        {
+        if let Some(Connection { guest: Some(guest), .. }) = self.connections.get_mut(&to) {
             while let Some(bytes) = guest.link.poll_frame() {
                 self.transmits.push_back(Transmit::Frame { to, bytes });
             }

@@ -154,9 +154,7 @@ impl FederatedServerSession {
 
     /// The largest frame anybody may send: what a socket need not read past.
     pub fn max_frame_bytes(&self) -> usize {
-        self.run
-            .as_ref()
-            .map_or(MAX_FRAME_BYTES, |run| run.frame_limit)
+        self.run.as_ref().map_or(MAX_FRAME_BYTES, |run| run.frame_limit)
     }
 
     /// Clients connected now.
@@ -191,14 +189,8 @@ impl FederatedServerSession {
                         .push_back(FederatedEvent::ClientRefused { connection, reason });
                 }
             }
-            Heard::Fault { guest, error } => {
-                self.expel(guest, StopReason::Unexpected, error.to_string(), now)
-            }
-            Heard::Frame {
-                guest,
-                first,
-                message,
-            } => {
+            Heard::Fault { guest, error } => self.expel(guest, StopReason::Unexpected, error.to_string(), now),
+            Heard::Frame { guest, first, message } => {
                 if let (true, Guest::Client(client)) = (first, guest)
                     && let Some(client) = self.clients.get_mut(&client)
                 {
@@ -304,19 +296,11 @@ impl FederatedServerSession {
 
     // Coming in.
 
-    fn greet(
-        &mut self,
-        connection: ConnectionId,
-        now: Duration,
-        hello: &Hello,
-    ) -> Result<(), (RefusalReason, String)> {
+    fn greet(&mut self, connection: ConnectionId, now: Duration, hello: &Hello) -> Result<(), (RefusalReason, String)> {
         match hello.service {
             Service::Federated => self.greet_client(connection, now, hello),
             Service::Control => self.greet_control(connection, now, hello),
-            Service::Main => Err((
-                RefusalReason::Service,
-                "this is the federated service".to_owned(),
-            )),
+            Service::Main => Err((RefusalReason::Service, "this is the federated service".to_owned())),
         }
     }
 
@@ -405,8 +389,7 @@ impl FederatedServerSession {
                 "the main server of this run is not remote".to_owned(),
             ));
         };
-        check_secret(secret.as_deref(), &hello.credential)
-            .map_err(|reason| (reason, reason.to_string()))?;
+        check_secret(secret.as_deref(), &hello.credential).map_err(|reason| (reason, reason.to_string()))?;
         // Of two links to a main server the newer is the live one.
         if let Some(old) = self.control.take() {
             self.door.close(old);
@@ -415,10 +398,7 @@ impl FederatedServerSession {
         let welcome = Welcome {
             version: hello.version.min(self.config.version),
             client: ClientId(0),
-            run: self
-                .run
-                .as_ref()
-                .map_or(RunId([0; 16]), |run| run.office.run),
+            run: self.run.as_ref().map_or(RunId([0; 16]), |run| run.office.run),
             ticket: Ticket(Vec::new()),
             federated_ticket: None,
             federated_url: None,
@@ -429,8 +409,7 @@ impl FederatedServerSession {
         self.control = Some(connection);
         self.door
             .welcome(connection, Guest::Control, welcome, now, MAX_FRAME_BYTES);
-        self.events
-            .push_back(FederatedEvent::ControlConnected { connection });
+        self.events.push_back(FederatedEvent::ControlConnected { connection });
         Ok(())
     }
 
@@ -446,8 +425,7 @@ impl FederatedServerSession {
                     // A member may return with its ticket until its absence is too long.
                     client.absent_since = now;
                     self.early.remove(&id);
-                    self.events
-                        .push_back(FederatedEvent::ClientLeft { client: id, reason });
+                    self.events.push_back(FederatedEvent::ClientLeft { client: id, reason });
                 }
             }
             Guest::Control => {
@@ -490,11 +468,8 @@ impl FederatedServerSession {
         let exclusion = Exclusion { client, reason };
         open.excluded.push(exclusion.clone());
         let round = open.round;
-        self.events.push_back(FederatedEvent::ClientExcluded {
-            client,
-            round,
-            reason,
-        });
+        self.events
+            .push_back(FederatedEvent::ClientExcluded { client, round, reason });
         if reason != ExclusionReason::Departed {
             self.reply(ControlReply::Excluded { round, exclusion });
         }
@@ -505,9 +480,7 @@ impl FederatedServerSession {
     fn handle_message(&mut self, guest: Guest, message: Message, now: Duration) {
         match (guest, message) {
             (Guest::Control, Message::Control(control)) => self.handle_control(now, control),
-            (Guest::Client(client), Message::AdapterUpdate(update)) => {
-                self.handle_update(client, update, now)
-            }
+            (Guest::Client(client), Message::AdapterUpdate(update)) => self.handle_update(client, update, now),
             (_, Message::Leave) => {
                 if let Some(connection) = self.connection_of(guest) {
                     self.door.close(connection);
@@ -544,10 +517,7 @@ impl FederatedServerSession {
             .is_some_and(|open| open.round == round && open.members.contains_key(&client));
         if !member {
             return match &self.last {
-                Some(last)
-                    if last.round == round
-                        && last.included.iter().any(|member| member.client == client) =>
-                {
+                Some(last) if last.round == round && last.included.iter().any(|member| member.client == client) => {
                     // It did not hear of the average.
                     self.send_average(&[client]);
                 }
@@ -559,16 +529,10 @@ impl FederatedServerSession {
         }
         let Some(open) = &mut self.open else { return };
         let fault = if update.base != open.base {
-            let detail = format!(
-                "an adapter that started from {}, not {}",
-                update.base, open.base
-            );
+            let detail = format!("an adapter that started from {}, not {}", update.base, open.base);
             Some((ExclusionReason::WrongBase, detail))
         } else if update.values.len() != adapter_len {
-            let detail = format!(
-                "an adapter of {} values, not {adapter_len}",
-                update.values.len()
-            );
+            let detail = format!("an adapter of {} values, not {adapter_len}", update.values.len());
             Some((ExclusionReason::WrongLength, detail))
         } else if let Some(position) = update.values.iter().position(|value| !value.is_finite()) {
             let detail = format!("value {position} of the adapter is not finite");
@@ -606,13 +570,7 @@ impl FederatedServerSession {
         open.max(last).is_none_or(|known| known < round)
     }
 
-    fn refuse_update(
-        &mut self,
-        client: ClientId,
-        reason: ExclusionReason,
-        detail: String,
-        now: Duration,
-    ) {
+    fn refuse_update(&mut self, client: ClientId, reason: ExclusionReason, detail: String, now: Duration) {
         self.exclude(client, reason);
         self.expel(Guest::Client(client), StopReason::BadUpdate, detail, now);
     }
@@ -625,19 +583,11 @@ impl FederatedServerSession {
             detail: detail.to_owned(),
         };
         if let Some(connection) = self.connection_of(Guest::Client(client)) {
-            self.door
-                .send(connection, &Message::UpdateDeclined(declined));
+            self.door.send(connection, &Message::UpdateDeclined(declined));
         }
     }
 
-    fn open_round(
-        &mut self,
-        now: Duration,
-        round: RoundKey,
-        members: &[ClientId],
-        base: Digest,
-        max_examples: u64,
-    ) {
+    fn open_round(&mut self, now: Duration, round: RoundKey, members: &[ClientId], base: Digest, max_examples: u64) {
         if self.run.is_none() {
             return;
         }
@@ -691,10 +641,7 @@ impl FederatedServerSession {
 
     /// Closes the round when every member has sent its adapter. Called after every change, of membership above all.
     fn retest(&mut self) {
-        let Some(open) = self
-            .open
-            .take_if(|open| open.members.values().all(Option::is_some))
-        else {
+        let Some(open) = self.open.take_if(|open| open.members.values().all(Option::is_some)) else {
             return;
         };
         let updates: Vec<(ClientId, Update)> = open
@@ -794,8 +741,7 @@ impl FederatedServerSession {
             open.members.keys().filter_map(move |id| {
                 let absent_since = match self.clients.get(id) {
                     Some(Client {
-                        connection: Some(_),
-                        ..
+                        connection: Some(_), ..
                     }) => return None,
                     Some(client) => client.absent_since.max(open.opened),
                     None => open.opened,

@@ -10,9 +10,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::codec::{
-    DecodeError, Frame, decode_frame, decode_message, encode_frame, encode_message,
-};
+use super::codec::{DecodeError, Frame, decode_frame, decode_message, encode_frame, encode_message};
 use super::message::Message;
 
 /// Unanswered pings after which the other side is gone.
@@ -117,9 +115,8 @@ impl Link {
             .into());
         }
         let frame = decode_frame(bytes)?;
-        let (Frame::Ping { acknowledged, .. }
-        | Frame::Pong { acknowledged, .. }
-        | Frame::Message { acknowledged, .. }) = frame;
+        let (Frame::Ping { acknowledged, .. } | Frame::Pong { acknowledged, .. } | Frame::Message { acknowledged, .. }) =
+            frame;
         if acknowledged > self.next_number {
             return Err(LinkError::Acknowledgement {
                 acknowledged,
@@ -162,11 +159,7 @@ impl Link {
 
     /// Sends again what had been sent before ping `nonce` and had not arrived when that ping did.
     fn send_again(&mut self, nonce: u32) {
-        for sent in self
-            .unacknowledged
-            .iter_mut()
-            .filter(|sent| sent.next_ping <= nonce)
-        {
+        for sent in self.unacknowledged.iter_mut().filter(|sent| sent.next_ping <= nonce) {
             sent.next_ping = self.next_ping;
             let acknowledged = self.received;
             let frame = Frame::Message {
@@ -246,10 +239,7 @@ mod tests {
         here.handle_timeout(Duration::ZERO);
         deliver(&mut here, &mut there);
         deliver(&mut there, &mut here);
-        assert_eq!(
-            deliver(&mut here, &mut there),
-            [Message::Ready, Message::Leave]
-        );
+        assert_eq!(deliver(&mut here, &mut there), [Message::Ready, Message::Leave]);
         assert_eq!(
             there.handle_frame(&lost).unwrap(),
             None,
@@ -306,10 +296,7 @@ mod tests {
             nonce: 7,
             acknowledged: 0,
         });
-        assert_eq!(
-            here.handle_frame(&frame),
-            Err(LinkError::Nonce { nonce: 7 })
-        );
+        assert_eq!(here.handle_frame(&frame), Err(LinkError::Nonce { nonce: 7 }));
         let error = here.handle_frame(&[0; 1025]).unwrap_err();
         assert_eq!(
             error,

@@ -53,9 +53,7 @@ pub struct MainConfig {
 pub enum MainError {
     #[error("{what} is {value}; it must be at least 1")]
     Zero { what: &'static str, value: u32 },
-    #[error(
-        "a step of {batch} × {seq} × {width} does not fit in a frame; choose a smaller batch or sequence"
-    )]
+    #[error("a step of {batch} × {seq} × {width} does not fit in a frame; choose a smaller batch or sequence")]
     StepTooLarge { batch: u32, seq: u32, width: u32 },
     #[error("an adapter of {len} values does not fit in a frame; choose a smaller rank or split")]
     AdapterTooLarge { len: usize },
@@ -129,9 +127,7 @@ impl std::fmt::Display for DepartureReason {
             DepartureReason::Superseded => f.write_str("connected again"),
             DepartureReason::Misbehaved(detail) => write!(f, "broke the protocol: {detail}"),
             DepartureReason::Excluded(reason) => write!(f, "left out of the round: {reason}"),
-            DepartureReason::Unusable => {
-                f.write_str("its activations gave no usable loss or gradient")
-            }
+            DepartureReason::Unusable => f.write_str("its activations gave no usable loss or gradient"),
         }
     }
 }
@@ -310,9 +306,7 @@ pub(super) fn step_frame_bytes(config: &RunConfig) -> Option<usize> {
     let rows = usize::try_from(config.batch)
         .ok()?
         .checked_mul(usize::try_from(config.seq).ok()?)?;
-    let payload = config
-        .wire
-        .payload_bytes(rows, usize::try_from(config.width).ok()?)?;
+    let payload = config.wire.payload_bytes(rows, usize::try_from(config.width).ok()?)?;
     let bytes = rows
         .checked_mul(4)?
         .checked_add(payload)?
@@ -358,10 +352,7 @@ impl MainServerSession {
         let len = config.initial_adapter.len();
         let assigned = config.assignment.adapter_len;
         if assigned != len as u64 {
-            return Err(MainError::AdapterLength {
-                assigned,
-                given: len,
-            });
+            return Err(MainError::AdapterLength { assigned, given: len });
         }
         if adapter_frame_bytes(assigned).is_none() {
             return Err(MainError::AdapterTooLarge { len });
@@ -380,10 +371,7 @@ impl MainServerSession {
             clients: BTreeMap::new(),
             next_client: 1,
             has_started: false,
-            round: RoundKey {
-                round: 0,
-                attempt: 0,
-            },
+            round: RoundKey { round: 0, attempt: 0 },
             phase: Phase::Waiting { until: None },
             base_digest: Digest::of_values(&base),
             base,
@@ -415,18 +403,10 @@ impl MainServerSession {
     pub fn handle_frame(&mut self, connection: ConnectionId, now: Duration, bytes: &[u8]) {
         match self.door.hear(connection, bytes) {
             Heard::Nothing => {}
-            Heard::Refused(reason) => self
-                .events
-                .push_back(MainEvent::ClientRefused { connection, reason }),
+            Heard::Refused(reason) => self.events.push_back(MainEvent::ClientRefused { connection, reason }),
             Heard::Hello(hello) => self.greet(connection, now, &hello),
-            Heard::Fault { guest, error } => {
-                self.expel(guest, DepartureReason::Misbehaved(error.to_string()))
-            }
-            Heard::Frame {
-                guest,
-                first,
-                message,
-            } => {
+            Heard::Fault { guest, error } => self.expel(guest, DepartureReason::Misbehaved(error.to_string())),
+            Heard::Frame { guest, first, message } => {
                 if let (true, Some(client)) = (first, self.clients.get_mut(&guest)) {
                     client.next_serial += 1;
                 }
@@ -446,9 +426,7 @@ impl MainServerSession {
         }
         self.retest(now);
         match self.phase {
-            Phase::Waiting { until: Some(until) } if until <= now => {
-                self.finish(RunEnd::NoClients, now)
-            }
+            Phase::Waiting { until: Some(until) } if until <= now => self.finish(RunEnd::NoClients, now),
             Phase::Finished { drain_by, .. } if drain_by <= now => {
                 for connection in self.door.connections() {
                     self.door.close(connection);
@@ -462,12 +440,8 @@ impl MainServerSession {
     /// What the federated server said.
     pub fn handle_control(&mut self, now: Duration, reply: ControlReply) {
         match reply {
-            ControlReply::Excluded { round, exclusion } if round == self.round => {
-                self.exclude(&exclusion)
-            }
-            ControlReply::RoundClosed(closed) if closed.round == self.round => {
-                self.close_round(closed, now)
-            }
+            ControlReply::Excluded { round, exclusion } if round == self.round => self.exclude(&exclusion),
+            ControlReply::RoundClosed(closed) if closed.round == self.round => self.close_round(closed, now),
             // Of a round that was lost meanwhile, or a repetition.
             ControlReply::Excluded { .. } | ControlReply::RoundClosed(_) => {}
         }
@@ -498,11 +472,7 @@ impl MainServerSession {
         key: StepKey,
         mut outputs: Vec<GradientOutput>,
     ) -> Result<(), MainError> {
-        let Phase::Computing {
-            key: current,
-            members,
-        } = &self.phase
-        else {
+        let Phase::Computing { key: current, members } = &self.phase else {
             return Ok(());
         };
         if *current != key {
@@ -532,11 +502,7 @@ impl MainServerSession {
                 .get(&output.client)
                 .map(|received| (received.tokens, f64::from(output.loss)))
         };
-        let tokens: u64 = outputs
-            .iter()
-            .filter_map(weighted)
-            .map(|(tokens, _)| tokens)
-            .sum();
+        let tokens: u64 = outputs.iter().filter_map(weighted).map(|(tokens, _)| tokens).sum();
         let total: f64 = outputs
             .iter()
             .filter_map(weighted)
@@ -548,19 +514,13 @@ impl MainServerSession {
             (total / tokens as f64) as f32
         };
 
-        let Phase::Computing { mut members, .. } =
-            std::mem::replace(&mut self.phase, Phase::Waiting { until: None })
+        let Phase::Computing { mut members, .. } = std::mem::replace(&mut self.phase, Phase::Waiting { until: None })
         else {
             return Ok(());
         };
         let config = &self.config.assignment.config;
         let mut staying = BTreeSet::new();
-        for GradientOutput {
-            client,
-            loss,
-            payload,
-        } in outputs
-        {
+        for GradientOutput { client, loss, payload } in outputs {
             let Some(received) = members.remove(&client) else {
                 continue;
             };
@@ -577,11 +537,7 @@ impl MainServerSession {
                 payload,
             };
             staying.insert(client);
-            if let Some(connection) = self
-                .clients
-                .get(&client)
-                .and_then(|client| client.connection)
-            {
+            if let Some(connection) = self.clients.get(&client).and_then(|client| client.connection) {
                 self.door.send(connection, &Message::Gradient(gradient));
             }
         }
@@ -689,14 +645,8 @@ impl MainServerSession {
             Phase::Waiting { .. } => (RunPhase::Waiting, 0),
             Phase::Gathering { key, .. } => (RunPhase::Gathering, key.step),
             Phase::Computing { key, .. } => (RunPhase::Computing, key.step),
-            Phase::Averaging { .. } => (
-                RunPhase::Averaging,
-                self.config.assignment.config.local_steps,
-            ),
-            Phase::Validating { .. } => (
-                RunPhase::Validating,
-                self.config.assignment.config.local_steps,
-            ),
+            Phase::Averaging { .. } => (RunPhase::Averaging, self.config.assignment.config.local_steps),
+            Phase::Validating { .. } => (RunPhase::Validating, self.config.assignment.config.local_steps),
             Phase::Finished { .. } => (RunPhase::Finished, 0),
         };
         let members = self.members();
@@ -704,10 +654,7 @@ impl MainServerSession {
             Phase::Gathering { members, .. } => members.get(client).is_some_and(Option::is_none),
             _ => false,
         };
-        let connected = self
-            .clients
-            .iter()
-            .filter(|(_, client)| client.connection.is_some());
+        let connected = self.clients.iter().filter(|(_, client)| client.connection.is_some());
         RunStatus {
             phase,
             round: self.round.round,
@@ -734,8 +681,7 @@ impl MainServerSession {
             Ok(admission) => self.welcome(connection, now, hello, admission),
             Err((reason, detail)) => {
                 self.door.refuse(connection, reason, detail);
-                self.events
-                    .push_back(MainEvent::ClientRefused { connection, reason });
+                self.events.push_back(MainEvent::ClientRefused { connection, reason });
             }
         }
     }
@@ -743,18 +689,12 @@ impl MainServerSession {
     fn admit(&self, hello: &Hello, now: Duration) -> Result<Admission, (RefusalReason, String)> {
         let plain = |reason: RefusalReason| (reason, reason.to_string());
         if hello.service != Service::Main {
-            let detail = format!(
-                "this is the main service; {} connections go elsewhere",
-                hello.service
-            );
+            let detail = format!("this is the main service; {} connections go elsewhere", hello.service);
             return Err((RefusalReason::Service, detail));
         }
         let admission = match &hello.credential {
             Credential::Ticket(ticket) => {
-                let pass = self
-                    .office
-                    .check(Service::Main, ticket, now)
-                    .map_err(plain)?;
+                let pass = self.office.check(Service::Main, ticket, now).map_err(plain)?;
                 match self.clients.get(&pass.client) {
                     Some(client) if client.next_serial <= pass.serial => Admission::Known(pass),
                     _ => return Err(plain(RefusalReason::TicketSpent)),
@@ -768,8 +708,7 @@ impl MainServerSession {
         if matches!(self.phase, Phase::Finished { .. }) {
             return Err((RefusalReason::NoRun, "the run is over".to_owned()));
         }
-        let differs =
-            |theirs: Option<Digest>, ours: Digest| theirs.is_some_and(|theirs| theirs != ours);
+        let differs = |theirs: Option<Digest>, ours: Digest| theirs.is_some_and(|theirs| theirs != ours);
         if differs(hello.model, self.config.model) {
             return Err((
                 RefusalReason::Model,
@@ -784,10 +723,7 @@ impl MainServerSession {
         }
         let wire = self.config.assignment.config.wire;
         if !hello.capabilities.dtypes.contains(&wire) {
-            return Err((
-                RefusalReason::WireDtype,
-                format!("this run's wire type is {wire:?}"),
-            ));
+            return Err((RefusalReason::WireDtype, format!("this run's wire type is {wire:?}")));
         }
         let replaces = match admission {
             Admission::Known(pass) => self
@@ -802,13 +738,7 @@ impl MainServerSession {
         Ok(admission)
     }
 
-    fn welcome(
-        &mut self,
-        connection: ConnectionId,
-        now: Duration,
-        hello: &Hello,
-        admission: Admission,
-    ) {
+    fn welcome(&mut self, connection: ConnectionId, now: Duration, hello: &Hello, admission: Admission) {
         let (id, serial) = match admission {
             Admission::New => {
                 let id = ClientId(self.next_client);
@@ -820,11 +750,7 @@ impl MainServerSession {
         if let Some(old) = self.clients.get(&id).and_then(|client| client.connection) {
             self.door.stop(
                 old,
-                stop(
-                    StopReason::Superseded,
-                    "this client opened another connection",
-                    None,
-                ),
+                stop(StopReason::Superseded, "this client opened another connection", None),
             );
             self.depart(id, DepartureReason::Superseded);
         }
@@ -861,8 +787,7 @@ impl MainServerSession {
             model: self.config.model,
             tokenizer: self.config.tokenizer,
         };
-        self.door
-            .welcome(connection, id, welcome, now, self.frame_limit);
+        self.door.welcome(connection, id, welcome, now, self.frame_limit);
         self.door.send(
             connection,
             &Message::Assignment(Box::new(self.config.assignment.clone())),
@@ -906,8 +831,7 @@ impl MainServerSession {
             Phase::Waiting { .. } | Phase::Validating { .. } | Phase::Finished { .. } => false,
         };
         if was_member {
-            self.controls
-                .push_back(Control::Departed { round, client: id });
+            self.controls.push_back(Control::Departed { round, client: id });
         }
     }
 
@@ -915,12 +839,8 @@ impl MainServerSession {
     fn expel(&mut self, id: ClientId, reason: DepartureReason) {
         if let Some(connection) = self.clients.get(&id).and_then(|client| client.connection) {
             let (wire, return_after) = match &reason {
-                DepartureReason::Excluded(ExclusionReason::Absent) => {
-                    (StopReason::Excluded, Some(Duration::ZERO))
-                }
-                DepartureReason::Excluded(_) | DepartureReason::Unusable => {
-                    (StopReason::BadUpdate, None)
-                }
+                DepartureReason::Excluded(ExclusionReason::Absent) => (StopReason::Excluded, Some(Duration::ZERO)),
+                DepartureReason::Excluded(_) | DepartureReason::Unusable => (StopReason::BadUpdate, None),
                 _ => (StopReason::Unexpected, None),
             };
             self.door
@@ -931,13 +851,8 @@ impl MainServerSession {
 
     fn exclude(&mut self, exclusion: &Exclusion) {
         // Nobody is excluded for departing who has not: the word came from here.
-        if exclusion.reason != ExclusionReason::Departed
-            && self.members().contains(&exclusion.client)
-        {
-            self.expel(
-                exclusion.client,
-                DepartureReason::Excluded(exclusion.reason),
-            );
+        if exclusion.reason != ExclusionReason::Departed && self.members().contains(&exclusion.client) {
+            self.expel(exclusion.client, DepartureReason::Excluded(exclusion.reason));
         }
     }
 
@@ -956,21 +871,13 @@ impl MainServerSession {
                 }
             }
             Message::Leave => {
-                if let Some(connection) = self
-                    .clients
-                    .get(&client)
-                    .and_then(|client| client.connection)
-                {
+                if let Some(connection) = self.clients.get(&client).and_then(|client| client.connection) {
                     self.door.close(connection);
                 }
                 self.depart(client, DepartureReason::Left);
             }
             other => {
-                let detail = format!(
-                    "expected {}, got {}",
-                    self.expected_of(client),
-                    other.name()
-                );
+                let detail = format!("expected {}, got {}", self.expected_of(client), other.name());
                 self.expel(client, DepartureReason::Misbehaved(detail));
             }
         }
@@ -979,12 +886,8 @@ impl MainServerSession {
     /// What this client may send now, for error texts.
     fn expected_of(&self, client: ClientId) -> String {
         match &self.phase {
-            _ if !self.clients.get(&client).is_some_and(|client| client.ready) => {
-                "Ready or Leave".to_owned()
-            }
-            Phase::Gathering { key, members }
-                if members.get(&client).is_some_and(Option::is_none) =>
-            {
+            _ if !self.clients.get(&client).is_some_and(|client| client.ready) => "Ready or Leave".to_owned(),
+            Phase::Gathering { key, members } if members.get(&client).is_some_and(Option::is_none) => {
                 format!("Activations of {key} or Leave")
             }
             _ => "Leave".to_owned(),
@@ -1004,11 +907,7 @@ impl MainServerSession {
         self.retest(now);
     }
 
-    fn handle_activations(
-        &mut self,
-        client: ClientId,
-        activations: Activations,
-    ) -> Result<(), String> {
+    fn handle_activations(&mut self, client: ClientId, activations: Activations) -> Result<(), String> {
         let unexpected = || {
             format!(
                 "expected {}, got Activations of {}",
@@ -1029,11 +928,7 @@ impl MainServerSession {
         Ok(())
     }
 
-    fn check_activations(
-        &self,
-        client: ClientId,
-        given: Activations,
-    ) -> Result<(Received, Contribution), String> {
+    fn check_activations(&self, client: ClientId, given: Activations) -> Result<(Received, Contribution), String> {
         let config = &self.config.assignment.config;
         let Activations {
             batch,
@@ -1056,9 +951,7 @@ impl MainServerSession {
         }
         // Within the agreed sizes, whose product is known to fit.
         let rows = batch as usize * seq as usize;
-        let expected_bytes = dtype
-            .payload_bytes(rows, width as usize)
-            .unwrap_or(usize::MAX);
+        let expected_bytes = dtype.payload_bytes(rows, width as usize).unwrap_or(usize::MAX);
         if payload.len() != expected_bytes || targets.len() != rows {
             return Err(format!(
                 "activations of {batch} × {seq} × {width} with {} payload bytes and {} targets, not {expected_bytes} \
@@ -1068,8 +961,7 @@ impl MainServerSession {
             ));
         }
         let is_target = |target: &i32| {
-            *target == IGNORED_TARGET
-                || u32::try_from(*target).is_ok_and(|target| target < config.vocab)
+            *target == IGNORED_TARGET || u32::try_from(*target).is_ok_and(|target| target < config.vocab)
         };
         if let Some(position) = targets.iter().position(|target| !is_target(target)) {
             return Err(format!(
@@ -1083,10 +975,7 @@ impl MainServerSession {
         if !(1..=batch).contains(&examples) {
             return Err(format!("{examples} examples in a batch of {batch}"));
         }
-        let tokens = targets
-            .iter()
-            .filter(|target| **target != IGNORED_TARGET)
-            .count() as u64;
+        let tokens = targets.iter().filter(|target| **target != IGNORED_TARGET).count() as u64;
         let received = Received {
             batch,
             seq,
@@ -1119,20 +1008,15 @@ impl MainServerSession {
                 let members = std::mem::take(members);
                 let mut received = BTreeMap::new();
                 let mut contributions = Vec::new();
-                for (client, (record, contribution)) in members
-                    .into_iter()
-                    .filter_map(|(client, given)| Some((client, given?)))
+                for (client, (record, contribution)) in
+                    members.into_iter().filter_map(|(client, given)| Some((client, given?)))
                 {
                     received.insert(client, record);
                     contributions.push(contribution);
                 }
                 share(&mut contributions);
-                self.phase = Phase::Computing {
-                    key,
-                    members: received,
-                };
-                self.events
-                    .push_back(MainEvent::StepReady { key, contributions });
+                self.phase = Phase::Computing { key, members: received };
+                self.events.push_back(MainEvent::StepReady { key, contributions });
             }
             Phase::Computing { members, .. } if members.is_empty() => self.lose_round(now),
             Phase::Averaging { members, .. } if members.is_empty() => self.lose_round(now),
@@ -1185,12 +1069,7 @@ impl MainServerSession {
             }
         }
         let key = round.step(0);
-        self.send_to_all(&ready, |count| {
-            Message::StepStart(StepStart {
-                key,
-                members: count,
-            })
-        });
+        self.send_to_all(&ready, |count| Message::StepStart(StepStart { key, members: count }));
         self.phase = Phase::Gathering {
             key,
             members: ready.into_iter().map(|client| (client, None)).collect(),
@@ -1210,8 +1089,7 @@ impl MainServerSession {
     }
 
     fn lose_round(&mut self, now: Duration) {
-        self.events
-            .push_back(MainEvent::RoundLost { round: self.round });
+        self.events.push_back(MainEvent::RoundLost { round: self.round });
         self.round.attempt += 1;
         self.wait(now);
         self.retest(now);
@@ -1289,9 +1167,7 @@ impl MainServerSession {
         let message = Message::Stop(match &reason {
             RunEnd::Completed => stop(StopReason::Completed, "all rounds are done", None),
             RunEnd::NoClients => stop(StopReason::Shutdown, "nobody was ready in time", None),
-            RunEnd::Stopped(detail) | RunEnd::FederatedFault(detail) => {
-                stop(StopReason::Shutdown, detail, None)
-            }
+            RunEnd::Stopped(detail) | RunEnd::FederatedFault(detail) => stop(StopReason::Shutdown, detail, None),
         });
         // The connections stay until the clients have heard and hung up.
         for connection in self.clients.values().filter_map(|client| client.connection) {
@@ -1333,9 +1209,7 @@ impl MainServerSession {
             Phase::Gathering { members, .. } => members.keys().copied().collect(),
             Phase::Computing { members, .. } => members.keys().copied().collect(),
             Phase::Averaging { members, .. } => members.clone(),
-            Phase::Waiting { .. } | Phase::Validating { .. } | Phase::Finished { .. } => {
-                BTreeSet::new()
-            }
+            Phase::Waiting { .. } | Phase::Validating { .. } | Phase::Finished { .. } => BTreeSet::new(),
         }
     }
 
@@ -1349,10 +1223,7 @@ impl MainServerSession {
 
 /// Gives each contribution its share of the step's tokens; equal shares if there is no token at all.
 fn share(contributions: &mut [Contribution]) {
-    let total: u64 = contributions
-        .iter()
-        .map(|contribution| contribution.tokens)
-        .sum();
+    let total: u64 = contributions.iter().map(|contribution| contribution.tokens).sum();
     let count = contributions.len() as f64;
     for contribution in contributions {
         contribution.weight = if total == 0 {

@@ -419,18 +419,10 @@ impl fmt::Display for RefusalReason {
             RefusalReason::Service => "this address serves another purpose",
             RefusalReason::SecretMissing => "this run needs its join token; give --token",
             RefusalReason::SecretWrong => "the join token is wrong; copy it again from the server",
-            RefusalReason::TicketForged => {
-                "the ticket was not issued by this server; join again with the join token"
-            }
-            RefusalReason::TicketExpired => {
-                "the ticket has expired; join again with the join token"
-            }
-            RefusalReason::TicketSpent => {
-                "the ticket has been used; join again with the join token"
-            }
-            RefusalReason::TicketOtherRun => {
-                "the ticket belongs to another run; join again with the join token"
-            }
+            RefusalReason::TicketForged => "the ticket was not issued by this server; join again with the join token",
+            RefusalReason::TicketExpired => "the ticket has expired; join again with the join token",
+            RefusalReason::TicketSpent => "the ticket has been used; join again with the join token",
+            RefusalReason::TicketOtherRun => "the ticket belongs to another run; join again with the join token",
             RefusalReason::Model => "the server trains another model",
             RefusalReason::Tokenizer => "the server uses another tokenizer",
             RefusalReason::WireDtype => "this client cannot encode the run's wire type",
@@ -617,14 +609,9 @@ pub enum Control {
 impl fmt::Debug for Control {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Control::OpenRun {
-                run, adapter_len, ..
-            } => write!(f, "OpenRun({run}, {adapter_len} numbers)"),
+            Control::OpenRun { run, adapter_len, .. } => write!(f, "OpenRun({run}, {adapter_len} numbers)"),
             Control::OpenRound {
-                round,
-                members,
-                base,
-                ..
+                round, members, base, ..
             } => write!(f, "OpenRound({round}, {members:?}, {base})"),
             Control::Departed { round, client } => write!(f, "Departed({round}, {client})"),
             Control::CloseRun => write!(f, "CloseRun"),
@@ -683,10 +670,7 @@ pub struct Inclusion {
 #[derive(Clone, Debug, PartialEq)]
 pub enum ControlReply {
     /// A member was left out while the round goes on.
-    Excluded {
-        round: RoundKey,
-        exclusion: Exclusion,
-    },
+    Excluded { round: RoundKey, exclusion: Exclusion },
     /// The round is averaged. No individual adapter is in here, unless one client was alone.
     RoundClosed(RoundClosed),
 }

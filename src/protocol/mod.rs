@@ -33,18 +33,15 @@ pub mod message;
 use std::time::Duration;
 
 pub use client::{
-    ActivationsInput, ClientConfig, ClientError, ClientEvent, ClientFailure, ClientSession,
-    FinishReason,
+    ActivationsInput, ClientConfig, ClientError, ClientEvent, ClientFailure, ClientSession, FinishReason,
 };
 pub use control::{ControlConfig, ControlEvent, ControlSession};
 pub use dial::ConnectionFault;
-pub use federated_server::{
-    ControlAccess, FederatedConfig, FederatedEvent, FederatedServerSession,
-};
+pub use federated_server::{ControlAccess, FederatedConfig, FederatedEvent, FederatedServerSession};
 pub use link::{LinkError, MISSED_PINGS, silence_limit};
 pub use main_server::{
-    ClientStatus, Contribution, DepartureReason, GradientOutput, MainConfig, MainError, MainEvent,
-    MainServerSession, RunEnd, RunPhase, RunStatus,
+    ClientStatus, Contribution, DepartureReason, GradientOutput, MainConfig, MainError, MainEvent, MainServerSession,
+    RunEnd, RunPhase, RunStatus,
 };
 
 /// How often each side of a connection pings, unless configured otherwise.
@@ -90,9 +87,5 @@ fn display_name(name: &str) -> String {
         .filter(|character| !character.is_control())
         .take(LONGEST)
         .collect();
-    if name.is_empty() {
-        "unnamed".to_owned()
-    } else {
-        name
-    }
+    if name.is_empty() { "unnamed".to_owned() } else { name }
 }

@@ -33,9 +33,19 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 /// What reaches the coordinator.
 #[derive(Debug)]
 pub enum Input {
-    Opened { connection: ConnectionId, service: Service, address: IpAddr, outgoing: mpsc::Sender<Outgoing> },
-    Frame { connection: ConnectionId, bytes: Vec<u8> },
-    Closed { connection: ConnectionId },
+    Opened {
+        connection: ConnectionId,
+        service: Service,
+        address: IpAddr,
+        outgoing: mpsc::Sender<Outgoing>,
+    },
+    Frame {
+        connection: ConnectionId,
+        bytes: Vec<u8>,
+    },
+    Closed {
+        connection: ConnectionId,
+    },
     Computed(Done),
     Stop(String),
 }
@@ -43,21 +53,45 @@ pub enum Input {
 /// What happens in a run, for people. Rounds and steps count from 1.
 #[derive(Clone, Debug)]
 pub enum Report {
-    Joined { client: u64, name: String, device: String },
-    Left { client: u64, name: String, reason: String },
-    Refused { address: IpAddr, reason: String },
+    Joined {
+        client: u64,
+        name: String,
+        device: String,
+    },
+    Left {
+        client: u64,
+        name: String,
+        reason: String,
+    },
+    Refused {
+        address: IpAddr,
+        reason: String,
+    },
     /// Validation before training.
     Baseline(Evaluation),
-    RoundStarted { round: u32, members: usize },
-    RoundLost { round: u32 },
+    RoundStarted {
+        round: u32,
+        members: usize,
+    },
+    RoundLost {
+        round: u32,
+    },
     Step(StepRecord),
     Round(RoundRecord),
     /// Nobody is left to train with.
-    Waiting { limit: Duration },
+    Waiting {
+        limit: Duration,
+    },
     /// The link to a federated server elsewhere, or from a main server elsewhere.
-    Link { connected: bool, detail: String },
+    Link {
+        connected: bool,
+        detail: String,
+    },
     /// A federated server averaged a round.
-    Averaged { round: u32, adapters: usize },
+    Averaged {
+        round: u32,
+        adapters: usize,
+    },
 }
 
 /// How a run ended.
@@ -162,7 +196,16 @@ pub struct RemoteLink {
 impl RemoteLink {
     pub fn new(session: ControlSession, dialer: Dialer, federated: Origin) -> Self {
         let (sender, events) = mpsc::channel(16);
-        Self { session, dialer, federated, socket: 0, outgoing: None, events, sender, last_error: None }
+        Self {
+            session,
+            dialer,
+            federated,
+            socket: 0,
+            outgoing: None,
+            events,
+            sender,
+            last_error: None,
+        }
     }
 }
 
@@ -330,10 +373,17 @@ impl Coordinator {
     fn deadline(&self) -> Option<Instant> {
         let sessions = [
             self.parts.main.as_ref().and_then(|main| main.session.poll_timeout()),
-            self.parts.federated.as_ref().and_then(FederatedServerSession::poll_timeout),
+            self.parts
+                .federated
+                .as_ref()
+                .and_then(FederatedServerSession::poll_timeout),
             self.parts.link.as_ref().and_then(|link| link.session.poll_timeout()),
         ];
-        let earliest = sessions.into_iter().flatten().min().map(|timeout| self.parts.origin + timeout);
+        let earliest = sessions
+            .into_iter()
+            .flatten()
+            .min()
+            .map(|timeout| self.parts.origin + timeout);
         earliest.into_iter().chain(self.end_by).min()
     }
 
@@ -357,8 +407,20 @@ impl Coordinator {
     fn handle(&mut self, input: Input) {
         let now = self.now();
         match input {
-            Input::Opened { connection, service, address, outgoing } => {
-                self.connections.insert(connection, Connection { service, address, outgoing });
+            Input::Opened {
+                connection,
+                service,
+                address,
+                outgoing,
+            } => {
+                self.connections.insert(
+                    connection,
+                    Connection {
+                        service,
+                        address,
+                        outgoing,
+                    },
+                );
                 match (service, &mut self.parts.main, &mut self.parts.federated) {
                     (Service::Main, Some(main), _) => main.session.connected(connection, now),
                     (Service::Federated, _, Some(federated)) => federated.connected(connection, now),
@@ -366,7 +428,9 @@ impl Coordinator {
                 }
             }
             Input::Frame { connection, bytes } => {
-                let Some(Connection { service, .. }) = self.connections.get(&connection) else { return };
+                let Some(Connection { service, .. }) = self.connections.get(&connection) else {
+                    return;
+                };
                 self.total.up += bytes.len() as u64;
                 match (service, &mut self.parts.main, &mut self.parts.federated) {
                     (Service::Main, Some(main), _) => {
@@ -382,18 +446,18 @@ impl Coordinator {
                 let handled = self.computed(done);
                 self.check(handled);
             }
-            Input::Stop(detail) => {
-                match &mut self.parts.main {
-                    Some(main) => main.session.stop(now, detail),
-                    None => self.abandoned = true,
-                }
-            }
+            Input::Stop(detail) => match &mut self.parts.main {
+                Some(main) => main.session.stop(now, detail),
+                None => self.abandoned = true,
+            },
         }
     }
 
     fn closed(&mut self, connection: ConnectionId) {
         let now = self.now();
-        let Some(Connection { service, .. }) = self.connections.remove(&connection) else { return };
+        let Some(Connection { service, .. }) = self.connections.remove(&connection) else {
+            return;
+        };
         match (service, &mut self.parts.main, &mut self.parts.federated) {
             (Service::Main, Some(main), _) => main.session.disconnected(connection, now),
             (Service::Federated, _, Some(federated)) => federated.disconnected(connection, now),
@@ -403,7 +467,9 @@ impl Coordinator {
 
     fn computed(&mut self, done: Done) -> Result<(), Error> {
         let now = self.now();
-        let Some(main) = &mut self.parts.main else { return Ok(()) };
+        let Some(main) = &mut self.parts.main else {
+            return Ok(());
+        };
         match done {
             Done::Ready => {}
             Done::Baseline(evaluation) => {
@@ -411,10 +477,18 @@ impl Coordinator {
                     self.summary.baseline = Some(evaluation);
                     self.summary.last = Some(evaluation);
                     (self.parts.report)(Report::Baseline(evaluation));
-                    self.parts.metrics.round(&validated(RoundRecord::default(), Some(evaluation)))?;
+                    self.parts
+                        .metrics
+                        .round(&validated(RoundRecord::default(), Some(evaluation)))?;
                 }
             }
-            Done::Step { key, outputs, loss, tokens, elapsed } => {
+            Done::Step {
+                key,
+                outputs,
+                loss,
+                tokens,
+                elapsed,
+            } => {
                 let record = StepRecord {
                     round: key.round.round + 1,
                     step: key.round.round * main.local_steps + key.step + 1,
@@ -436,7 +510,8 @@ impl Coordinator {
                 (self.parts.report)(Report::Step(record));
             }
             Done::Closed { round, evaluation } => {
-                main.session.validated(now, round, evaluation.map(|evaluation| evaluation.loss));
+                main.session
+                    .validated(now, round, evaluation.map(|evaluation| evaluation.loss));
                 self.summary.rounds = round.round + 1;
                 self.summary.last = evaluation.or(self.summary.last);
                 if let Some(record) = main.pending_round.take() {
@@ -447,7 +522,9 @@ impl Coordinator {
                 let state = json!({
                     "rounds": self.summary.rounds, "steps": self.summary.steps, "tokens": self.summary.tokens,
                 });
-                self.parts.directory.write_state("progress.json", state.to_string().as_bytes())?;
+                self.parts
+                    .directory
+                    .write_state("progress.json", state.to_string().as_bytes())?;
             }
             Done::Finished => main.saved = true,
             Done::Failed(error) => return Err(error),
@@ -464,7 +541,12 @@ impl Coordinator {
                 let handled = self.main_event(event);
                 self.check(handled);
             }
-            while let Some(event) = self.parts.federated.as_mut().and_then(FederatedServerSession::poll_event) {
+            while let Some(event) = self
+                .parts
+                .federated
+                .as_mut()
+                .and_then(FederatedServerSession::poll_event)
+            {
                 quiet = false;
                 let handled = self.federated_event(event);
                 self.check(handled);
@@ -481,37 +563,66 @@ impl Coordinator {
     fn main_event(&mut self, event: MainEvent) -> Result<(), Error> {
         let at = self.parts.origin.elapsed().as_secs_f64();
         let address = |connections: &HashMap<ConnectionId, Connection>, connection: &ConnectionId| {
-            connections.get(connection).map(|connection| connection.address.to_string())
+            connections
+                .get(connection)
+                .map(|connection| connection.address.to_string())
         };
-        let Some(main) = &mut self.parts.main else { return Ok(()) };
+        let Some(main) = &mut self.parts.main else {
+            return Ok(());
+        };
         let (metrics, report) = (&mut self.parts.metrics, &self.parts.report);
         match event {
             MainEvent::ClientRefused { connection, reason } => return self.refused(connection, reason),
-            MainEvent::ClientJoined { connection, client, name, device } => {
+            MainEvent::ClientJoined {
+                connection,
+                client,
+                name,
+                device,
+            } => {
                 let address = address(&self.connections, &connection);
                 main.names.insert(client.0, name.clone());
                 let fields = json!({ "client": client.0, "name": name, "device": device, "address": address });
                 metrics.event(at, "joined", fields)?;
-                report(Report::Joined { client: client.0, name, device });
+                report(Report::Joined {
+                    client: client.0,
+                    name,
+                    device,
+                });
             }
             MainEvent::ClientReady { client } => metrics.event(at, "ready", json!({ "client": client.0 }))?,
             MainEvent::ClientLeft { client, name, reason } => {
                 let reason = reason.to_string();
-                metrics.event(at, "left", json!({ "client": client.0, "name": name, "reason": reason }))?;
-                report(Report::Left { client: client.0, name, reason });
+                metrics.event(
+                    at,
+                    "left",
+                    json!({ "client": client.0, "name": name, "reason": reason }),
+                )?;
+                report(Report::Left {
+                    client: client.0,
+                    name,
+                    reason,
+                });
             }
             MainEvent::RoundStarted { round, members } => {
                 (main.round_started, main.step_started) = (Instant::now(), Instant::now());
                 let clients: Vec<u64> = members.iter().map(|client| client.0).collect();
                 let fields = json!({ "round": round.round + 1, "attempt": round.attempt, "clients": clients });
                 metrics.event(at, "round_started", fields)?;
-                report(Report::RoundStarted { round: round.round + 1, members: members.len() });
+                report(Report::RoundStarted {
+                    round: round.round + 1,
+                    members: members.len(),
+                });
             }
             MainEvent::StepReady { key, contributions } => {
                 main.step_gathered = Instant::now();
                 main.compute(Work::Step { key, contributions })?;
             }
-            MainEvent::RoundClosed { round, average, included, excluded } => {
+            MainEvent::RoundClosed {
+                round,
+                average,
+                included,
+                excluded,
+            } => {
                 main.pending_round = Some(RoundRecord {
                     round: round.round + 1,
                     adapters: included.len(),
@@ -529,7 +640,11 @@ impl Coordinator {
                 main.compute(Work::Close { round, average })?;
             }
             MainEvent::RoundLost { round } => {
-                metrics.event(at, "round_lost", json!({ "round": round.round + 1, "attempt": round.attempt }))?;
+                metrics.event(
+                    at,
+                    "round_lost",
+                    json!({ "round": round.round + 1, "attempt": round.attempt }),
+                )?;
                 report(Report::RoundLost { round: round.round + 1 });
                 main.compute(Work::Restore)?;
             }
@@ -560,36 +675,61 @@ impl Coordinator {
             FederatedEvent::ClientRefused { connection, reason } => return self.refused(connection, reason),
             FederatedEvent::ClientJoined { client, name, .. } if alone => {
                 metrics.event(at, "joined", json!({ "client": client.0, "name": name }))?;
-                report(Report::Joined { client: client.0, name, device: String::new() });
+                report(Report::Joined {
+                    client: client.0,
+                    name,
+                    device: String::new(),
+                });
             }
             FederatedEvent::ClientLeft { client, reason } if alone => {
                 let reason = reason.to_string();
                 metrics.event(at, "left", json!({ "client": client.0, "reason": reason }))?;
-                report(Report::Left { client: client.0, name: String::new(), reason });
+                report(Report::Left {
+                    client: client.0,
+                    name: String::new(),
+                    reason,
+                });
             }
             FederatedEvent::ControlConnected { connection } => {
-                let address = self.connections.get(&connection).map(|connection| connection.address.to_string());
+                let address = self
+                    .connections
+                    .get(&connection)
+                    .map(|connection| connection.address.to_string());
                 metrics.event(at, "main_server_connected", json!({ "address": address }))?;
-                report(Report::Link { connected: true, detail: address.unwrap_or_default() });
+                report(Report::Link {
+                    connected: true,
+                    detail: address.unwrap_or_default(),
+                });
             }
+            // After the end of the run it is expected.
+            FederatedEvent::ControlLost if self.run_closed => {}
             FederatedEvent::ControlLost => {
                 metrics.event(at, "main_server_lost", json!({}))?;
-                report(Report::Link { connected: false, detail: "the main server's connection is lost".to_owned() });
+                report(Report::Link {
+                    connected: false,
+                    detail: "the main server's connection is lost".to_owned(),
+                });
             }
-            FederatedEvent::UpdateAccepted { client, round, examples } => {
+            FederatedEvent::UpdateAccepted {
+                client,
+                round,
+                examples,
+            } => {
                 let fields = json!({ "client": client.0, "round": round.round + 1, "examples": examples });
                 metrics.event(at, "update", fields)?;
             }
             FederatedEvent::ClientExcluded { client, round, reason } => {
-                let fields =
-                    json!({ "client": client.0, "round": round.round + 1, "reason": reason.to_string() });
+                let fields = json!({ "client": client.0, "round": round.round + 1, "reason": reason.to_string() });
                 metrics.event(at, "excluded", fields)?;
             }
             FederatedEvent::RoundClosed { round, included, .. } if alone => {
                 self.summary.rounds = self.summary.rounds.max(round.round + 1);
                 let fields = json!({ "round": round.round + 1, "adapters": included.len() });
                 metrics.event(at, "averaged", fields)?;
-                report(Report::Averaged { round: round.round + 1, adapters: included.len() });
+                report(Report::Averaged {
+                    round: round.round + 1,
+                    adapters: included.len(),
+                });
             }
             FederatedEvent::RunClosed => {
                 self.run_closed = true;
@@ -606,13 +746,22 @@ impl Coordinator {
 
     fn refused(&mut self, connection: ConnectionId, reason: RefusalReason) -> Result<(), Error> {
         let now = self.now();
-        let Some(Connection { address, .. }) = self.connections.get(&connection) else { return Ok(()) };
+        let Some(Connection { address, .. }) = self.connections.get(&connection) else {
+            return Ok(());
+        };
         if reason.is_authorisation_failure() {
-            self.parts.failures.lock().unwrap_or_else(PoisonError::into_inner).failed(*address, now);
+            self.parts
+                .failures
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .failed(*address, now);
         }
         let fields = json!({ "address": address.to_string(), "reason": reason.to_string() });
         self.parts.metrics.event(now.as_secs_f64(), "refused", fields)?;
-        (self.parts.report)(Report::Refused { address: *address, reason: reason.to_string() });
+        (self.parts.report)(Report::Refused {
+            address: *address,
+            reason: reason.to_string(),
+        });
         Ok(())
     }
 
@@ -620,7 +769,9 @@ impl Coordinator {
     fn exchange_control(&mut self) -> bool {
         let now = self.parts.origin.elapsed();
         let mut any = false;
-        let Parts { main, federated, link, .. } = &mut self.parts;
+        let Parts {
+            main, federated, link, ..
+        } = &mut self.parts;
         if let Some(main) = main {
             while let Some(control) = main.session.poll_control() {
                 any = true;
@@ -652,7 +803,15 @@ impl Coordinator {
         let mut any = false;
         while let Some(event) = self.parts.link.as_mut().and_then(|link| link.session.poll_event()) {
             any = true;
-            let Parts { main: Some(main), link: Some(link), report, .. } = &mut self.parts else { break };
+            let Parts {
+                main: Some(main),
+                link: Some(link),
+                report,
+                ..
+            } = &mut self.parts
+            else {
+                break;
+            };
             match event {
                 ControlEvent::Connect => {
                     link.socket += 1;
@@ -667,7 +826,10 @@ impl Coordinator {
                 ControlEvent::ConnectionLost { .. } => {}
                 ControlEvent::Connected => {
                     link.last_error = None;
-                    report(Report::Link { connected: true, detail: link.federated.to_string() });
+                    report(Report::Link {
+                        connected: true,
+                        detail: link.federated.to_string(),
+                    });
                     main.session.control_connected(now);
                 }
                 ControlEvent::Failed(reason) => {
@@ -701,7 +863,10 @@ impl Coordinator {
                     let detail = error.to_string();
                     let hopeless = !error.is_transient();
                     if link.last_error.is_none() {
-                        (self.parts.report)(Report::Link { connected: false, detail });
+                        (self.parts.report)(Report::Link {
+                            connected: false,
+                            detail,
+                        });
                     }
                     link.last_error = Some(error);
                     if hopeless && let Some(error) = link.last_error.take() {
@@ -722,7 +887,12 @@ impl Coordinator {
             }
             self.send(transmit);
         }
-        while let Some(transmit) = self.parts.federated.as_mut().and_then(FederatedServerSession::poll_transmit) {
+        while let Some(transmit) = self
+            .parts
+            .federated
+            .as_mut()
+            .and_then(FederatedServerSession::poll_transmit)
+        {
             any = true;
             self.send(transmit);
         }
@@ -731,9 +901,10 @@ impl Coordinator {
             let now = self.parts.origin.elapsed();
             let Some(link) = &mut self.parts.link else { break };
             let sent = match transmit {
-                Transmit::Frame { bytes, .. } => {
-                    link.outgoing.as_ref().is_some_and(|outgoing| outgoing.try_send(bytes).is_ok())
-                }
+                Transmit::Frame { bytes, .. } => link
+                    .outgoing
+                    .as_ref()
+                    .is_some_and(|outgoing| outgoing.try_send(bytes).is_ok()),
                 Transmit::Close { .. } => false,
             };
             if !sent && link.outgoing.take().is_some() {
@@ -753,7 +924,9 @@ impl Coordinator {
             Transmit::Close { to } => (to, Outgoing::Close),
         };
         let closing = matches!(outgoing, Outgoing::Close);
-        let Some(open) = self.connections.get(&connection) else { return };
+        let Some(open) = self.connections.get(&connection) else {
+            return;
+        };
         let sent = open.outgoing.try_send(outgoing).is_ok();
         if closing || !sent {
             // Dropping the sender lets the connection's task write what it has and end. A full queue means a peer that
@@ -765,14 +938,19 @@ impl Coordinator {
     /// Brings `/status` and the sockets' limit up to date.
     fn publish(&mut self) {
         let (main, federated) = (&self.parts.main, &self.parts.federated);
-        let limit = main.as_ref().map_or(0, |main| main.session.max_frame_bytes()).max(match federated {
-            Some(federated) => match federated.max_frame_bytes() {
-                MAX_FRAME_BYTES => 0,
-                bytes => bytes,
-            },
-            None => 0,
-        });
-        self.parts.max_frame_bytes.store(limit.max(super::socket::SMALL_FRAME_BYTES), Ordering::Relaxed);
+        let limit = main
+            .as_ref()
+            .map_or(0, |main| main.session.max_frame_bytes())
+            .max(match federated {
+                Some(federated) => match federated.max_frame_bytes() {
+                    MAX_FRAME_BYTES => 0,
+                    bytes => bytes,
+                },
+                None => 0,
+            });
+        self.parts
+            .max_frame_bytes
+            .store(limit.max(super::socket::SMALL_FRAME_BYTES), Ordering::Relaxed);
 
         let status = match main {
             Some(main) => main_status(main, &self.summary),

@@ -11,8 +11,8 @@ use axum::Router;
 use axum::body::Body;
 use axum::extract::{ConnectInfo, Path, Request, State, WebSocketUpgrade};
 use axum::http::header::{
-    CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, ETAG, HOST, HeaderMap, HeaderName, HeaderValue, IF_NONE_MATCH,
-    ORIGIN, REFERRER_POLICY, RETRY_AFTER, X_CONTENT_TYPE_OPTIONS,
+    CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, ETAG, HOST, HeaderMap, HeaderName, HeaderValue,
+    IF_NONE_MATCH, ORIGIN, REFERRER_POLICY, RETRY_AFTER, X_CONTENT_TYPE_OPTIONS,
 };
 use axum::http::{StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
@@ -189,7 +189,12 @@ fn open(site: &Arc<Site>, service: Service, address: IpAddr, upgrade: WebSocketU
     if let Err(wait) = site.door.check(address) {
         let seconds = wait.as_secs() + 1;
         let text = format!("too many failed attempts from {address}; wait {seconds} s\n");
-        return (StatusCode::TOO_MANY_REQUESTS, [(RETRY_AFTER, seconds.to_string())], text).into_response();
+        return (
+            StatusCode::TOO_MANY_REQUESTS,
+            [(RETRY_AFTER, seconds.to_string())],
+            text,
+        )
+            .into_response();
     }
     site.door.open(service, address, upgrade)
 }
@@ -197,7 +202,11 @@ fn open(site: &Arc<Site>, service: Service, address: IpAddr, upgrade: WebSocketU
 /// Whether a request comes from a page of this server, or from no page at all.
 fn same_origin(headers: &HeaderMap) -> bool {
     let Some(origin) = headers.get(ORIGIN) else { return true };
-    let origin = origin.to_str().ok().and_then(|origin| origin.split_once("://")).map(|(_, host)| host);
+    let origin = origin
+        .to_str()
+        .ok()
+        .and_then(|origin| origin.split_once("://"))
+        .map(|(_, host)| host);
     let host = headers.get(HOST).and_then(|host| host.to_str().ok());
     origin.is_some() && origin == host
 }
@@ -220,7 +229,13 @@ mod tests {
             blobs: Some(blobs),
             status: watch::channel(starting()).1,
             demo_data: b"",
-            door: Door::new((true, true), inputs, Arc::default(), failures, std::time::Instant::now()),
+            door: Door::new(
+                (true, true),
+                inputs,
+                Arc::default(),
+                failures,
+                std::time::Instant::now(),
+            ),
         })
     }
 
@@ -261,7 +276,10 @@ mod tests {
         assert!(response.headers().contains_key(CONTENT_SECURITY_POLICY));
         let response = page_of(PAGE, "/vendor/a.mjs", None);
         assert_eq!(response.headers()[CONTENT_TYPE], "text/javascript; charset=utf-8");
-        assert_eq!(page_of(PAGE, "/vendor/../page.js", None).status(), StatusCode::NOT_FOUND);
+        assert_eq!(
+            page_of(PAGE, "/vendor/../page.js", None).status(),
+            StatusCode::NOT_FOUND
+        );
     }
 
     #[test]

@@ -47,13 +47,19 @@ impl FailureLimit {
         if self.addresses.len() >= MAX_ADDRESSES && !self.addresses.contains_key(&address) {
             self.addresses.retain(|_, failures| now < failures.since + WINDOW);
             if self.addresses.len() >= MAX_ADDRESSES
-                && let Some(oldest) =
-                    self.addresses.iter().min_by_key(|(_, failures)| failures.since).map(|(address, _)| *address)
+                && let Some(oldest) = self
+                    .addresses
+                    .iter()
+                    .min_by_key(|(_, failures)| failures.since)
+                    .map(|(address, _)| *address)
             {
                 self.addresses.remove(&oldest);
             }
         }
-        let failures = self.addresses.entry(address).or_insert(Failures { count: 0, since: now });
+        let failures = self
+            .addresses
+            .entry(address)
+            .or_insert(Failures { count: 0, since: now });
         if now >= failures.since + WINDOW {
             *failures = Failures { count: 0, since: now };
         }

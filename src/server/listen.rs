@@ -24,7 +24,10 @@ impl FromStr for Listen {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self, Error> {
-        let fail = |reason: &str| Error::Listen { address: text.to_owned(), reason: reason.to_owned() };
+        let fail = |reason: &str| Error::Listen {
+            address: text.to_owned(),
+            reason: reason.to_owned(),
+        };
         let (secure, rest) = match text.split_once("://") {
             Some(("https", rest)) => (true, rest),
             Some(("http", rest)) => (false, rest),
@@ -36,16 +39,24 @@ impl FromStr for Listen {
             Some((host, port)) if !port.contains(']') => (host, port),
             _ => return Err(fail("it must end with a port, such as :8443")),
         };
-        let port = port.parse().map_err(|_| fail("its port must be a number from 0 to 65535"))?;
+        let port = port
+            .parse()
+            .map_err(|_| fail("its port must be a number from 0 to 65535"))?;
         let host = match host.strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
             Some(v6) => v6,
             None if host.contains(':') => return Err(fail("an IPv6 address must be in brackets: https://[::]:8443")),
             None => host,
         };
         if host.is_empty() || host.contains(['/', '?', '#', '@', ' ', '[', ']']) {
-            return Err(fail("it names no host; 0.0.0.0 stands for all addresses of this machine"));
+            return Err(fail(
+                "it names no host; 0.0.0.0 stands for all addresses of this machine",
+            ));
         }
-        Ok(Self { secure, host: host.to_owned(), port })
+        Ok(Self {
+            secure,
+            host: host.to_owned(),
+            port,
+        })
     }
 }
 
@@ -74,24 +85,41 @@ impl Listen {
     /// # Errors
     /// [`Error::PlainText`] for http beyond loopback, [`Error::Busy`] when the port is taken, [`Error::Listen`].
     pub fn bind(&self) -> Result<Bound, Error> {
-        let fail = |reason: String| Error::Listen { address: self.to_string(), reason };
-        let addresses: Vec<SocketAddr> =
-            (self.host.as_str(), self.port).to_socket_addrs().map_err(|error| fail(error.to_string()))?.collect();
-        let address = *addresses.first().ok_or_else(|| fail("the name has no address".to_owned()))?;
+        let fail = |reason: String| Error::Listen {
+            address: self.to_string(),
+            reason,
+        };
+        let addresses: Vec<SocketAddr> = (self.host.as_str(), self.port)
+            .to_socket_addrs()
+            .map_err(|error| fail(error.to_string()))?
+            .collect();
+        let address = *addresses
+            .first()
+            .ok_or_else(|| fail("the name has no address".to_owned()))?;
         if !self.secure && !addresses.iter().all(|address| address.ip().is_loopback()) {
-            return Err(Error::PlainText { address: self.to_string(), port: self.port });
+            return Err(Error::PlainText {
+                address: self.to_string(),
+                port: self.port,
+            });
         }
         let listener = TcpListener::bind(address).map_err(|error| match error.kind() {
-            io::ErrorKind::AddrInUse => Error::Busy { address: self.to_string(), port: self.port },
-            io::ErrorKind::PermissionDenied => {
-                fail("this user may not open that port; take one above 1023".to_owned())
-            }
+            io::ErrorKind::AddrInUse => Error::Busy {
+                address: self.to_string(),
+                port: self.port,
+            },
+            io::ErrorKind::PermissionDenied => fail("this user may not open that port; take one above 1023".to_owned()),
             io::ErrorKind::AddrNotAvailable => fail("this machine has no such address".to_owned()),
             _ => fail(error.to_string()),
         })?;
-        listener.set_nonblocking(true).map_err(|error| fail(error.to_string()))?;
+        listener
+            .set_nonblocking(true)
+            .map_err(|error| fail(error.to_string()))?;
         let address = listener.local_addr().map_err(|error| fail(error.to_string()))?;
-        Ok(Bound { secure: self.secure, address, listener })
+        Ok(Bound {
+            secure: self.secure,
+            address,
+            listener,
+        })
     }
 }
 
@@ -148,7 +176,11 @@ impl Bound {
     }
 
     fn url_of(&self, ip: IpAddr) -> String {
-        format!("{}://{}", if self.secure { "https" } else { "http" }, SocketAddr::new(ip, self.address.port()))
+        format!(
+            "{}://{}",
+            if self.secure { "https" } else { "http" },
+            SocketAddr::new(ip, self.address.port())
+        )
     }
 }
 
@@ -164,7 +196,13 @@ pub fn join_link(url: &str, token: Option<&str>) -> String {
 pub fn qr_code(text: &str) -> Option<String> {
     let code = QrCode::new(text.as_bytes()).ok()?;
     // Terminals are mostly dark: the blocks are the light modules, so that cameras see dark on light.
-    Some(code.render::<Dense1x2>().dark_color(Dense1x2::Dark).light_color(Dense1x2::Light).quiet_zone(true).build())
+    Some(
+        code.render::<Dense1x2>()
+            .dark_color(Dense1x2::Dark)
+            .light_color(Dense1x2::Light)
+            .quiet_zone(true)
+            .build(),
+    )
 }
 
 #[cfg(test)]
@@ -174,9 +212,28 @@ mod tests {
     #[test]
     fn listen_addresses_are_urls_with_a_port() {
         let listen: Listen = "https://0.0.0.0:8443".parse().unwrap();
-        assert_eq!(listen, Listen { secure: true, host: "0.0.0.0".to_owned(), port: 8443 });
-        assert_eq!("http://[::1]:0/".parse::<Listen>().unwrap().to_string(), "http://[::1]:0");
-        for bad in ["8443", "0.0.0.0:8443", "ftp://a:1", "https://host", "https://:1", "https://::1:8443", "https://a:70000", "https://[::1]"] {
+        assert_eq!(
+            listen,
+            Listen {
+                secure: true,
+                host: "0.0.0.0".to_owned(),
+                port: 8443
+            }
+        );
+        assert_eq!(
+            "http://[::1]:0/".parse::<Listen>().unwrap().to_string(),
+            "http://[::1]:0"
+        );
+        for bad in [
+            "8443",
+            "0.0.0.0:8443",
+            "ftp://a:1",
+            "https://host",
+            "https://:1",
+            "https://::1:8443",
+            "https://a:70000",
+            "https://[::1]",
+        ] {
             assert!(matches!(bad.parse::<Listen>(), Err(Error::Listen { .. })), "{bad}");
         }
     }
@@ -193,20 +250,34 @@ mod tests {
         let first = "http://127.0.0.1:0".parse::<Listen>().unwrap().bind().unwrap();
         let error = first.url().parse::<Listen>().unwrap().bind().unwrap_err();
         let port = first.address.port();
-        assert!(matches!(error, Error::Busy { port: named, .. } if named == port), "{error}");
+        assert!(
+            matches!(error, Error::Busy { port: named, .. } if named == port),
+            "{error}"
+        );
     }
 
     #[test]
     fn a_socket_on_all_addresses_is_reached_by_loopback_here() {
         let bound = "https://0.0.0.0:0".parse::<Listen>().unwrap().bind().unwrap();
         assert_eq!(bound.local_url(), format!("https://127.0.0.1:{}", bound.address.port()));
-        assert!(bound.network_urls().iter().all(|url| !url.contains("0.0.0.0") && !url.contains("127.0.0.1")));
+        assert!(
+            bound
+                .network_urls()
+                .iter()
+                .all(|url| !url.contains("0.0.0.0") && !url.contains("127.0.0.1"))
+        );
     }
 
     #[test]
     fn the_join_link_keeps_the_token_in_the_fragment() {
-        assert_eq!(join_link("https://10.0.0.2:8443", Some("tok")), "https://10.0.0.2:8443/?join=1#t=tok");
-        assert_eq!(join_link("http://127.0.0.1:8080", None), "http://127.0.0.1:8080/?join=1");
+        assert_eq!(
+            join_link("https://10.0.0.2:8443", Some("tok")),
+            "https://10.0.0.2:8443/?join=1#t=tok"
+        );
+        assert_eq!(
+            join_link("http://127.0.0.1:8080", None),
+            "http://127.0.0.1:8080/?join=1"
+        );
         let code = qr_code("https://192.168.100.200:8443/?join=1#t=ABCD-EFGH-IJKL-MNOP").unwrap();
         assert!(code.lines().all(|line| line.chars().count() < 60) && code.contains('█'));
     }

@@ -94,7 +94,9 @@ impl Metrics {
         merge(&mut line, fields);
         // One write a line, so that a reader never sees half of one.
         let text = format!("{line}\n");
-        self.file.write_all(text.as_bytes()).map_err(|error| Error::file("write", &self.path, error))
+        self.file
+            .write_all(text.as_bytes())
+            .map_err(|error| Error::file("write", &self.path, error))
     }
 }
 
@@ -140,8 +142,17 @@ mod tests {
         let text = std::fs::read_to_string(directory.path().join("metrics.jsonl")).unwrap();
         let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
         assert_eq!(lines.len(), 3);
-        assert_eq!((&lines[0]["kind"], &lines[0]["bytes_down"]), (&json!("step"), &json!(20)));
-        assert_eq!((&lines[1]["kind"], &lines[1]["excluded"][0]["client"]), (&json!("round"), &json!(3)));
-        assert_eq!((&lines[2]["kind"], &lines[2]["event"]), (&json!("event"), &json!("joined")));
+        assert_eq!(
+            (&lines[0]["kind"], &lines[0]["bytes_down"]),
+            (&json!("step"), &json!(20))
+        );
+        assert_eq!(
+            (&lines[1]["kind"], &lines[1]["excluded"][0]["client"]),
+            (&json!("round"), &json!(3))
+        );
+        assert_eq!(
+            (&lines[2]["kind"], &lines[2]["event"]),
+            (&json!("event"), &json!("joined"))
+        );
     }
 }

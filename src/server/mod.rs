@@ -51,8 +51,8 @@ use crate::transport::{self, Dialer, Origin};
 
 use coordinator::{Coordinator, Input, MainRun, RemoteLink};
 pub use coordinator::{Ending, Report, Summary};
-pub use listen::Listen;
 use listen::Bound;
+pub use listen::Listen;
 use metrics::Metrics;
 use socket::Door;
 use store::{Blobs, RunDirectory};
@@ -83,7 +83,11 @@ pub enum Error {
     #[error("the server's certificate cannot be made: {0}")]
     Certificate(String),
     #[error("cannot {action} {path}: {source}")]
-    File { action: &'static str, path: String, source: io::Error },
+    File {
+        action: &'static str,
+        path: String,
+        source: io::Error,
+    },
     #[error("cannot start a thread: {0}")]
     Thread(io::Error),
     #[error("the HTTP server stopped: {0}")]
@@ -108,7 +112,11 @@ pub enum Error {
 
 impl Error {
     fn file(action: &'static str, path: &Path, source: io::Error) -> Self {
-        Self::File { action, path: path.display().to_string(), source }
+        Self::File {
+            action,
+            path: path.display().to_string(),
+            source,
+        }
     }
 }
 
@@ -117,7 +125,10 @@ impl Error {
 pub enum Role {
     Both,
     /// With the federated server elsewhere; clients are sent there too.
-    Main { federated: Origin, dialer: Dialer },
+    Main {
+        federated: Origin,
+        dialer: Dialer,
+    },
     Federated,
 }
 
@@ -215,7 +226,15 @@ impl Server {
     /// # Errors
     /// [`Error`] says what to do.
     pub async fn start(settings: Settings, report: Box<dyn Fn(Report) + Send>) -> Result<Self, Error> {
-        let Settings { role, listen, token, home, mut directory, demo_data, run } = settings;
+        let Settings {
+            role,
+            listen,
+            token,
+            home,
+            mut directory,
+            demo_data,
+            run,
+        } = settings;
         let bound = listen.iter().map(Listen::bind).collect::<Result<Vec<_>, _>>()?;
         let identity = match bound.iter().any(|bound| bound.secure) {
             true => Some(tls::Identity::open(&home, &certificate_names(&listen))?),
@@ -353,7 +372,14 @@ impl Server {
     /// # Errors
     /// [`Error`]; what was trained up to the last round is saved.
     pub async fn serve(self) -> Result<Summary, Error> {
-        let Self { coordinator, handles, tasks, inputs, site, .. } = self;
+        let Self {
+            coordinator,
+            handles,
+            tasks,
+            inputs,
+            site,
+            ..
+        } = self;
         drop(inputs);
         let summary = coordinator.run().await;
         for handle in &handles {
@@ -374,7 +400,12 @@ impl Server {
 /// What the certificate must be valid for: this machine's own names and those listened on.
 fn certificate_names(listen: &[Listen]) -> BTreeSet<String> {
     let mut names = tls::local_names();
-    names.extend(listen.iter().map(|listen| listen.host.clone()).filter(|host| host != "0.0.0.0" && host != "::"));
+    names.extend(
+        listen
+            .iter()
+            .map(|listen| listen.host.clone())
+            .filter(|host| host != "0.0.0.0" && host != "::"),
+    );
     names
 }
 
@@ -387,10 +418,33 @@ fn prepare(
     inputs: mpsc::Sender<Input>,
 ) -> Result<(MainRun, Blobs), Error> {
     let run_config = run_config(&run);
-    let Run { model, engine, training, cut, initial, validation, rounds, local_steps, clients, wait, .. } = run;
-    let Model { name, digest, config, mut weights, dtype, tokenizer } = model;
+    let Run {
+        model,
+        engine,
+        training,
+        cut,
+        initial,
+        validation,
+        rounds,
+        local_steps,
+        clients,
+        wait,
+        ..
+    } = run;
+    let Model {
+        name,
+        digest,
+        config,
+        mut weights,
+        dtype,
+        tokenizer,
+    } = model;
     if cut == 0 || cut >= config.blocks {
-        return Err(split::Error::Split { cut, blocks: config.blocks }.into());
+        return Err(split::Error::Split {
+            cut,
+            blocks: config.blocks,
+        }
+        .into());
     }
     let mut blobs = Blobs::create(&directory.weights())?;
     let mut parts = Vec::with_capacity(cut + 1);
@@ -468,7 +522,14 @@ fn run_config(run: &Run) -> RunConfig {
         split: size(run.cut),
         rank: size(training.spec.rank),
         alpha: training.spec.alpha,
-        targets: training.spec.targets.iter().copied().map(Target::module).map(str::to_owned).collect(),
+        targets: training
+            .spec
+            .targets
+            .iter()
+            .copied()
+            .map(Target::module)
+            .map(str::to_owned)
+            .collect(),
         weights: match run.model.dtype {
             WeightDtype::F16 => WeightFormat::F16,
             WeightDtype::F32 => WeightFormat::F32,
@@ -506,7 +567,10 @@ pub fn generate_token() -> String {
     const ALPHABET: &[u8; 32] = b"abcdefghjkmnpqrstuvwxyz023456789";
     let bytes: [u8; 16] = rand::random();
     let letters: Vec<u8> = bytes.iter().map(|byte| ALPHABET[usize::from(byte % 32)]).collect();
-    let groups: Vec<&str> = letters.chunks(4).filter_map(|group| std::str::from_utf8(group).ok()).collect();
+    let groups: Vec<&str> = letters
+        .chunks(4)
+        .filter_map(|group| std::str::from_utf8(group).ok())
+        .collect();
     groups.join("-")
 }
 
@@ -518,7 +582,11 @@ mod tests {
     fn tokens_are_typable_and_differ() {
         let token = generate_token();
         assert_eq!(token.len(), 19);
-        assert!(token.bytes().all(|byte| byte == b'-' || byte.is_ascii_lowercase() || byte.is_ascii_digit()));
+        assert!(
+            token
+                .bytes()
+                .all(|byte| byte == b'-' || byte.is_ascii_lowercase() || byte.is_ascii_digit())
+        );
         assert_ne!(token, generate_token());
     }
 }

@@ -59,7 +59,15 @@ impl Door {
         failures: Arc<Mutex<FailureLimit>>,
         origin: Instant,
     ) -> Self {
-        Self { main, federated, inputs, max_frame_bytes, next_connection: AtomicU64::new(0), failures, origin }
+        Self {
+            main,
+            federated,
+            inputs,
+            max_frame_bytes,
+            next_connection: AtomicU64::new(0),
+            failures,
+            origin,
+        }
     }
 
     /// Whether `address` may try to connect; otherwise how long it has to wait.
@@ -67,7 +75,10 @@ impl Door {
     /// # Errors
     /// The time until it may.
     pub fn check(&self, address: IpAddr) -> Result<(), Duration> {
-        self.failures.lock().unwrap_or_else(PoisonError::into_inner).check(address, self.origin.elapsed())
+        self.failures
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .check(address, self.origin.elapsed())
     }
 
     /// Answers the upgrade; the connection's task starts when it is complete.
@@ -91,7 +102,16 @@ async fn carry(
     inputs: mpsc::Sender<Input>,
 ) {
     let (outgoing, mut queue) = mpsc::channel(QUEUED_FRAMES);
-    if inputs.send(Input::Opened { connection, service, address, outgoing }).await.is_err() {
+    if inputs
+        .send(Input::Opened {
+            connection,
+            service,
+            address,
+            outgoing,
+        })
+        .await
+        .is_err()
+    {
         return;
     }
     let (mut sink, mut stream) = socket.split();
@@ -110,7 +130,14 @@ async fn carry(
         while let Some(message) = stream.next().await {
             match message {
                 Ok(Message::Binary(bytes)) => {
-                    if inputs.send(Input::Frame { connection, bytes: bytes.into() }).await.is_err() {
+                    if inputs
+                        .send(Input::Frame {
+                            connection,
+                            bytes: bytes.into(),
+                        })
+                        .await
+                        .is_err()
+                    {
                         return;
                     }
                 }

@@ -51,12 +51,18 @@ impl RunDirectory {
         let path = match out {
             Some(out) => out.to_owned(),
             None => {
-                let name: String = name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+                let name: String = name
+                    .chars()
+                    .map(|c| if c.is_ascii_alphanumeric() { c } else { '-' })
+                    .collect();
                 Path::new("runs").join(format!("{}-{name}", file_time(now)))
             }
         };
         fs::create_dir_all(&path).map_err(|error| Error::file("create", &path, error))?;
-        for (name, kept) in [("run.json", "run.previous.json"), ("metrics.jsonl", "metrics.previous.jsonl")] {
+        for (name, kept) in [
+            ("run.json", "run.previous.json"),
+            ("metrics.jsonl", "metrics.previous.jsonl"),
+        ] {
             let file = path.join(name);
             match fs::rename(&file, path.join(kept)) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -131,7 +137,10 @@ impl Blobs {
     /// [`Error::File`].
     pub fn create(directory: &Path) -> Result<Self, Error> {
         fs::create_dir_all(directory).map_err(|error| Error::file("create", directory, error))?;
-        Ok(Self { directory: directory.to_owned(), files: BTreeMap::new() })
+        Ok(Self {
+            directory: directory.to_owned(),
+            files: BTreeMap::new(),
+        })
     }
 
     /// Writes one blob, without holding it in memory. `write` gives the contents.
@@ -142,13 +151,21 @@ impl Blobs {
         let temporary = self.directory.join(format!(".{name}.tmp"));
         let fail = |error| Error::file("write", &temporary, error);
         let file = fs::File::create(&temporary).map_err(fail)?;
-        let mut output = Hashing { inner: BufWriter::new(file), hash: Sha256::new(), bytes: 0 };
+        let mut output = Hashing {
+            inner: BufWriter::new(file),
+            hash: Sha256::new(),
+            bytes: 0,
+        };
         write(&mut output).and_then(|()| output.inner.flush()).map_err(fail)?;
         let sha256 = Digest(output.hash.finalize().into());
         let path = self.directory.join(sha256.to_string());
         fs::rename(&temporary, &path).map_err(fail)?;
         self.files.insert(sha256, path);
-        Ok(Blob { name: name.to_owned(), sha256, bytes: output.bytes })
+        Ok(Blob {
+            name: name.to_owned(),
+            sha256,
+            bytes: output.bytes,
+        })
     }
 
     /// The file of a blob.
@@ -212,9 +229,20 @@ fn civil(time: SystemTime) -> [u64; 6] {
     let day_of_year = day - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let march_month = (5 * day_of_year + 2) / 153;
     let day_of_month = day_of_year - (153 * march_month + 2) / 5 + 1;
-    let month = if march_month < 10 { march_month + 3 } else { march_month - 9 };
+    let month = if march_month < 10 {
+        march_month + 3
+    } else {
+        march_month - 9
+    };
     let year = era * 400 + year_of_era + u64::from(month <= 2);
-    [year, month, day_of_month, seconds / 3600 % 24, seconds / 60 % 60, seconds % 60]
+    [
+        year,
+        month,
+        day_of_month,
+        seconds / 3600 % 24,
+        seconds / 60 % 60,
+        seconds % 60,
+    ]
 }
 
 /// `20250131-235959`.
@@ -261,7 +289,10 @@ mod tests {
     #[test]
     fn an_earlier_run_in_the_same_directory_is_kept() {
         let directory = tempfile::tempdir().unwrap();
-        RunDirectory::create(Some(directory.path()), "x").unwrap().note(json!({ "mark": 1 })).unwrap();
+        RunDirectory::create(Some(directory.path()), "x")
+            .unwrap()
+            .note(json!({ "mark": 1 }))
+            .unwrap();
         fs::write(directory.path().join("metrics.jsonl"), "old\n").unwrap();
         let mut second = RunDirectory::create(Some(directory.path()), "x").unwrap();
         second.note(json!({ "mark": 2 })).unwrap();
@@ -270,6 +301,9 @@ mod tests {
         assert!(read("run.previous.json").contains("\"mark\": 1"));
         assert_eq!(read("metrics.previous.jsonl"), "old\n");
         let run: Value = serde_json::from_str(&read("run.json")).unwrap();
-        assert_eq!((&run["mark"], &run["totals"]["rounds"], &run["ended"]), (&json!(2), &json!(3), &json!("completed")));
+        assert_eq!(
+            (&run["mark"], &run["totals"]["rounds"], &run["ended"]),
+            (&json!(2), &json!(3), &json!("completed"))
+        );
     }
 }

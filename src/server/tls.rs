@@ -55,7 +55,10 @@ impl Identity {
         let (key, new_key) = match fs::read_to_string(&key_file) {
             Ok(pem) => (
                 KeyPair::from_pem(&pem).map_err(|error| {
-                    Error::Certificate(format!("{}: {error}; remove it to have a new one made", key_file.display()))
+                    Error::Certificate(format!(
+                        "{}: {error}; remove it to have a new one made",
+                        key_file.display()
+                    ))
                 })?,
                 false,
             ),
@@ -80,12 +83,18 @@ impl Identity {
             let not_after = now + DAY * VALID_DAYS as u32;
             let pem = certificate(&key, names, now, not_after)?;
             super::store::write_atomically(&certificate_file, pem.as_bytes())?;
-            let validity = Validity { names: names.clone(), not_after: not_after.as_secs() };
+            let validity = Validity {
+                names: names.clone(),
+                not_after: not_after.as_secs(),
+            };
             let text = serde_json::to_string_pretty(&validity).expect("a validity has a JSON form");
             super::store::write_atomically(&validity_file, text.as_bytes())?;
         }
         let config = server_config(&certificate_file, &key)?;
-        Ok(Self { certificate_file, config })
+        Ok(Self {
+            certificate_file,
+            config,
+        })
     }
 }
 
@@ -116,11 +125,15 @@ fn certificate(
 
 fn server_config(certificate_file: &Path, key: &KeyPair) -> Result<Arc<ServerConfig>, Error> {
     let fail = |reason: String| {
-        Error::Certificate(format!("{}: {reason}; remove it to have a new one made", certificate_file.display()))
+        Error::Certificate(format!(
+            "{}: {reason}; remove it to have a new one made",
+            certificate_file.display()
+        ))
     };
     let pem = fs::read(certificate_file).map_err(|error| Error::file("read", certificate_file, error))?;
-    let chain: Vec<CertificateDer<'static>> =
-        CertificateDer::pem_slice_iter(&pem).collect::<Result<_, _>>().map_err(|error| fail(error.to_string()))?;
+    let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(&pem)
+        .collect::<Result<_, _>>()
+        .map_err(|error| fail(error.to_string()))?;
     let key = PrivateKeyDer::try_from(key.serialize_der()).map_err(|error| fail(error.to_owned()))?;
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let mut config = ServerConfig::builder_with_provider(provider)
@@ -168,11 +181,18 @@ mod tests {
     use super::*;
 
     fn names(extra: &[&str]) -> BTreeSet<String> {
-        ["localhost", "127.0.0.1"].iter().chain(extra).map(|name| (*name).to_owned()).collect()
+        ["localhost", "127.0.0.1"]
+            .iter()
+            .chain(extra)
+            .map(|name| (*name).to_owned())
+            .collect()
     }
 
     fn files(home: &Path) -> (Vec<u8>, Vec<u8>) {
-        (fs::read(home.join("tls/key.pem")).unwrap(), fs::read(home.join("tls/certificate.pem")).unwrap())
+        (
+            fs::read(home.join("tls/key.pem")).unwrap(),
+            fs::read(home.join("tls/certificate.pem")).unwrap(),
+        )
     }
 
     #[test]
@@ -215,7 +235,10 @@ mod tests {
 
         let home = tempfile::tempdir().unwrap();
         Identity::open(home.path(), &names(&[])).unwrap();
-        let mode = fs::metadata(home.path().join("tls/key.pem")).unwrap().permissions().mode();
+        let mode = fs::metadata(home.path().join("tls/key.pem"))
+            .unwrap()
+            .permissions()
+            .mode();
         assert_eq!(mode & 0o777, 0o600);
     }
 

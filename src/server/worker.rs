@@ -39,7 +39,10 @@ pub struct WorkerSettings {
 pub enum Work {
     /// Loss of the validation data before training.
     Baseline,
-    Step { key: StepKey, contributions: Vec<Contribution> },
+    Step {
+        key: StepKey,
+        contributions: Vec<Contribution>,
+    },
     /// Back to the adapter with which the round began.
     Restore,
     /// Takes the clients' average into the whole model's adapter, saves and validates it.
@@ -54,8 +57,17 @@ pub enum Done {
     /// The model is loaded.
     Ready,
     Baseline(Option<Evaluation>),
-    Step { key: StepKey, outputs: Vec<GradientOutput>, loss: f64, tokens: u64, elapsed: Duration },
-    Closed { round: RoundKey, evaluation: Option<Evaluation> },
+    Step {
+        key: StepKey,
+        outputs: Vec<GradientOutput>,
+        loss: f64,
+        tokens: u64,
+        elapsed: Duration,
+    },
+    Closed {
+        round: RoundKey,
+        evaluation: Option<Evaluation>,
+    },
     Finished,
     /// The worker cannot go on.
     Failed(Error),
@@ -65,10 +77,7 @@ pub enum Done {
 ///
 /// # Errors
 /// [`Error::Thread`] when the operating system refuses.
-pub fn start(
-    settings: WorkerSettings,
-    replies: tokio::sync::mpsc::Sender<Input>,
-) -> Result<mpsc::Sender<Work>, Error> {
+pub fn start(settings: WorkerSettings, replies: tokio::sync::mpsc::Sender<Input>) -> Result<mpsc::Sender<Work>, Error> {
     let (sender, work) = mpsc::channel();
     let answer = move |done| replies.blocking_send(Input::Computed(done)).is_ok();
     std::thread::Builder::new()
@@ -123,12 +132,27 @@ struct Worker {
 
 impl Worker {
     fn load(mut settings: WorkerSettings) -> Result<Self, Error> {
-        let WorkerSettings { engine, config, cut, training, initial, weights, dtype, .. } = &mut settings;
+        let WorkerSettings {
+            engine,
+            config,
+            cut,
+            training,
+            initial,
+            weights,
+            dtype,
+            ..
+        } = &mut settings;
         let client_values = initial.slice(config, 0..*cut)?.values;
         let server_values = initial.slice(config, *cut..config.blocks)?.values;
         let mut units = |unit: Unit| -> Result<UnitData, WeightsError> { weights.unit(unit, *dtype) };
         let part = ServerPart::new(engine, config, &mut units, *cut, training, &server_values)?;
-        Ok(Self { part, settings, client_values, server_values, saved: false })
+        Ok(Self {
+            part,
+            settings,
+            client_values,
+            server_values,
+            saved: false,
+        })
     }
 
     async fn step(&mut self, key: StepKey, contributions: Vec<Contribution>) -> Result<Done, Error> {
@@ -158,9 +182,19 @@ impl Worker {
         let outputs = members
             .into_iter()
             .zip(replies)
-            .map(|(client, reply)| GradientOutput { client, loss: reply.loss as f32, payload: reply.gradient.bytes })
+            .map(|(client, reply)| GradientOutput {
+                client,
+                loss: reply.loss as f32,
+                payload: reply.gradient.bytes,
+            })
             .collect();
-        Ok(Done::Step { key, outputs, loss, tokens, elapsed: start.elapsed() })
+        Ok(Done::Step {
+            key,
+            outputs,
+            loss,
+            tokens,
+            elapsed: start.elapsed(),
+        })
     }
 
     async fn close(&mut self, round: RoundKey, average: Vec<f32>) -> Result<Done, Error> {
@@ -168,7 +202,10 @@ impl Worker {
         self.client_values = average;
         self.saved = false;
         self.save()?;
-        Ok(Done::Closed { round, evaluation: self.evaluate().await? })
+        Ok(Done::Closed {
+            round,
+            evaluation: self.evaluate().await?,
+        })
     }
 
     /// Writes the whole model's adapter.
@@ -176,21 +213,35 @@ impl Worker {
         if self.saved {
             return Ok(());
         }
-        let WorkerSettings { config, cut, training, adapter_directory, base_model, .. } = &self.settings;
+        let WorkerSettings {
+            config,
+            cut,
+            training,
+            adapter_directory,
+            base_model,
+            ..
+        } = &self.settings;
         let client = Adapter::from_values(config, &training.spec, 0..*cut, self.client_values.clone())?;
-        let server =
-            Adapter::from_values(config, &training.spec, *cut..config.blocks, self.server_values.clone())?;
-        client.merge(config, &server)?.save(adapter_directory, config, base_model)?;
+        let server = Adapter::from_values(config, &training.spec, *cut..config.blocks, self.server_values.clone())?;
+        client
+            .merge(config, &server)?
+            .save(adapter_directory, config, base_model)?;
         self.saved = true;
         Ok(())
     }
 
     async fn evaluate(&mut self) -> Result<Option<Evaluation>, Error> {
-        let Some(examples) = &self.settings.validation else { return Ok(None) };
+        let Some(examples) = &self.settings.validation else {
+            return Ok(None);
+        };
         let Training { batch, seq, .. } = self.settings.training;
         let mut batches = data::pass(examples, batch, seq)?.map(|batch| (batch.tokens, batch.targets, batch.seq));
         let (weights, dtype) = (&mut self.settings.weights, self.settings.dtype);
         let mut units = |unit: Unit| -> Result<UnitData, WeightsError> { weights.unit(unit, dtype) };
-        Ok(Some(self.part.evaluate(&mut units, &self.client_values, &mut batches).await?))
+        Ok(Some(
+            self.part
+                .evaluate(&mut units, &self.client_values, &mut batches)
+                .await?,
+        ))
     }
 }

@@ -247,14 +247,7 @@ impl<W> Network<W> {
             at = at.max(*busy_until);
         }
         *busy_until = at.max(*busy_until);
-        self.push(
-            at,
-            Happening::Arrival {
-                socket,
-                end,
-                arrival,
-            },
-        );
+        self.push(at, Happening::Arrival { socket, end, arrival });
     }
 
     /// Closes a socket from one end; the other is told.
@@ -280,12 +273,7 @@ impl<W> Network<W> {
         loop {
             let Reverse(Scheduled { at, happening, .. }) = self.queue.pop()?;
             self.now = at;
-            if let Happening::Arrival {
-                socket,
-                end,
-                arrival,
-            } = &happening
-            {
+            if let Happening::Arrival { socket, end, arrival } = &happening {
                 let open = &mut self.sockets[socket.0].open[place(*end)];
                 if !*open {
                     continue;

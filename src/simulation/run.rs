@@ -11,10 +11,9 @@ use super::network::{Arrival, End, Happening, Network, SocketId, Traffic, Weathe
 use crate::federated::weighted_mean;
 use crate::protocol::message::*;
 use crate::protocol::{
-    ActivationsInput, ClientConfig, ClientEvent, ClientFailure, ClientSession, ConnectionId,
-    Contribution, ControlAccess, ControlConfig, ControlEvent, ControlSession, Endpoint,
-    FederatedConfig, FederatedServerSession, FinishReason, GradientOutput, MainConfig, MainEvent,
-    MainServerSession, RunEnd, Transmit,
+    ActivationsInput, ClientConfig, ClientEvent, ClientFailure, ClientSession, ConnectionId, Contribution,
+    ControlAccess, ControlConfig, ControlEvent, ControlSession, Endpoint, FederatedConfig, FederatedServerSession,
+    FinishReason, GradientOutput, MainConfig, MainEvent, MainServerSession, RunEnd, Transmit,
 };
 
 const BATCH: u32 = 2;
@@ -249,9 +248,7 @@ fn skew(node: Node) -> Duration {
 }
 
 fn initial_adapter() -> Vec<f32> {
-    (0..NUMBERS)
-        .map(|index| 0.5 - 0.125 * index as f32)
-        .collect()
+    (0..NUMBERS).map(|index| 0.5 - 0.125 * index as f32).collect()
 }
 
 fn assignment(scenario: &Scenario) -> Assignment {
@@ -290,10 +287,7 @@ fn assignment(scenario: &Scenario) -> Assignment {
 }
 
 fn to_bytes(values: &[f32]) -> Vec<u8> {
-    values
-        .iter()
-        .flat_map(|value| value.to_le_bytes())
-        .collect()
+    values.iter().flat_map(|value| value.to_le_bytes()).collect()
 }
 
 fn from_bytes(bytes: &[u8]) -> Vec<f32> {
@@ -330,9 +324,7 @@ impl World {
         )
         .expect("the toy run is well configured");
         let control_access = if scenario.remote_control {
-            ControlAccess::Remote {
-                secret: secret.clone(),
-            }
+            ControlAccess::Remote { secret: secret.clone() }
         } else {
             ControlAccess::Local
         };
@@ -422,11 +414,7 @@ impl World {
             && self.network.now <= self.scenario.time_limit
         {
             match happening {
-                Happening::Arrival {
-                    socket,
-                    end,
-                    arrival,
-                } => self.arrive(socket, end, arrival),
+                Happening::Arrival { socket, end, arrival } => self.arrive(socket, end, arrival),
                 Happening::Own(own) => self.handle(own),
             }
             self.settle();
@@ -435,9 +423,8 @@ impl World {
 
     /// The servers are done, and so is every client that still runs.
     fn is_over(&self) -> bool {
-        let client_over = |toy: &Toy| {
-            toy.session.is_none() || toy.outcome.finished.is_some() || toy.outcome.failed.is_some()
-        };
+        let client_over =
+            |toy: &Toy| toy.session.is_none() || toy.outcome.finished.is_some() || toy.outcome.failed.is_some();
         self.outcome.drained && self.toys.iter().all(client_over)
     }
 
@@ -512,11 +499,7 @@ impl World {
                     session.ready(now);
                 }
             }
-            Own::Forwarded {
-                client,
-                process,
-                key,
-            } => self.forward(client, process, key),
+            Own::Forwarded { client, process, key } => self.forward(client, process, key),
             Own::Backwarded {
                 client,
                 process,
@@ -525,11 +508,7 @@ impl World {
             } => {
                 self.backward(client, process, key, &payload);
             }
-            Own::Stepped {
-                key,
-                outputs,
-                server,
-            } => {
+            Own::Stepped { key, outputs, server } => {
                 let now = self.now(Node::Main);
                 self.server = server;
                 self.outcome.steps += 1;
@@ -539,8 +518,7 @@ impl World {
             }
             Own::Validated(round) => {
                 let now = self.now(Node::Main);
-                self.main
-                    .validated(now, round, Some(f64::from(self.average[0])));
+                self.main.validated(now, round, Some(f64::from(self.average[0])));
             }
         }
     }
@@ -581,10 +559,7 @@ impl World {
             Fault::Crash(client) | Fault::Kill(client) => {
                 let toy = &mut self.toys[client];
                 toy.session = None;
-                for socket in [toy.main.take(), toy.federated.take()]
-                    .into_iter()
-                    .flatten()
-                {
+                for socket in [toy.main.take(), toy.federated.take()].into_iter().flatten() {
                     match fault {
                         Fault::Kill(_) => self.network.close(socket, End::Dialler),
                         _ => self.network.vanish(socket, End::Dialler),
@@ -686,13 +661,8 @@ impl World {
         // Every third batch of the second client has no target in the loss.
         let ignored = client == 1 && toy.cursor.is_multiple_of(3);
         let target = |row: u32| {
-            let known =
-                !ignored && !(u64::from(row) + toy.cursor + client as u64).is_multiple_of(4);
-            if known {
-                (row % VOCAB) as i32
-            } else {
-                IGNORED_TARGET
-            }
+            let known = !ignored && !(u64::from(row) + toy.cursor + client as u64).is_multiple_of(4);
+            if known { (row % VOCAB) as i32 } else { IGNORED_TARGET }
         };
         let examples = 1 + (client as u32 + toy.cursor as u32) % BATCH;
         toy.examples += u64::from(examples);
@@ -704,10 +674,7 @@ impl World {
             targets: (0..BATCH * SEQ).map(target).collect(),
             payload: to_bytes(&payload),
         };
-        let result = toy
-            .session
-            .as_mut()
-            .map(|session| session.activations(now, input));
+        let result = toy.session.as_mut().map(|session| session.activations(now, input));
         if let Some(Err(error)) = result {
             self.violation(error.to_string());
         }
@@ -766,19 +733,10 @@ impl World {
             }
             ClientEvent::ComputeForward { key } => {
                 if self.toys[client].adapter.is_empty() {
-                    self.violation(format!(
-                        "client {client} was asked for {key} without an adapter"
-                    ));
+                    self.violation(format!("client {client} was asked for {key} without an adapter"));
                 }
                 let at = self.network.now + self.network.pause(compute);
-                self.network.schedule(
-                    at,
-                    Own::Forwarded {
-                        client,
-                        process,
-                        key,
-                    },
-                );
+                self.network.schedule(at, Own::Forwarded { client, process, key });
             }
             ClientEvent::ComputeBackward { key, gradient } => {
                 let at = self.network.now + self.network.pause(compute);
@@ -797,8 +755,7 @@ impl World {
                 let now = self.now(Node::Client(client));
                 let toy = &mut self.toys[client];
                 let (values, examples) = (toy.adapter.clone(), toy.examples);
-                self.uploads
-                    .insert((round, client), (examples, values.clone()));
+                self.uploads.insert((round, client), (examples, values.clone()));
                 let result = toy
                     .session
                     .as_mut()
@@ -809,9 +766,7 @@ impl World {
             }
             ClientEvent::Finished(reason) => self.toys[client].outcome.finished = Some(reason),
             ClientEvent::Failed(failure) => self.toys[client].outcome.failed = Some(failure),
-            ClientEvent::ConnectionLost { .. }
-            | ClientEvent::RoundStarted { .. }
-            | ClientEvent::RoundResult(_) => {}
+            ClientEvent::ConnectionLost { .. } | ClientEvent::RoundStarted { .. } | ClientEvent::RoundResult(_) => {}
         }
     }
 
@@ -831,9 +786,7 @@ impl World {
                     self.violation(format!("{client} left without having joined"));
                 }
                 self.departed.insert(client);
-                self.outcome
-                    .history
-                    .push((at, Phase::Left(self.numbers[&client])));
+                self.outcome.history.push((at, Phase::Left(self.numbers[&client])));
             }
             MainEvent::RoundStarted { members, round } => {
                 if let Some(absent) = members.iter().find(|client| !self.present.contains(client)) {
@@ -863,17 +816,11 @@ impl World {
     }
 
     fn compute_step(&mut self, key: StepKey, contributions: &[Contribution]) {
-        let weights: f64 = contributions
-            .iter()
-            .map(|contribution| contribution.weight)
-            .sum();
+        let weights: f64 = contributions.iter().map(|contribution| contribution.weight).sum();
         if (weights - 1.0).abs() > 1e-12 {
             self.violation(format!("the weights of {key} add up to {weights}"));
         }
-        let clients: BTreeSet<ClientId> = contributions
-            .iter()
-            .map(|contribution| contribution.client)
-            .collect();
+        let clients: BTreeSet<ClientId> = contributions.iter().map(|contribution| contribution.client).collect();
         if clients.len() != contributions.len() {
             self.violation(format!("somebody contributes twice to {key}"));
         }
@@ -895,11 +842,7 @@ impl World {
         let mut outputs = Vec::new();
         for contribution in contributions {
             let activations = from_bytes(&contribution.payload);
-            let mean = activations
-                .iter()
-                .map(|value| f64::from(*value))
-                .sum::<f64>()
-                / activations.len() as f64;
+            let mean = activations.iter().map(|value| f64::from(*value)).sum::<f64>() / activations.len() as f64;
             server -= 0.01 * contribution.weight * mean;
             let d_activations: Vec<f32> = activations.iter().map(|value| 0.5 * value).collect();
             outputs.push(GradientOutput {
@@ -909,23 +852,10 @@ impl World {
             });
         }
         let at = self.network.now + self.network.pause(self.scenario.compute);
-        self.network.schedule(
-            at,
-            Own::Stepped {
-                key,
-                outputs,
-                server,
-            },
-        );
+        self.network.schedule(at, Own::Stepped { key, outputs, server });
     }
 
-    fn check_round(
-        &mut self,
-        round: RoundKey,
-        average: &[f32],
-        included: &[Inclusion],
-        excluded: &[Exclusion],
-    ) {
+    fn check_round(&mut self, round: RoundKey, average: &[f32], included: &[Inclusion], excluded: &[Exclusion]) {
         let number = |client: &ClientId| self.numbers.get(client).copied().unwrap_or(usize::MAX);
         let uploads: Vec<Option<&(u64, Vec<f32>)>> = included
             .iter()
@@ -948,23 +878,12 @@ impl World {
         let mut found = Vec::new();
         // With two processes, word that somebody left can cross the closing of the round.
         if !self.scenario.remote_control
-            && let Some(gone) = included
-                .iter()
-                .find(|member| self.departed.contains(&member.client))
+            && let Some(gone) = included.iter().find(|member| self.departed.contains(&member.client))
         {
-            found.push(format!(
-                "{round} has the adapter of {}, who has left",
-                gone.client
-            ));
+            found.push(format!("{round} has the adapter of {}, who has left", gone.client));
         }
-        if let Some(other) = included
-            .iter()
-            .find(|member| !self.members.contains(&member.client))
-        {
-            found.push(format!(
-                "{round} has the adapter of {}, who is no member",
-                other.client
-            ));
+        if let Some(other) = included.iter().find(|member| !self.members.contains(&member.client)) {
+            found.push(format!("{round} has the adapter of {}, who is no member", other.client));
         }
         let weighted: Option<Vec<(u64, &[f32])>> = uploads
             .iter()
@@ -979,9 +898,7 @@ impl World {
             None => found.push(format!("{round} has an adapter that was never sent")),
             Some(Err(error)) => found.push(format!("{round}: {error}")),
             Some(Ok(mean)) if mean != average => {
-                found.push(format!(
-                    "the average of {round} is {average:?}, not {mean:?}"
-                ));
+                found.push(format!("the average of {round} is {average:?}, not {mean:?}"));
             }
             Some(Ok(_)) => {}
         }

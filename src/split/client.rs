@@ -108,14 +108,9 @@ impl ClientPart {
         let seq = self.pending.ok_or(Error::NoForward)?;
         let batch = self.training.batch;
         self.gradient.accepts(gradient)?;
-        check_length(
-            "the rows of a gradient",
-            gradient.batch * gradient.seq,
-            batch * seq,
-        )?;
+        check_length("the rows of a gradient", gradient.batch * gradient.seq, batch * seq)?;
         self.pending = None;
-        self.gradient
-            .upload(self.stack.engine(), gradient, self.stack.d_x())?;
+        self.gradient.upload(self.stack.engine(), gradient, self.stack.d_x())?;
         self.stack.begin_update(&self.training.optimizer, 1.0);
         let gradient = &self.gradient;
         self.stack.run("backward", seq, |stack, recording| {

@@ -72,12 +72,7 @@ pub(super) struct CutBuffers {
 }
 
 impl CutBuffers {
-    pub fn new(
-        engine: &Engine,
-        wire: Wire,
-        rows: usize,
-        width: usize,
-    ) -> Result<Self, compute::Error> {
+    pub fn new(engine: &Engine, wire: Wire, rows: usize, width: usize) -> Result<Self, compute::Error> {
         let (packed, scales) = match wire {
             Wire::F32 => (1, 1),
             Wire::F16 => ((rows * width).div_ceil(2), 1),
@@ -102,16 +97,8 @@ impl CutBuffers {
     pub fn record_pack(&self, recording: &mut Recording, rows: usize, values: &Buffer) {
         match self.wire {
             Wire::F32 => {}
-            Wire::F16 => {
-                quantize::forward_f16(recording, self.params(rows), values, &self.packed)
-            }
-            Wire::Int8 => quantize::forward_int8(
-                recording,
-                self.params(rows),
-                values,
-                &self.packed,
-                &self.scales,
-            ),
+            Wire::F16 => quantize::forward_f16(recording, self.params(rows), values, &self.packed),
+            Wire::Int8 => quantize::forward_int8(recording, self.params(rows), values, &self.packed, &self.scales),
         }
     }
 
@@ -119,16 +106,8 @@ impl CutBuffers {
     pub fn record_unpack(&self, recording: &mut Recording, rows: usize, values: &Buffer) {
         match self.wire {
             Wire::F32 => {}
-            Wire::F16 => {
-                quantize::inverse_f16(recording, self.params(rows), &self.packed, values)
-            }
-            Wire::Int8 => quantize::inverse_int8(
-                recording,
-                self.params(rows),
-                &self.packed,
-                &self.scales,
-                values,
-            ),
+            Wire::F16 => quantize::inverse_f16(recording, self.params(rows), &self.packed, values),
+            Wire::Int8 => quantize::inverse_int8(recording, self.params(rows), &self.packed, &self.scales, values),
         }
     }
 

@@ -94,11 +94,7 @@ impl Training {
 
 fn check_length(what: &'static str, found: usize, expected: usize) -> Result<(), Error> {
     if found != expected {
-        return Err(Error::Length {
-            what,
-            expected,
-            found,
-        });
+        return Err(Error::Length { what, expected, found });
     }
     Ok(())
 }

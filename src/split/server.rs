@@ -86,13 +86,7 @@ impl ServerPart {
         check_adapter(&layout, adapter)?;
         let embedding = EmbeddingWeights::upload(engine, config, &units(Unit::Embedding)?)?;
         let blocks = (cut..config.blocks)
-            .map(|block| {
-                Ok(BlockWeights::upload(
-                    engine,
-                    config,
-                    &units(Unit::Block(block))?,
-                )?)
-            })
+            .map(|block| Ok(BlockWeights::upload(engine, config, &units(Unit::Block(block))?)?))
             .collect::<Result<Vec<_>, Error>>()?;
         let weights = StackWeights {
             embedding: Some(embedding),
@@ -127,20 +121,13 @@ impl ServerPart {
         self.activations.accepts(cut)?;
         self.training.check_seq(cut.seq, self.stack.config())?;
         check_length("the rows of a batch", cut.batch, self.training.batch)?;
-        check_length(
-            "a batch of targets",
-            contribution.targets.len(),
-            cut.batch * cut.seq,
-        )?;
+        check_length("a batch of targets", contribution.targets.len(), cut.batch * cut.seq)?;
         check_targets(contribution.targets, self.stack.config().vocab)
     }
 
     /// Forward and backward of every contribution and one optimiser step on `Σ w_k loss_k`, `w_k = tokens_k / Σ tokens`. Returns
     /// that loss and the replies in the order of the contributions.
-    pub async fn step(
-        &mut self,
-        contributions: &[Contribution<'_>],
-    ) -> Result<(f64, Vec<Reply>), Error> {
+    pub async fn step(&mut self, contributions: &[Contribution<'_>]) -> Result<(f64, Vec<Reply>), Error> {
         contributions.iter().try_for_each(|c| self.check(c))?;
         let count = |c: &Contribution<'_>| c.targets.iter().filter(|&&target| target >= 0).count();
         let total: usize = contributions.iter().map(count).sum();
@@ -150,11 +137,8 @@ impl ServerPart {
             let cut = contribution.activations;
             let (batch, seq) = (cut.batch, cut.seq);
             let weight = count(contribution) as f64 / total.max(1) as f64;
-            self.activations
-                .upload(self.stack.engine(), cut, self.stack.input())?;
-            let tokens = self
-                .stack
-                .upload_targets(contribution.targets, weight as f32);
+            self.activations.upload(self.stack.engine(), cut, self.stack.input())?;
+            let tokens = self.stack.upload_targets(contribution.targets, weight as f32);
             let (activations, gradient) = (&self.activations, &self.gradient);
             self.stack.run("contribution", seq, |stack, recording| {
                 activations.record_unpack(recording, batch * seq, stack.input());
@@ -182,9 +166,7 @@ impl ServerPart {
         }
         self.stack.begin_update(&self.training.optimizer, 1.0);
         self.stack
-            .run("update", 0, |stack, recording| {
-                stack.record_update(recording)
-            })?;
+            .run("update", 0, |stack, recording| stack.record_update(recording))?;
         Ok((total_loss, replies))
     }
 
@@ -212,13 +194,7 @@ impl ServerPart {
         let (engine, config) = (self.stack.engine(), self.stack.config());
         let own = self.stack.weights();
         let mut blocks = (0..self.cut)
-            .map(|block| {
-                Ok(BlockWeights::upload(
-                    engine,
-                    config,
-                    &units(Unit::Block(block))?,
-                )?)
-            })
+            .map(|block| Ok(BlockWeights::upload(engine, config, &units(Unit::Block(block))?)?))
             .collect::<Result<Vec<_>, Error>>()?;
         blocks.extend(own.blocks.iter().cloned());
         let weights = StackWeights {
@@ -229,19 +205,11 @@ impl ServerPart {
         };
         let spec = &self.training.spec;
         let server_values = self.stack.adapter().await?;
-        let adapter = Adapter::from_values(config, spec, 0..self.cut, client_adapter.to_vec())?
-            .merge(
-                config,
-                &Adapter::from_values(config, spec, self.cut..config.blocks, server_values)?,
-            )?;
-        let mut whole = Central::new(
-            engine,
+        let adapter = Adapter::from_values(config, spec, 0..self.cut, client_adapter.to_vec())?.merge(
             config,
-            weights,
-            Some(&adapter),
-            self.stack.extent(),
-            None,
+            &Adapter::from_values(config, spec, self.cut..config.blocks, server_values)?,
         )?;
+        let mut whole = Central::new(engine, config, weights, Some(&adapter), self.stack.extent(), None)?;
         let mut counted = Counted::default();
         for (tokens, targets, seq) in batches {
             counted += whole.loss(&tokens, &targets, seq).await?;

@@ -60,8 +60,7 @@ fn run(
         .iter()
         .zip(slots)
         .map(|(buffer, slot)| {
-            pollster::block_on(engine.download(buffer, 0, slot.words.len()))
-                .expect("the device is well")
+            pollster::block_on(engine.download(buffer, 0, slot.words.len())).expect("the device is well")
         })
         .collect()
 }
@@ -69,8 +68,7 @@ fn run(
 /// Asserts that the numbers are within `tolerance` of each other, relative to the expected number or the mean magnitude.
 pub fn assert_close(claim: &str, found: &[f32], expected: &[f32], tolerance: f32) {
     assert_eq!(found.len(), expected.len(), "{claim}");
-    let mean =
-        expected.iter().map(|x| x.abs() as f64).sum::<f64>() as f32 / expected.len().max(1) as f32;
+    let mean = expected.iter().map(|x| x.abs() as f64).sum::<f64>() as f32 / expected.len().max(1) as f32;
     for (i, (&found, &expected)) in found.iter().zip(expected).enumerate() {
         let error = (found - expected).abs();
         assert!(
@@ -82,17 +80,10 @@ pub fn assert_close(claim: &str, found: &[f32], expected: &[f32], tolerance: f32
 
 /// Runs `launch` everywhere, asserts that every engine and tiling leaves the same numbers in every buffer and no NaN among
 /// floats, and returns what the CPU engine left.
-pub fn agree(
-    claim: &str,
-    slots: &[Slot],
-    launch: impl Fn(&mut Recording, &[Buffer]),
-) -> Vec<Vec<u32>> {
+pub fn agree(claim: &str, slots: &[Slot], launch: impl Fn(&mut Recording, &[Buffer])) -> Vec<Vec<u32>> {
     let expected = run(&Engine::cpu(), DeviceClass::CpuEngine, slots, &launch);
     for (i, (slot, words)) in slots.iter().zip(&expected).enumerate() {
-        let written = slot.tolerance.is_none()
-            || bytemuck::cast_slice::<u32, f32>(words)
-                .iter()
-                .all(|x| !x.is_nan());
+        let written = slot.tolerance.is_none() || bytemuck::cast_slice::<u32, f32>(words).iter().all(|x| !x.is_nan());
         assert!(written, "{claim}: the CPU engine leaves NaN in buffer {i}");
     }
     let Some(gpu) = gpu() else {

@@ -13,19 +13,13 @@ pub struct Browser {
 /// Finds both, or names the ones that are missing. `CHROMIUM` and `CHROMEDRIVER` name them outright.
 pub fn find() -> Result<Browser, Vec<&'static str>> {
     let chromium = named_by("CHROMIUM").or_else(|| {
-        on_path(&[
-            "chromium",
-            "google-chrome",
-            "google-chrome-stable",
-            "chrome",
-        ])
-        // Ubuntu installs a script of this name that only says how to install the snap.
-        .or_else(|| on_path(&["chromium-browser"]).filter(|_| !Path::new("/usr/bin/snap").exists()))
-        .or_else(|| in_places(&["/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"]))
+        on_path(&["chromium", "google-chrome", "google-chrome-stable", "chrome"])
+            // Ubuntu installs a script of this name that only says how to install the snap.
+            .or_else(|| on_path(&["chromium-browser"]).filter(|_| !Path::new("/usr/bin/snap").exists()))
+            .or_else(|| in_places(&["/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"]))
     });
-    let driver = named_by("CHROMEDRIVER").or_else(|| {
-        on_path(&["chromedriver"]).or_else(|| in_places(&["/usr/lib/chromium/chromedriver"]))
-    });
+    let driver = named_by("CHROMEDRIVER")
+        .or_else(|| on_path(&["chromedriver"]).or_else(|| in_places(&["/usr/lib/chromium/chromedriver"])));
     match (chromium, driver) {
         (Some(chromium), Some(driver)) => Ok(Browser { chromium, driver }),
         (chromium, driver) => Err([("chromium", chromium), ("chromedriver", driver)]
@@ -37,9 +31,7 @@ pub fn find() -> Result<Browser, Vec<&'static str>> {
 }
 
 fn named_by(variable: &str) -> Option<PathBuf> {
-    env::var_os(variable)
-        .map(PathBuf::from)
-        .filter(|path| path.is_file())
+    env::var_os(variable).map(PathBuf::from).filter(|path| path.is_file())
 }
 
 fn on_path(names: &[&str]) -> Option<PathBuf> {

@@ -2,6 +2,7 @@
 //! files of `web/` in `web/dist/`, from where the root package's build script embeds it in the native binary.
 
 use std::collections::BTreeMap;
+use std::env;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -13,9 +14,10 @@ use wasm_bindgen_cli_support::Bindgen;
 use crate::command;
 use crate::setup;
 
-/// What the WebAssembly and its JavaScript may weigh: on a phone's first visit this is the wait before anything runs.
-const BUDGET_RAW: usize = 400_000;
-const BUDGET_GZIP: usize = 150_000;
+/// What the WebAssembly and its JavaScript may weigh, a little above what they do weigh: growth should be a decision, since on a
+/// phone's first visit this is the wait before anything runs.
+const BUDGET_RAW: usize = 600_000;
+const BUDGET_GZIP: usize = 220_000;
 
 /// How the WebAssembly is compiled.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -36,15 +38,9 @@ pub fn build(profile: Profile) -> Result<()> {
     // `--crate-type` here rather than in Cargo.toml: native builds need no shared library.
     command::run(
         command::cargo()
-            .args([
-                "rustc",
-                "--package",
-                "sflllm",
-                "--lib",
-                "--crate-type",
-                "cdylib",
-            ])
-            .args(["--target", "wasm32-unknown-unknown", "--profile", name]),
+            .args(["rustc", "--package", "sflllm", "--lib", "--crate-type", "cdylib"])
+            .args(["--target", "wasm32-unknown-unknown", "--profile", name])
+            .env("CARGO_TARGET_WASM32_UNKNOWN_UNKNOWN_RUSTFLAGS", compiler_flags()),
     )?;
     let wasm = command::target_directory()
         .join("wasm32-unknown-unknown")
@@ -71,11 +67,26 @@ pub fn build(profile: Profile) -> Result<()> {
         "engine"
     );
     if profile == Profile::Shipped && (raw > BUDGET_RAW || gzip > BUDGET_GZIP) {
-        bail!(
-            "the web client is over its size budget: {raw} of {BUDGET_RAW} bytes, {gzip} of {BUDGET_GZIP} gzip"
-        );
+        bail!("the web client is over its size budget: {raw} of {BUDGET_RAW} bytes, {gzip} of {BUDGET_GZIP} gzip");
     }
     Ok(())
+}
+
+/// SIMD, which every browser with WebGPU has and the CPU engine needs; and no paths of the machine that builds.
+fn compiler_flags() -> String {
+    let home = env::var_os("CARGO_HOME")
+        .map(PathBuf::from)
+        .or_else(|| Some(env::home_dir()?.join(".cargo")));
+    let registry = home.map(|home| home.join("registry").join("src"));
+    let mut flags = "-Ctarget-feature=+simd128".to_owned();
+    for prefix in [registry, Some(command::root())].into_iter().flatten() {
+        let prefix = prefix.display().to_string();
+        // The variable separates flags by spaces and knows no quotes.
+        if !prefix.contains(char::is_whitespace) {
+            flags.push_str(&format!(" --remap-path-prefix={prefix}=."));
+        }
+    }
+    flags
 }
 
 /// The WebAssembly and the module that loads it.
@@ -94,8 +105,30 @@ fn bind(wasm: &Path, profile: Profile) -> Result<BTreeMap<String, Vec<u8>>> {
         .with_context(|| format!("wasm-bindgen cannot process {}", wasm.display()))?;
     if profile == Profile::Shipped {
         optimise(&out.join("sflllm_bg.wasm"))?;
+        let module = out.join("sflllm.js");
+        let source = fs::read_to_string(&module).with_context(|| format!("cannot read {}", module.display()))?;
+        fs::write(&module, without_comments(&source)).with_context(|| format!("cannot write {}", module.display()))?;
     }
     read_tree(&out, &out)
+}
+
+/// The module wasm-bindgen wrote, without its documentation comments and indentation. It writes both on lines of their own.
+fn without_comments(source: &str) -> String {
+    let mut shorter = String::with_capacity(source.len());
+    let mut in_comment = false;
+    for line in source.lines().map(str::trim) {
+        if line.starts_with("/*") {
+            in_comment = true;
+        }
+        if !in_comment && !line.is_empty() && !line.starts_with("//") {
+            shorter.push_str(line);
+            shorter.push('\n');
+        }
+        if line.ends_with("*/") {
+            in_comment = false;
+        }
+    }
+    shorter
 }
 
 /// `wasm-opt` (from binaryen) makes the bundle a little smaller; nothing depends on it.
@@ -123,8 +156,7 @@ fn static_files(web: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
 
 fn read_tree(top: &Path, directory: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
     let mut files = BTreeMap::new();
-    let entries =
-        fs::read_dir(directory).with_context(|| format!("cannot list {}", directory.display()))?;
+    let entries = fs::read_dir(directory).with_context(|| format!("cannot list {}", directory.display()))?;
     for entry in entries {
         let path = entry
             .with_context(|| format!("cannot list {}", directory.display()))?
@@ -146,8 +178,7 @@ fn read_tree(top: &Path, directory: &Path) -> Result<BTreeMap<String, Vec<u8>>> 
 
 /// Makes `directory` hold exactly `files`.
 fn write_directory(directory: &Path, files: &BTreeMap<String, Vec<u8>>) -> Result<()> {
-    fs::create_dir_all(directory)
-        .with_context(|| format!("cannot create {}", directory.display()))?;
+    fs::create_dir_all(directory).with_context(|| format!("cannot create {}", directory.display()))?;
     for stale in read_tree(directory, directory)?
         .keys()
         .filter(|path| !files.contains_key(*path))
@@ -161,8 +192,7 @@ fn write_directory(directory: &Path, files: &BTreeMap<String, Vec<u8>>) -> Resul
             continue;
         }
         if let Some(parent) = path.parent() {
-            fs::create_dir_all(parent)
-                .with_context(|| format!("cannot create {}", parent.display()))?;
+            fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))?;
         }
         fs::write(&path, bytes).with_context(|| format!("cannot write {}", path.display()))?;
     }
@@ -173,4 +203,18 @@ fn gzip_size(bytes: &[u8]) -> Result<usize> {
     let mut encoder = GzEncoder::new(Vec::new(), Compression::best());
     encoder.write_all(bytes)?;
     Ok(encoder.finish()?.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::without_comments;
+
+    #[test]
+    fn comments_and_indentation_are_left_out() {
+        let source = "/**\n * What it does.\n */\nexport class A {\n    /** short */\n    b() {\n        // why\n        return '/* kept */';\n    }\n}\n";
+        assert_eq!(
+            without_comments(source),
+            "export class A {\nb() {\nreturn '/* kept */';\n}\n}\n"
+        );
+    }
 }

@@ -15,14 +15,7 @@ pub fn run() -> Result<()> {
     times.cargo("format", &["fmt", "--all", "--check"])?;
     times.cargo(
         "lint, native",
-        &[
-            "clippy",
-            "--workspace",
-            "--all-targets",
-            "--",
-            "-D",
-            "warnings",
-        ],
+        &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"],
     )?;
     let wasm = [
         "clippy",
@@ -41,18 +34,14 @@ pub fn run() -> Result<()> {
     times.step("tests: native, GPU and browser", || {
         // What may be skipped on a developer's machine must run here: the set-up has just made it available.
         let required = [("SFLLLM_REQUIRE_GPU", "1"), ("SFLLLM_REQUIRE_BROWSER", "1")];
-        command::run(
-            command::cargo()
-                .envs(required)
-                .args(["test", "--workspace"]),
-        )
+        command::run(command::cargo().envs(required).args(["test", "--workspace"]))
     })?;
     times.step("documentation", || {
-        command::run(command::cargo().env("RUSTDOCFLAGS", "-D warnings").args([
-            "doc",
-            "--workspace",
-            "--no-deps",
-        ]))
+        command::run(
+            command::cargo()
+                .env("RUSTDOCFLAGS", "-D warnings")
+                .args(["doc", "--workspace", "--no-deps"]),
+        )
     })?;
 
     command::heading("passed");

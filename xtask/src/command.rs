@@ -10,8 +10,8 @@ use anyhow::{Context, Result, bail};
 
 /// The repository root. `cargo run` says where it is; two checkouts may share one build of this program.
 pub fn root() -> PathBuf {
-    let here = env::var_os("CARGO_MANIFEST_DIR")
-        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
+    let here =
+        env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
     here.parent().map(Path::to_path_buf).unwrap_or(here)
 }
 
@@ -40,12 +40,7 @@ pub fn cargo() -> Command {
         let described = name.to_str().is_some_and(|name| {
             name.starts_with("CARGO_PKG_")
                 || name.starts_with("CARGO_MANIFEST_")
-                || [
-                    "CARGO_BIN_NAME",
-                    "CARGO_CRATE_NAME",
-                    "CARGO_PRIMARY_PACKAGE",
-                ]
-                .contains(&name)
+                || ["CARGO_BIN_NAME", "CARGO_CRATE_NAME", "CARGO_PRIMARY_PACKAGE"].contains(&name)
         });
         if described {
             command.env_remove(name);
@@ -74,9 +69,7 @@ pub fn line(command: &Command) -> String {
 pub fn run(command: &mut Command) -> Result<()> {
     let line = line(command);
     eprintln!("$ {line}");
-    let status = command
-        .status()
-        .with_context(|| format!("cannot start `{line}`"))?;
+    let status = command.status().with_context(|| format!("cannot start `{line}`"))?;
     if !status.success() {
         match status.code() {
             Some(code) => bail!("`{line}` failed with exit code {code}"),

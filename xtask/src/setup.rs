@@ -48,14 +48,16 @@ fn target_installed() -> bool {
     output.is_ok_and(|output| {
         let directory = String::from_utf8_lossy(&output.stdout).trim().to_owned();
         // The directory itself may be left behind by a removed target.
-        output.status.success()
-            && fs::read_dir(directory).is_ok_and(|mut entries| entries.next().is_some())
+        output.status.success() && fs::read_dir(directory).is_ok_and(|mut entries| entries.next().is_some())
     })
 }
 
 fn rustup(arguments: &[&str]) -> Result<()> {
     run(in_root("rustup").args(arguments)).with_context(|| {
-        format!("`rustup {}` is needed; without rustup, install this part of Rust the way Rust itself was installed", arguments.join(" "))
+        format!(
+            "`rustup {}` is needed; without rustup, install this part of Rust the way Rust itself was installed",
+            arguments.join(" ")
+        )
     })
 }
 
@@ -97,14 +99,9 @@ fn programs() -> Result<()> {
         }));
     }
     if system != System::Other && !packages.is_empty() {
-        let install = format!(
-            "apt-get install -y --no-install-recommends {}",
-            packages.join(" ")
-        );
+        let install = format!("apt-get install -y --no-install-recommends {}", packages.join(" "));
         if !is_root() {
-            bail!(
-                "this needs root, please run it and come back:\n    sudo apt-get update && sudo {install}"
-            );
+            bail!("this needs root, please run it and come back:\n    sudo apt-get update && sudo {install}");
         }
         run(in_root("apt-get").args(["update", "-q"]))?;
         run(in_root("apt-get")
@@ -124,8 +121,7 @@ fn programs() -> Result<()> {
                 System::Ubuntu =>
                     "Ubuntu's own chromium is a snap, which the test cannot drive: install Google Chrome's .deb package \
                      and the chromedriver of the same version from `Chrome for Testing` (npx @puppeteer/browsers install chromedriver@stable).",
-                _ if cfg!(target_os = "macos") =>
-                    "Run: brew install --cask google-chrome chromedriver.",
+                _ if cfg!(target_os = "macos") => "Run: brew install --cask google-chrome chromedriver.",
                 _ => "Install Chromium or Google Chrome and the chromedriver of the same version.",
             }
         ),
@@ -210,9 +206,7 @@ mod tests {
     fn the_distribution_is_read_from_os_release() {
         assert!(System::from_release("PRETTY_NAME=\"x\"\nID=debian\n") == System::Debian);
         assert!(System::from_release("ID=ubuntu\nID_LIKE=debian\n") == System::Ubuntu);
-        assert!(
-            System::from_release("ID=linuxmint\nID_LIKE=\"ubuntu debian\"\n") == System::Ubuntu
-        );
+        assert!(System::from_release("ID=linuxmint\nID_LIKE=\"ubuntu debian\"\n") == System::Ubuntu);
         assert!(System::from_release("ID=raspbian\nID_LIKE=debian\n") == System::Debian);
         assert!(System::from_release("ID=fedora\n") == System::Other);
         assert!(System::from_release("") == System::Other);
