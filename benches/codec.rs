@@ -5,7 +5,7 @@ use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use sflllm::federated::weighted_mean;
-use sflllm::protocol::codec::{Frame, decode_frame, decode_message, encode_frame, encode_message};
+use sflllm::protocol::codec::{Frame, decode_frame, decode_message, encode_message_frame};
 use sflllm::protocol::message::{Activations, Digest, IGNORED_TARGET, Message, RoundKey, StepKey, WireDtype};
 
 const WIDTH: usize = 768;
@@ -30,16 +30,6 @@ fn activations(batch: usize, seq: usize, dtype: WireDtype) -> Message {
     })
 }
 
-fn frame(message: &Message) -> Vec<u8> {
-    let (kind, body) = encode_message(message);
-    encode_frame(Frame::Message {
-        number: 1,
-        acknowledged: 1,
-        kind,
-        body: &body,
-    })
-}
-
 fn codec(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("codec");
     for (batch, seq, dtype) in [
@@ -48,11 +38,11 @@ fn codec(criterion: &mut Criterion) {
         (4, 54, WireDtype::Int8),
     ] {
         let message = activations(batch, seq, dtype);
-        let bytes = frame(&message);
+        let bytes = encode_message_frame(1, 1, &message);
         let id = format!("{batch}x{seq}x{WIDTH}/{dtype:?}").to_lowercase();
         group.throughput(Throughput::Bytes(bytes.len() as u64));
         group.bench_function(BenchmarkId::new("encode", &id), |bencher| {
-            bencher.iter(|| frame(black_box(&message)));
+            bencher.iter(|| encode_message_frame(1, 1, black_box(&message)));
         });
         group.bench_function(BenchmarkId::new("decode", &id), |bencher| {
             bencher.iter(|| match decode_frame(black_box(&bytes)) {

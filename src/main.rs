@@ -17,6 +17,10 @@ fn main() -> ExitCode {
     #[cfg(target_os = "linux")]
     quieten_device_selection();
     let cli = sflllm::cli::Cli::parse();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_max_level(tracing_subscriber::filter::LevelFilter::WARN)
+        .init();
     match cli.command.run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

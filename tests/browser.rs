@@ -64,7 +64,7 @@ fn two_tabs_on_webgpu_train_to_the_end() {
 }
 
 #[test]
-fn a_browser_without_webgpu_says_so_and_joins_with_its_cpu() {
+fn a_browser_without_webgpu_says_so_and_trains_a_local_file_on_its_cpu() {
     let Some(programs) = programs() else { return };
     let run = tempfile::tempdir().unwrap();
     let server = Server::start(run.path(), 1, 1, 4);
@@ -80,6 +80,17 @@ fn a_browser_without_webgpu_says_so_and_joins_with_its_cpu() {
     );
     chromium.screenshot("browser-unsupported.png");
 
+    // A file of this device instead of the demo text.
+    let text = run.path().join("diary.txt");
+    fs::write(
+        &text,
+        "The river was high today. We walked to the old mill and back. ".repeat(60),
+    )
+    .unwrap();
+    chromium.choose_file("#file", &text);
+    chromium.script("document.querySelector('input[value=file]').checked = true", json!([]));
+    let name = chromium.script("return document.getElementById('file-name').innerText", json!([]));
+    assert!(name.as_str().is_some_and(|name| name.contains("diary.txt")), "{name}");
     chromium.script("document.getElementById('join-button').click()", json!([]));
     chromium.wait_for_state(&["done"], &server);
     let shown = chromium.root_data();
@@ -88,7 +99,7 @@ fn a_browser_without_webgpu_says_so_and_joins_with_its_cpu() {
         "{shown}"
     );
     server.finish();
-    check_metrics(run.path(), 1, 1, 4);
+    check_steps(run.path(), 1, 4);
 }
 
 #[test]
@@ -156,42 +167,39 @@ fn browser_token_ids_are_the_native_ones() {
     }
 }
 
-/// Every step and every average had all the tabs in it, and they learned.
+/// Every step and every average had all the tabs in it, and the model learned what it is validated on.
 fn check_metrics(run: &Path, tabs: u64, rounds: u64, local_steps: u64) {
+    let lines = check_steps(run, tabs, rounds * local_steps);
+    let round_lines = || lines.iter().filter(|line| line["kind"] == "round");
+    let averaged: Vec<&Value> = round_lines()
+        .filter(|round| round["adapters"].as_u64() > Some(0))
+        .collect();
+    assert_eq!(averaged.len() as u64, rounds);
+    for round in averaged {
+        assert_eq!(round["adapters"], tabs, "a tab is missing from an average: {round}");
+    }
+    let losses: Vec<f64> = round_lines().filter_map(|round| round["valid_loss"].as_f64()).collect();
+    assert!(
+        losses.len() >= 2 && losses.last() < losses.first(),
+        "validation loss did not fall: {losses:?}"
+    );
+}
+
+/// All steps were taken, each with all the tabs. Gives back the lines of the metrics file.
+fn check_steps(run: &Path, tabs: u64, count: u64) -> Vec<Value> {
     let text = fs::read_to_string(run.join("out/metrics.jsonl")).unwrap();
     let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    let of_kind = |kind: &str| {
-        lines
-            .iter()
-            .filter(|line| line["kind"] == kind)
-            .cloned()
-            .collect::<Vec<_>>()
-    };
-
-    let steps = of_kind("step");
-    assert_eq!(steps.len() as u64, rounds * local_steps);
-    for step in &steps {
+    let steps: Vec<&Value> = lines.iter().filter(|line| line["kind"] == "step").collect();
+    assert_eq!(steps.len() as u64, count);
+    for step in steps {
         assert_eq!(step["clients"], tabs, "a tab missed a step: {step}");
         assert!(
             step["bytes_up"].as_u64() > Some(0) && step["bytes_down"].as_u64() > Some(0),
             "{step}"
         );
+        assert!(step["loss"].as_f64().is_some_and(f64::is_finite), "{step}");
     }
-    let averaged: Vec<Value> = of_kind("round")
-        .into_iter()
-        .filter(|round| round["adapters"].as_u64() > Some(0))
-        .collect();
-    assert_eq!(averaged.len() as u64, rounds);
-    for round in &averaged {
-        assert_eq!(round["adapters"], tabs, "a tab is missing from an average: {round}");
-    }
-    let loss = |lines: &[Value], key: &str| lines.iter().filter_map(|line| line[key].as_f64()).collect::<Vec<_>>();
-    let losses = loss(&of_kind("round"), "valid_loss");
-    assert!(
-        losses.len() >= 2 && losses.last() < losses.first(),
-        "validation loss did not fall: {losses:?}"
-    );
-    assert!(loss(&steps, "loss").iter().all(|loss| loss.is_finite()));
+    lines
 }
 
 fn programs() -> Option<browser::Browser> {
@@ -237,7 +245,9 @@ impl Server {
                 "--token",
                 TOKEN,
             ])
-            .args(["--batch", "2", "--lr", "3e-3", "--split", "1", "--rank", "4"])
+            .args([
+                "--batch", "2", "--lr", "3e-3", "--split", "1", "--rank", "4", "--seq", "64",
+            ])
             .args(["--clients", &clients.to_string(), "--rounds", &rounds.to_string()])
             .args(["--local-steps", &local_steps.to_string()])
             .arg("--valid")
@@ -379,6 +389,24 @@ impl Chromium {
 
     fn switch(&self, window: &str) {
         self.command("POST", "window", Some(&json!({ "handle": window })));
+    }
+
+    fn choose_file(&self, selector: &str, path: &Path) {
+        let found = self.command(
+            "POST",
+            "element",
+            Some(&json!({ "using": "css selector", "value": selector })),
+        );
+        let element = found
+            .as_object()
+            .and_then(|fields| fields.values().next())
+            .and_then(Value::as_str)
+            .unwrap();
+        self.command(
+            "POST",
+            &format!("element/{element}/value"),
+            Some(&json!({ "text": path })),
+        );
     }
 
     fn script(&self, script: &str, arguments: Value) -> Value {

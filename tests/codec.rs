@@ -8,7 +8,7 @@ use proptest::option;
 use proptest::prelude::*;
 use sflllm::protocol::codec::{
     Answer, DecodeError, Frame, GreetingError, decode_answer, decode_frame, decode_hello, decode_message,
-    encode_answer, encode_frame, encode_hello, encode_message,
+    encode_answer, encode_frame, encode_hello, encode_message, encode_message_frame,
 };
 use sflllm::protocol::message::*;
 
@@ -396,6 +396,7 @@ proptest! {
         let frame = Frame::Message { number, acknowledged, kind, body: &body };
         let bytes = encode_frame(frame);
         prop_assert_eq!(decode_frame(&bytes), Ok(frame));
+        prop_assert_eq!(encode_message_frame(number, acknowledged, &message), bytes.clone());
         prop_assert_eq!(decode_message(kind, &body), Ok(message));
     }
 

@@ -169,6 +169,7 @@ const handlers = {
   },
 
   plan({ rounds, localSteps }) {
+    clearCurve();
     view.rounds = rounds;
     view.localSteps = localSteps;
     draw();
@@ -226,16 +227,20 @@ worker.onerror = (event) => {
 
 // ---- what the person does -----------------------------------------------------------------------------------------
 
+function clearCurve() {
+  Object.assign(view, { lossPoints: [], validPoints: [], smoothed: null, rounds: 0, localSteps: 0 });
+  Object.assign(root.dataset, { step: '0', round: '0', loss: '' });
+  element('rounds').replaceChildren();
+  element('rounds-block').hidden = true;
+}
+
 function join() {
   const wantsFile = element('join').elements.data.value === 'file';
   if (wantsFile && !view.file) {
     element('file').click();
     return;
   }
-  Object.assign(view, { lossPoints: [], validPoints: [], smoothed: null, rounds: 0, localSteps: 0 });
-  Object.assign(root.dataset, { step: '0', round: '0', loss: '' });
-  element('rounds').replaceChildren();
-  element('rounds-block').hidden = true;
+  clearCurve();
   for (const id of ['loss', 'perplexity', 'speed', 'peers', 'sent', 'received']) element(id).textContent = '–';
   element('run-device').textContent = '';
   draw();

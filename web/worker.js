@@ -78,6 +78,8 @@ class Run {
     this.lastStep = 0;
     this.trafficDue = false;
     this.loading = null;
+    this.prepared = false;
+    this.state = 'connecting';
   }
 
   async start() {
@@ -88,6 +90,11 @@ class Run {
     };
     this.client = new EdgeClient(device, this.name, name, this.token, perform);
     this.client.start();
+  }
+
+  show(state, message) {
+    this.state = state;
+    show(state, message);
   }
 
   leave() {
@@ -142,25 +149,30 @@ class Run {
     },
     lost: ({ endpoint, milliseconds }) => {
       const server = endpoint === 0 ? 'server' : 'federated server';
-      show('connecting', `The ${server} is out of reach; trying again in ${Math.max(1, Math.round(milliseconds / 1000))} s`);
+      this.show('connecting', `The ${server} is out of reach; trying again in ${Math.max(1, Math.round(milliseconds / 1000))} s`);
     },
     assigned: (assignment) => {
       // A newer assignment replaces one that is still being loaded.
       this.loading?.abort();
+      this.prepared = false;
       const loading = (this.loading = new AbortController());
       say('plan', { rounds: assignment.rounds, localSteps: assignment.localSteps });
       this.load(assignment, loading.signal).catch((error) => {
         if (run === this && !loading.signal.aborted) this.fail('The model or the text could not be loaded', String(error.message ?? error));
       });
     },
-    waiting: () => show('waiting', 'In the run; waiting for the next round to begin'),
-    round: ({ members }) => {
+    waiting: () => {
+      this.prepared = true;
+      this.show('waiting', 'In the run; waiting for the next round to begin');
+    },
+    round: ({ round, members }) => {
       say('members', { count: members });
       this.lastStep = performance.now();
-      show('training', '');
+      this.show('training', `Round ${round} begins`);
     },
     step: ({ round, step, loss, tokens }) => {
       const now = performance.now();
+      if (this.state !== 'training') this.show('training', `Round ${round} goes on`);
       say('step', { round, step, loss, tokensPerSecond: (1000 * tokens) / Math.max(1, now - this.lastStep) });
       this.lastStep = now;
     },
@@ -192,7 +204,11 @@ class Run {
     const socket = new WebSocket(address);
     const current = () => run === this && this.sockets[endpoint] === socket;
     socket.binaryType = 'arraybuffer';
-    socket.onopen = () => current() && this.client.connected(endpoint);
+    socket.onopen = () => {
+      if (!current()) return;
+      if (endpoint === 0 && this.prepared) this.show('waiting', 'Back in touch with the server; waiting for the next round to begin');
+      this.client.connected(endpoint);
+    };
     socket.onclose = () => {
       if (!current()) return;
       this.sockets[endpoint] = null;
@@ -212,7 +228,7 @@ class Run {
   async load({ weights, tokenizer, endToken }, signal) {
     const total = [...weights, ...tokenizer].reduce((sum, blob) => sum + blob.bytes, 0);
     let done = 0;
-    show('loading', 'Loading the model');
+    this.show('loading', 'Loading the model');
     const progress = {
       onBytes: (count) => {
         done += count;
@@ -235,13 +251,13 @@ class Run {
     let tokenizerFile = null;
     for (const blob of tokenizer) tokenizerFile = await fetchChecked(blob, (bytes) => this.client.checkTokenizer(bytes));
     for (const blob of weights) await fetchChecked(blob, (bytes) => this.client.loadWeights(bytes));
-    show('loading', 'Reading the text');
+    this.show('loading', 'Reading the text');
     const { name, bytes } = await this.readSource(signal);
     const texts = this.client.parseData(bytes, name);
     const ids = texts.length > 0 ? await this.tokenise(texts, tokenizerFile, endToken) : null;
     signal.throwIfAborted();
     this.client.assembleData(ids?.flat ?? new Uint32Array(), ids?.lengths ?? new Uint32Array(), ids?.end);
-    show('loading', 'Preparing the device');
+    this.show('loading', 'Preparing the device');
     this.client.prepare();
   }
 

@@ -2,8 +2,9 @@
 
 Everything is generated from word lists and sentence frames in this file by a seeded random generator. Pre-training
 paragraphs mention invented names and details and come back to them later, so a model has a reason to learn to
-look back and copy; they never use the `slot: value; slot: value` notation. The restaurants' names are kept apart:
-no name occurs in two of the pre-training text, the training, validation and test lines.
+look back and copy; they never use the `slot: value; slot: value` notation. The names of places are dealt out: none is
+used for a place in two of the pre-training text, the training, validation and test lines (a landmark such as a bridge
+may happen to be called what a restaurant is called elsewhere).
 """
 
 import random

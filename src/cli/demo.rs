@@ -21,13 +21,13 @@ use crate::server::{self, Ending, Listen, Role, Run};
 use crate::split::{Training, Wire};
 
 const CLIENTS: usize = 2;
-const ROUNDS: u32 = 6;
-const LOCAL_STEPS: u32 = 20;
+const ROUNDS: u32 = 16;
+const LOCAL_STEPS: u32 = 15;
 const CUT: usize = 1;
 const RANK: usize = 8;
 const ALPHA: f32 = 16.0;
-const BATCH: usize = 8;
-const LEARNING_RATE: f32 = 5e-3;
+const BATCH: usize = 4;
+const LEARNING_RATE: f32 = 1e-2;
 const SEED: u64 = 0;
 /// Validation examples looked at after every round.
 const VALIDATED: usize = 64;

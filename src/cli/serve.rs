@@ -366,7 +366,6 @@ async fn host_here(
     let shown = Shown {
         console: console.clone(),
         steps,
-        members: Mutex::new(0),
     };
     let is_page = !matches!(role, Role::Federated);
     let settings = Settings {
@@ -382,10 +381,7 @@ async fn host_here(
     announce(&server, &console, hosting.token.as_deref(), is_page);
     console.line(format!("run directory: {}", path.display()));
     if is_page {
-        console.waiting(format!(
-            "waiting for {clients} client{}",
-            if clients == 1 { "" } else { "s" }
-        ));
+        console.waiting(format!("waiting for {clients} client{}", plural(clients as usize)));
     }
     if hosting.open
         && let Some(address) = server.addresses().last()
@@ -521,6 +517,10 @@ fn announce(server: &Server, console: &Console, token: Option<&str>, is_page: bo
     }
 }
 
+fn plural(count: usize) -> &'static str {
+    if count == 1 { "" } else { "s" }
+}
+
 fn open_browser(url: &str) {
     let (program, arguments): (&str, &[&str]) = match std::env::consts::OS {
         "macos" => ("open", &[]),
@@ -573,7 +573,6 @@ pub(super) fn conclude(summary: &Summary, adapter: Option<&Path>, output: &Outpu
 struct Shown {
     console: Console,
     steps: u64,
-    members: Mutex<usize>,
 }
 
 impl Shown {
@@ -598,8 +597,7 @@ impl Shown {
                 evaluation.loss, evaluation.perplexity
             )),
             Report::RoundStarted { round, members } => {
-                *self.members.lock().unwrap_or_else(PoisonError::into_inner) = members;
-                tracing::debug!("round {round} starts with {members} clients");
+                console.waiting(format!("round {round} with {members} client{}", plural(members)));
             }
             Report::RoundLost { round } => console.line(format!("round {round} lost all its clients")),
             Report::Step(step) => console.step(

@@ -871,19 +871,50 @@ pub fn decode_frame(bytes: &[u8]) -> Result<Frame<'_>, DecodeError> {
     }
 }
 
+/// A message's kind and body.
+pub fn encode_message(message: &Message) -> (u8, Vec<u8>) {
+    let mut body = Vec::new();
+    let kind = put_message(message, &mut body);
+    (kind, body)
+}
+
+/// The frame of a message, written in one go.
+pub fn encode_message_frame(number: u32, acknowledged: u32, message: &Message) -> Vec<u8> {
+    let bulk = match message {
+        Message::Activations(Activations { targets, payload, .. }) => targets.len() * 4 + payload.len(),
+        Message::Gradient(Gradient { payload, .. }) => payload.len(),
+        Message::AdapterUpdate(AdapterUpdate { values, .. }) | Message::Average(Average { values, .. }) => {
+            values.len() * 4
+        }
+        _ => 0,
+    };
+    // No message has more than this beside its tensors, but for those that are sent once.
+    let mut frame = Vec::with_capacity(bulk + 160);
+    frame.push(0);
+    number.put(&mut frame);
+    acknowledged.put(&mut frame);
+    frame[0] = put_message(message, &mut frame);
+    frame
+}
+
+/// Brings a frame that is sent again up to date.
+pub(super) fn set_acknowledged(frame: &mut [u8], acknowledged: u32) {
+    if let Some(place) = frame.get_mut(5..HEADER_BYTES) {
+        place.copy_from_slice(&acknowledged.to_le_bytes());
+    }
+}
+
 macro_rules! messages {
     ($($name:ident($kind:ty) = $value:literal),* ; $($bare:ident = $bare_value:literal),*) => {
-        /// A message's kind and body.
-        pub fn encode_message(message: &Message) -> (u8, Vec<u8>) {
-            let mut out = Vec::new();
-            let kind = match message {
+        /// Appends a message's body and returns its kind.
+        fn put_message(message: &Message, out: &mut Vec<u8>) -> u8 {
+            match message {
                 $(Message::$name(inner) => {
-                    <$kind as Wire>::put(inner, &mut out);
+                    <$kind as Wire>::put(inner, out);
                     $value
                 })*
                 $(Message::$bare => $bare_value,)*
-            };
-            (kind, out)
+            }
         }
 
         /// Reads the body of a message of this kind, all of it.

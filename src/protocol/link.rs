@@ -10,7 +10,9 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::codec::{DecodeError, Frame, decode_frame, decode_message, encode_frame, encode_message};
+use super::codec::{
+    DecodeError, Frame, decode_frame, decode_message, encode_frame, encode_message_frame, set_acknowledged,
+};
 use super::message::Message;
 
 /// Unanswered pings after which the other side is gone.
@@ -39,8 +41,7 @@ pub fn silence_limit(ping_interval: Duration) -> Duration {
 
 struct Sent {
     number: u32,
-    kind: u8,
-    body: Vec<u8>,
+    frame: Vec<u8>,
     /// The first ping sent after this message was (last) sent.
     next_ping: u32,
 }
@@ -85,18 +86,12 @@ impl Link {
 
     /// Queues a message.
     pub fn send(&mut self, message: &Message) {
-        let (kind, body) = encode_message(message);
         let number = self.next_number;
-        self.outbox.push_back(encode_frame(Frame::Message {
-            number,
-            acknowledged: self.received,
-            kind,
-            body: &body,
-        }));
+        let frame = encode_message_frame(number, self.received, message);
+        self.outbox.push_back(frame.clone());
         self.unacknowledged.push_back(Sent {
             number,
-            kind,
-            body,
+            frame,
             next_ping: self.next_ping,
         });
         self.next_number = self.next_number.wrapping_add(1);
@@ -161,14 +156,8 @@ impl Link {
     fn send_again(&mut self, nonce: u32) {
         for sent in self.unacknowledged.iter_mut().filter(|sent| sent.next_ping <= nonce) {
             sent.next_ping = self.next_ping;
-            let acknowledged = self.received;
-            let frame = Frame::Message {
-                number: sent.number,
-                acknowledged,
-                kind: sent.kind,
-                body: &sent.body,
-            };
-            self.outbox.push_back(encode_frame(frame));
+            set_acknowledged(&mut sent.frame, self.received);
+            self.outbox.push_back(sent.frame.clone());
         }
     }
 
