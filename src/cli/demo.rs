@@ -34,6 +34,13 @@ const VALIDATED: usize = 64;
 /// Texts written before and after.
 const SAMPLES: usize = 3;
 const SAMPLE_TOKENS: usize = 60;
+/// Before training the likeliest text is one phrase again and again; a draw shows what the model knows.
+const UNTRAINED: Sampling = Sampling {
+    max_tokens: SAMPLE_TOKENS,
+    temperature: 0.8,
+    top_k: 40,
+    seed: 1,
+};
 
 /// Fine-tune the demo model with two clients in this process and any tab that joins.
 #[derive(clap::Args, Debug)]
@@ -111,7 +118,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     if !quiet {
         eprintln!("Before training, the model writes plain English and takes no notice of what it is asked for:\n");
     }
-    let before = write(&engine, None, &meanings)?;
+    let before = write(&engine, None, &meanings, UNTRAINED)?;
     if !quiet {
         show(&meanings, &before);
         eprintln!(
@@ -156,7 +163,10 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     if summary.ending == Ending::Completed && !quiet {
         let adapter = Adapter::load(&adapter_directory, &config)?;
         eprintln!("\nAfter training, its texts follow the meanings:\n");
-        show(&meanings, &write(&engine, Some(&adapter), &meanings)?);
+        show(
+            &meanings,
+            &write(&engine, Some(&adapter), &meanings, Sampling::greedy(SAMPLE_TOKENS))?,
+        );
         if let (Some(before), Some(after)) = (summary.baseline, summary.last) {
             eprintln!(
                 "Validation perplexity: {:.2} before, {:.2} after: {:.1} times lower.",
@@ -201,7 +211,12 @@ fn meanings() -> Vec<String> {
 }
 
 /// What the model writes for each meaning.
-fn write(engine: &Engine, adapter: Option<&Adapter>, meanings: &[String]) -> anyhow::Result<Vec<String>> {
+fn write(
+    engine: &Engine,
+    adapter: Option<&Adapter>,
+    meanings: &[String],
+    sampling: Sampling,
+) -> anyhow::Result<Vec<String>> {
     let mut source = open()?;
     let weights = source.load(engine)?;
     let tokenizer = source.tokenizer()?;
@@ -210,7 +225,7 @@ fn write(engine: &Engine, adapter: Option<&Adapter>, meanings: &[String]) -> any
         .iter()
         .map(|meaning| {
             let prompt = prompt_ids(tokenizer, &format!("{meaning}||"))?;
-            let ids = writer.write(&prompt, &Sampling::greedy(SAMPLE_TOKENS), |_| {})?;
+            let ids = writer.write(&prompt, &sampling, |_| {})?;
             tokenizer
                 .decode(&ids)
                 .context("the model wrote something its tokenizer cannot read")
