@@ -55,7 +55,6 @@ const view = {
   localSteps: 0,
   lossPoints: [],
   validPoints: [],
-  smoothed: null,
   wakeLock: null,
 };
 
@@ -179,8 +178,10 @@ const handlers = {
     root.dataset.round = String(round);
     root.dataset.step = String(step);
     root.dataset.loss = String(loss);
-    view.smoothed = view.smoothed === null ? loss : view.smoothed + 0.15 * (loss - view.smoothed);
-    view.lossPoints.push({ step, loss, smoothed: view.smoothed });
+    // A round that lost its members is run again: its first attempt no longer counts.
+    while (view.lossPoints.at(-1)?.step >= step) view.lossPoints.pop();
+    const before = view.lossPoints.at(-1)?.smoothed ?? loss;
+    view.lossPoints.push({ step, loss, smoothed: before + 0.15 * (loss - before) });
     element('loss').textContent = shortNumber(loss, 3);
     if (tokensPerSecond > 0) element('speed').textContent = shortNumber(tokensPerSecond, 0);
     element('progress').value = view.rounds ? step / (view.rounds * view.localSteps) : 0;
@@ -228,7 +229,7 @@ worker.onerror = (event) => {
 // ---- what the person does -----------------------------------------------------------------------------------------
 
 function clearCurve() {
-  Object.assign(view, { lossPoints: [], validPoints: [], smoothed: null, rounds: 0, localSteps: 0 });
+  Object.assign(view, { lossPoints: [], validPoints: [], rounds: 0, localSteps: 0 });
   Object.assign(root.dataset, { step: '0', round: '0', loss: '' });
   element('rounds').replaceChildren();
   element('rounds-block').hidden = true;

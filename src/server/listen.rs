@@ -192,17 +192,16 @@ pub fn join_link(url: &str, token: Option<&str>) -> String {
     }
 }
 
-/// `text` as a QR code of half-block characters, or `None` when it is too long for one.
+/// `text` as a QR code of half-block characters for a terminal, or `None` when it is too long for one.
 pub fn qr_code(text: &str) -> Option<String> {
     let code = QrCode::new(text.as_bytes()).ok()?;
-    // Terminals are mostly dark: the blocks are the light modules, so that cameras see dark on light.
-    Some(
-        code.render::<Dense1x2>()
-            .dark_color(Dense1x2::Dark)
-            .light_color(Dense1x2::Light)
-            .quiet_zone(true)
-            .build(),
-    )
+    let blocks = code.render::<Dense1x2>().quiet_zone(true).build();
+    // Black on white by escape codes, whatever the terminal's theme: not every camera reads an inverted code.
+    let lines: Vec<String> = blocks
+        .lines()
+        .map(|line| format!("\x1b[38;5;16;48;5;231m{line}\x1b[0m"))
+        .collect();
+    Some(lines.join("\n"))
 }
 
 #[cfg(test)]
@@ -279,6 +278,6 @@ mod tests {
             "http://127.0.0.1:8080/?join=1"
         );
         let code = qr_code("https://192.168.100.200:8443/?join=1#t=ABCD-EFGH-IJKL-MNOP").unwrap();
-        assert!(code.lines().all(|line| line.chars().count() < 60) && code.contains('█'));
+        assert!(code.lines().all(|line| line.chars().count() < 90) && code.contains('█'));
     }
 }
