@@ -355,6 +355,10 @@ impl Chromium {
             "--disable-component-update",
             "--disable-sync",
             "--disable-dev-shm-usage",
+            // Of two windows one is behind the other; both must get processor time.
+            "--disable-renderer-backgrounding",
+            "--disable-backgrounding-occluded-windows",
+            "--disable-background-timer-throttling",
             "--window-size=1180,900",
             &user_data,
         ];

@@ -20,9 +20,10 @@ use super::options::{DeviceOptions, OutputOptions};
 use super::source::{DEMO_TRAIN, Source};
 
 /// Check every kernel against its CPU reference and time it at GPT-2-small shapes, then time training steps of the demo model.
-///
-/// Example: sflllm bench --device gpu --filter 'matmul|attention' --json
 #[derive(Args, Debug)]
+#[command(after_help = "\
+Example:
+  sflllm bench --device gpu --filter 'matmul|attention' --peak --json")]
 pub struct Options {
     /// Only ids that match this regular expression
     #[arg(long, value_name = "REGEX")]

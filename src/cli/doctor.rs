@@ -8,9 +8,10 @@ use crate::compute::{DeviceClass, device};
 use super::options::OutputOptions;
 
 /// Show what this machine can do: adapters, features, limits, addresses, and what to install when something is missing.
-///
-/// Example: sflllm doctor
 #[derive(Args, Debug)]
+#[command(after_help = "\
+Example:
+  sflllm doctor")]
 pub struct Options {
     #[command(flatten)]
     pub output: OutputOptions,

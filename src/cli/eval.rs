@@ -14,9 +14,10 @@ use super::progress;
 use super::source::Source;
 
 /// Loss and perplexity of a model, with or without an adapter, on a data file.
-///
-/// Example: sflllm eval --model gpt2 --adapter runs/mine/adapter --data valid.txt --json
 #[derive(Args, Debug)]
+#[command(after_help = "\
+Example:
+  sflllm eval --model path/to/gpt2 --adapter runs/mine/adapter --data valid.txt --json")]
 pub struct Options {
     #[command(flatten)]
     pub model: ModelOptions,

@@ -18,11 +18,12 @@ use super::options::{DeviceOptions, ModelOptions, OutputOptions};
 use super::source::Source;
 
 /// Text from a prompt.
-///
-/// A prompt that ends in `||` is a meaning, as in `meaning||reference` data: what follows is its reference.
-///
-/// Example: sflllm generate --model demo --adapter runs/mine/adapter --prompt 'name : Blue Heron | food : fish||'
 #[derive(Args, Debug)]
+#[command(after_help = "\
+Example:
+  sflllm generate --adapter runs/mine/adapter --prompt 'place: Red Acorn; kind: tea room||'
+
+A prompt that ends in `||` is a meaning, as in `meaning||reference` data: what follows is its reference.")]
 pub struct Options {
     #[command(flatten)]
     pub model: ModelOptions,

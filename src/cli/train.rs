@@ -22,9 +22,10 @@ use super::progress;
 use super::source::Source;
 
 /// Centralised LoRA fine-tuning of a model on this device, without a network: the baseline.
-///
-/// Example: sflllm train --model demo --data mine.txt --valid held-out.txt --steps 200 --lr 3e-3 --out runs/mine
 #[derive(Args, Debug)]
+#[command(after_help = "\
+Example:
+  sflllm train --data mine.txt --valid held-out.txt --steps 200 --lr 3e-3 --out runs/mine")]
 pub struct Options {
     #[command(flatten)]
     pub model: ModelOptions,
