@@ -356,6 +356,8 @@ impl Learner {
     /// [`Error::Split`].
     pub async fn forward(&mut self, key: StepKey) -> Result<ActivationsInput, Error> {
         let batch = self.batches.next_batch();
+        let rounds = u64::from(key.round.round) * u64::from(self.plan.local_steps);
+        self.part.set_run_step(rounds + u64::from(key.step));
         let cut = self.part.forward(&batch.tokens, batch.seq).await?;
         self.examples += batch.examples as u64;
         self.tokens = batch.target_count;

@@ -104,7 +104,8 @@ impl Central {
     pub async fn step(&mut self, tokens: &[u32], targets: &[i32], seq: usize) -> Result<Counted, Error> {
         let settings = self.optimizer.expect("a trainable model");
         self.stack.upload_tokens(tokens);
-        self.stack.begin_update(&settings, 1.0);
+        let step = self.stack.steps();
+        self.stack.begin_update(&settings, step, 1.0);
         let count = self.stack.upload_targets(targets, 1.0);
         self.stack.run("step", seq, |stack, recording| {
             stack.record_embedding(recording, seq);

@@ -64,11 +64,11 @@ impl OptimizerSettings {
         (f64::from(self.lr) * factor) as f32
     }
 
-    /// The numbers that `adamw.update` reads for the step with index `step`, counted from 0. `scalars[WEIGHT]` and
-    /// `scalars[FACTOR]` are left as they are.
-    pub fn fill_scalars(&self, step: u64, scalars: &mut [f32; scalar::COUNT]) {
+    /// The numbers that `adamw.update` reads for an optimiser's step with index `step`, counted from 0 since its moments were
+    /// zero, at step `run_step` of the run. `scalars[WEIGHT]` and `scalars[FACTOR]` are left as they are.
+    pub fn fill_scalars(&self, step: u64, run_step: u64, scalars: &mut [f32; scalar::COUNT]) {
         let exponent = (step + 1).min(i32::MAX as u64) as i32;
-        scalars[scalar::LR] = self.lr_at(step);
+        scalars[scalar::LR] = self.lr_at(run_step);
         // From the rounded decay rates that the kernel uses: their rounding then cancels.
         scalars[scalar::BIAS1] = (1.0 - f64::from(BETA1).powi(exponent)) as f32;
         scalars[scalar::BIAS2] = (1.0 - f64::from(BETA2).powi(exponent)) as f32;

@@ -362,9 +362,10 @@ impl Stack {
         count
     }
 
-    /// Sets the numbers of the next optimiser step and counts it; `weight` scales adapter gradients recorded after this.
-    pub fn begin_update(&mut self, settings: &OptimizerSettings, weight: f32) {
-        settings.fill_scalars(self.step, &mut self.scalar_values);
+    /// Sets the numbers of the next optimiser step and counts it; `run_step` chooses the learning rate, `weight` scales adapter
+    /// gradients recorded after this.
+    pub fn begin_update(&mut self, settings: &OptimizerSettings, run_step: u64, weight: f32) {
+        settings.fill_scalars(self.step, run_step, &mut self.scalar_values);
         self.scalar_values[scalar::WEIGHT] = weight;
         self.engine.upload(&self.scalars, 0, &self.scalar_values);
         self.step += 1;

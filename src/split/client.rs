@@ -19,6 +19,8 @@ pub struct ClientPart {
     gradient: CutBuffers,
     /// Sequence length of the forward pass whose gradient is awaited.
     pending: Option<usize>,
+    /// Where the run stands, for the learning rate; the part's own steps where nobody says.
+    run_step: Option<u64>,
 }
 
 impl ClientPart {
@@ -79,7 +81,14 @@ impl ClientPart {
             gradient: CutBuffers::new(engine, training.wire, rows, config.width)?,
             training: training.clone(),
             pending: None,
+            run_step: None,
         })
+    }
+
+    /// The run's step, counted from 0, that the next optimiser step belongs to. A client that joins late, or that others went on
+    /// without, then has the learning rate of its run; its moments' bias is corrected by its own steps.
+    pub fn set_run_step(&mut self, step: u64) {
+        self.run_step = Some(step);
     }
 
     /// Runs `tokens` (batch, seq) up to the cut and keeps what [`ClientPart::backward`] needs.
@@ -111,7 +120,8 @@ impl ClientPart {
         check_length("the rows of a gradient", gradient.batch * gradient.seq, batch * seq)?;
         self.pending = None;
         self.gradient.upload(self.stack.engine(), gradient, self.stack.d_x())?;
-        self.stack.begin_update(&self.training.optimizer, 1.0);
+        let run_step = self.run_step.unwrap_or_else(|| self.stack.steps());
+        self.stack.begin_update(&self.training.optimizer, run_step, 1.0);
         let gradient = &self.gradient;
         self.stack.run("backward", seq, |stack, recording| {
             gradient.record_unpack(recording, batch * seq, stack.d_x());

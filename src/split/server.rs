@@ -164,7 +164,8 @@ impl ServerPart {
                 tokens,
             });
         }
-        self.stack.begin_update(&self.training.optimizer, 1.0);
+        let step = self.stack.steps();
+        self.stack.begin_update(&self.training.optimizer, step, 1.0);
         self.stack
             .run("update", 0, |stack, recording| stack.record_update(recording))?;
         Ok((total_loss, replies))
