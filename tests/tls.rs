@@ -352,7 +352,7 @@ fn a_client_that_vanishes_is_dropped_and_the_run_goes_on() {
             "--rounds",
             "2",
             "--local-steps",
-            "30",
+            "15",
             "--batch",
             "2",
             "--device",
@@ -384,8 +384,8 @@ fn a_client_that_vanishes_is_dropped_and_the_run_goes_on() {
     let (status, _) = server.process.finish();
     assert!(status.success(), "{}", said.join("\n"));
     let steps = steps();
-    assert_eq!(steps.len(), 60, "{}", said.join("\n"));
-    assert_eq!((&steps[0]["clients"], &steps[59]["clients"]), (&2.into(), &1.into()));
+    assert_eq!(steps.len(), 30, "{}", said.join("\n"));
+    assert_eq!((&steps[0]["clients"], &steps[29]["clients"]), (&2.into(), &1.into()));
 }
 
 #[test]

@@ -58,7 +58,7 @@ pub struct Options {
     /// Join token, or `generate` [default: generated where other machines can connect]
     #[arg(long, value_name = "TOKEN|generate")]
     pub token: Option<String>,
-    /// Run directory [default: runs/<time>-demo]
+    /// Run directory [default: runs/TIME-demo]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
     /// Open the page in this machine's browser

@@ -81,7 +81,7 @@ pub struct Options {
     /// Seconds to wait for a client to return when all have left
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     pub wait: u32,
-    /// Run directory [default: runs/<time>-<model>]
+    /// Run directory [default: runs/TIME-MODEL]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
     /// Open the page in this machine's browser

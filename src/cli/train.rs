@@ -47,7 +47,7 @@ pub struct Options {
     /// Passes over the data; one if neither this nor --steps is given
     #[arg(long, value_name = "N")]
     pub epochs: Option<u64>,
-    /// The run directory; runs/<time>-train if not given
+    /// The run directory; runs/TIME-train if not given
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
     #[command(flatten)]
