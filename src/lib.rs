@@ -9,12 +9,13 @@
 //! # The modules, and who may use whom
 //!
 //! ```text
-//! compute, data, protocol, federated   use nothing of ours
+//! compute, data, federated             use nothing of ours
+//! transport (native)                   nothing of ours
+//! protocol                             federated
 //! kernels                              compute
 //! model                                kernels, compute
-//! split                                model, compute
+//! split                                model, kernels, compute
 //! simulation                           protocol, federated
-//! transport (native)                   protocol
 //! client                               split, model, protocol, data, compute (native: transport)
 //! server (native)                      split, model, protocol, data, compute, federated, transport
 //! cli (native)                         all of them
