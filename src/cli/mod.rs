@@ -1,11 +1,13 @@
 //! The command line: one file per subcommand, and the options they share.
 
 pub mod bench;
+pub mod calibrate;
 pub mod console;
 pub mod demo;
 pub mod doctor;
 pub mod eval;
 pub mod generate;
+pub mod interrupt;
 pub mod join;
 pub mod options;
 pub mod progress;
@@ -40,6 +42,8 @@ pub enum Command {
     Eval(Box<eval::Options>),
     /// Write text from a prompt
     Generate(Box<generate::Options>),
+    /// Measure the rounds that each LoRA rank needs to reach a target loss
+    Calibrate(Box<calibrate::Options>),
     /// Check and time the kernels on this device
     Bench(Box<bench::Options>),
     /// Show what this machine can do, and what to install
@@ -56,6 +60,7 @@ impl Command {
             Self::Train(options) => train::run(*options),
             Self::Eval(options) => eval::run(*options),
             Self::Generate(options) => generate::run(*options),
+            Self::Calibrate(options) => calibrate::run(*options),
             Self::Bench(options) => bench::run(*options),
             Self::Doctor(options) => doctor::run(options),
         }

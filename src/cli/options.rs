@@ -101,7 +101,7 @@ pub struct LoraOptions {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TargetList(pub Vec<Target>);
 
-fn parse_targets(names: &str) -> Result<TargetList, String> {
+pub(super) fn parse_targets(names: &str) -> Result<TargetList, String> {
     LoraSpec::parse_targets(names)
         .map(TargetList)
         .map_err(|error| error.to_string())

@@ -115,6 +115,16 @@ pub enum WireName {
     Int8,
 }
 
+impl From<WireName> for Wire {
+    fn from(name: WireName) -> Self {
+        match name {
+            WireName::F32 => Wire::F32,
+            WireName::F16 => Wire::F16,
+            WireName::Int8 => Wire::Int8,
+        }
+    }
+}
+
 /// What `--split auto` takes.
 const DEFAULT_SPLIT: usize = 1;
 
@@ -224,11 +234,7 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
             .settings(u64::from(options.rounds) * u64::from(options.local_steps))?,
         batch: batch as usize,
         seq,
-        wire: match options.wire {
-            WireName::F32 => Wire::F32,
-            WireName::F16 => Wire::F16,
-            WireName::Int8 => Wire::Int8,
-        },
+        wire: options.wire.into(),
     };
     let cut = match options.split {
         Choice::Auto => DEFAULT_SPLIT,

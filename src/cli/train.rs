@@ -2,8 +2,7 @@
 
 use std::io::Write;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
@@ -18,8 +17,8 @@ use crate::model::stack::{Extent, StackWeights};
 use crate::split::Evaluation;
 
 use super::options::{BatchOptions, DeviceOptions, LoraOptions, ModelOptions, OptimizerOptions, OutputOptions};
-use super::progress;
 use super::source::Source;
+use super::{interrupt, progress};
 
 /// Centralised LoRA fine-tuning of a model on this device, without a network: the baseline.
 #[derive(Args, Debug)]
@@ -61,29 +60,6 @@ fn unix_time() -> u64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_secs())
-}
-
-/// A flag that the first Ctrl-C sets; a second one ends the process.
-fn interrupted() -> anyhow::Result<Arc<AtomicBool>> {
-    let flag = Arc::new(AtomicBool::new(false));
-    let set = flag.clone();
-    std::thread::Builder::new()
-        .name("interrupt".to_owned())
-        .spawn(move || {
-            let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else {
-                return;
-            };
-            runtime.block_on(async {
-                while tokio::signal::ctrl_c().await.is_ok() {
-                    if set.swap(true, Ordering::SeqCst) {
-                        std::process::exit(130);
-                    }
-                    eprintln!("finishing this step and saving; Ctrl-C again ends at once");
-                }
-            });
-        })
-        .context("cannot watch for Ctrl-C")?;
-    Ok(flag)
 }
 
 fn evaluate(
@@ -169,7 +145,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         extent,
         Some(settings),
     )?;
-    let interrupted = interrupted()?;
+    let interrupted = interrupt::flag("finishing this step and saving")?;
     let bar = progress::bar(steps, "train", quiet);
     let clock = Instant::now();
     let mut tokens = 0;

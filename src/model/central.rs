@@ -2,7 +2,7 @@
 
 use crate::compute::{Cost, Engine, Error};
 
-use super::adapter::Adapter;
+use super::adapter::{Adapter, AdapterError, AdapterLayout};
 use super::block::BlockWeights;
 use super::config::Config;
 use super::ends::{EmbeddingWeights, HeadWeights};
@@ -164,6 +164,24 @@ impl Central {
     /// The adapter's values, flat.
     pub async fn adapter(&self) -> Result<Vec<f32>, Error> {
         self.stack.adapter().await
+    }
+
+    /// Replaces the adapter's values.
+    ///
+    /// # Errors
+    /// [`AdapterError::Length`] when they are not as many as the adapter has, or there is none.
+    pub fn set_adapter(&mut self, values: &[f32]) -> Result<(), AdapterError> {
+        let expected = self.stack.layout().map_or(0, AdapterLayout::len);
+        if values.len() != expected {
+            return Err(AdapterError::Length {
+                expected,
+                found: values.len(),
+            });
+        }
+        if expected > 0 {
+            self.stack.set_adapter(values);
+        }
+        Ok(())
     }
 
     pub fn config(&self) -> &Config {

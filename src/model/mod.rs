@@ -2,7 +2,8 @@
 //!
 //! `config`, `weights` (over `archive`) and `adapter` read and write Hugging Face and PEFT files; `block` and `ends` record the
 //! parts, `stack` joins them into one side of the cut or the whole model with its workspace, `optimizer` sets AdamW's numbers, and
-//! `central` is the unsplit model that trains, evaluates and generates. `cost` says what a split step takes before it runs.
+//! `central` is the unsplit model that trains, evaluates and generates. `cost` says what a split step takes before it runs, `rounds` holds how many rounds
+//! a rank was measured to need.
 
 pub mod adapter;
 pub mod archive;
@@ -12,5 +13,6 @@ pub mod config;
 pub mod cost;
 pub mod ends;
 pub mod optimizer;
+pub mod rounds;
 pub mod stack;
 pub mod weights;

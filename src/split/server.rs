@@ -81,9 +81,6 @@ impl ServerPart {
                 blocks: config.blocks,
             });
         }
-        training.check(config)?;
-        let layout = AdapterLayout::new(config, &training.spec, cut..config.blocks)?;
-        check_adapter(&layout, adapter)?;
         let embedding = EmbeddingWeights::upload(engine, config, &units(Unit::Embedding)?)?;
         let blocks = (cut..config.blocks)
             .map(|block| Ok(BlockWeights::upload(engine, config, &units(Unit::Block(block))?)?))
@@ -94,6 +91,34 @@ impl ServerPart {
             first_block: cut,
             head: Some(HeadWeights::upload(engine, &units(Unit::Final)?)?),
         };
+        Self::with_weights(engine, config, weights, training, adapter)
+    }
+
+    /// The same on weights that are already on the device.
+    ///
+    /// # Panics
+    /// If they lack the embedding or the head.
+    pub fn with_weights(
+        engine: &Engine,
+        config: &Config,
+        weights: StackWeights,
+        training: &Training,
+        adapter: &[f32],
+    ) -> Result<Self, Error> {
+        assert!(
+            weights.embedding.is_some() && weights.head.is_some(),
+            "the server's weights"
+        );
+        let cut = weights.first_block;
+        if cut == 0 || weights.block_range() != (cut..config.blocks) || weights.blocks.is_empty() {
+            return Err(Error::Split {
+                cut,
+                blocks: config.blocks,
+            });
+        }
+        training.check(config)?;
+        let layout = AdapterLayout::new(config, &training.spec, cut..config.blocks)?;
+        check_adapter(&layout, adapter)?;
         let extent = Extent {
             batch: training.batch,
             seq: training.seq,
