@@ -23,7 +23,8 @@
 //!
 //! * [`compute`]: buffers, recordings, and the GPU and CPU engines that replay them; the only module that names wgpu.
 //! * [`kernels`]: one file per shader: params, launchers, CPU references.
-//! * [`model`]: configuration, files, LoRA, the recording of a transformer's passes, the optimiser, what a step costs.
+//! * [`model`]: configuration, files, LoRA, the recording of a transformer's passes, the optimiser; what a step costs, and how many
+//!   rounds a rank was measured to need.
 //! * [`split`]: the client's and the server's side of the cut, and what crosses it.
 //! * [`federated`]: the weighted mean of adapters.
 //! * [`protocol`]: messages and state machines of client, main server and federated server, without sockets or clocks.
