@@ -15,9 +15,10 @@
 //! kernels                              compute
 //! model                                kernels, compute
 //! split                                model, kernels, compute
+//! allocation                           model
 //! simulation                           protocol, federated
 //! client                               split, model, protocol, data, compute (native: transport)
-//! server (native)                      split, model, protocol, data, compute, federated, transport
+//! server (native)                      split, model, protocol, data, compute, federated, allocation, transport
 //! cli (native)                         all of them
 //! ```
 //!
@@ -28,6 +29,7 @@
 //! * [`split`]: the client's and the server's side of the cut, and what crosses it.
 //! * [`federated`]: the weighted mean of adapters.
 //! * [`protocol`]: messages and state machines of client, main server and federated server, without sockets or clocks.
+//! * [`allocation`]: who gets which subchannels, power, cut and rank, so that training takes the least time; certified.
 //! * [`simulation`]: a seeded network in virtual time around the state machines.
 //! * [`data`]: files into examples, examples into batches.
 //! * [`client`]: an edge client: session + client part + data, natively and in a browser.
@@ -42,6 +44,7 @@
 //! 5. Each client gets the gradient of its own loss, replays its backward recording and takes its own optimiser step.
 //! 6. At the end of a round the clients' adapters go to the federated session, which averages and broadcasts.
 
+pub mod allocation;
 pub mod client;
 pub mod compute;
 pub mod data;
