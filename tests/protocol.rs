@@ -17,6 +17,11 @@ use sflllm::simulation::{Fault, Outcome, Phase, Scenario, Weather, simulate};
 const SECRET: &str = "open sesame";
 const ADAPTER: [f32; 4] = [0.5, -0.25, 2.0, 0.0];
 
+const READY: Message = Message::Ready(Ready {
+    assignment: 0,
+    speed: None,
+});
+
 fn seconds(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
 }
@@ -26,7 +31,6 @@ fn capabilities() -> Capabilities {
         dtypes: vec![WireDtype::F32],
         memory_bytes: 1 << 30,
         device: "test".to_owned(),
-        flops_per_s: None,
     }
 }
 
@@ -34,6 +38,7 @@ fn capabilities() -> Capabilities {
 fn assignment(run: RunId) -> Assignment {
     Assignment {
         run,
+        number: 0,
         config: RunConfig {
             split: 1,
             rank: 1,
@@ -76,8 +81,13 @@ fn main_config(clients: u32) -> MainConfig {
         secret: Some(SECRET.to_owned()),
         clients,
         max_clients: 100,
-        assignment: assignment(run),
-        initial_adapter: ADAPTER.to_vec(),
+        placement: Placement {
+            assignment: assignment(run),
+            adapter: ADAPTER.to_vec(),
+            moments: None,
+        },
+        largest_update: ADAPTER.len() as u64,
+        plans: false,
         model: Digest::of(b"model"),
         tokenizer: Digest::of(b"tokenizer"),
         federated_url: None,
@@ -276,11 +286,13 @@ const KEY: StepKey = StepKey {
 fn good_activations() -> Activations {
     Activations {
         key: KEY,
+        split: 1,
         batch: 2,
         seq: 2,
         width: 2,
         dtype: WireDtype::F32,
         examples: 2,
+        forward: Duration::ZERO,
         targets: vec![1, 2, 9, IGNORED_TARGET],
         payload: vec![0; 32],
     }
@@ -498,7 +510,10 @@ fn the_main_service_takes_its_own_unspent_tickets_and_its_secret_only() {
     );
     let other_run = MainConfig {
         run: RunId([9; 16]),
-        assignment: assignment(RunId([9; 16])),
+        placement: Placement {
+            assignment: assignment(RunId([9; 16])),
+            ..main_config(1).placement
+        },
         ..main_config(9)
     };
     let mut other = MainServerSession::new(other_run, Duration::ZERO).unwrap();
@@ -640,7 +655,7 @@ fn gathering() -> (MainServerSession, [Peer; 2]) {
     let mut main = MainServerSession::new(main_config(2), Duration::ZERO).unwrap();
     let peers = [1, 2].map(|number| {
         let (mut peer, _) = Peer::join(&mut main, number, &hello(Service::Main, secret()));
-        peer.send(&mut main, &Message::Ready);
+        peer.send(&mut main, &READY);
         peer
     });
     events(&mut main);
@@ -746,6 +761,7 @@ fn activations_that_cannot_be_used_end_their_senders_session_and_the_step_goes_o
                 ..good()
             },
         ),
+        ("another cut", Activations { split: 2, ..good() }),
         ("no examples", Activations { examples: 0, ..good() }),
         ("more examples than rows", Activations { examples: 3, ..good() }),
         ("a value that is not finite", Activations { payload: nan, ..good() }),
@@ -794,7 +810,7 @@ fn a_message_out_of_place_ends_its_senders_session_and_is_named() {
         values: Vec::new(),
     };
     for message in [
-        Message::Ready,
+        READY,
         Message::Average(average),
         Message::StepStart(StepStart { key: KEY, members: 1 }),
         Message::Control(Control::CloseRun),
@@ -898,11 +914,25 @@ fn who_leaves_while_the_server_computes_gets_no_gradient_and_has_no_part_in_the_
     again.targets.truncate(2);
     again.payload.truncate(16);
     peers[0].received += 2;
+    let done = StepDone {
+        key: KEY,
+        backward: seconds(9),
+    };
+    peers[0].send(&mut main, &Message::StepDone(done));
     peers[0].send(&mut main, &Message::Activations(again));
-    let ready = events(&mut main);
-    assert!(
-        matches!(ready.as_slice(), [MainEvent::StepReady { contributions, .. }] if contributions.len() == 1),
-        "{ready:?}"
+    let said = events(&mut main);
+    let [
+        MainEvent::StepMeasured { key: KEY, clients },
+        MainEvent::StepReady { contributions, .. },
+    ] = said.as_slice()
+    else {
+        panic!("{said:?}");
+    };
+    assert_eq!((clients.len(), contributions.len()), (1, 1));
+    assert_eq!(
+        clients[0].backward,
+        Duration::ZERO,
+        "no part takes longer than the whole"
     );
 }
 
@@ -968,14 +998,14 @@ fn a_configuration_that_cannot_work_is_refused() {
         MainServerSession::new(config, Duration::ZERO).err()
     };
     assert_eq!(with(&|_| {}), None);
-    let zero = with(&|config| config.assignment.config.batch = 0);
+    let zero = with(&|config| config.placement.assignment.config.batch = 0);
     assert!(matches!(zero, Some(MainError::Zero { value: 0, .. })), "{zero:?}");
-    let large = with(&|config| config.assignment.config.seq = u32::MAX);
+    let large = with(&|config| config.placement.assignment.config.seq = u32::MAX);
     assert!(matches!(large, Some(MainError::StepTooLarge { .. })), "{large:?}");
-    let length = with(&|config| config.initial_adapter.push(0.0));
+    let length = with(&|config| config.placement.adapter.push(0.0));
     assert_eq!(length, Some(MainError::AdapterLength { assigned: 4, given: 5 }));
     assert_eq!(
-        with(&|config| config.initial_adapter[0] = f32::NAN),
+        with(&|config| config.placement.adapter[0] = f32::NAN),
         Some(MainError::AdapterNotFinite)
     );
 }
@@ -1000,9 +1030,17 @@ fn collecting() -> (FederatedServerSession, [Peer; 2]) {
         round: KEY.round,
         members,
         base,
+        adapter_len: ADAPTER.len() as u64,
         max_examples: 4,
     };
     federated.handle_control(Duration::ZERO, open);
+    federated.handle_control(
+        Duration::ZERO,
+        Control::Collect {
+            round: KEY.round,
+            moments: None,
+        },
+    );
     (federated, peers)
 }
 
@@ -1014,11 +1052,15 @@ fn update(values: [f32; 4], examples: u64) -> AdapterUpdate {
         base,
         examples,
         values: values.to_vec(),
+        moments: None,
     }
 }
 
+/// What the federated service says but for the arrivals of adapters.
 fn replies(federated: &mut FederatedServerSession) -> Vec<ControlReply> {
-    std::iter::from_fn(|| federated.poll_control()).collect()
+    std::iter::from_fn(|| federated.poll_control())
+        .filter(|reply| !matches!(reply, ControlReply::Received { .. }))
+        .collect()
 }
 
 #[test]
@@ -1053,7 +1095,11 @@ fn the_average_goes_to_its_members_and_to_the_main_server() {
         round: KEY.round,
         included,
         excluded: Vec::new(),
-        average: Some((digest, values)),
+        average: Some(Mean {
+            digest,
+            values,
+            moments: None,
+        }),
     };
     assert_eq!(replies(&mut federated), [ControlReply::RoundClosed(closed)]);
     // A member that did not hear of it asks by sending again, and changes nothing.
@@ -1113,7 +1159,7 @@ fn an_adapter_that_cannot_be_used_is_left_out_and_named() {
         };
         assert_eq!(closed.excluded, [exclusion]);
         assert_eq!(
-            closed.average.as_ref().map(|(_, values)| values.as_slice()),
+            closed.average.as_ref().map(|mean| mean.values.as_slice()),
             Some(&ADAPTER[..])
         );
     }
@@ -1143,7 +1189,7 @@ fn who_departs_after_sending_its_adapter_is_not_in_the_average() {
         }]
     );
     assert_eq!(
-        closed.average.as_ref().map(|(_, values)| values.as_slice()),
+        closed.average.as_ref().map(|mean| mean.values.as_slice()),
         Some(&ADAPTER[..])
     );
 }
@@ -1209,6 +1255,7 @@ fn an_adapter_for_a_round_that_is_over_is_declined_with_the_round_that_is_open()
         round,
         members: vec![ClientId(1)],
         base,
+        adapter_len: 4,
         max_examples: 4,
     };
     federated.handle_control(Duration::ZERO, open);
@@ -1235,9 +1282,12 @@ fn an_adapter_that_overtakes_the_opening_of_its_round_is_in_the_average() {
         round,
         members,
         base,
+        adapter_len: 4,
         max_examples: 4,
     };
     federated.handle_control(Duration::ZERO, open(vec![ClientId(1)]));
+    assert_eq!(replies(&mut federated), [], "nobody has been asked for an adapter");
+    federated.handle_control(Duration::ZERO, Control::Collect { round, moments: None });
     let said = replies(&mut federated);
     let [ControlReply::RoundClosed(closed)] = said.as_slice() else {
         panic!("{said:?}")
@@ -1272,7 +1322,7 @@ impl Puppet {
         puppet.client.connected(Endpoint::Federated, Duration::ZERO);
         puppet.answer(Endpoint::Federated);
         puppet.send(&Message::Assignment(Box::new(assignment(RunId([1; 16])))));
-        puppet.client.ready(Duration::ZERO);
+        puppet.client.ready(Duration::ZERO, None);
         let base = Digest::of_values(&ADAPTER);
         let adapter = Some(ADAPTER.to_vec());
         puppet.send(&Message::RoundStart(RoundStart {
@@ -1280,6 +1330,8 @@ impl Puppet {
             base,
             members: 1,
             adapter,
+            moments: None,
+            rates: None,
         }));
         puppet.send(&Message::StepStart(StepStart { key: KEY, members: 1 }));
         let asked = puppet.events();
@@ -1289,6 +1341,7 @@ impl Puppet {
             batch: 1,
             seq: 2,
             examples: 1,
+            forward: Duration::ZERO,
             targets: vec![1, 2],
             payload: vec![3; 16],
         };
@@ -1407,7 +1460,7 @@ fn a_gradient_is_applied_only_to_the_activations_it_belongs_to() {
 fn a_second_gradient_for_the_same_step_is_never_applied() {
     let mut puppet = Puppet::awaiting_gradient();
     puppet.send(&Message::Gradient(good_gradient()));
-    puppet.client.step_done(Duration::ZERO, KEY);
+    puppet.client.step_done(Duration::ZERO, KEY, Duration::ZERO);
     puppet.events();
     puppet.send(&Message::Gradient(good_gradient()));
     let events = puppet.events();
@@ -1435,13 +1488,15 @@ fn an_adapter_that_is_not_what_its_digest_says_is_not_installed() {
         puppet.client.connected(Endpoint::Federated, Duration::ZERO);
         puppet.answer(Endpoint::Federated);
         puppet.send(&Message::Assignment(Box::new(assignment(RunId([1; 16])))));
-        puppet.client.ready(Duration::ZERO);
+        puppet.client.ready(Duration::ZERO, None);
         puppet.events();
         puppet.send(&Message::RoundStart(RoundStart {
             round: KEY.round,
             base,
             members: 1,
             adapter,
+            moments: None,
+            rates: None,
         }));
         let events = puppet.events();
         assert!(
@@ -1459,19 +1514,26 @@ fn answers_to_superseded_requests_are_dropped_and_wrong_shapes_are_the_drivers_e
         batch: 1,
         seq: 1,
         examples: 1,
+        forward: Duration::ZERO,
         targets: vec![1],
         payload: vec![0; 8],
     };
     while puppet.client.poll_transmit().is_some() {}
     assert_eq!(puppet.client.activations(Duration::ZERO, stale.clone()), Ok(()));
-    assert_eq!(puppet.client.adapter(Duration::ZERO, KEY.round, vec![], 1), Ok(()));
-    puppet.client.step_done(Duration::ZERO, KEY);
+    let unasked = AdapterInput {
+        round: KEY.round,
+        examples: 1,
+        values: Vec::new(),
+        moments: None,
+    };
+    assert_eq!(puppet.client.adapter(Duration::ZERO, unasked), Ok(()));
+    puppet.client.step_done(Duration::ZERO, KEY, Duration::ZERO);
     assert_eq!(puppet.client.poll_transmit(), None, "nothing is sent twice");
 
     puppet.send(&Message::Gradient(good_gradient()));
     let next = StepKey { step: 1, ..KEY };
     puppet.send(&Message::StepStart(StepStart { key: next, members: 1 }));
-    puppet.client.step_done(Duration::ZERO, KEY);
+    puppet.client.step_done(Duration::ZERO, KEY, Duration::ZERO);
     let fits = ActivationsInput { key: next, ..stale };
     let wide = ActivationsInput {
         batch: 3,
