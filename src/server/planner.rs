@@ -135,10 +135,11 @@ pub enum Facts {
 }
 
 impl Facts {
-    pub(super) fn ask(&self, planner: &mut dyn Planner) -> Result<Option<Decision>, String> {
-        let (decision, blocks) = match self {
-            Facts::Start(facts) => (planner.start(facts)?, Some(facts.config.blocks)),
-            Facts::Round(facts) => (planner.boundary(facts)?, None),
+    /// What the planner decides for a model of `blocks` blocks; an error where it cannot be carried out.
+    pub(super) fn ask(&self, planner: &mut dyn Planner, blocks: usize) -> Result<Option<Decision>, String> {
+        let decision = match self {
+            Facts::Start(facts) => planner.start(facts)?,
+            Facts::Round(facts) => planner.boundary(facts)?,
         };
         if let Some(decision) = &decision {
             self.check(decision, blocks)?;
@@ -146,14 +147,13 @@ impl Facts {
         Ok(decision)
     }
 
-    /// That a decision can be carried out; whether the model has the blocks is known where it is moved.
-    fn check(&self, decision: &Decision, blocks: Option<usize>) -> Result<(), String> {
+    fn check(&self, decision: &Decision, blocks: usize) -> Result<(), String> {
         let (cut, rank) = match self {
             Facts::Start(facts) => (facts.cut, facts.rank),
             Facts::Round(facts) => (facts.cut, facts.rank),
         };
         let fixed_cut = matches!(self, Facts::Round(facts) if !facts.can_recut);
-        if decision.cut == 0 || blocks.is_some_and(|blocks| decision.cut >= blocks) {
+        if decision.cut == 0 || decision.cut >= blocks {
             return Err(format!(
                 "the plan cuts after {} blocks, which leaves one side without any",
                 decision.cut

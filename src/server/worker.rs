@@ -287,7 +287,9 @@ impl Worker {
             facts.server_flops_per_s = self.part.measure(clock).await?;
         }
         let decision = match &mut self.settings.planner {
-            Some(planner) => facts.ask(planner.as_mut()).map_err(Error::Planner)?,
+            Some(planner) => facts
+                .ask(planner.as_mut(), self.settings.config.blocks)
+                .map_err(Error::Planner)?,
             None => None,
         };
         let placement = match (&facts, &decision) {
