@@ -1108,6 +1108,110 @@ fn the_average_goes_to_its_members_and_to_the_main_server() {
     assert_eq!(replies(&mut federated), []);
 }
 
+/// Asks the members of `collecting` for moments of the last two values as after 6 steps.
+fn collecting_moments() -> (FederatedServerSession, [Peer; 2]) {
+    let (mut federated, peers) = collecting();
+    federated.handle_control(
+        Duration::ZERO,
+        Control::Collect {
+            round: KEY.round,
+            moments: Some((2, 6)),
+        },
+    );
+    (federated, peers)
+}
+
+fn moments(first: [f32; 2], second: [f32; 2]) -> Moments {
+    Moments {
+        steps: 6,
+        first: first.to_vec(),
+        second: second.to_vec(),
+    }
+}
+
+#[test]
+fn moments_are_averaged_by_the_weights_of_their_adapters() {
+    let (mut federated, [mut one, mut other]) = collecting_moments();
+    let with = |values, examples, moments| {
+        Message::AdapterUpdate(AdapterUpdate {
+            moments: Some(moments),
+            ..update(values, examples)
+        })
+    };
+    one.send(&mut federated, &with([1.0; 4], 1, moments([8.0, -4.0], [4.0, 0.0])));
+    let said = other.send(&mut federated, &with([5.0; 4], 3, moments([0.0, 4.0], [0.0, 2.0])));
+    assert!(
+        matches!(said.messages.as_slice(), [Message::Average(average)] if average.values == [4.0; 4]),
+        "{said:?}"
+    );
+    let said = replies(&mut federated);
+    let [ControlReply::RoundClosed(closed)] = said.as_slice() else {
+        panic!("{said:?}")
+    };
+    // (1 · 8 + 3 · 0) / 4 = 2, (1 · -4 + 3 · 4) / 4 = 2; (1 · 4) / 4 = 1, (3 · 2) / 4 = 1.5.
+    let mean = closed.average.as_ref().unwrap();
+    assert_eq!(mean.moments, Some(moments([2.0, 2.0], [1.0, 1.5])));
+}
+
+#[test]
+fn moments_that_cannot_be_used_are_left_out_and_named() {
+    let good = moments([1.0, 2.0], [1.0, 2.0]);
+    for (bad, reason) in [
+        (None, ExclusionReason::WrongLength),
+        (
+            Some(Moments {
+                steps: 5,
+                ..good.clone()
+            }),
+            ExclusionReason::WrongLength,
+        ),
+        (
+            Some(Moments {
+                first: vec![1.0],
+                ..good.clone()
+            }),
+            ExclusionReason::WrongLength,
+        ),
+        (
+            Some(Moments {
+                second: vec![1.0; 3],
+                ..good.clone()
+            }),
+            ExclusionReason::WrongLength,
+        ),
+        (Some(moments([f32::NAN, 0.0], [0.0; 2])), ExclusionReason::NotFinite),
+        (
+            Some(moments([0.0; 2], [f32::INFINITY, 0.0])),
+            ExclusionReason::NotFinite,
+        ),
+        (Some(moments([0.0; 2], [-1.0, 0.0])), ExclusionReason::NotFinite),
+    ] {
+        let (mut federated, [_, mut liar]) = collecting_moments();
+        let update = AdapterUpdate {
+            moments: bad,
+            ..update([1.0; 4], 1)
+        };
+        let said = liar.send(&mut federated, &Message::AdapterUpdate(update));
+        assert_eq!(stop_reason(&said), Some(StopReason::BadUpdate), "{reason:?}");
+        let said = replies(&mut federated);
+        assert!(
+            matches!(said.as_slice(), [ControlReply::Excluded { exclusion, .. }] if exclusion.reason == reason),
+            "{said:?}"
+        );
+    }
+    let (mut federated, [_, mut liar]) = collecting();
+    let unasked = AdapterUpdate {
+        moments: Some(good),
+        ..update([1.0; 4], 1)
+    };
+    let said = liar.send(&mut federated, &Message::AdapterUpdate(unasked));
+    assert_eq!(
+        stop_reason(&said),
+        Some(StopReason::BadUpdate),
+        "nobody asked for moments"
+    );
+}
+
 #[test]
 fn an_adapter_that_cannot_be_used_is_left_out_and_named() {
     let mut short = update([1.0; 4], 1);
@@ -1865,6 +1969,179 @@ fn the_servers_link_may_break_at_any_moment() {
     }
 }
 
+// Plans: emulated uplinks, phases, and a cut that moves.
+
+/// Frames take no time but what the uplinks take, and every pass takes 100 ms.
+fn paced(main_bits_per_s: f64, federated_bits_per_s: f64) -> Scenario {
+    Scenario {
+        weather: Weather {
+            delay: (Duration::ZERO, Duration::ZERO),
+            ..Weather::CALM
+        },
+        compute: (Duration::from_millis(100), Duration::from_millis(100)),
+        splits: vec![1, 2, 1],
+        rates: LinkRates::new(main_bits_per_s, federated_bits_per_s),
+        ..Scenario::calm(3, 3, 2)
+    }
+}
+
+#[test]
+fn an_upload_takes_its_bits_over_the_rate() {
+    let pass = Duration::from_millis(100);
+    // 1 ms, 64 ms and 4 s a byte; the last lets pings overtake for many times the silence limit.
+    for millis_per_byte in [1_u32, 64, 4000] {
+        let rate = 8.0 * 1000.0 / f64::from(millis_per_byte);
+        let scenario = paced(rate, rate / 2.0);
+        let outcome = simulate(&scenario);
+        assert_sound(&outcome, &scenario);
+        assert_eq!(outcome.end, Some(RunEnd::Completed), "{outcome:#?}");
+        assert_eq!(outcome.measured.len(), 6);
+        for (key, clients) in &outcome.measured {
+            assert_eq!(clients.len(), 3, "{key}");
+            for times in clients {
+                let bytes = u32::try_from(times.bytes_up).unwrap();
+                assert_eq!(
+                    times.upload,
+                    bytes * Duration::from_millis(millis_per_byte.into()),
+                    "{key}: {times:?}"
+                );
+                assert_eq!((times.forward, times.backward), (pass, pass), "{key}");
+                assert_eq!(times.download, Duration::ZERO, "only uplinks are emulated");
+            }
+        }
+        for round in &outcome.rounds {
+            assert_eq!(round.collected.len(), 3);
+            for time in &round.collected {
+                let bytes = u32::try_from(time.bytes).unwrap();
+                assert_eq!(
+                    time.took,
+                    bytes * Duration::from_millis(2 * u64::from(millis_per_byte)),
+                    "{time:?}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_run_without_rates_is_not_paced() {
+    let scenario = Scenario {
+        rates: None,
+        ..paced(1.0, 1.0)
+    };
+    let outcome = simulate(&scenario);
+    assert_sound(&outcome, &scenario);
+    let uploads = outcome.measured.iter().flat_map(|(_, clients)| clients);
+    assert!(uploads.clone().count() == 18 && uploads.clone().all(|times| times.upload.is_zero()));
+}
+
+#[test]
+fn wherever_the_cut_moves_the_model_and_its_moments_go_on() {
+    let alone = |splits: &[u32]| {
+        let scenario = Scenario {
+            splits: splits.to_vec(),
+            ..Scenario::calm(1, 6, 3)
+        };
+        let outcome = simulate(&scenario);
+        assert_sound(&outcome, &scenario);
+        assert_eq!(outcome.end, Some(RunEnd::Completed));
+        outcome
+    };
+    let never = alone(&[]);
+    for splits in [&[1, 2, 3, 1][..], &[3, 2, 1], &[2], &[1, 3, 1, 3, 2, 3]] {
+        let moved = alone(splits);
+        assert_eq!(moved.model, never.model, "{splits:?}");
+        assert_eq!((moved.server, moved.steps), (never.server, never.steps));
+        let changes = splits.windows(2).filter(|pair| pair[0] != pair[1]).count() + usize::from(splits[0] != 1);
+        assert_eq!(moved.clients[0].assigned as usize, 1 + changes, "{splits:?}");
+        for (index, round) in moved.rounds.iter().enumerate() {
+            let at = |round: usize| splits.get(round).or(splits.last()).copied().unwrap();
+            assert_eq!(round.average.len(), 8 * at(index) as usize);
+            // After the last round nothing follows, so nothing moves.
+            let leaving = if index + 1 < moved.rounds.len() {
+                at(index).saturating_sub(at(index + 1))
+            } else {
+                0
+            };
+            let moments = round.moments.as_ref().map_or(0, |moments| moments.first.len());
+            assert_eq!(moments, 8 * leaving as usize, "{splits:?}, round {index}");
+        }
+    }
+}
+
+#[test]
+fn moving_cuts_survive_any_weather_bit_by_bit() {
+    let calm = simulate(&recutting(Weather::CALM, 0));
+    let mut undisturbed = 0;
+    for seed in 0..60 {
+        let scenario = recutting(Weather::STORM, seed);
+        let outcome = simulate(&scenario);
+        assert_sound(&outcome, &scenario);
+        assert_eq!(outcome.end, Some(RunEnd::Completed), "{scenario:#?}");
+        let last = outcome.rounds.last().unwrap().at;
+        if outcome
+            .history
+            .iter()
+            .any(|(at, phase)| matches!(phase, Phase::Left(_)) && *at < last)
+        {
+            continue;
+        }
+        undisturbed += 1;
+        assert_eq!(outcome.model, calm.model, "seed {seed}");
+        assert_eq!(outcome.steps, calm.steps, "seed {seed}");
+    }
+    assert!(undisturbed > 40, "{undisturbed} of 60");
+}
+
+fn recutting(weather: Weather, seed: u64) -> Scenario {
+    Scenario {
+        splits: vec![2, 1, 3, 1],
+        remote_control: seed % 2 == 1,
+        rounds: 4,
+        ..staggered(weather, seed)
+    }
+}
+
+#[test]
+fn whoever_comes_or_goes_while_the_cut_moves_does_not_hold_up_the_run() {
+    let base = |moment: u32| Scenario {
+        splits: vec![1, 3, 2, 1, 3],
+        needed: 2,
+        remote_control: moment % 2 == 1,
+        rates: LinkRates::new(1e5, 1e4),
+        time_limit: seconds(7200),
+        ..Scenario::calm(3, 5, 2)
+    };
+    let total = simulate(&base(0)).elapsed;
+    let ways = [
+        Fault::Leave(1),
+        Fault::Kill(1),
+        Fault::Crash(1),
+        Fault::Partition(1, seconds(3600)),
+        Fault::Cut(1, Endpoint::Main),
+        Fault::Cut(1, Endpoint::Federated),
+        Fault::Start(2),
+    ];
+    for way in ways {
+        for moment in 0..40 {
+            let mut scenario = base(moment);
+            scenario.faults = vec![(total * moment / 40, way)];
+            let outcome = simulate(&scenario);
+            assert_sound(&outcome, &scenario);
+            assert_eq!(outcome.end, Some(RunEnd::Completed), "{scenario:#?}");
+            assert_eq!(outcome.rounds.len(), 5);
+            for client in [0, 2] {
+                let finished = outcome.clients[client].finished.as_ref();
+                let late = way == Fault::Start(2) && client == 2;
+                assert!(finished == Some(&FinishReason::Completed) || late, "{scenario:#?}");
+            }
+            for round in &outcome.rounds {
+                assert!(round.members.len() >= 2 || round.round.round == 0 || way != Fault::Start(2));
+            }
+        }
+    }
+}
+
 fn fault(clients: usize) -> impl Strategy<Value = Fault> {
     let client = 0..clients;
     let endpoint = prop_oneof![Just(Endpoint::Main), Just(Endpoint::Federated)];
@@ -1881,32 +2158,47 @@ fn fault(clients: usize) -> impl Strategy<Value = Fault> {
 
 fn scenario() -> impl Strategy<Value = Scenario> {
     let weather = prop_oneof![3 => Just(Weather::CALM), 1 => Just(Weather::STORM)];
-    (any::<u64>(), weather, 1_usize..5, 1_u32..4, 1_u32..4, any::<bool>()).prop_flat_map(
-        |(seed, weather, clients, rounds, local_steps, remote_control)| {
-            let moment = (0_u64..60_000).prop_map(Duration::from_millis);
-            (
-                1..=clients as u32,
-                prop::collection::vec((moment, fault(clients)), 0..12),
-            )
-                .prop_map(move |(needed, mut faults)| {
-                    // Everybody starts at some time, and once more when all the trouble is over.
-                    for client in 0..clients {
-                        faults.push((Duration::from_millis(500 * client as u64), Fault::Start(client)));
-                        faults.push((seconds(120), Fault::Start(client)));
-                    }
-                    Scenario {
-                        seed,
-                        weather,
-                        needed,
-                        remote_control,
-                        faults,
-                        wait_for_client: seconds(400),
-                        time_limit: seconds(3600),
-                        ..Scenario::calm(clients, rounds, local_steps)
-                    }
-                })
-        },
+    let plan = (
+        prop::collection::vec(1_u32..4, 0..4),
+        prop::option::of((1e4..1e7_f64, 1e4..1e7_f64)),
+    );
+    (
+        any::<u64>(),
+        weather,
+        1_usize..5,
+        1_u32..4,
+        1_u32..4,
+        any::<bool>(),
+        plan,
     )
+        .prop_flat_map(
+            |(seed, weather, clients, rounds, local_steps, remote_control, (splits, rates))| {
+                let moment = (0_u64..60_000).prop_map(Duration::from_millis);
+                (
+                    1..=clients as u32,
+                    prop::collection::vec((moment, fault(clients)), 0..12),
+                )
+                    .prop_map(move |(needed, mut faults)| {
+                        // Everybody starts at some time, and once more when all the trouble is over.
+                        for client in 0..clients {
+                            faults.push((Duration::from_millis(500 * client as u64), Fault::Start(client)));
+                            faults.push((seconds(120), Fault::Start(client)));
+                        }
+                        Scenario {
+                            seed,
+                            weather,
+                            needed,
+                            remote_control,
+                            faults,
+                            splits: splits.clone(),
+                            rates: rates.and_then(|(main, federated)| LinkRates::new(main, federated)),
+                            wait_for_client: seconds(400),
+                            time_limit: seconds(3600),
+                            ..Scenario::calm(clients, rounds, local_steps)
+                        }
+                    })
+            },
+        )
 }
 
 proptest! {
