@@ -2,6 +2,7 @@
 //! average of adapters.
 
 use std::hint::black_box;
+use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use sflllm::federated::weighted_mean;
@@ -18,11 +19,13 @@ fn activations(batch: usize, seq: usize, dtype: WireDtype) -> Message {
             round: RoundKey { round: 3, attempt: 0 },
             step: 7,
         },
+        split: 3,
         batch: batch as u32,
         seq: seq as u32,
         width: WIDTH as u32,
         dtype,
         examples: batch as u32,
+        forward: Duration::from_millis(30),
         targets: (0..rows as i32)
             .map(|row| if row % 3 == 0 { IGNORED_TARGET } else { row })
             .collect(),

@@ -70,6 +70,7 @@ fn steps(criterion: &mut Criterion) {
             bencher.iter(|| {
                 let activations = block_on(client.forward(&batch.tokens, batch.seq)).unwrap();
                 let contribution = Contribution {
+                    cut: CUT,
                     activations: &activations,
                     targets: &batch.targets,
                 };

@@ -112,6 +112,18 @@ fn config() -> impl Strategy<Value = RunConfig> {
         )
 }
 
+fn moments() -> impl Strategy<Value = Moments> {
+    (any::<u64>(), numbers(), numbers()).prop_map(|(steps, first, second)| Moments { steps, first, second })
+}
+
+fn speed() -> impl Strategy<Value = Speed> {
+    (1.0..1e18_f64, 1.0..1e18_f64).prop_map(|(forward, backward)| Speed::new(forward, backward).unwrap())
+}
+
+fn rates() -> impl Strategy<Value = LinkRates> {
+    (1.0..1e15_f64, 1.0..1e15_f64).prop_map(|(main, federated)| LinkRates::new(main, federated).unwrap())
+}
+
 fn control() -> impl Strategy<Value = Control> {
     prop_oneof![
         (
@@ -124,26 +136,30 @@ fn control() -> impl Strategy<Value = Control> {
             digest()
         )
             .prop_map(
-                |(run, ticket_key, now, ticket_lifetime, adapter_len, model, tokenizer)| {
+                |(run, ticket_key, now, ticket_lifetime, largest_update, model, tokenizer)| {
                     Control::OpenRun {
                         run,
                         ticket_key,
                         now,
                         ticket_lifetime,
-                        adapter_len,
+                        largest_update,
                         model,
                         tokenizer,
                     }
                 }
             ),
-        (round(), vec(client(), 0..5), digest(), any::<u64>()).prop_map(|(round, members, base, max_examples)| {
-            Control::OpenRound {
-                round,
-                members,
-                base,
-                max_examples,
+        (round(), vec(client(), 0..5), digest(), any::<(u64, u64)>()).prop_map(
+            |(round, members, base, (adapter_len, max_examples))| {
+                Control::OpenRound {
+                    round,
+                    members,
+                    base,
+                    adapter_len,
+                    max_examples,
+                }
             }
-        }),
+        ),
+        (round(), option::of(any::<(u64, u64)>())).prop_map(|(round, moments)| Control::Collect { round, moments }),
         (round(), client()).prop_map(|(round, client)| Control::Departed { round, client }),
         Just(Control::CloseRun),
     ]
@@ -166,11 +182,22 @@ fn reply() -> impl Strategy<Value = ControlReply> {
     let inclusion = (client(), any::<u64>()).prop_map(|(client, examples)| Inclusion { client, examples });
     prop_oneof![
         (round(), exclusion()).prop_map(|(round, exclusion)| ControlReply::Excluded { round, exclusion }),
+        (round(), client(), any::<u64>()).prop_map(|(round, client, bytes)| ControlReply::Received {
+            round,
+            client,
+            bytes
+        }),
         (
             round(),
             vec(inclusion, 0..4),
             vec(exclusion(), 0..4),
-            option::of((digest(), numbers()))
+            option::of(
+                (digest(), numbers(), option::of(moments())).prop_map(|(digest, values, moments)| Mean {
+                    digest,
+                    values,
+                    moments
+                })
+            )
         )
             .prop_map(|(round, included, excluded, average)| {
                 ControlReply::RoundClosed(RoundClosed {
@@ -201,10 +228,11 @@ fn stop() -> impl Strategy<Value = Stop> {
 
 fn message() -> impl Strategy<Value = Message> {
     prop_oneof![
-        (run(), config(), text(), blobs(), blobs(), any::<u64>()).prop_map(
-            |(run, config, model_config, weights, tokenizer, adapter_len)| {
+        (run(), any::<u32>(), config(), text(), blobs(), blobs(), any::<u64>()).prop_map(
+            |(run, number, config, model_config, weights, tokenizer, adapter_len)| {
                 Message::Assignment(Box::new(Assignment {
                     run,
+                    number,
                     config,
                     model_config,
                     weights,
@@ -213,35 +241,52 @@ fn message() -> impl Strategy<Value = Message> {
                 }))
             }
         ),
-        Just(Message::Ready),
-        (round(), digest(), any::<u32>(), option::of(numbers())).prop_map(|(round, base, members, adapter)| {
-            Message::RoundStart(RoundStart {
-                round,
-                base,
-                members,
-                adapter,
-            })
-        }),
+        (any::<u32>(), option::of(speed())).prop_map(|(assignment, speed)| Message::Ready(Ready { assignment, speed })),
+        (
+            (round(), digest(), any::<u32>()),
+            (option::of(numbers()), option::of(moments()), option::of(rates()))
+        )
+            .prop_map(|((round, base, members), (adapter, moments, rates))| {
+                Message::RoundStart(RoundStart {
+                    round,
+                    base,
+                    members,
+                    adapter,
+                    moments,
+                    rates,
+                })
+            }),
+        (step(), duration()).prop_map(|(key, backward)| Message::StepDone(StepDone { key, backward })),
+        (round(), any::<u32>(), any::<u64>()).prop_map(|(round, split, steps)| Message::RoundEnd(RoundEnd {
+            round,
+            split,
+            steps
+        })),
         (step(), any::<u32>()).prop_map(|(key, members)| Message::StepStart(StepStart { key, members })),
         (
             step(),
-            any::<(u32, u32, u32, u32)>(),
+            any::<(u32, u32, u32, u32, u32)>(),
             dtype(),
+            duration(),
             vec(any::<i32>(), 0..9),
             vec(any::<u8>(), 0..40)
         )
-            .prop_map(|(key, (batch, seq, width, examples), dtype, targets, payload)| {
-                Message::Activations(Activations {
-                    key,
-                    batch,
-                    seq,
-                    width,
-                    dtype,
-                    examples,
-                    targets,
-                    payload,
-                })
-            }),
+            .prop_map(
+                |(key, (split, batch, seq, width, examples), dtype, forward, targets, payload)| {
+                    Message::Activations(Activations {
+                        key,
+                        split,
+                        batch,
+                        seq,
+                        width,
+                        dtype,
+                        examples,
+                        forward,
+                        targets,
+                        payload,
+                    })
+                }
+            ),
         (
             (step(), any::<(u32, u32, u32, u64)>(), dtype()),
             (digest(), number(), number(), vec(any::<u8>(), 0..40))
@@ -262,15 +307,18 @@ fn message() -> impl Strategy<Value = Message> {
                     })
                 }
             ),
-        (run(), round(), digest(), any::<u64>(), numbers()).prop_map(|(run, round, base, examples, values)| {
-            Message::AdapterUpdate(AdapterUpdate {
-                run,
-                round,
-                base,
-                examples,
-                values,
-            })
-        }),
+        (run(), round(), digest(), any::<u64>(), numbers(), option::of(moments())).prop_map(
+            |(run, round, base, examples, values, moments)| {
+                Message::AdapterUpdate(AdapterUpdate {
+                    run,
+                    round,
+                    base,
+                    examples,
+                    values,
+                    moments,
+                })
+            }
+        ),
         (round(), digest(), numbers()).prop_map(|(round, digest, values)| Message::Average(Average {
             round,
             digest,
@@ -304,17 +352,11 @@ fn hello() -> impl Strategy<Value = Hello> {
         vec(any::<u8>(), 0..80).prop_map(|bytes| Credential::Ticket(Ticket(bytes))),
     ];
     let services = vec![Service::Main, Service::Federated, Service::Control];
-    let capabilities = (
-        vec(dtype(), 0..4),
-        any::<u64>(),
-        text(),
-        option::of(prop::num::f64::NORMAL),
-    )
-        .prop_map(|(dtypes, memory_bytes, device, flops_per_s)| Capabilities {
+    let capabilities =
+        (vec(dtype(), 0..4), any::<u64>(), text()).prop_map(|(dtypes, memory_bytes, device)| Capabilities {
             dtypes,
             memory_bytes,
             device,
-            flops_per_s,
         });
     (
         version(),
@@ -419,6 +461,33 @@ proptest! {
         }
     }
 
+    /// Speeds and rates are numbers that can be, or the message is none.
+    #[test]
+    fn impossible_speeds_and_rates_are_refused(first: f64, second in prop::num::f64::ANY) {
+        let pair = [first.to_le_bytes(), second.to_le_bytes()].concat();
+        let ready = Message::Ready(Ready { assignment: 3, speed: Speed::new(1.0, 1.0) });
+        let (kind, mut body) = encode_message(&ready);
+        let at = body.len() - 16;
+        body[at..].copy_from_slice(&pair);
+        let expected = Speed::new(first, second).ok_or(DecodeError::Range("Speed"));
+        let decoded = decode_message(kind, &body);
+        prop_assert_eq!(decoded, expected.map(|speed| Message::Ready(Ready { assignment: 3, speed: Some(speed) })));
+
+        let start = |rates| RoundStart {
+            round: RoundKey { round: 0, attempt: 0 },
+            base: Digest([2; 32]),
+            members: 1,
+            adapter: None,
+            moments: None,
+            rates,
+        };
+        let (kind, mut body) = encode_message(&Message::RoundStart(start(LinkRates::new(1.0, 1.0))));
+        let at = body.len() - 16;
+        body[at..].copy_from_slice(&pair);
+        let expected = LinkRates::new(first, second).ok_or(DecodeError::Range("LinkRates"));
+        prop_assert_eq!(decode_message(kind, &body), expected.map(|rates| Message::RoundStart(start(Some(rates)))));
+    }
+
     #[test]
     fn any_bytes_are_refused_or_understood_exactly(bytes in vec(any::<u8>(), 0..300), kind in 0_u8..40) {
         if let Ok(frame) = decode_frame(&bytes) {
@@ -473,9 +542,11 @@ fn a_length_is_not_believed_before_its_bytes_are_there() {
         base: Digest([2; 32]),
         examples: 1,
         values: vec![1.0; 3],
+        moments: None,
     };
     let (kind, mut body) = encode_message(&Message::AdapterUpdate(update));
-    let length_at = body.len() - 3 * 4 - 4;
+    // After the values only the word that there are no moments.
+    let length_at = body.len() - 1 - 3 * 4 - 4;
     for claim in [4, 0x4000_0000, u32::MAX] {
         body[length_at..length_at + 4].copy_from_slice(&u32::to_le_bytes(claim));
         assert_eq!(
@@ -484,6 +555,34 @@ fn a_length_is_not_believed_before_its_bytes_are_there() {
             "{claim}"
         );
     }
+}
+
+#[test]
+fn only_numbers_of_this_world_are_speeds_and_rates() {
+    for number in [
+        f64::NAN,
+        f64::INFINITY,
+        f64::NEG_INFINITY,
+        0.0,
+        -0.0,
+        -1.0,
+        0.5,
+        1e19,
+        f64::MAX,
+        f64::MIN_POSITIVE,
+    ] {
+        assert_eq!(
+            (Speed::new(number, 1e9), Speed::new(1e9, number)),
+            (None, None),
+            "{number}"
+        );
+        assert_eq!(
+            (LinkRates::new(number, 1e6), LinkRates::new(1e6, number)),
+            (None, None),
+            "{number}"
+        );
+    }
+    assert!(Speed::new(1.0, 1e18).is_some() && LinkRates::new(1.0, 1e15).is_some());
 }
 
 #[test]

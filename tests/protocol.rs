@@ -17,6 +17,11 @@ use sflllm::simulation::{Fault, Outcome, Phase, Scenario, Weather, simulate};
 const SECRET: &str = "open sesame";
 const ADAPTER: [f32; 4] = [0.5, -0.25, 2.0, 0.0];
 
+const READY: Message = Message::Ready(Ready {
+    assignment: 0,
+    speed: None,
+});
+
 fn seconds(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
 }
@@ -26,7 +31,6 @@ fn capabilities() -> Capabilities {
         dtypes: vec![WireDtype::F32],
         memory_bytes: 1 << 30,
         device: "test".to_owned(),
-        flops_per_s: None,
     }
 }
 
@@ -34,6 +38,7 @@ fn capabilities() -> Capabilities {
 fn assignment(run: RunId) -> Assignment {
     Assignment {
         run,
+        number: 0,
         config: RunConfig {
             split: 1,
             rank: 1,
@@ -76,8 +81,13 @@ fn main_config(clients: u32) -> MainConfig {
         secret: Some(SECRET.to_owned()),
         clients,
         max_clients: 100,
-        assignment: assignment(run),
-        initial_adapter: ADAPTER.to_vec(),
+        placement: Placement {
+            assignment: assignment(run),
+            adapter: ADAPTER.to_vec(),
+            moments: None,
+        },
+        largest_update: ADAPTER.len() as u64,
+        plans: false,
         model: Digest::of(b"model"),
         tokenizer: Digest::of(b"tokenizer"),
         federated_url: None,
@@ -276,11 +286,13 @@ const KEY: StepKey = StepKey {
 fn good_activations() -> Activations {
     Activations {
         key: KEY,
+        split: 1,
         batch: 2,
         seq: 2,
         width: 2,
         dtype: WireDtype::F32,
         examples: 2,
+        forward: Duration::ZERO,
         targets: vec![1, 2, 9, IGNORED_TARGET],
         payload: vec![0; 32],
     }
@@ -498,7 +510,10 @@ fn the_main_service_takes_its_own_unspent_tickets_and_its_secret_only() {
     );
     let other_run = MainConfig {
         run: RunId([9; 16]),
-        assignment: assignment(RunId([9; 16])),
+        placement: Placement {
+            assignment: assignment(RunId([9; 16])),
+            ..main_config(1).placement
+        },
         ..main_config(9)
     };
     let mut other = MainServerSession::new(other_run, Duration::ZERO).unwrap();
@@ -640,7 +655,7 @@ fn gathering() -> (MainServerSession, [Peer; 2]) {
     let mut main = MainServerSession::new(main_config(2), Duration::ZERO).unwrap();
     let peers = [1, 2].map(|number| {
         let (mut peer, _) = Peer::join(&mut main, number, &hello(Service::Main, secret()));
-        peer.send(&mut main, &Message::Ready);
+        peer.send(&mut main, &READY);
         peer
     });
     events(&mut main);
@@ -746,6 +761,7 @@ fn activations_that_cannot_be_used_end_their_senders_session_and_the_step_goes_o
                 ..good()
             },
         ),
+        ("another cut", Activations { split: 2, ..good() }),
         ("no examples", Activations { examples: 0, ..good() }),
         ("more examples than rows", Activations { examples: 3, ..good() }),
         ("a value that is not finite", Activations { payload: nan, ..good() }),
@@ -794,7 +810,7 @@ fn a_message_out_of_place_ends_its_senders_session_and_is_named() {
         values: Vec::new(),
     };
     for message in [
-        Message::Ready,
+        READY,
         Message::Average(average),
         Message::StepStart(StepStart { key: KEY, members: 1 }),
         Message::Control(Control::CloseRun),
@@ -898,11 +914,25 @@ fn who_leaves_while_the_server_computes_gets_no_gradient_and_has_no_part_in_the_
     again.targets.truncate(2);
     again.payload.truncate(16);
     peers[0].received += 2;
+    let done = StepDone {
+        key: KEY,
+        backward: seconds(9),
+    };
+    peers[0].send(&mut main, &Message::StepDone(done));
     peers[0].send(&mut main, &Message::Activations(again));
-    let ready = events(&mut main);
-    assert!(
-        matches!(ready.as_slice(), [MainEvent::StepReady { contributions, .. }] if contributions.len() == 1),
-        "{ready:?}"
+    let said = events(&mut main);
+    let [
+        MainEvent::StepMeasured { key: KEY, clients },
+        MainEvent::StepReady { contributions, .. },
+    ] = said.as_slice()
+    else {
+        panic!("{said:?}");
+    };
+    assert_eq!((clients.len(), contributions.len()), (1, 1));
+    assert_eq!(
+        clients[0].backward,
+        Duration::ZERO,
+        "no part takes longer than the whole"
     );
 }
 
@@ -968,14 +998,14 @@ fn a_configuration_that_cannot_work_is_refused() {
         MainServerSession::new(config, Duration::ZERO).err()
     };
     assert_eq!(with(&|_| {}), None);
-    let zero = with(&|config| config.assignment.config.batch = 0);
+    let zero = with(&|config| config.placement.assignment.config.batch = 0);
     assert!(matches!(zero, Some(MainError::Zero { value: 0, .. })), "{zero:?}");
-    let large = with(&|config| config.assignment.config.seq = u32::MAX);
+    let large = with(&|config| config.placement.assignment.config.seq = u32::MAX);
     assert!(matches!(large, Some(MainError::StepTooLarge { .. })), "{large:?}");
-    let length = with(&|config| config.initial_adapter.push(0.0));
+    let length = with(&|config| config.placement.adapter.push(0.0));
     assert_eq!(length, Some(MainError::AdapterLength { assigned: 4, given: 5 }));
     assert_eq!(
-        with(&|config| config.initial_adapter[0] = f32::NAN),
+        with(&|config| config.placement.adapter[0] = f32::NAN),
         Some(MainError::AdapterNotFinite)
     );
 }
@@ -1000,9 +1030,17 @@ fn collecting() -> (FederatedServerSession, [Peer; 2]) {
         round: KEY.round,
         members,
         base,
+        adapter_len: ADAPTER.len() as u64,
         max_examples: 4,
     };
     federated.handle_control(Duration::ZERO, open);
+    federated.handle_control(
+        Duration::ZERO,
+        Control::Collect {
+            round: KEY.round,
+            moments: None,
+        },
+    );
     (federated, peers)
 }
 
@@ -1014,11 +1052,15 @@ fn update(values: [f32; 4], examples: u64) -> AdapterUpdate {
         base,
         examples,
         values: values.to_vec(),
+        moments: None,
     }
 }
 
+/// What the federated service says but for the arrivals of adapters.
 fn replies(federated: &mut FederatedServerSession) -> Vec<ControlReply> {
-    std::iter::from_fn(|| federated.poll_control()).collect()
+    std::iter::from_fn(|| federated.poll_control())
+        .filter(|reply| !matches!(reply, ControlReply::Received { .. }))
+        .collect()
 }
 
 #[test]
@@ -1053,13 +1095,121 @@ fn the_average_goes_to_its_members_and_to_the_main_server() {
         round: KEY.round,
         included,
         excluded: Vec::new(),
-        average: Some((digest, values)),
+        average: Some(Mean {
+            digest,
+            values,
+            moments: None,
+        }),
     };
     assert_eq!(replies(&mut federated), [ControlReply::RoundClosed(closed)]);
     // A member that did not hear of it asks by sending again, and changes nothing.
     let said = first.send(&mut federated, &Message::AdapterUpdate(update([9.0; 4], 1)));
     assert_eq!(said.messages, [average]);
     assert_eq!(replies(&mut federated), []);
+}
+
+/// Asks the members of `collecting` for moments of the last two values as after 6 steps.
+fn collecting_moments() -> (FederatedServerSession, [Peer; 2]) {
+    let (mut federated, peers) = collecting();
+    federated.handle_control(
+        Duration::ZERO,
+        Control::Collect {
+            round: KEY.round,
+            moments: Some((2, 6)),
+        },
+    );
+    (federated, peers)
+}
+
+fn moments(first: [f32; 2], second: [f32; 2]) -> Moments {
+    Moments {
+        steps: 6,
+        first: first.to_vec(),
+        second: second.to_vec(),
+    }
+}
+
+#[test]
+fn moments_are_averaged_by_the_weights_of_their_adapters() {
+    let (mut federated, [mut one, mut other]) = collecting_moments();
+    let with = |values, examples, moments| {
+        Message::AdapterUpdate(AdapterUpdate {
+            moments: Some(moments),
+            ..update(values, examples)
+        })
+    };
+    one.send(&mut federated, &with([1.0; 4], 1, moments([8.0, -4.0], [4.0, 0.0])));
+    let said = other.send(&mut federated, &with([5.0; 4], 3, moments([0.0, 4.0], [0.0, 2.0])));
+    assert!(
+        matches!(said.messages.as_slice(), [Message::Average(average)] if average.values == [4.0; 4]),
+        "{said:?}"
+    );
+    let said = replies(&mut federated);
+    let [ControlReply::RoundClosed(closed)] = said.as_slice() else {
+        panic!("{said:?}")
+    };
+    // (1 · 8 + 3 · 0) / 4 = 2, (1 · -4 + 3 · 4) / 4 = 2; (1 · 4) / 4 = 1, (3 · 2) / 4 = 1.5.
+    let mean = closed.average.as_ref().unwrap();
+    assert_eq!(mean.moments, Some(moments([2.0, 2.0], [1.0, 1.5])));
+}
+
+#[test]
+fn moments_that_cannot_be_used_are_left_out_and_named() {
+    let good = moments([1.0, 2.0], [1.0, 2.0]);
+    for (bad, reason) in [
+        (None, ExclusionReason::WrongLength),
+        (
+            Some(Moments {
+                steps: 5,
+                ..good.clone()
+            }),
+            ExclusionReason::WrongLength,
+        ),
+        (
+            Some(Moments {
+                first: vec![1.0],
+                ..good.clone()
+            }),
+            ExclusionReason::WrongLength,
+        ),
+        (
+            Some(Moments {
+                second: vec![1.0; 3],
+                ..good.clone()
+            }),
+            ExclusionReason::WrongLength,
+        ),
+        (Some(moments([f32::NAN, 0.0], [0.0; 2])), ExclusionReason::NotFinite),
+        (
+            Some(moments([0.0; 2], [f32::INFINITY, 0.0])),
+            ExclusionReason::NotFinite,
+        ),
+        (Some(moments([0.0; 2], [-1.0, 0.0])), ExclusionReason::NotFinite),
+    ] {
+        let (mut federated, [_, mut liar]) = collecting_moments();
+        let update = AdapterUpdate {
+            moments: bad,
+            ..update([1.0; 4], 1)
+        };
+        let said = liar.send(&mut federated, &Message::AdapterUpdate(update));
+        assert_eq!(stop_reason(&said), Some(StopReason::BadUpdate), "{reason:?}");
+        let said = replies(&mut federated);
+        assert!(
+            matches!(said.as_slice(), [ControlReply::Excluded { exclusion, .. }] if exclusion.reason == reason),
+            "{said:?}"
+        );
+    }
+    let (mut federated, [_, mut liar]) = collecting();
+    let unasked = AdapterUpdate {
+        moments: Some(good),
+        ..update([1.0; 4], 1)
+    };
+    let said = liar.send(&mut federated, &Message::AdapterUpdate(unasked));
+    assert_eq!(
+        stop_reason(&said),
+        Some(StopReason::BadUpdate),
+        "nobody asked for moments"
+    );
 }
 
 #[test]
@@ -1113,7 +1263,7 @@ fn an_adapter_that_cannot_be_used_is_left_out_and_named() {
         };
         assert_eq!(closed.excluded, [exclusion]);
         assert_eq!(
-            closed.average.as_ref().map(|(_, values)| values.as_slice()),
+            closed.average.as_ref().map(|mean| mean.values.as_slice()),
             Some(&ADAPTER[..])
         );
     }
@@ -1143,7 +1293,7 @@ fn who_departs_after_sending_its_adapter_is_not_in_the_average() {
         }]
     );
     assert_eq!(
-        closed.average.as_ref().map(|(_, values)| values.as_slice()),
+        closed.average.as_ref().map(|mean| mean.values.as_slice()),
         Some(&ADAPTER[..])
     );
 }
@@ -1209,6 +1359,7 @@ fn an_adapter_for_a_round_that_is_over_is_declined_with_the_round_that_is_open()
         round,
         members: vec![ClientId(1)],
         base,
+        adapter_len: 4,
         max_examples: 4,
     };
     federated.handle_control(Duration::ZERO, open);
@@ -1235,9 +1386,12 @@ fn an_adapter_that_overtakes_the_opening_of_its_round_is_in_the_average() {
         round,
         members,
         base,
+        adapter_len: 4,
         max_examples: 4,
     };
     federated.handle_control(Duration::ZERO, open(vec![ClientId(1)]));
+    assert_eq!(replies(&mut federated), [], "nobody has been asked for an adapter");
+    federated.handle_control(Duration::ZERO, Control::Collect { round, moments: None });
     let said = replies(&mut federated);
     let [ControlReply::RoundClosed(closed)] = said.as_slice() else {
         panic!("{said:?}")
@@ -1272,7 +1426,7 @@ impl Puppet {
         puppet.client.connected(Endpoint::Federated, Duration::ZERO);
         puppet.answer(Endpoint::Federated);
         puppet.send(&Message::Assignment(Box::new(assignment(RunId([1; 16])))));
-        puppet.client.ready(Duration::ZERO);
+        puppet.client.ready(Duration::ZERO, None);
         let base = Digest::of_values(&ADAPTER);
         let adapter = Some(ADAPTER.to_vec());
         puppet.send(&Message::RoundStart(RoundStart {
@@ -1280,6 +1434,8 @@ impl Puppet {
             base,
             members: 1,
             adapter,
+            moments: None,
+            rates: None,
         }));
         puppet.send(&Message::StepStart(StepStart { key: KEY, members: 1 }));
         let asked = puppet.events();
@@ -1289,6 +1445,7 @@ impl Puppet {
             batch: 1,
             seq: 2,
             examples: 1,
+            forward: Duration::ZERO,
             targets: vec![1, 2],
             payload: vec![3; 16],
         };
@@ -1407,7 +1564,7 @@ fn a_gradient_is_applied_only_to_the_activations_it_belongs_to() {
 fn a_second_gradient_for_the_same_step_is_never_applied() {
     let mut puppet = Puppet::awaiting_gradient();
     puppet.send(&Message::Gradient(good_gradient()));
-    puppet.client.step_done(Duration::ZERO, KEY);
+    puppet.client.step_done(Duration::ZERO, KEY, Duration::ZERO);
     puppet.events();
     puppet.send(&Message::Gradient(good_gradient()));
     let events = puppet.events();
@@ -1435,13 +1592,15 @@ fn an_adapter_that_is_not_what_its_digest_says_is_not_installed() {
         puppet.client.connected(Endpoint::Federated, Duration::ZERO);
         puppet.answer(Endpoint::Federated);
         puppet.send(&Message::Assignment(Box::new(assignment(RunId([1; 16])))));
-        puppet.client.ready(Duration::ZERO);
+        puppet.client.ready(Duration::ZERO, None);
         puppet.events();
         puppet.send(&Message::RoundStart(RoundStart {
             round: KEY.round,
             base,
             members: 1,
             adapter,
+            moments: None,
+            rates: None,
         }));
         let events = puppet.events();
         assert!(
@@ -1459,19 +1618,26 @@ fn answers_to_superseded_requests_are_dropped_and_wrong_shapes_are_the_drivers_e
         batch: 1,
         seq: 1,
         examples: 1,
+        forward: Duration::ZERO,
         targets: vec![1],
         payload: vec![0; 8],
     };
     while puppet.client.poll_transmit().is_some() {}
     assert_eq!(puppet.client.activations(Duration::ZERO, stale.clone()), Ok(()));
-    assert_eq!(puppet.client.adapter(Duration::ZERO, KEY.round, vec![], 1), Ok(()));
-    puppet.client.step_done(Duration::ZERO, KEY);
+    let unasked = AdapterInput {
+        round: KEY.round,
+        examples: 1,
+        values: Vec::new(),
+        moments: None,
+    };
+    assert_eq!(puppet.client.adapter(Duration::ZERO, unasked), Ok(()));
+    puppet.client.step_done(Duration::ZERO, KEY, Duration::ZERO);
     assert_eq!(puppet.client.poll_transmit(), None, "nothing is sent twice");
 
     puppet.send(&Message::Gradient(good_gradient()));
     let next = StepKey { step: 1, ..KEY };
     puppet.send(&Message::StepStart(StepStart { key: next, members: 1 }));
-    puppet.client.step_done(Duration::ZERO, KEY);
+    puppet.client.step_done(Duration::ZERO, KEY, Duration::ZERO);
     let fits = ActivationsInput { key: next, ..stale };
     let wide = ActivationsInput {
         batch: 3,
@@ -1803,6 +1969,179 @@ fn the_servers_link_may_break_at_any_moment() {
     }
 }
 
+// Plans: emulated uplinks, phases, and a cut that moves.
+
+/// Frames take no time but what the uplinks take, and every pass takes 100 ms.
+fn paced(main_bits_per_s: f64, federated_bits_per_s: f64) -> Scenario {
+    Scenario {
+        weather: Weather {
+            delay: (Duration::ZERO, Duration::ZERO),
+            ..Weather::CALM
+        },
+        compute: (Duration::from_millis(100), Duration::from_millis(100)),
+        splits: vec![1, 2, 1],
+        rates: LinkRates::new(main_bits_per_s, federated_bits_per_s),
+        ..Scenario::calm(3, 3, 2)
+    }
+}
+
+#[test]
+fn an_upload_takes_its_bits_over_the_rate() {
+    let pass = Duration::from_millis(100);
+    // 1 ms, 64 ms and 4 s a byte; the last lets pings overtake for many times the silence limit.
+    for millis_per_byte in [1_u32, 64, 4000] {
+        let rate = 8.0 * 1000.0 / f64::from(millis_per_byte);
+        let scenario = paced(rate, rate / 2.0);
+        let outcome = simulate(&scenario);
+        assert_sound(&outcome, &scenario);
+        assert_eq!(outcome.end, Some(RunEnd::Completed), "{outcome:#?}");
+        assert_eq!(outcome.measured.len(), 6);
+        for (key, clients) in &outcome.measured {
+            assert_eq!(clients.len(), 3, "{key}");
+            for times in clients {
+                let bytes = u32::try_from(times.bytes_up).unwrap();
+                assert_eq!(
+                    times.upload,
+                    bytes * Duration::from_millis(millis_per_byte.into()),
+                    "{key}: {times:?}"
+                );
+                assert_eq!((times.forward, times.backward), (pass, pass), "{key}");
+                assert_eq!(times.download, Duration::ZERO, "only uplinks are emulated");
+            }
+        }
+        for round in &outcome.rounds {
+            assert_eq!(round.collected.len(), 3);
+            for time in &round.collected {
+                let bytes = u32::try_from(time.bytes).unwrap();
+                assert_eq!(
+                    time.took,
+                    bytes * Duration::from_millis(2 * u64::from(millis_per_byte)),
+                    "{time:?}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_run_without_rates_is_not_paced() {
+    let scenario = Scenario {
+        rates: None,
+        ..paced(1.0, 1.0)
+    };
+    let outcome = simulate(&scenario);
+    assert_sound(&outcome, &scenario);
+    let uploads = outcome.measured.iter().flat_map(|(_, clients)| clients);
+    assert!(uploads.clone().count() == 18 && uploads.clone().all(|times| times.upload.is_zero()));
+}
+
+#[test]
+fn wherever_the_cut_moves_the_model_and_its_moments_go_on() {
+    let alone = |splits: &[u32]| {
+        let scenario = Scenario {
+            splits: splits.to_vec(),
+            ..Scenario::calm(1, 6, 3)
+        };
+        let outcome = simulate(&scenario);
+        assert_sound(&outcome, &scenario);
+        assert_eq!(outcome.end, Some(RunEnd::Completed));
+        outcome
+    };
+    let never = alone(&[]);
+    for splits in [&[1, 2, 3, 1][..], &[3, 2, 1], &[2], &[1, 3, 1, 3, 2, 3]] {
+        let moved = alone(splits);
+        assert_eq!(moved.model, never.model, "{splits:?}");
+        assert_eq!((moved.server, moved.steps), (never.server, never.steps));
+        let changes = splits.windows(2).filter(|pair| pair[0] != pair[1]).count() + usize::from(splits[0] != 1);
+        assert_eq!(moved.clients[0].assigned as usize, 1 + changes, "{splits:?}");
+        for (index, round) in moved.rounds.iter().enumerate() {
+            let at = |round: usize| splits.get(round).or(splits.last()).copied().unwrap();
+            assert_eq!(round.average.len(), 8 * at(index) as usize);
+            // After the last round nothing follows, so nothing moves.
+            let leaving = if index + 1 < moved.rounds.len() {
+                at(index).saturating_sub(at(index + 1))
+            } else {
+                0
+            };
+            let moments = round.moments.as_ref().map_or(0, |moments| moments.first.len());
+            assert_eq!(moments, 8 * leaving as usize, "{splits:?}, round {index}");
+        }
+    }
+}
+
+#[test]
+fn moving_cuts_survive_any_weather_bit_by_bit() {
+    let calm = simulate(&recutting(Weather::CALM, 0));
+    let mut undisturbed = 0;
+    for seed in 0..60 {
+        let scenario = recutting(Weather::STORM, seed);
+        let outcome = simulate(&scenario);
+        assert_sound(&outcome, &scenario);
+        assert_eq!(outcome.end, Some(RunEnd::Completed), "{scenario:#?}");
+        let last = outcome.rounds.last().unwrap().at;
+        if outcome
+            .history
+            .iter()
+            .any(|(at, phase)| matches!(phase, Phase::Left(_)) && *at < last)
+        {
+            continue;
+        }
+        undisturbed += 1;
+        assert_eq!(outcome.model, calm.model, "seed {seed}");
+        assert_eq!(outcome.steps, calm.steps, "seed {seed}");
+    }
+    assert!(undisturbed > 40, "{undisturbed} of 60");
+}
+
+fn recutting(weather: Weather, seed: u64) -> Scenario {
+    Scenario {
+        splits: vec![2, 1, 3, 1],
+        remote_control: seed % 2 == 1,
+        rounds: 4,
+        ..staggered(weather, seed)
+    }
+}
+
+#[test]
+fn whoever_comes_or_goes_while_the_cut_moves_does_not_hold_up_the_run() {
+    let base = |moment: u32| Scenario {
+        splits: vec![1, 3, 2, 1, 3],
+        needed: 2,
+        remote_control: moment % 2 == 1,
+        rates: LinkRates::new(1e5, 1e4),
+        time_limit: seconds(7200),
+        ..Scenario::calm(3, 5, 2)
+    };
+    let total = simulate(&base(0)).elapsed;
+    let ways = [
+        Fault::Leave(1),
+        Fault::Kill(1),
+        Fault::Crash(1),
+        Fault::Partition(1, seconds(3600)),
+        Fault::Cut(1, Endpoint::Main),
+        Fault::Cut(1, Endpoint::Federated),
+        Fault::Start(2),
+    ];
+    for way in ways {
+        for moment in 0..40 {
+            let mut scenario = base(moment);
+            scenario.faults = vec![(total * moment / 40, way)];
+            let outcome = simulate(&scenario);
+            assert_sound(&outcome, &scenario);
+            assert_eq!(outcome.end, Some(RunEnd::Completed), "{scenario:#?}");
+            assert_eq!(outcome.rounds.len(), 5);
+            for client in [0, 2] {
+                let finished = outcome.clients[client].finished.as_ref();
+                let late = way == Fault::Start(2) && client == 2;
+                assert!(finished == Some(&FinishReason::Completed) || late, "{scenario:#?}");
+            }
+            for round in &outcome.rounds {
+                assert!(round.members.len() >= 2 || round.round.round == 0 || way != Fault::Start(2));
+            }
+        }
+    }
+}
+
 fn fault(clients: usize) -> impl Strategy<Value = Fault> {
     let client = 0..clients;
     let endpoint = prop_oneof![Just(Endpoint::Main), Just(Endpoint::Federated)];
@@ -1819,32 +2158,47 @@ fn fault(clients: usize) -> impl Strategy<Value = Fault> {
 
 fn scenario() -> impl Strategy<Value = Scenario> {
     let weather = prop_oneof![3 => Just(Weather::CALM), 1 => Just(Weather::STORM)];
-    (any::<u64>(), weather, 1_usize..5, 1_u32..4, 1_u32..4, any::<bool>()).prop_flat_map(
-        |(seed, weather, clients, rounds, local_steps, remote_control)| {
-            let moment = (0_u64..60_000).prop_map(Duration::from_millis);
-            (
-                1..=clients as u32,
-                prop::collection::vec((moment, fault(clients)), 0..12),
-            )
-                .prop_map(move |(needed, mut faults)| {
-                    // Everybody starts at some time, and once more when all the trouble is over.
-                    for client in 0..clients {
-                        faults.push((Duration::from_millis(500 * client as u64), Fault::Start(client)));
-                        faults.push((seconds(120), Fault::Start(client)));
-                    }
-                    Scenario {
-                        seed,
-                        weather,
-                        needed,
-                        remote_control,
-                        faults,
-                        wait_for_client: seconds(400),
-                        time_limit: seconds(3600),
-                        ..Scenario::calm(clients, rounds, local_steps)
-                    }
-                })
-        },
+    let plan = (
+        prop::collection::vec(1_u32..4, 0..4),
+        prop::option::of((1e4..1e7_f64, 1e4..1e7_f64)),
+    );
+    (
+        any::<u64>(),
+        weather,
+        1_usize..5,
+        1_u32..4,
+        1_u32..4,
+        any::<bool>(),
+        plan,
     )
+        .prop_flat_map(
+            |(seed, weather, clients, rounds, local_steps, remote_control, (splits, rates))| {
+                let moment = (0_u64..60_000).prop_map(Duration::from_millis);
+                (
+                    1..=clients as u32,
+                    prop::collection::vec((moment, fault(clients)), 0..12),
+                )
+                    .prop_map(move |(needed, mut faults)| {
+                        // Everybody starts at some time, and once more when all the trouble is over.
+                        for client in 0..clients {
+                            faults.push((Duration::from_millis(500 * client as u64), Fault::Start(client)));
+                            faults.push((seconds(120), Fault::Start(client)));
+                        }
+                        Scenario {
+                            seed,
+                            weather,
+                            needed,
+                            remote_control,
+                            faults,
+                            splits: splits.clone(),
+                            rates: rates.and_then(|(main, federated)| LinkRates::new(main, federated)),
+                            wait_for_client: seconds(400),
+                            time_limit: seconds(3600),
+                            ..Scenario::calm(clients, rounds, local_steps)
+                        }
+                    })
+            },
+        )
 }
 
 proptest! {

@@ -291,6 +291,7 @@ fn split_step_equals_unsplit_step_at_every_cut() {
                 for (step, batch) in steps.iter().enumerate() {
                     let activations = block_on(client.forward(&batch.tokens, batch.seq)).unwrap();
                     let (loss, replies) = block_on(server.step(&[Contribution {
+                        cut,
                         activations: &activations,
                         targets: &batch.targets,
                     }]))
@@ -325,6 +326,7 @@ fn a_client_gets_the_gradient_of_its_own_loss() {
             .iter()
             .zip(&batches)
             .map(|(activations, batch)| Contribution {
+                cut: 1,
                 activations,
                 targets: &batch.targets,
             })
@@ -362,6 +364,7 @@ fn the_server_steps_on_the_concatenated_batch() {
         .iter()
         .zip(&batches)
         .map(|(activations, batch)| Contribution {
+            cut: 1,
             activations,
             targets: &batch.targets,
         })
@@ -376,6 +379,7 @@ fn the_server_steps_on_the_concatenated_batch() {
     } = fixture.parts(&engine, 1, &whole);
     let activations = block_on(whole_client.forward(&all.tokens, all.seq)).unwrap();
     let (whole_loss, _) = block_on(whole_server.step(&[Contribution {
+        cut: 1,
         activations: &activations,
         targets: &all.targets,
     }]))
@@ -404,6 +408,7 @@ fn wire_forms_change_the_loss_by_their_rounding_only() {
                 Cut::byte_length(wire, 2, batch.seq, fixture.config.width)
             });
             let contribution = Contribution {
+                cut: 1,
                 activations: &activations,
                 targets: &batch.targets,
             };

@@ -224,8 +224,9 @@ class Run {
     previous?.close();
   }
 
-  // Fetches the weights and the tokenizer, reads the text, and tells the engine when everything is there.
-  async load({ weights, tokenizer, endToken }, signal) {
+  // Fetches the weights and the tokenizer that the engine lacks, reads the text unless it has it, and tells it when everything
+  // is there.
+  async load({ weights, tokenizer, needsText, endToken }, signal) {
     const total = [...weights, ...tokenizer].reduce((sum, blob) => sum + blob.bytes, 0);
     let done = 0;
     this.show('loading', 'Loading the model');
@@ -251,14 +252,18 @@ class Run {
     let tokenizerFile = null;
     for (const blob of tokenizer) tokenizerFile = await fetchChecked(blob, (bytes) => this.client.checkTokenizer(bytes));
     for (const blob of weights) await fetchChecked(blob, (bytes) => this.client.loadWeights(bytes));
+    if (needsText) await this.readText(tokenizerFile, endToken, signal);
+    this.show('loading', 'Preparing the device');
+    this.client.prepare();
+  }
+
+  async readText(tokenizerFile, endToken, signal) {
     this.show('loading', 'Reading the text');
     const { name, bytes } = await this.readSource(signal);
     const texts = this.client.parseData(bytes, name);
     const ids = texts.length > 0 ? await this.tokenise(texts, tokenizerFile, endToken) : null;
     signal.throwIfAborted();
     this.client.assembleData(ids?.flat ?? new Uint32Array(), ids?.lengths ?? new Uint32Array(), ids?.end);
-    this.show('loading', 'Preparing the device');
-    this.client.prepare();
   }
 
   async readSource(signal) {

@@ -152,6 +152,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         shuffle: true,
         clients: CLIENTS as u32,
         wait: Duration::from_secs(10),
+        planner: None,
     };
     let hosting = Hosting {
         token,

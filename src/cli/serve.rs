@@ -274,6 +274,7 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
         shuffle: !no_shuffle,
         clients,
         wait: Duration::from_secs(options.wait.into()),
+        planner: None,
         model: model(source),
     };
     Ok(Prepared { run, local })
@@ -611,6 +612,9 @@ impl Shown {
                 self.steps,
                 format!("round {}  loss {:.3}  {} clients", step.round, step.loss, step.clients),
             ),
+            Report::Planned { cut, rank, reason } => {
+                console.line(format!("plan: cut after block {cut}, rank {rank}; {reason}"));
+            }
             Report::Round(round) => {
                 let validation = match (round.valid_loss, round.valid_perplexity) {
                     (Some(loss), Some(perplexity)) => {
@@ -618,8 +622,12 @@ impl Shown {
                     }
                     _ => String::new(),
                 };
+                let predicted = round
+                    .predicted_s
+                    .map(|predicted| format!(" ({predicted:.1} s predicted)"))
+                    .unwrap_or_default();
                 console.line(format!(
-                    "round {}: {} adapters averaged in {:.1} s{validation}",
+                    "round {}: {} adapters averaged in {:.1} s{predicted}{validation}",
                     round.round, round.adapters, round.measured_s
                 ));
             }

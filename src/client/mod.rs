@@ -1,13 +1,15 @@
 //! An edge client: its session, its side of the model and its data, put together.
 //!
 //! Here is what a native process and a browser tab share, without threads, sockets and files: what an assignment means
-//! ([`Plan`]), loading the model part by part ([`Loader`]), and the answers to the session's events ([`Learner`]). `native`
-//! and `web` move bytes and time.
+//! ([`Plan`]), loading the model part by part ([`Loader`]), and the answers to the session's events ([`Learner`]). A second
+//! assignment starts from what the first left on the device ([`Held`]). `native` and `web` move bytes and time.
 
 #[cfg(not(target_arch = "wasm32"))]
 pub mod native;
 #[cfg(target_arch = "wasm32")]
 pub mod web;
+
+use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
 
@@ -17,14 +19,15 @@ use crate::model::adapter::{AdapterError, AdapterLayout, LoraSpec};
 use crate::model::block::BlockWeights;
 use crate::model::config::{Config, ConfigError};
 use crate::model::ends::EmbeddingWeights;
-use crate::model::optimizer::{self, OptimizerSettings};
+use crate::model::optimizer::{self, Moments, OptimizerSettings};
 use crate::model::stack::StackWeights;
 use crate::model::weights::{Unit, UnitData, WeightsError};
-use crate::protocol::ActivationsInput;
 use crate::protocol::message::{
-    Assignment, Blob, Capabilities, Gradient, OptimizerConfig, RunConfig, Schedule, StepKey, WireDtype,
+    self, Assignment, Blob, Capabilities, Gradient, OptimizerConfig, RoundKey, RunConfig, RunId, Schedule, Speed,
+    StepKey, WireDtype,
 };
-use crate::split::{self, ClientPart, Cut, Training, Wire};
+use crate::protocol::{ActivationsInput, AdapterInput};
+use crate::split::{self, ClientPart, Clock, Cut, Training, Wire};
 
 /// The largest `tokenizer.json` that is fetched.
 const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
@@ -60,13 +63,13 @@ pub fn capabilities(device: &str, memory_bytes: u64) -> Capabilities {
         dtypes: vec![WireDtype::F32, WireDtype::F16, WireDtype::Int8],
         memory_bytes,
         device: device.to_owned(),
-        flops_per_s: None,
     }
 }
 
 /// An assignment that has been checked.
 #[derive(Clone, Debug)]
 pub struct Plan {
+    run: RunId,
     pub config: Config,
     pub training: Training,
     /// Blocks this client runs: `0..cut`.
@@ -140,6 +143,7 @@ impl Plan {
             return fail(format!("a tokenizer of {} bytes", blob.bytes));
         }
         Ok(Self {
+            run: assignment.run,
             config,
             training,
             cut,
@@ -169,6 +173,12 @@ impl Plan {
             vocab: self.config.vocab,
             skip_bad_lines,
         }
+    }
+
+    /// Whether examples made for `other` serve this plan as well.
+    fn shares_data(&self, other: &Plan) -> bool {
+        let same = |plan: &Plan| (plan.run, plan.training.seq, plan.config.vocab);
+        same(self) == same(other) && self.tokenizer == other.tokenizer
     }
 
     /// The endless batches of this client, from its first example or from `cursor`.
@@ -242,28 +252,83 @@ pub fn verify(blob: &Blob, bytes: &[u8]) -> Result<(), Error> {
     Ok(())
 }
 
+/// What an assignment leaves on a device for the next one.
+pub struct Held {
+    plan: Plan,
+    weights: StackWeights,
+    moments: Moments,
+    examples: Vec<Example>,
+    cursor: Cursor,
+    speed: Option<Speed>,
+}
+
 /// Puts the client's part of the model on the device, one part after the other, so that never more than one is in memory twice.
+/// Parts that are there already stay.
 pub struct Loader {
     engine: Engine,
     plan: Plan,
+    clock: Clock,
     embedding: Option<EmbeddingWeights>,
     blocks: Vec<BlockWeights>,
+    /// Of the first blocks, as far as they had any.
+    moments: Moments,
+    data: Option<Vec<Example>>,
+    cursor: Option<Cursor>,
+    speed: Option<Speed>,
 }
 
 impl Loader {
-    pub fn new(engine: &Engine, plan: &Plan) -> Self {
-        Self {
+    /// `clock` is what the client measures itself by; `held` is what an earlier assignment left.
+    ///
+    /// # Errors
+    /// [`Error::Adapter`] for an assignment without an adapter's layout.
+    pub fn new(engine: &Engine, plan: &Plan, clock: Clock, held: Option<Held>) -> Result<Self, Error> {
+        let mut loader = Self {
             engine: engine.clone(),
             plan: plan.clone(),
+            clock,
             embedding: None,
             blocks: Vec::new(),
+            moments: Moments::default(),
+            data: None,
+            cursor: None,
+            speed: None,
+        };
+        let Some(held) = held else { return Ok(loader) };
+        let same = held
+            .plan
+            .units
+            .iter()
+            .zip(&plan.units)
+            .take_while(|(old, new)| old == new);
+        if let Some(blocks) = same.count().checked_sub(1) {
+            loader.embedding = held.weights.embedding;
+            loader.blocks.extend(held.weights.blocks.into_iter().take(blocks));
         }
+        if held.plan.run == plan.run && held.plan.training.spec == plan.training.spec {
+            let kept = AdapterLayout::new(&plan.config, &plan.training.spec, 0..held.plan.cut.min(plan.cut))?;
+            loader.moments = held.moments.slice(0..kept.len().min(held.moments.len()));
+        }
+        loader.data = held.plan.shares_data(plan).then_some(held.examples);
+        loader.cursor = Some(held.cursor);
+        loader.speed = held.speed;
+        Ok(loader)
     }
 
     /// The part that [`Loader::add`] takes next; `None` when all are there.
     pub fn next(&self) -> Option<&Blob> {
+        self.missing().first()
+    }
+
+    /// The parts that are still to be added, in their order.
+    pub fn missing(&self) -> &[Blob] {
         let loaded = usize::from(self.embedding.is_some()) + self.blocks.len();
-        self.plan.units.get(loaded)
+        self.plan.units.get(loaded..).unwrap_or_default()
+    }
+
+    /// The examples of an earlier assignment, where they serve this one too.
+    pub fn take_data(&mut self) -> Option<Vec<Example>> {
+        self.data.take()
     }
 
     /// Takes the bytes of the next part.
@@ -289,32 +354,44 @@ impl Loader {
         Ok(())
     }
 
-    /// The loaded model with its data. The adapter is zero until [`Learner::install`].
+    /// The loaded model with its data, which goes on where an earlier assignment stood. The adapter is zero until
+    /// [`Learner::install`].
     ///
     /// # Errors
-    /// [`Error::Assignment`] when a part is missing; [`Error::Split`].
-    pub fn finish(self, batches: Batches) -> Result<Learner, Error> {
+    /// [`Error::Assignment`] when a part is missing; [`Error::Data`], [`Error::Split`].
+    pub fn finish(self, examples: Vec<Example>) -> Result<Learner, Error> {
         if let Some(missing) = self.next() {
             return Err(Error::Assignment(format!("{} was not loaded", missing.name)));
         }
         let Self {
             engine,
             plan,
+            clock,
             embedding,
             blocks,
+            moments,
+            cursor,
+            speed,
+            ..
         } = self;
+        let batches = plan.batches(examples, cursor)?;
         let weights = StackWeights {
             embedding,
             blocks,
             first_block: 0,
             head: None,
         };
-        let values = vec![0.0; AdapterLayout::new(&plan.config, &plan.training.spec, 0..plan.cut)?.len()];
-        let part = ClientPart::with_weights(&engine, &plan.config, weights, &plan.training, &values)?;
+        let len = AdapterLayout::new(&plan.config, &plan.training.spec, 0..plan.cut)?.len();
+        let mut part = ClientPart::with_weights(&engine, &plan.config, weights, &plan.training, &vec![0.0; len])?;
+        let unfilled = len - moments.len();
+        part.set_moments(&moments.followed_by(Moments::zero(unfilled)))?;
         Ok(Learner {
             part,
             plan,
+            clock,
             batches,
+            speed,
+            unfilled,
             examples: 0,
             tokens: 0,
         })
@@ -325,7 +402,11 @@ impl Loader {
 pub struct Learner {
     part: ClientPart,
     plan: Plan,
+    clock: Clock,
     batches: Batches,
+    speed: Option<Speed>,
+    /// Values, the last ones, whose moments are still to come.
+    unfilled: usize,
     /// Used in the current round.
     examples: u64,
     /// Targets of the last forward pass.
@@ -337,17 +418,59 @@ impl Learner {
         &self.plan
     }
 
+    /// What this device computes of the plan, measured the first time. Training is not touched.
+    ///
+    /// # Errors
+    /// [`Error::Split`].
+    pub async fn speed(&mut self) -> Result<Option<Speed>, Error> {
+        if self.speed.is_none() {
+            let measured = self.part.measure(self.clock).await?;
+            self.speed = measured.and_then(|speed| Speed::new(speed.forward_flops_per_s, speed.backward_flops_per_s));
+        }
+        Ok(self.speed)
+    }
+
+    /// Gives up the assignment for another.
+    ///
+    /// # Errors
+    /// [`Error::Split`].
+    pub async fn release(self) -> Result<Held, Error> {
+        Ok(Held {
+            weights: self.part.weights().clone(),
+            moments: self.part.moments().await?,
+            cursor: self.batches.cursor(),
+            examples: self.batches.into_examples(),
+            plan: self.plan,
+            speed: self.speed,
+        })
+    }
+
     /// `RoundStarted`: counts this round's examples from zero.
     pub fn begin_round(&mut self) {
         self.examples = 0;
     }
 
-    /// `InstallAdapter`: takes the flat values of the client's side.
+    /// `InstallAdapter`: takes the flat values of the client's side, and the moments of blocks that are new to it. Where those
+    /// do not come, because the blocks were moved while this client was away, its optimiser begins anew.
     ///
     /// # Errors
-    /// [`Error::Split`] for another length.
-    pub fn install(&mut self, values: &[f32]) -> Result<(), Error> {
-        Ok(self.part.set_adapter(values)?)
+    /// [`Error::Assignment`] for moments of other blocks, [`Error::Split`] for another length.
+    pub async fn install(&mut self, values: &[f32], moments: Option<message::Moments>) -> Result<(), Error> {
+        self.part.set_adapter(values)?;
+        match moments {
+            Some(message::Moments { steps, first, second }) => {
+                let gained = Moments { steps, first, second };
+                let own = self.part.moments().await?;
+                let Some(kept) = own.len().checked_sub(gained.len()) else {
+                    return Err(Error::Assignment("moments of more blocks than there are".to_owned()));
+                };
+                self.part.set_moments(&own.slice(0..kept).followed_by(gained))?;
+            }
+            None if self.unfilled > 0 => self.part.set_moments(&Moments::zero(values.len()))?,
+            None => {}
+        }
+        self.unfilled = 0;
+        Ok(())
     }
 
     /// `ComputeForward`: the next batch up to the cut.
@@ -355,6 +478,7 @@ impl Learner {
     /// # Errors
     /// [`Error::Split`].
     pub async fn forward(&mut self, key: StepKey) -> Result<ActivationsInput, Error> {
+        let start = (self.clock)();
         let batch = self.batches.next_batch();
         let rounds = u64::from(key.round.round) * u64::from(self.plan.local_steps);
         self.part.set_run_step(rounds + u64::from(key.step));
@@ -366,16 +490,18 @@ impl Learner {
             batch: cut.batch as u32,
             seq: cut.seq as u32,
             examples: batch.examples as u32,
+            forward: (self.clock)().saturating_sub(start),
             targets: batch.targets,
             payload: cut.bytes,
         })
     }
 
-    /// `ComputeBackward`: the gradient of this client's own loss, and one optimiser step.
+    /// `ComputeBackward`: the gradient of this client's own loss, and one optimiser step. Returns what they took.
     ///
     /// # Errors
     /// [`Error::Split`].
-    pub async fn backward(&mut self, gradient: Gradient) -> Result<(), Error> {
+    pub async fn backward(&mut self, gradient: Gradient) -> Result<Duration, Error> {
+        let start = (self.clock)();
         let cut = Cut {
             wire: self.plan.training.wire,
             batch: gradient.batch as usize,
@@ -383,15 +509,30 @@ impl Learner {
             width: gradient.width as usize,
             bytes: gradient.payload,
         };
-        Ok(self.part.backward(&cut).await?)
+        self.part.backward(&cut).await?;
+        Ok((self.clock)().saturating_sub(start))
     }
 
-    /// `UploadAdapter`: the flat adapter, and the examples it was trained on in this round.
+    /// `UploadAdapter`: the flat adapter, the examples it was trained on in this round, and the moments of the blocks from `split`
+    /// on as after `steps` optimiser steps.
     ///
     /// # Errors
     /// [`Error::Split`].
-    pub async fn adapter(&self) -> Result<(Vec<f32>, u64), Error> {
-        Ok((self.part.adapter().await?, self.examples))
+    pub async fn adapter(&self, round: RoundKey, split: u32, steps: u64) -> Result<AdapterInput, Error> {
+        let values = self.part.adapter().await?;
+        let stays = values.len() / self.plan.cut * (split as usize).min(self.plan.cut);
+        let moments = if stays < values.len() {
+            let Moments { steps, first, second } = self.part.moments().await?.slice(stays..values.len()).at(steps);
+            Some(message::Moments { steps, first, second })
+        } else {
+            None
+        };
+        Ok(AdapterInput {
+            round,
+            examples: self.examples,
+            values,
+            moments,
+        })
     }
 
     /// Targets of the last forward pass.
@@ -399,13 +540,8 @@ impl Learner {
         self.tokens
     }
 
-    /// Where the next batch starts.
-    pub fn cursor(&self) -> Cursor {
-        self.batches.cursor()
-    }
-
     /// Gives the data back, to go on with in another run.
     pub fn into_examples(self) -> Vec<Example> {
-        self.batches.examples().to_vec()
+        self.batches.into_examples()
     }
 }

@@ -5,21 +5,23 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc as thread_mpsc;
+use std::sync::{LazyLock, mpsc as thread_mpsc};
 use std::time::{Duration, Instant};
 
 use sha2::{Digest as _, Sha256};
 use tokio::io::AsyncWriteExt;
 use tokio::sync::{mpsc, watch};
 
-use super::{Learner, Loader, Plan, capabilities};
+use super::{Held, Learner, Loader, Plan, capabilities};
 use crate::compute::Engine;
 use crate::data::{Dataset, Example, Summary as DataSummary, Tokenize, Tokenizer};
 use crate::model::adapter::Adapter;
-use crate::protocol::message::{Assignment, Blob, Gradient, PROTOCOL_VERSION, RoundKey, RoundResult, StepKey};
+use crate::protocol::message::{
+    Assignment, Blob, Gradient, Moments, PROTOCOL_VERSION, RoundKey, RoundResult, Speed, StepKey,
+};
 use crate::protocol::{
-    ActivationsInput, ClientConfig, ClientError, ClientEvent, ClientFailure, ClientSession, Endpoint, FinishReason,
-    MAX_FRAME_BYTES, Transmit,
+    ActivationsInput, AdapterInput, ClientConfig, ClientError, ClientEvent, ClientFailure, ClientSession, Endpoint,
+    FinishReason, MAX_FRAME_BYTES, Transmit,
 };
 use crate::transport::{self, Dialer, JoinLink, Origin, SocketEvent};
 
@@ -168,6 +170,7 @@ pub async fn join(
         tasks,
         plan: None,
         generation: 0,
+        loaded: (0, Vec::new()),
         has_connected: false,
         last_error: None,
         summary: Summary {
@@ -192,13 +195,20 @@ enum Task {
         tokenizer: Option<PathBuf>,
     },
     BeginRound,
-    Install(Vec<f32>),
+    Install {
+        values: Vec<f32>,
+        moments: Option<Moments>,
+    },
     Forward(StepKey),
     Backward {
         key: StepKey,
         gradient: Box<Gradient>,
     },
-    Collect(RoundKey),
+    Collect {
+        round: RoundKey,
+        split: u32,
+        steps: u64,
+    },
 }
 
 /// Answered by the compute thread.
@@ -206,14 +216,14 @@ enum Reply {
     Loaded {
         generation: u64,
         data: Option<DataSummary>,
+        speed: Option<Speed>,
     },
     Activations(ActivationsInput),
-    StepDone(StepKey),
-    Adapter {
-        round: RoundKey,
-        values: Vec<f32>,
-        examples: u64,
+    StepDone {
+        key: StepKey,
+        took: Duration,
     },
+    Adapter(AdapterInput),
     Failed(Error),
 }
 
@@ -256,33 +266,35 @@ async fn compute(
                 current,
             ) => {
                 // Within one process the data goes on where it stood, whatever is loaded again.
-                let cursor = current.as_ref().map(Learner::cursor);
-                *current = None;
-                let (loaded, data) = load(&engine, &plan, &source, cursor, &units, tokenizer.as_deref())?;
+                let held = match current.take() {
+                    Some(learner) => Some(learner.release().await?),
+                    None => None,
+                };
+                let (mut loaded, data) = load(&engine, &plan, &source, held, &units, tokenizer.as_deref())?;
+                let speed = loaded.speed().await?;
                 *current = Some(loaded);
-                Some(Reply::Loaded { generation, data })
+                Some(Reply::Loaded {
+                    generation,
+                    data,
+                    speed,
+                })
             }
             (_, None) => None,
             (Task::BeginRound, Some(learner)) => {
                 learner.begin_round();
                 None
             }
-            (Task::Install(values), Some(learner)) => {
-                learner.install(&values)?;
+            (Task::Install { values, moments }, Some(learner)) => {
+                learner.install(&values, moments).await?;
                 None
             }
             (Task::Forward(key), Some(learner)) => Some(Reply::Activations(learner.forward(key).await?)),
             (Task::Backward { key, gradient }, Some(learner)) => {
-                learner.backward(*gradient).await?;
-                Some(Reply::StepDone(key))
+                let took = learner.backward(*gradient).await?;
+                Some(Reply::StepDone { key, took })
             }
-            (Task::Collect(round), Some(learner)) => {
-                let (values, examples) = learner.adapter().await?;
-                Some(Reply::Adapter {
-                    round,
-                    values,
-                    examples,
-                })
+            (Task::Collect { round, split, steps }, Some(learner)) => {
+                Some(Reply::Adapter(learner.adapter(round, split, steps).await?))
             }
         };
         if let Some(reply) = reply
@@ -294,18 +306,27 @@ async fn compute(
     Ok(())
 }
 
+/// What the client measures itself by.
+fn clock() -> Duration {
+    static ORIGIN: LazyLock<Instant> = LazyLock::new(Instant::now);
+    ORIGIN.elapsed()
+}
+
+/// `units` has the files of the plan's last parts, of all that are not on the device at least.
 fn load(
     engine: &Engine,
     plan: &Plan,
     source: &Source,
-    cursor: Option<crate::data::Cursor>,
+    held: Option<Held>,
     units: &[PathBuf],
     tokenizer: Option<&Path>,
 ) -> Result<(Learner, Option<DataSummary>), Error> {
     let read = |path: &Path| std::fs::read(path).map_err(|error| Error::file("read", path, error));
-    let (examples, summary) = match source {
-        Source::Examples(examples) => (examples.clone(), None),
-        Source::File { path, skip_bad_lines } => {
+    let mut loader = Loader::new(engine, plan, clock, held)?;
+    let (examples, summary) = match (loader.take_data(), source) {
+        (Some(examples), _) => (examples, None),
+        (None, Source::Examples(examples)) => (examples.clone(), None),
+        (None, Source::File { path, skip_bad_lines }) => {
             let tokenizer = match tokenizer {
                 Some(tokenizer) => {
                     let tokenizer =
@@ -323,12 +344,11 @@ fn load(
             (data.examples, Some(data.summary))
         }
     };
-    let batches = plan.batches(examples, cursor).map_err(super::Error::from)?;
-    let mut loader = Loader::new(engine, plan);
-    for path in units {
+    let there = units.len().saturating_sub(loader.missing().len());
+    for path in units.iter().skip(there) {
         loader.add(read(path)?)?;
     }
-    Ok((loader.finish(batches)?, summary))
+    Ok((loader.finish(examples)?, summary))
 }
 
 #[derive(Default)]
@@ -354,6 +374,8 @@ struct Driver {
     plan: Option<Plan>,
     /// Counts the assignments.
     generation: u64,
+    /// The generation that was loaded last, and its parts.
+    loaded: (u64, Vec<Blob>),
     has_connected: bool,
     last_error: Option<transport::Error>,
     summary: Summary,
@@ -492,8 +514,13 @@ impl Driver {
     fn reply(&mut self, reply: Reply) -> Result<(), Error> {
         let now = self.now();
         match reply {
-            Reply::Loaded { generation, data } if generation == self.generation => {
+            Reply::Loaded {
+                generation,
+                data,
+                speed,
+            } if generation == self.generation => {
                 if let Some(plan) = &self.plan {
+                    self.loaded = (generation, plan.units().to_vec());
                     let steps = plan.rounds.saturating_mul(plan.local_steps);
                     (self.report)(Report::Loaded {
                         data,
@@ -502,19 +529,15 @@ impl Driver {
                         steps,
                     });
                 }
-                self.session.ready(now);
+                self.session.ready(now, speed);
             }
             Reply::Loaded { .. } => {}
             Reply::Activations(input) => self.session.activations(now, input)?,
-            Reply::StepDone(key) => {
+            Reply::StepDone { key, took } => {
                 self.summary.steps += 1;
-                self.session.step_done(now, key);
+                self.session.step_done(now, key, took);
             }
-            Reply::Adapter {
-                round,
-                values,
-                examples,
-            } => self.session.adapter(now, round, values, examples)?,
+            Reply::Adapter(input) => self.session.adapter(now, input)?,
             Reply::Failed(error) => return Err(error),
         }
         Ok(())
@@ -596,9 +619,9 @@ impl Driver {
                 });
                 self.task(Task::BeginRound)?;
             }
-            ClientEvent::InstallAdapter { values, .. } => {
+            ClientEvent::InstallAdapter { values, moments, .. } => {
                 self.save(&values)?;
-                self.task(Task::Install(values))?;
+                self.task(Task::Install { values, moments })?;
             }
             ClientEvent::ComputeForward { key } => self.task(Task::Forward(key))?,
             ClientEvent::ComputeBackward { key, gradient } => {
@@ -619,7 +642,7 @@ impl Driver {
                     gradient: Box::new(gradient),
                 })?;
             }
-            ClientEvent::UploadAdapter { round } => self.task(Task::Collect(round))?,
+            ClientEvent::UploadAdapter { round, split, steps } => self.task(Task::Collect { round, split, steps })?,
             ClientEvent::RoundResult(result) => (self.report)(Report::Round(result)),
             // Taking leave because of an error ends well for the session only.
             ClientEvent::Finished(reason) => {
@@ -668,6 +691,14 @@ impl Driver {
 
     fn assigned(&mut self, assignment: &Assignment, fetch: &mpsc::Sender<Fetched>) -> Result<(), Error> {
         let plan = Plan::new(assignment)?;
+        // What the thread surely has need not be fetched.
+        let there = match &self.loaded {
+            (generation, units) if *generation == self.generation => {
+                let same = units.iter().zip(plan.units()).take_while(|(old, new)| old == new);
+                same.count()
+            }
+            _ => 0,
+        };
         self.generation += 1;
         let (generation, fetch) = (self.generation, fetch.clone());
         let fetcher = Fetcher {
@@ -681,7 +712,7 @@ impl Driver {
             Source::File { .. } => plan.tokenizer().cloned(),
             Source::Examples(_) => None,
         };
-        let units = plan.units().to_vec();
+        let units = plan.units().iter().skip(there).cloned().collect::<Vec<_>>();
         self.plan = Some(plan);
         tokio::spawn(async move {
             let files = fetcher.fetch_all(&units, tokenizer.as_ref()).await;

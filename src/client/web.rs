@@ -16,10 +16,11 @@ use crate::compute::{self, Engine, Selection};
 use crate::data::reader::Document;
 use crate::data::{DataError, Example};
 use crate::protocol::message::{
-    Assignment, Blob, Gradient, PROTOCOL_VERSION, RefusalReason, RoundKey, RoundResult, StepKey,
+    Assignment, Blob, Gradient, Moments, PROTOCOL_VERSION, RefusalReason, RoundKey, RoundResult, Speed, StepKey,
 };
 use crate::protocol::{
-    ActivationsInput, ClientConfig, ClientEvent, ClientFailure, ClientSession, Endpoint, FinishReason, Transmit,
+    ActivationsInput, AdapterInput, ClientConfig, ClientEvent, ClientFailure, ClientSession, Endpoint, FinishReason,
+    Transmit,
 };
 use crate::split;
 
@@ -62,27 +63,26 @@ pub async fn open_device(selection: String) -> Result<Device, JsError> {
 
 /// What the session wants computed, in order.
 enum Work {
+    Measure,
     BeginRound,
-    Install(Vec<f32>),
+    Install { values: Vec<f32>, moments: Option<Moments> },
     Forward(StepKey),
     Backward(Gradient),
-    Upload(RoundKey),
+    Upload { round: RoundKey, split: u32, steps: u64 },
 }
 
 /// What was computed.
 enum Done {
     Nothing,
+    Measure(Option<Speed>),
     Forward(ActivationsInput),
     Backward {
         key: StepKey,
         loss: f32,
         tokens: u64,
+        took: Duration,
     },
-    Upload {
-        round: RoundKey,
-        values: Vec<f32>,
-        examples: u64,
-    },
+    Upload(AdapterInput),
 }
 
 struct State {
@@ -96,6 +96,8 @@ struct State {
     learner: Option<Learner>,
     work: VecDeque<Work>,
     working: bool,
+    /// Waits for the learner to be free.
+    next_assignment: Option<Box<Plan>>,
     /// The timeout JavaScript was last told.
     timer: Option<Duration>,
     over: bool,
@@ -138,6 +140,7 @@ impl EdgeClient {
                 learner: None,
                 work: VecDeque::new(),
                 working: false,
+                next_assignment: None,
                 timer: None,
                 over: false,
             }),
@@ -240,7 +243,7 @@ impl EdgeClient {
         Ok(())
     }
 
-    /// Puts weights and data together and reports ready.
+    /// Puts weights and data together, measures the device and reports ready.
     ///
     /// # Errors
     /// A JavaScript `Error` that names what is missing or does not fit the device.
@@ -250,11 +253,10 @@ impl EdgeClient {
             let state = &mut *state;
             let loader = state.loader.take().ok_or_else(no_assignment)?;
             let examples = state.examples.take().ok_or_else(no_assignment)?;
-            let plan = state.plan.as_ref().ok_or_else(no_assignment)?;
-            state.learner = Some(loader.finish(plan.batches(examples, None)?)?);
+            state.learner = Some(loader.finish(examples)?);
+            state.work.push_back(Work::Measure);
         }
-        self.0.perform("waiting", &[]);
-        self.0.with_session(|session, now| session.ready(now));
+        self.0.work();
         Ok(())
     }
 }
@@ -368,8 +370,8 @@ impl Shared {
                     &[("endpoint", number_of(endpoint)), ("milliseconds", wait.into())],
                 );
             }
-            ClientEvent::Assigned(assignment) => self.assign(&assignment),
-            ClientEvent::InstallAdapter { values, .. } => self.queue(Work::Install(values)),
+            ClientEvent::Assigned(assignment) => self.assigned(&assignment),
+            ClientEvent::InstallAdapter { values, moments, .. } => self.queue(Work::Install { values, moments }),
             ClientEvent::RoundStarted { round, members } => {
                 self.queue(Work::BeginRound);
                 self.perform(
@@ -379,7 +381,7 @@ impl Shared {
             }
             ClientEvent::ComputeForward { key } => self.queue(Work::Forward(key)),
             ClientEvent::ComputeBackward { gradient, .. } => self.queue(Work::Backward(gradient)),
-            ClientEvent::UploadAdapter { round } => self.queue(Work::Upload(round)),
+            ClientEvent::UploadAdapter { round, split, steps } => self.queue(Work::Upload { round, split, steps }),
             ClientEvent::RoundResult(result) => self.result(&result),
             ClientEvent::Finished(reason) => self.finish(&reason),
             ClientEvent::Failed(failure) => {
@@ -389,28 +391,54 @@ impl Shared {
         }
     }
 
-    fn assign(&self, assignment: &Assignment) {
-        let plan = match Plan::new(assignment) {
-            Ok(plan) => plan,
-            Err(error) => return self.fail("This run needs something this page cannot do", &error.to_string()),
+    fn assigned(self: &Rc<Self>, assignment: &Assignment) {
+        match Plan::new(assignment) {
+            Ok(plan) => {
+                let mut state = self.state.borrow_mut();
+                state.generation += 1;
+                state.loader = None;
+                state.work.clear();
+                state.next_assignment = Some(Box::new(plan));
+            }
+            Err(error) => self.fail("This run needs something this page cannot do", &error.to_string()),
+        }
+    }
+
+    /// Begins to load an assignment. What the learner of the last one leaves on the device is used again.
+    async fn assign(self: &Rc<Self>, plan: Plan, learner: Option<Learner>) -> Result<(), Error> {
+        let generation = self.state.borrow().generation;
+        let held = match learner {
+            Some(learner) => Some(learner.release().await?),
+            None => None,
         };
-        let tokenizer: Vec<Blob> = plan.tokenizer().into_iter().cloned().collect();
+        let mut loader = Loader::new(&self.engine, &plan, now, held)?;
+        let examples = loader.take_data();
+        let tokenizer: Vec<Blob> = plan
+            .tokenizer()
+            .filter(|_| examples.is_none())
+            .into_iter()
+            .cloned()
+            .collect();
         let fields = [
-            ("weights", blobs(plan.units())),
+            ("weights", blobs(loader.missing())),
             ("tokenizer", blobs(&tokenizer)),
+            ("needsText", examples.is_none().into()),
             ("endToken", plan.config.eos.map_or(JsValue::UNDEFINED, JsValue::from)),
             ("rounds", plan.rounds.into()),
             ("localSteps", plan.local_steps.into()),
         ];
         {
             let mut state = self.state.borrow_mut();
-            state.generation += 1;
-            state.loader = Some(Loader::new(&self.engine, &plan));
+            if state.generation != generation {
+                // Yet another one came; everything is loaded afresh for that.
+                return Ok(());
+            }
+            state.loader = Some(loader);
+            state.examples = examples;
             state.plan = Some(plan);
-            state.learner = None;
-            state.work.clear();
         }
         self.perform("assigned", &fields);
+        Ok(())
     }
 
     fn result(&self, result: &RoundResult) {
@@ -458,7 +486,8 @@ impl Shared {
     fn work(self: &Rc<Self>) {
         {
             let mut state = self.state.borrow_mut();
-            if state.working || state.over || state.learner.is_none() || state.work.is_empty() {
+            let idle = state.next_assignment.is_none() && (state.learner.is_none() || state.work.is_empty());
+            if state.working || state.over || idle {
                 return;
             }
             state.working = true;
@@ -475,27 +504,35 @@ impl Shared {
     async fn work_off(self: &Rc<Self>) {
         loop {
             // The learner is taken out for the time of the work: frames are handled meanwhile.
-            let (mut learner, work, generation) = {
+            let (plan, learner) = {
                 let mut state = self.state.borrow_mut();
                 if state.over {
                     return;
                 }
-                let Some(learner) = state.learner.take() else { return };
-                let Some(work) = state.work.pop_front() else {
-                    state.learner = Some(learner);
-                    return;
-                };
-                (learner, work, state.generation)
+                (state.next_assignment.take(), state.learner.take())
             };
-            let done = run(&mut learner, work).await;
-            {
-                let mut state = self.state.borrow_mut();
-                if state.generation != generation {
-                    continue;
+            if let Some(plan) = plan {
+                if let Err(error) = self.assign(*plan, learner).await {
+                    return self.give_up(&error);
                 }
-                state.learner = Some(learner);
+                continue;
             }
+            let Some(mut learner) = learner else { return };
+            let work = self.state.borrow_mut().work.pop_front();
+            let Some(work) = work else {
+                self.state.borrow_mut().learner = Some(learner);
+                return;
+            };
+            let generation = self.state.borrow().generation;
+            let done = run(&mut learner, work).await;
+            let outdated = {
+                let mut state = self.state.borrow_mut();
+                // Kept in any case: the next assignment goes on from it.
+                state.learner = Some(learner);
+                state.generation != generation
+            };
             match done {
+                Ok(_) if outdated => {}
                 Ok(done) => self.answer(done),
                 Err(error) => return self.give_up(&error),
             }
@@ -503,23 +540,31 @@ impl Shared {
     }
 
     fn answer(self: &Rc<Self>, done: Done) {
+        if matches!(done, Done::Measure(_)) {
+            self.perform("waiting", &[]);
+        }
         let refused = {
             let mut state = self.state.borrow_mut();
             let local_steps = state.plan.as_ref().map_or(0, |plan| plan.local_steps);
             let session = &mut state.session;
             match done {
                 Done::Nothing => Ok(None),
+                Done::Measure(speed) => {
+                    session.ready(now(), speed);
+                    Ok(None)
+                }
                 Done::Forward(input) => session.activations(now(), input).map(|()| None),
-                Done::Backward { key, loss, tokens } => {
-                    session.step_done(now(), key);
+                Done::Backward {
+                    key,
+                    loss,
+                    tokens,
+                    took,
+                } => {
+                    session.step_done(now(), key, took);
                     let step = key.round.round * local_steps + key.step + 1;
                     Ok(Some((key, step, loss, tokens)))
                 }
-                Done::Upload {
-                    round,
-                    values,
-                    examples,
-                } => session.adapter(now(), round, values, examples).map(|()| None),
+                Done::Upload(input) => session.adapter(now(), input).map(|()| None),
             }
         };
         match refused {
@@ -567,24 +612,23 @@ async fn run(learner: &mut Learner, work: Work) -> Result<Done, Error> {
             learner.begin_round();
             Done::Nothing
         }
-        Work::Install(values) => {
-            learner.install(&values)?;
+        Work::Measure => Done::Measure(learner.speed().await?),
+        Work::Install { values, moments } => {
+            learner.install(&values, moments).await?;
             Done::Nothing
         }
         Work::Forward(key) => Done::Forward(learner.forward(key).await?),
         Work::Backward(gradient) => {
             let (key, loss, tokens) = (gradient.key, gradient.loss, gradient.tokens);
-            learner.backward(gradient).await?;
-            Done::Backward { key, loss, tokens }
-        }
-        Work::Upload(round) => {
-            let (values, examples) = learner.adapter().await?;
-            Done::Upload {
-                round,
-                values,
-                examples,
+            let took = learner.backward(gradient).await?;
+            Done::Backward {
+                key,
+                loss,
+                tokens,
+                took,
             }
         }
+        Work::Upload { round, split, steps } => Done::Upload(learner.adapter(round, split, steps).await?),
     })
 }
 

@@ -165,6 +165,11 @@ impl Batches {
     pub fn examples(&self) -> &[Example] {
         &self.examples
     }
+
+    /// Gives the examples back.
+    pub fn into_examples(self) -> Vec<Example> {
+        self.examples
+    }
 }
 
 /// One pass over `examples` in their order, for evaluation; the last batch may be partial.

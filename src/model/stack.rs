@@ -13,7 +13,7 @@ use super::adapter::{AdapterLayout, LoraSpec};
 use super::block::{Activations, BackwardTo, Block, BlockWeights, Keeping};
 use super::config::Config;
 use super::ends::{EmbeddingWeights, Head, HeadBuffers, HeadWeights};
-use super::optimizer::OptimizerSettings;
+use super::optimizer::{Moments, OptimizerSettings};
 
 /// The frozen weights of a stack on a device. Cloning shares the buffers.
 #[derive(Clone)]
@@ -55,8 +55,8 @@ pub struct Lora {
     pub(super) scalars: Buffer,
 }
 
-/// AdamW's state.
-struct Moments {
+/// AdamW's state on the device.
+struct MomentBuffers {
     first: Buffer,
     second: Buffer,
     norm_partial: Buffer,
@@ -81,7 +81,7 @@ pub struct Stack {
     extent: Extent,
     weights: StackWeights,
     lora: Option<Lora>,
-    moments: Option<Moments>,
+    moments: Option<MomentBuffers>,
     scratch: Option<Scratch>,
     activations: Vec<Activations>,
     head: Option<HeadBuffers>,
@@ -148,7 +148,7 @@ impl Stack {
             _ => None,
         };
         let moments = match (&lora, training) {
-            (Some(lora), true) => Some(Moments {
+            (Some(lora), true) => Some(MomentBuffers {
                 first: engine.buffer("adapter.moment1", lora.layout.len())?,
                 second: engine.buffer("adapter.moment2", lora.layout.len())?,
                 norm_partial: engine.buffer("adapter.norm_partial", adamw::partial_words(lora.layout.len()))?,
@@ -410,6 +410,38 @@ impl Stack {
         let lora = self.lora.as_ref().expect("a stack with an adapter");
         assert_eq!(values.len(), lora.layout.len(), "adapter values");
         self.engine.upload(&lora.values, 0, values);
+    }
+
+    /// The optimiser's moments of the adapter's values.
+    pub async fn moments(&self) -> Result<Moments, Error> {
+        let (moments, n) = self.moments_of_adapter();
+        Ok(Moments {
+            steps: self.step,
+            first: self.engine.download(&moments.first, 0, n).await?,
+            second: self.engine.download(&moments.second, 0, n).await?,
+        })
+    }
+
+    /// Replaces the optimiser's moments, and with them the number of steps it has taken.
+    ///
+    /// # Panics
+    /// If the length is not the layout's.
+    pub fn set_moments(&mut self, moments: &Moments) {
+        let (buffers, n) = self.moments_of_adapter();
+        assert_eq!(
+            (moments.first.len(), moments.second.len()),
+            (n, n),
+            "an adapter's moments"
+        );
+        self.engine.upload(&buffers.first, 0, &moments.first);
+        self.engine.upload(&buffers.second, 0, &moments.second);
+        self.step = moments.steps;
+    }
+
+    fn moments_of_adapter(&self) -> (&MomentBuffers, usize) {
+        let moments = self.moments.as_ref().expect("a training stack");
+        let lora = self.lora.as_ref().expect("a training stack");
+        (moments, lora.layout.len())
     }
 
     /// The accumulated adapter gradient, flat.

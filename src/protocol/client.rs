@@ -3,7 +3,8 @@
 //! It asks its driver for sockets, weights, forward and backward passes and the adapter, one at a time, and turns the
 //! answers into messages. A gradient is handed on only if it names the very activations it was asked for. When a
 //! connection fails the session asks for another, after growing pauses; after losing the main server it joins again, by
-//! its ticket, from the next round.
+//! its ticket, from the next round. Between rounds the main server may assign another cut, which is loaded as the first one
+//! was. Activations and adapters leave no faster than the rates of the round.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -41,10 +42,24 @@ pub struct ActivationsInput {
     pub batch: u32,
     pub seq: u32,
     pub examples: u32,
+    /// What the forward pass took.
+    pub forward: Duration,
     /// `(batch, seq)`; `IGNORED_TARGET` takes no part in the loss.
     pub targets: Vec<i32>,
     /// `(batch, seq, width)` in the wire type.
     pub payload: Vec<u8>,
+}
+
+/// The driver's answer to `UploadAdapter`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdapterInput {
+    pub round: RoundKey,
+    /// Of the round's batches.
+    pub examples: u64,
+    /// The flat adapter.
+    pub values: Vec<f32>,
+    /// Of the blocks that leave, where there are any.
+    pub moments: Option<Moments>,
 }
 
 /// A mistake of the driver; nothing a server sends leads here.
@@ -66,6 +81,8 @@ pub enum ClientError {
     },
     #[error("an adapter of {given} values, where {expected} were agreed")]
     Adapter { given: usize, expected: u64 },
+    #[error("moments other than those of the blocks that leave")]
+    Moments,
 }
 
 /// How a session ended well.
@@ -110,7 +127,8 @@ pub enum ClientEvent {
         endpoint: Endpoint,
         retry_at: Duration,
     },
-    /// Load what it names and answer with `ready`. Not repeated after a reconnection that brings the same.
+    /// Load what it names and answer with `ready`. Not repeated after a reconnection that brings the same. Where another has
+    /// been loaded before, the adapter state of the blocks that both have is kept.
     Assigned(Box<Assignment>),
     /// The client takes part in a round.
     RoundStarted {
@@ -118,10 +136,12 @@ pub enum ClientEvent {
         members: u32,
     },
     /// Put these values into the client side's adapter. `round` is the one whose average they are or, before the first
-    /// step of a newcomer, the one that starts from them. Comes before any `ComputeForward` that builds on it.
+    /// step of a newcomer, the one that starts from them. Comes before any `ComputeForward` that builds on it. Moments are
+    /// those of the last blocks, which are new to this client.
     InstallAdapter {
         round: RoundKey,
         values: Vec<f32>,
+        moments: Option<Moments>,
     },
     /// Answer with `activations`.
     ComputeForward {
@@ -132,9 +152,12 @@ pub enum ClientEvent {
         key: StepKey,
         gradient: Gradient,
     },
-    /// Answer with `adapter`.
+    /// Answer with `adapter`. With it go the moments of the blocks from `split` on, if there are any, as after `steps`
+    /// optimiser steps.
     UploadAdapter {
         round: RoundKey,
+        split: u32,
+        steps: u64,
     },
     RoundResult(RoundResult),
     /// The last event.
@@ -180,8 +203,10 @@ enum Work {
         activations: Digest,
     },
     Backward(StepKey),
+    /// The round's steps are done.
+    AwaitEnd(RoundKey),
     /// The driver is asked for its adapter.
-    Collect(RoundKey),
+    Collect(RoundEnd),
     /// Kept until the average arrives, to be sent again after a reconnection.
     AwaitAverage(AdapterUpdate),
 }
@@ -195,6 +220,9 @@ pub struct ClientSession {
     /// The ticket was presented, not the secret.
     came_by_ticket: bool,
     assigned: Option<Assigned>,
+    /// What the driver measured.
+    speed: Option<Speed>,
+    rates: Option<LinkRates>,
     installed: Option<Digest>,
     /// Digest of the adapter the current round started from.
     base: Digest,
@@ -219,6 +247,8 @@ impl ClientSession {
             identity: None,
             came_by_ticket: false,
             assigned: None,
+            speed: None,
+            rates: None,
             installed: None,
             base: Digest([0; 32]),
             work: Work::Idle,
@@ -316,8 +346,9 @@ impl ClientSession {
         }
     }
 
-    /// The driver's answer to `Assigned`: everything is loaded.
-    pub fn ready(&mut self, now: Duration) {
+    /// The driver's answer to `Assigned`: everything is loaded, and so fast.
+    pub fn ready(&mut self, now: Duration, speed: Option<Speed>) {
+        self.speed = speed;
         if let Some(assigned) = &mut self.assigned {
             assigned.loaded = true;
         }
@@ -328,7 +359,7 @@ impl ClientSession {
     ///
     /// # Errors
     /// When shape and sizes are not those agreed; the request stands.
-    pub fn activations(&mut self, _now: Duration, input: ActivationsInput) -> Result<(), ClientError> {
+    pub fn activations(&mut self, now: Duration, input: ActivationsInput) -> Result<(), ClientError> {
         let (Work::Forward(key), Some(assigned)) = (&self.work, &self.assigned) else {
             return Ok(());
         };
@@ -341,6 +372,7 @@ impl ClientSession {
             batch,
             seq,
             examples,
+            forward,
             targets,
             payload,
         } = input;
@@ -372,61 +404,78 @@ impl ClientSession {
             payload_bytes: payload.len(),
             activations: Digest::of(&payload),
         };
-        let (width, dtype) = (config.width, config.wire);
+        let (split, width, dtype) = (config.split, config.width, config.wire);
         let message = Message::Activations(Activations {
             key,
+            split,
             batch,
             seq,
             width,
             dtype,
             examples,
+            forward,
             targets,
             payload,
         });
-        self.send(Endpoint::Main, &message);
+        self.send_paced(Endpoint::Main, now, &message);
         Ok(())
     }
 
-    /// The driver's answer to `ComputeBackward`.
-    pub fn step_done(&mut self, _now: Duration, key: StepKey) {
+    /// The driver's answer to `ComputeBackward`, which took so long.
+    pub fn step_done(&mut self, _now: Duration, key: StepKey, backward: Duration) {
         let (Work::Backward(current), Some(assigned)) = (&self.work, &self.assigned) else {
             return;
         };
         if *current != key {
             return;
         }
-        if key.step + 1 < assigned.assignment.config.local_steps {
+        let more = key.step + 1 < assigned.assignment.config.local_steps;
+        self.send(Endpoint::Main, &Message::StepDone(StepDone { key, backward }));
+        if more {
             self.work = Work::AwaitStep(key.round.step(key.step + 1));
             self.begin_step();
         } else {
-            self.work = Work::Collect(key.round);
-            self.events.push_back(ClientEvent::UploadAdapter { round: key.round });
+            self.work = Work::AwaitEnd(key.round);
         }
     }
 
-    /// The driver's answer to `UploadAdapter`: the flat adapter and the examples of the round's batches.
+    /// The driver's answer to `UploadAdapter`.
     ///
     /// # Errors
-    /// When the adapter has another length than agreed; the request stands.
-    pub fn adapter(
-        &mut self,
-        _now: Duration,
-        round: RoundKey,
-        values: Vec<f32>,
-        examples: u64,
-    ) -> Result<(), ClientError> {
-        let (Work::Collect(current), Some(assigned)) = (&self.work, &self.assigned) else {
+    /// When the adapter has another length than agreed, or the moments are not those asked for; the request stands.
+    pub fn adapter(&mut self, now: Duration, input: AdapterInput) -> Result<(), ClientError> {
+        let (Work::Collect(end), Some(assigned)) = (&self.work, &self.assigned) else {
             return Ok(());
         };
-        if *current != round {
+        let AdapterInput {
+            round,
+            examples,
+            values,
+            moments,
+        } = input;
+        if end.round != round {
             return Ok(());
         }
-        let Assignment { run, adapter_len, .. } = assigned.assignment;
+        let Assignment {
+            run,
+            adapter_len,
+            ref config,
+            ..
+        } = assigned.assignment;
         if values.len() as u64 != adapter_len {
             return Err(ClientError::Adapter {
                 given: values.len(),
                 expected: adapter_len,
             });
+        }
+        let leaving = config.split.saturating_sub(end.split);
+        let len = values.len() / config.split.max(1) as usize * leaving as usize;
+        let fits = match &moments {
+            Some(moments) => leaving > 0 && moments.are_of(len, end.steps),
+            None => leaving == 0,
+        };
+        if !fits {
+            return Err(ClientError::Moments);
         }
         let update = AdapterUpdate {
             run,
@@ -434,8 +483,9 @@ impl ClientSession {
             base: self.base,
             examples,
             values,
+            moments,
         };
-        self.send(Endpoint::Federated, &Message::AdapterUpdate(update.clone()));
+        self.send_paced(Endpoint::Federated, now, &Message::AdapterUpdate(update.clone()));
         self.work = Work::AwaitAverage(update);
         Ok(())
     }
@@ -484,7 +534,8 @@ impl ClientSession {
     fn frame_limit(&self) -> Option<usize> {
         let assignment = &self.assigned.as_ref()?.assignment;
         let step = step_frame_bytes(&assignment.config)?;
-        let adapter = adapter_frame_bytes(assignment.adapter_len)?;
+        // With two moments for each value, at most.
+        let adapter = adapter_frame_bytes(assignment.adapter_len.checked_mul(3)?)?;
         Some(step.max(adapter).max(UNASSIGNED_FRAME_BYTES))
     }
 
@@ -494,8 +545,27 @@ impl ClientSession {
         }
     }
 
+    /// Sends what takes its time on the emulated uplink.
+    fn send_paced(&mut self, endpoint: Endpoint, now: Duration, message: &Message) {
+        if let Some(link) = self.dialer(endpoint).link() {
+            link.send_paced(now, message);
+        }
+    }
+
+    /// Brings both uplinks to the rates of the round.
+    fn set_rates(&mut self) {
+        let rates = self.rates;
+        if let Some(link) = self.main.link() {
+            link.set_rate(rates.map(|rates| rates.main_bits_per_s));
+        }
+        if let Some(link) = self.federated.link() {
+            link.set_rate(rates.map(|rates| rates.federated_bits_per_s));
+        }
+    }
+
     fn hang_up(&mut self, endpoint: Endpoint) {
         // What is still to be sent goes before the close.
+        self.dialer(endpoint).flush();
         while let Some(bytes) = self.dialer(endpoint).poll_frame() {
             self.closes.push_back(Transmit::Frame { to: endpoint, bytes });
         }
@@ -537,6 +607,7 @@ impl ClientSession {
     }
 
     fn handle_welcome(&mut self, endpoint: Endpoint, now: Duration, welcome: Welcome) {
+        self.set_rates();
         match endpoint {
             Endpoint::Main => {
                 let Some(federated_ticket) = welcome.federated_ticket else {
@@ -565,7 +636,7 @@ impl ClientSession {
                 }
                 if let Work::AwaitAverage(update) | Work::AwaitBase { update, .. } = &self.work {
                     let message = Message::AdapterUpdate(update.clone());
-                    self.send(Endpoint::Federated, &message);
+                    self.send_paced(Endpoint::Federated, now, &message);
                 }
                 self.announce(now);
             }
@@ -617,7 +688,11 @@ impl ClientSession {
             assigned.told = true;
             self.main.succeeded();
             self.federated.succeeded();
-            self.send(Endpoint::Main, &Message::Ready);
+            let ready = Ready {
+                assignment: assigned.assignment.number,
+                speed: self.speed,
+            };
+            self.send(Endpoint::Main, &Message::Ready(ready));
         }
     }
 
@@ -629,6 +704,7 @@ impl ClientSession {
             (Endpoint::Main, Message::RoundStart(start)) => self.handle_round_start(start),
             (Endpoint::Main, Message::StepStart(start)) => self.handle_step_start(start),
             (Endpoint::Main, Message::Gradient(gradient)) => self.handle_gradient(gradient),
+            (Endpoint::Main, Message::RoundEnd(end)) => self.handle_round_end(end),
             (Endpoint::Main, Message::RoundResult(result)) => {
                 self.events.push_back(ClientEvent::RoundResult(result));
             }
@@ -662,7 +738,9 @@ impl ClientSession {
         match (endpoint, &self.work) {
             (Endpoint::Federated, _) => "Average, UpdateDeclined or Stop".to_owned(),
             (Endpoint::Main, _) if self.assigned.is_none() => "Assignment or Stop".to_owned(),
-            (Endpoint::Main, Work::Idle | Work::AwaitAverage(_)) => "RoundStart, RoundResult or Stop".to_owned(),
+            (Endpoint::Main, Work::Idle | Work::AwaitAverage(_)) => {
+                "RoundStart, RoundResult, Assignment or Stop".to_owned()
+            }
             (Endpoint::Main, Work::AwaitBase { start, .. }) => {
                 format!("StepStart of {} or Stop", start.round.step(0))
             }
@@ -670,18 +748,30 @@ impl ClientSession {
             (Endpoint::Main, Work::AwaitGradient { key, .. }) => {
                 format!("Gradient of {key} or Stop")
             }
+            (Endpoint::Main, Work::AwaitEnd(round)) => format!("RoundEnd of {round} or Stop"),
             (Endpoint::Main, Work::Forward(_) | Work::Backward(_) | Work::Collect(_)) => "StepStart or Stop".to_owned(),
         }
     }
 
     fn handle_assignment(&mut self, now: Duration, assignment: Assignment) {
         match &mut self.assigned {
-            Some(assigned) if assigned.current => {
-                return self.protocol(Endpoint::Main, "a second Assignment".to_owned());
+            Some(assigned)
+                if assigned.current
+                    && !(matches!(self.work, Work::Idle | Work::AwaitAverage(_))
+                        && assignment.number > assigned.assignment.number) =>
+            {
+                let detail = format!(
+                    "expected {}, got Assignment {}",
+                    self.expected(Endpoint::Main),
+                    assignment.number
+                );
+                return self.protocol(Endpoint::Main, detail);
             }
             Some(assigned) if assigned.assignment == assignment => assigned.current = true,
             _ => {
+                // The next round brings the adapter; the average that was awaited is that of another cut.
                 self.installed = None;
+                self.work = Work::Idle;
                 self.assigned = Some(Assigned {
                     assignment: assignment.clone(),
                     current: true,
@@ -715,13 +805,23 @@ impl ClientSession {
             );
             return self.protocol(Endpoint::Main, detail);
         }
+        self.rates = start.rates;
+        self.set_rates();
         let RoundStart { round, base, .. } = start;
         match start.adapter {
             Some(values) => {
-                if !self.install(Endpoint::Main, round, base, values) {
+                if !self.install(Endpoint::Main, round, base, values, start.moments) {
                     return;
                 }
-                self.begin_round(RoundStart { adapter: None, ..start });
+                self.begin_round(RoundStart {
+                    adapter: None,
+                    moments: None,
+                    ..start
+                });
+            }
+            None if start.moments.is_some() => {
+                let detail = format!("{round} brings moments without the adapter they belong to");
+                self.protocol(Endpoint::Main, detail);
             }
             None if self.installed == Some(base) => self.begin_round(start),
             None => match std::mem::replace(&mut self.work, Work::Idle) {
@@ -772,6 +872,21 @@ impl ClientSession {
             self.work = Work::Forward(key);
             self.events.push_back(ClientEvent::ComputeForward { key });
         }
+    }
+
+    fn handle_round_end(&mut self, end: RoundEnd) {
+        let RoundEnd { round, split, steps } = end;
+        if !matches!(self.work, Work::AwaitEnd(current) if current == round) {
+            let detail = format!("expected {}, got RoundEnd of {round}", self.expected(Endpoint::Main));
+            return self.protocol(Endpoint::Main, detail);
+        }
+        if split == 0 || steps == 0 {
+            let detail = format!("a RoundEnd of {round} that keeps {split} blocks, after {steps} steps");
+            return self.protocol(Endpoint::Main, detail);
+        }
+        self.work = Work::Collect(end);
+        self.events
+            .push_back(ClientEvent::UploadAdapter { round, split, steps });
     }
 
     fn handle_gradient(&mut self, gradient: Gradient) {
@@ -829,7 +944,7 @@ impl ClientSession {
             // A repetition, or of a round this client is no longer in.
             return;
         }
-        if !self.install(Endpoint::Federated, round, digest, values) {
+        if !self.install(Endpoint::Federated, round, digest, values, None) {
             return;
         }
         match std::mem::replace(&mut self.work, Work::Idle) {
@@ -846,17 +961,36 @@ impl ClientSession {
     }
 
     /// Checks an adapter and hands it to the driver. Returns whether it was good.
-    fn install(&mut self, endpoint: Endpoint, round: RoundKey, digest: Digest, values: Vec<f32>) -> bool {
-        let expected = self
-            .assigned
-            .as_ref()
-            .map_or(0, |assigned| assigned.assignment.adapter_len);
+    fn install(
+        &mut self,
+        endpoint: Endpoint,
+        round: RoundKey,
+        digest: Digest,
+        values: Vec<f32>,
+        moments: Option<Moments>,
+    ) -> bool {
+        let (expected, split) = self.assigned.as_ref().map_or((0, 1), |assigned| {
+            let Assignment {
+                adapter_len, config, ..
+            } = &assigned.assignment;
+            (*adapter_len, config.split.max(1))
+        });
+        let fits = |moments: &Moments| {
+            let len = moments.first.len();
+            let block = (values.len() / split as usize).max(1);
+            moments.are_of(len, moments.steps)
+                && moments.are_possible()
+                && len < values.len()
+                && len.is_multiple_of(block)
+        };
         let fault = if values.len() as u64 != expected {
             Some(format!("an adapter of {} values, not {expected}", values.len()))
         } else if !values.iter().all(|value| value.is_finite()) {
             Some("an adapter with a value that is not finite".to_owned())
         } else if Digest::of_values(&values) != digest {
             Some("an adapter that does not have its digest".to_owned())
+        } else if !moments.as_ref().is_none_or(fits) {
+            Some("moments that are not those of an adapter's last blocks".to_owned())
         } else {
             None
         };
@@ -865,7 +999,8 @@ impl ClientSession {
             return false;
         }
         self.installed = Some(digest);
-        self.events.push_back(ClientEvent::InstallAdapter { round, values });
+        self.events
+            .push_back(ClientEvent::InstallAdapter { round, values, moments });
         true
     }
 

@@ -39,6 +39,8 @@ pub enum DecodeError {
     Unknown { what: &'static str, value: u64 },
     #[error("text is not UTF-8")]
     Text,
+    #[error("{0} is not a number that can be")]
+    Range(&'static str),
     #[error("a frame of {bytes} bytes is larger than the {limit} this connection takes")]
     TooLarge { bytes: usize, limit: usize },
 }
@@ -462,25 +464,69 @@ wire_struct!(RunConfig {
 });
 wire_struct!(Assignment {
     run: RunId,
+    number: u32,
     config: RunConfig,
     model_config: String,
     weights: Vec<Blob>,
     tokenizer: Vec<Blob>,
     adapter_len: u64,
 });
-wire_struct!(Capabilities { dtypes: Vec<WireDtype>, memory_bytes: u64, device: String, flops_per_s: Option<f64> });
-wire_struct!(RoundStart { round: RoundKey, base: Digest, members: u32, adapter: Option<Vec<f32>> });
+wire_struct!(Capabilities {
+    dtypes: Vec<WireDtype>,
+    memory_bytes: u64,
+    device: String
+});
+
+/// Implements `Wire` for a pair of numbers that only their constructor can put together.
+macro_rules! wire_checked {
+    ($name:ident { $first:ident, $second:ident }) => {
+        impl Wire for $name {
+            const MIN_BYTES: usize = 16;
+
+            fn put(&self, out: &mut Vec<u8>) {
+                self.$first.put(out);
+                self.$second.put(out);
+            }
+
+            fn take(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
+                let (first, second) = (f64::take(reader)?, f64::take(reader)?);
+                $name::new(first, second).ok_or(DecodeError::Range(stringify!($name)))
+            }
+        }
+    };
+}
+
+wire_checked!(Speed {
+    forward_flops_per_s,
+    backward_flops_per_s
+});
+wire_checked!(LinkRates {
+    main_bits_per_s,
+    federated_bits_per_s
+});
+wire_struct!(Moments { steps: u64, first: Vec<f32>, second: Vec<f32> });
+wire_struct!(RoundStart {
+    round: RoundKey,
+    base: Digest,
+    members: u32,
+    adapter: Option<Vec<f32>>,
+    moments: Option<Moments>,
+    rates: Option<LinkRates>,
+});
+wire_struct!(Ready { assignment: u32, speed: Option<Speed> });
 wire_struct!(StepStart {
     key: StepKey,
     members: u32
 });
 wire_struct!(Activations {
     key: StepKey,
+    split: u32,
     batch: u32,
     seq: u32,
     width: u32,
     dtype: WireDtype,
     examples: u32,
+    forward: Duration,
     targets: Vec<i32>,
     payload: Vec<u8>,
 });
@@ -496,7 +542,23 @@ wire_struct!(Gradient {
     mean_loss: f32,
     payload: Vec<u8>,
 });
-wire_struct!(AdapterUpdate { run: RunId, round: RoundKey, base: Digest, examples: u64, values: Vec<f32> });
+wire_struct!(StepDone {
+    key: StepKey,
+    backward: Duration
+});
+wire_struct!(RoundEnd {
+    round: RoundKey,
+    split: u32,
+    steps: u64
+});
+wire_struct!(AdapterUpdate {
+    run: RunId,
+    round: RoundKey,
+    base: Digest,
+    examples: u64,
+    values: Vec<f32>,
+    moments: Option<Moments>,
+});
 wire_struct!(Average { round: RoundKey, digest: Digest, values: Vec<f32> });
 wire_struct!(UpdateDeclined { round: RoundKey, open: Option<RoundKey>, detail: String });
 wire_struct!(RoundResult {
@@ -517,8 +579,8 @@ wire_struct!(Inclusion {
     examples: u64
 });
 
-impl Wire for (Digest, Vec<f32>) {
-    const MIN_BYTES: usize = 36;
+impl Wire for (u64, u64) {
+    const MIN_BYTES: usize = 16;
 
     fn put(&self, out: &mut Vec<u8>) {
         self.0.put(out);
@@ -530,11 +592,12 @@ impl Wire for (Digest, Vec<f32>) {
     }
 }
 
+wire_struct!(Mean { digest: Digest, values: Vec<f32>, moments: Option<Moments> });
 wire_struct!(RoundClosed {
     round: RoundKey,
     included: Vec<Inclusion>,
     excluded: Vec<Exclusion>,
-    average: Option<(Digest, Vec<f32>)>,
+    average: Option<Mean>,
 });
 
 impl Wire for Control {
@@ -547,7 +610,7 @@ impl Wire for Control {
                 ticket_key,
                 now,
                 ticket_lifetime,
-                adapter_len,
+                largest_update,
                 model,
                 tokenizer,
             } => {
@@ -556,7 +619,7 @@ impl Wire for Control {
                 ticket_key.put(out);
                 now.put(out);
                 ticket_lifetime.put(out);
-                adapter_len.put(out);
+                largest_update.put(out);
                 model.put(out);
                 tokenizer.put(out);
             }
@@ -564,20 +627,27 @@ impl Wire for Control {
                 round,
                 members,
                 base,
+                adapter_len,
                 max_examples,
             } => {
                 out.push(1);
                 round.put(out);
                 members.put(out);
                 base.put(out);
+                adapter_len.put(out);
                 max_examples.put(out);
             }
-            Control::Departed { round, client } => {
+            Control::Collect { round, moments } => {
                 out.push(2);
+                round.put(out);
+                moments.put(out);
+            }
+            Control::Departed { round, client } => {
+                out.push(3);
                 round.put(out);
                 client.put(out);
             }
-            Control::CloseRun => out.push(3),
+            Control::CloseRun => out.push(4),
         }
     }
 
@@ -588,7 +658,7 @@ impl Wire for Control {
                 ticket_key: Wire::take(reader)?,
                 now: Wire::take(reader)?,
                 ticket_lifetime: Wire::take(reader)?,
-                adapter_len: Wire::take(reader)?,
+                largest_update: Wire::take(reader)?,
                 model: Wire::take(reader)?,
                 tokenizer: Wire::take(reader)?,
             }),
@@ -596,13 +666,18 @@ impl Wire for Control {
                 round: Wire::take(reader)?,
                 members: Wire::take(reader)?,
                 base: Wire::take(reader)?,
+                adapter_len: Wire::take(reader)?,
                 max_examples: Wire::take(reader)?,
             }),
-            2 => Ok(Control::Departed {
+            2 => Ok(Control::Collect {
+                round: Wire::take(reader)?,
+                moments: Wire::take(reader)?,
+            }),
+            3 => Ok(Control::Departed {
                 round: Wire::take(reader)?,
                 client: Wire::take(reader)?,
             }),
-            3 => Ok(Control::CloseRun),
+            4 => Ok(Control::CloseRun),
             value => Err(DecodeError::Unknown {
                 what: "Control",
                 value: value.into(),
@@ -621,8 +696,14 @@ impl Wire for ControlReply {
                 round.put(out);
                 exclusion.put(out);
             }
-            ControlReply::RoundClosed(closed) => {
+            ControlReply::Received { round, client, bytes } => {
                 out.push(1);
+                round.put(out);
+                client.put(out);
+                bytes.put(out);
+            }
+            ControlReply::RoundClosed(closed) => {
+                out.push(2);
                 closed.put(out);
             }
         }
@@ -634,7 +715,12 @@ impl Wire for ControlReply {
                 round: Wire::take(reader)?,
                 exclusion: Wire::take(reader)?,
             }),
-            1 => Ok(ControlReply::RoundClosed(Wire::take(reader)?)),
+            1 => Ok(ControlReply::Received {
+                round: Wire::take(reader)?,
+                client: Wire::take(reader)?,
+                bytes: Wire::take(reader)?,
+            }),
+            2 => Ok(ControlReply::RoundClosed(Wire::take(reader)?)),
             value => Err(DecodeError::Unknown {
                 what: "ControlReply",
                 value: value.into(),
@@ -883,9 +969,11 @@ pub fn encode_message_frame(number: u32, acknowledged: u32, message: &Message) -
     let bulk = match message {
         Message::Activations(Activations { targets, payload, .. }) => targets.len() * 4 + payload.len(),
         Message::Gradient(Gradient { payload, .. }) => payload.len(),
-        Message::AdapterUpdate(AdapterUpdate { values, .. }) | Message::Average(Average { values, .. }) => {
-            values.len() * 4
+        Message::AdapterUpdate(AdapterUpdate { values, moments, .. }) => {
+            let moments = moments.as_ref().map_or(0, |moments| moments.first.len() * 2);
+            (values.len() + moments) * 4
         }
+        Message::Average(Average { values, .. }) => values.len() * 4,
         _ => 0,
     };
     // No message has more than this beside its tensors, but for those that are sent once.
@@ -936,6 +1024,7 @@ macro_rules! messages {
 
 messages!(
     Assignment(Assignment) = 16,
+    Ready(Ready) = 17,
     RoundStart(RoundStart) = 18,
     StepStart(StepStart) = 19,
     Activations(Activations) = 20,
@@ -946,7 +1035,8 @@ messages!(
     RoundResult(RoundResult) = 25,
     Stop(Stop) = 27,
     Control(Control) = 28,
-    ControlReply(ControlReply) = 29 ;
-    Ready = 17,
+    ControlReply(ControlReply) = 29,
+    StepDone(StepDone) = 30,
+    RoundEnd(RoundEnd) = 31 ;
     Leave = 26
 );

@@ -84,7 +84,6 @@ impl ControlSession {
                 dtypes: Vec::new(),
                 memory_bytes: 0,
                 device: String::new(),
-                flops_per_s: None,
             },
         };
         self.dialer.greet(now, &hello);

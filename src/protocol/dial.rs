@@ -129,6 +129,13 @@ impl Dialer {
         }
     }
 
+    /// Lets go at once what waits for the emulated uplink.
+    pub fn flush(&mut self) {
+        if let Some(link) = self.link() {
+            link.flush();
+        }
+    }
+
     pub fn is_up(&self) -> bool {
         matches!(self.state, State::Up(_))
     }

@@ -164,11 +164,14 @@ impl<G: Copy> Door<G> {
         self.close(connection);
     }
 
-    pub fn send(&mut self, connection: ConnectionId, message: &Message) {
-        if let Some(Connection { guest: Some(guest), .. }) = self.connections.get_mut(&connection) {
-            guest.link.send(message);
-            self.flush(connection);
-        }
+    /// Sends a message. Returns the bytes of its frame, 0 where there is nobody.
+    pub fn send(&mut self, connection: ConnectionId, message: &Message) -> usize {
+        let Some(Connection { guest: Some(guest), .. }) = self.connections.get_mut(&connection) else {
+            return 0;
+        };
+        let bytes = guest.link.send(message);
+        self.flush(connection);
+        bytes
     }
 
     pub fn close(&mut self, connection: ConnectionId) {

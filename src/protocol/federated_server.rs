@@ -1,8 +1,9 @@
 //! The federated server's session: the members' adapters of a round in, their average out.
 //!
 //! One object for the run and all its connections. The main server says over `Control` who is in a round; clients send
-//! their adapters here and nowhere else. A round closes when every member has sent an adapter or is left out, tested
-//! again on every change of membership. Tokens, labels and activations never come here.
+//! their adapters here and nowhere else, with the moments of the blocks that are about to leave them, which are averaged
+//! alike. A round closes when every member has sent an adapter or is left out, tested again on every change of membership.
+//! Tokens, labels and activations never come here.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -84,7 +85,6 @@ struct Run {
     /// The main server's clock less this one's, in parts that cannot both be non-zero.
     ahead: Duration,
     behind: Duration,
-    adapter_len: usize,
     frame_limit: usize,
     model: Digest,
     tokenizer: Digest,
@@ -108,15 +108,64 @@ struct Client {
 struct Update {
     examples: u64,
     values: Vec<f32>,
+    moments: Option<Moments>,
 }
 
+/// A round that adapters may come for.
 struct OpenRound {
     round: RoundKey,
     base: Digest,
+    adapter_len: u64,
     max_examples: u64,
+    /// Set once members have been asked for their adapters: how many values' moments come along, and of which step.
+    asked: Option<Option<(u64, u64)>>,
     opened: Duration,
     members: BTreeMap<ClientId, Option<Update>>,
     excluded: Vec<Exclusion>,
+}
+
+impl OpenRound {
+    /// Why an update cannot be used, if it cannot.
+    fn fault(&self, update: &AdapterUpdate, asked: Option<(u64, u64)>) -> Option<(ExclusionReason, String)> {
+        let (values, moments) = (&update.values, &update.moments);
+        let length = |len: u64| usize::try_from(len).unwrap_or(usize::MAX);
+        if update.base != self.base {
+            let detail = format!("an adapter that started from {}, not {}", update.base, self.base);
+            Some((ExclusionReason::WrongBase, detail))
+        } else if values.len() != length(self.adapter_len) {
+            let detail = format!("an adapter of {} values, not {}", values.len(), self.adapter_len);
+            Some((ExclusionReason::WrongLength, detail))
+        } else if let Some(position) = values.iter().position(|value| !value.is_finite()) {
+            let detail = format!("value {position} of the adapter is not finite");
+            Some((ExclusionReason::NotFinite, detail))
+        } else if !match (moments, asked) {
+            (Some(moments), Some((len, steps))) => moments.are_of(length(len), steps),
+            (moments, asked) => moments.is_some() == asked.is_some(),
+        } {
+            let detail = "moments other than those asked for".to_owned();
+            Some((ExclusionReason::WrongLength, detail))
+        } else if moments.as_ref().is_some_and(|moments| !moments.are_possible()) {
+            let detail = "a moment that is not finite, or a second one below zero".to_owned();
+            Some((ExclusionReason::NotFinite, detail))
+        } else if !(1..=self.max_examples).contains(&update.examples) {
+            let detail = format!(
+                "{} examples in a round of at most {}",
+                update.examples, self.max_examples
+            );
+            Some((ExclusionReason::Examples, detail))
+        } else {
+            None
+        }
+    }
+}
+
+/// The mean over members of what `part` takes from each update, weighted by examples.
+fn mean(updates: &[(ClientId, Update)], part: impl Fn(&Update) -> Option<&Vec<f32>>) -> Option<Vec<f32>> {
+    let weighted: Option<Vec<(u64, &[f32])>> = updates
+        .iter()
+        .map(|(_, update)| Some((update.examples, part(update)?.as_slice())))
+        .collect();
+    weighted_mean(&weighted?).ok()
 }
 
 /// The federated server's state machine.
@@ -129,8 +178,9 @@ pub struct FederatedServerSession {
     open: Option<OpenRound>,
     /// Kept until the next round closes, for members that did not hear of it.
     last: Option<RoundClosed>,
-    /// Adapters of a round the main server, whose word travels another way, has not opened yet: one a client at most.
-    early: BTreeMap<ClientId, AdapterUpdate>,
+    /// Adapters, with the bytes of their frames, that the main server, whose word travels another way, has not asked for yet:
+    /// one a client at most.
+    early: BTreeMap<ClientId, (AdapterUpdate, u64)>,
     replies: VecDeque<ControlReply>,
     events: VecDeque<FederatedEvent>,
 }
@@ -197,7 +247,7 @@ impl FederatedServerSession {
                     client.next_serial += 1;
                 }
                 if let Some(message) = message {
-                    self.handle_message(guest, message, now);
+                    self.handle_message(guest, message, bytes.len() as u64, now);
                 }
             }
         }
@@ -229,7 +279,7 @@ impl FederatedServerSession {
                 ticket_key,
                 now: theirs,
                 ticket_lifetime,
-                adapter_len,
+                largest_update,
                 model,
                 tokenizer,
             } => {
@@ -244,8 +294,7 @@ impl FederatedServerSession {
                     },
                     ahead: theirs.saturating_sub(now),
                     behind: now.saturating_sub(theirs),
-                    adapter_len: usize::try_from(adapter_len).unwrap_or(usize::MAX),
-                    frame_limit: adapter_frame_bytes(adapter_len)
+                    frame_limit: adapter_frame_bytes(largest_update)
                         .unwrap_or(MAX_FRAME_BYTES)
                         .max(MAX_HANDSHAKE_BYTES),
                     model,
@@ -256,9 +305,28 @@ impl FederatedServerSession {
                 round,
                 members,
                 base,
+                adapter_len,
                 max_examples,
             } => {
-                self.open_round(now, round, &members, base, max_examples);
+                let opening = OpenRound {
+                    round,
+                    base,
+                    adapter_len,
+                    max_examples,
+                    asked: None,
+                    opened: now,
+                    members: members.into_iter().map(|client| (client, None)).collect(),
+                    excluded: Vec::new(),
+                };
+                self.open_round(opening);
+            }
+            Control::Collect { round, moments } => {
+                if let Some(open) = &mut self.open
+                    && open.round == round
+                {
+                    open.asked = Some(moments);
+                    self.take_early(round, now);
+                }
             }
             Control::Departed { round, client } => {
                 if self.open.as_ref().is_some_and(|open| open.round == round) {
@@ -477,10 +545,10 @@ impl FederatedServerSession {
 
     // The rounds.
 
-    fn handle_message(&mut self, guest: Guest, message: Message, now: Duration) {
+    fn handle_message(&mut self, guest: Guest, message: Message, bytes: u64, now: Duration) {
         match (guest, message) {
             (Guest::Control, Message::Control(control)) => self.handle_control(now, control),
-            (Guest::Client(client), Message::AdapterUpdate(update)) => self.handle_update(client, update, now),
+            (Guest::Client(client), Message::AdapterUpdate(update)) => self.handle_update(client, update, bytes, now),
             (_, Message::Leave) => {
                 if let Some(connection) = self.connection_of(guest) {
                     self.door.close(connection);
@@ -501,7 +569,7 @@ impl FederatedServerSession {
         }
     }
 
-    fn handle_update(&mut self, client: ClientId, update: AdapterUpdate, now: Duration) {
+    fn handle_update(&mut self, client: ClientId, update: AdapterUpdate, bytes: u64, now: Duration) {
         let Some(run) = &self.run else {
             return self.decline(client, update.round, "no run is open");
         };
@@ -509,57 +577,49 @@ impl FederatedServerSession {
             let detail = format!("an adapter of run {}, not {}", update.run, run.office.run);
             return self.refuse_update(client, ExclusionReason::Misbehaved, detail, now);
         }
-        let adapter_len = run.adapter_len;
         let round = update.round;
-        let member = self
+        let Some(open) = self
             .open
-            .as_ref()
-            .is_some_and(|open| open.round == round && open.members.contains_key(&client));
-        if !member {
+            .as_mut()
+            .filter(|open| open.round == round && open.members.contains_key(&client))
+        else {
             return match &self.last {
                 Some(last) if last.round == round && last.included.iter().any(|member| member.client == client) => {
                     // It did not hear of the average.
                     self.send_average(&[client]);
                 }
                 _ if self.is_ahead(round) => {
-                    self.early.insert(client, update);
+                    self.early.insert(client, (update, bytes));
                 }
                 _ => self.decline(client, round, "not a member of an open round"),
             };
-        }
-        let Some(open) = &mut self.open else { return };
-        let fault = if update.base != open.base {
-            let detail = format!("an adapter that started from {}, not {}", update.base, open.base);
-            Some((ExclusionReason::WrongBase, detail))
-        } else if update.values.len() != adapter_len {
-            let detail = format!("an adapter of {} values, not {adapter_len}", update.values.len());
-            Some((ExclusionReason::WrongLength, detail))
-        } else if let Some(position) = update.values.iter().position(|value| !value.is_finite()) {
-            let detail = format!("value {position} of the adapter is not finite");
-            Some((ExclusionReason::NotFinite, detail))
-        } else if !(1..=open.max_examples).contains(&update.examples) {
-            let detail = format!(
-                "{} examples in a round of at most {}",
-                update.examples, open.max_examples
-            );
-            Some((ExclusionReason::Examples, detail))
-        } else {
-            None
         };
-        if let Some((reason, detail)) = fault {
+        let Some(asked) = open.asked else {
+            self.early.insert(client, (update, bytes));
+            return;
+        };
+        if let Some((reason, detail)) = open.fault(&update, asked) {
             return self.refuse_update(client, reason, detail, now);
         }
         // A repetition after a reconnection changes nothing.
         if let Some(slot @ None) = open.members.get_mut(&client) {
+            let AdapterUpdate {
+                examples,
+                values,
+                moments,
+                ..
+            } = update;
             *slot = Some(Update {
-                examples: update.examples,
-                values: update.values,
+                examples,
+                values,
+                moments,
             });
             self.events.push_back(FederatedEvent::UpdateAccepted {
                 client,
                 round,
-                examples: update.examples,
+                examples,
             });
+            self.reply(ControlReply::Received { round, client, bytes });
         }
     }
 
@@ -587,10 +647,11 @@ impl FederatedServerSession {
         }
     }
 
-    fn open_round(&mut self, now: Duration, round: RoundKey, members: &[ClientId], base: Digest, max_examples: u64) {
+    fn open_round(&mut self, opening: OpenRound) {
         if self.run.is_none() {
             return;
         }
+        let round = opening.round;
         if let Some(last) = &self.last
             && last.round == round
         {
@@ -603,13 +664,13 @@ impl FederatedServerSession {
                 let left: Vec<ClientId> = open
                     .members
                     .keys()
-                    .filter(|client| !members.contains(client))
+                    .filter(|client| !opening.members.contains_key(client))
                     .copied()
                     .collect();
                 let unheard: Vec<Exclusion> = open
                     .excluded
                     .iter()
-                    .filter(|exclusion| members.contains(&exclusion.client))
+                    .filter(|exclusion| opening.members.contains_key(&exclusion.client))
                     .cloned()
                     .collect();
                 for client in left {
@@ -619,23 +680,18 @@ impl FederatedServerSession {
                     self.reply(ControlReply::Excluded { round, exclusion });
                 }
             }
-            _ => {
-                self.open = Some(OpenRound {
-                    round,
-                    base,
-                    max_examples,
-                    opened: now,
-                    members: members.iter().map(|client| (*client, None)).collect(),
-                    excluded: Vec::new(),
-                });
-                let (due, early) = std::mem::take(&mut self.early)
-                    .into_iter()
-                    .partition(|(_, update)| update.round <= round);
-                self.early = early;
-                for (client, update) in due {
-                    self.handle_update(client, update, now);
-                }
-            }
+            _ => self.open = Some(opening),
+        }
+    }
+
+    /// Takes in what came of this round, or of one before it, sooner than it was asked for.
+    fn take_early(&mut self, round: RoundKey, now: Duration) {
+        let (due, early) = std::mem::take(&mut self.early)
+            .into_iter()
+            .partition(|(_, (update, _))| update.round <= round);
+        self.early = early;
+        for (client, (update, bytes)) in due {
+            self.handle_update(client, update, bytes, now);
         }
     }
 
@@ -649,14 +705,18 @@ impl FederatedServerSession {
             .into_iter()
             .filter_map(|(client, update)| Some((client, update?)))
             .collect();
-        let weighted: Vec<(u64, &[f32])> = updates
-            .iter()
-            .map(|(_, update)| (update.examples, update.values.as_slice()))
-            .collect();
         // Every update was checked on arrival, so the only error left is that there is none.
-        let average = weighted_mean(&weighted)
-            .ok()
-            .map(|values| (Digest::of_values(&values), values));
+        let average = mean(&updates, |update| Some(&update.values)).map(|values| Mean {
+            digest: Digest::of_values(&values),
+            values,
+            moments: open.asked.flatten().and_then(|(_, steps)| {
+                Some(Moments {
+                    steps,
+                    first: mean(&updates, |update| Some(&update.moments.as_ref()?.first))?,
+                    second: mean(&updates, |update| Some(&update.moments.as_ref()?.second))?,
+                })
+            }),
+        });
         let included: Vec<Inclusion> = updates
             .iter()
             .map(|(client, update)| Inclusion {
@@ -684,7 +744,7 @@ impl FederatedServerSession {
     fn send_average(&mut self, clients: &[ClientId]) {
         let Some(RoundClosed {
             round,
-            average: Some((digest, values)),
+            average: Some(Mean { digest, values, .. }),
             ..
         }) = &self.last
         else {

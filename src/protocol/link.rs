@@ -5,6 +5,9 @@
 //! arrived; those that have not are sent again. On an ordered, reliable transport such as a WebSocket nothing is
 //! therefore ever sent twice, and on a lossy one (the simulator, a transport to come) nothing is lost.
 //!
+//! What is sent with `send_paced` leaves no earlier than the emulated uplink lets it (`pace`), and what is sent after it no
+//! earlier than that; pings and pongs overtake both. A message counts as sent when it leaves.
+//!
 //! Separate from the sessions, which so see an ordered stream and keep to what the messages mean.
 
 use std::collections::VecDeque;
@@ -14,6 +17,7 @@ use super::codec::{
     DecodeError, Frame, decode_frame, decode_message, encode_frame, encode_message_frame, set_acknowledged,
 };
 use super::message::Message;
+use super::pace::Pace;
 
 /// Unanswered pings after which the other side is gone.
 pub const MISSED_PINGS: u32 = 3;
@@ -39,6 +43,13 @@ pub fn silence_limit(ping_interval: Duration) -> Duration {
     ping_interval.saturating_mul(MISSED_PINGS + 1)
 }
 
+/// A message that has not left yet.
+struct Waiting {
+    leaves: Duration,
+    number: u32,
+    frame: Vec<u8>,
+}
+
 struct Sent {
     number: u32,
     frame: Vec<u8>,
@@ -51,6 +62,8 @@ pub(super) struct Link {
     /// Largest frame taken in.
     limit: usize,
     next_number: u32,
+    pace: Pace,
+    waiting: VecDeque<Waiting>,
     unacknowledged: VecDeque<Sent>,
     /// Messages taken in.
     received: u32,
@@ -68,6 +81,8 @@ impl Link {
         Link {
             limit,
             next_number: 0,
+            pace: Pace::default(),
+            waiting: VecDeque::new(),
             unacknowledged: VecDeque::new(),
             received: 0,
             outbox: VecDeque::new(),
@@ -84,17 +99,60 @@ impl Link {
         self.limit = limit;
     }
 
-    /// Queues a message.
-    pub fn send(&mut self, message: &Message) {
+    /// How fast messages sent with `send_paced` leave, in bits per second.
+    pub fn set_rate(&mut self, bits_per_s: Option<f64>) {
+        self.pace.set_rate(bits_per_s);
+    }
+
+    /// Sends a message, after those that wait. Returns the bytes of its frame.
+    pub fn send(&mut self, message: &Message) -> usize {
+        let leaves = self.waiting.back().map(|last| last.leaves);
+        self.queue(leaves, message)
+    }
+
+    /// Sends a message over the emulated uplink, for which its frame takes the time it has.
+    pub fn send_paced(&mut self, now: Duration, message: &Message) {
+        let frame = self.queue(Some(now), message);
+        let leaves = self.pace.departure(now, frame);
+        if let Some(last) = self.waiting.back_mut() {
+            last.leaves = leaves;
+        }
+        self.release(now);
+    }
+
+    /// Numbers a message and lets it wait until `leaves`, or lets it go at once. Returns the bytes of its frame.
+    fn queue(&mut self, leaves: Option<Duration>, message: &Message) -> usize {
         let number = self.next_number;
+        self.next_number = self.next_number.wrapping_add(1);
         let frame = encode_message_frame(number, self.received, message);
+        let bytes = frame.len();
+        match leaves {
+            Some(leaves) => self.waiting.push_back(Waiting { leaves, number, frame }),
+            None => self.let_go(number, frame),
+        }
+        bytes
+    }
+
+    fn let_go(&mut self, number: u32, frame: Vec<u8>) {
         self.outbox.push_back(frame.clone());
         self.unacknowledged.push_back(Sent {
             number,
             frame,
             next_ping: self.next_ping,
         });
-        self.next_number = self.next_number.wrapping_add(1);
+    }
+
+    /// Lets go what may have left by now.
+    fn release(&mut self, now: Duration) {
+        while let Some(mut waiting) = self.waiting.pop_front_if(|first| first.leaves <= now) {
+            set_acknowledged(&mut waiting.frame, self.received);
+            self.let_go(waiting.number, waiting.frame);
+        }
+    }
+
+    /// Lets everything go at once: nothing is sent after it.
+    pub fn flush(&mut self) {
+        self.release(Duration::MAX);
     }
 
     /// Takes in a frame and returns the message it holds, if that is the next one.
@@ -161,8 +219,9 @@ impl Link {
         }
     }
 
-    /// Pings when it is time. Returns whether the other side is gone.
+    /// Pings and lets go what waits, when it is time. Returns whether the other side is gone.
     pub fn handle_timeout(&mut self, now: Duration) -> bool {
+        self.release(now);
         if now < self.ping_at {
             return false;
         }
@@ -189,15 +248,22 @@ impl Link {
     }
 
     pub fn poll_timeout(&self) -> Duration {
-        self.ping_at
+        self.waiting
+            .front()
+            .map_or(self.ping_at, |first| first.leaves.min(self.ping_at))
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::message::Ready;
     use super::*;
 
     const INTERVAL: Duration = Duration::from_secs(5);
+    const READY: Message = Message::Ready(Ready {
+        assignment: 0,
+        speed: None,
+    });
 
     fn pair() -> (Link, Link) {
         (
@@ -217,7 +283,7 @@ mod tests {
     #[test]
     fn a_lost_message_is_sent_again_after_the_next_ping_and_only_then() {
         let (mut here, mut there) = pair();
-        here.send(&Message::Ready);
+        here.send(&READY);
         here.send(&Message::Leave);
         let lost = here.poll_frame().unwrap();
         assert_eq!(
@@ -228,7 +294,7 @@ mod tests {
         here.handle_timeout(Duration::ZERO);
         deliver(&mut here, &mut there);
         deliver(&mut there, &mut here);
-        assert_eq!(deliver(&mut here, &mut there), [Message::Ready, Message::Leave]);
+        assert_eq!(deliver(&mut here, &mut there), [READY, Message::Leave]);
         assert_eq!(
             there.handle_frame(&lost).unwrap(),
             None,
@@ -246,10 +312,10 @@ mod tests {
         here.handle_timeout(Duration::ZERO);
         let ping = here.poll_frame().unwrap();
         // Sent after the ping, so the pong says nothing about it.
-        here.send(&Message::Ready);
+        here.send(&READY);
         assert_eq!(there.handle_frame(&ping).unwrap(), None);
         deliver(&mut there, &mut here);
-        assert_eq!(deliver(&mut here, &mut there), [Message::Ready]);
+        assert_eq!(deliver(&mut here, &mut there), [READY]);
         assert_eq!(here.poll_frame(), None);
     }
 
@@ -259,12 +325,31 @@ mod tests {
         for tick in 0..3 {
             assert!(!here.handle_timeout(INTERVAL * tick));
         }
-        there.send(&Message::Ready);
+        there.send(&READY);
         deliver(&mut there, &mut here);
         for tick in 3..6 {
             assert!(!here.handle_timeout(INTERVAL * tick), "tick {tick}");
         }
         assert!(here.handle_timeout(INTERVAL * 6));
+    }
+
+    #[test]
+    fn a_paced_message_leaves_in_its_time_and_only_pings_overtake_it() {
+        let (mut here, mut there) = pair();
+        here.set_rate(Some(8.0 * 100.0));
+        here.send_paced(Duration::ZERO, &READY);
+        here.send(&Message::Leave);
+        here.handle_timeout(Duration::ZERO);
+        assert_eq!(deliver(&mut here, &mut there), []);
+        let leaves = here.poll_timeout();
+        let bytes = encode_message_frame(0, 0, &READY).len();
+        assert_eq!(leaves, Duration::from_millis(10 * bytes as u64));
+        // The pong says that nothing has arrived, which is no reason to send anything again.
+        deliver(&mut there, &mut here);
+        assert_eq!(here.poll_frame(), None);
+        here.handle_timeout(leaves);
+        assert_eq!(deliver(&mut here, &mut there), [READY, Message::Leave]);
+        assert_eq!(here.poll_timeout(), INTERVAL);
     }
 
     #[test]

@@ -4,6 +4,10 @@
 //! hands them to the driver, sends the gradients back, and after the last local step waits for the federated server's
 //! average. It sees activations and targets, never one client's adapter.
 //!
+//! Who holds which blocks is a `Placement`: the run begins with one, and may be given another at any boundary. At a boundary
+//! the driver is asked what is to hold for the next round (`PlanWanted`) before clients are asked for their adapters, so that
+//! they know which moments go with them. A round starts when everybody who was there has loaded the latest assignment.
+//!
 //! Membership is frozen when a round starts and can only shrink within it; a client that joins meanwhile waits for the
 //! next boundary. Every change of membership goes through `retest`, so no step waits for somebody who has left.
 
@@ -35,10 +39,12 @@ pub struct MainConfig {
     pub clients: u32,
     /// More than these are refused.
     pub max_clients: u32,
-    /// What joining clients get.
-    pub assignment: Assignment,
-    /// The client side's adapter at the start, flat.
-    pub initial_adapter: Vec<f32>,
+    /// Who holds what at the start.
+    pub placement: Placement,
+    /// Numbers in the largest update that any placement of the run leads to, moments included.
+    pub largest_update: u64,
+    /// Whether the driver is asked for a plan at boundaries (`PlanWanted`).
+    pub plans: bool,
     pub model: Digest,
     pub tokenizer: Digest,
     /// Where clients find the federated service; `None` is the same origin.
@@ -48,6 +54,63 @@ pub struct MainConfig {
     pub wait_for_client: Duration,
 }
 
+/// Who holds which blocks, and in which state they come to the clients.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Placement {
+    /// What clients get; its number is set by the session.
+    pub assignment: Assignment,
+    /// The client side's adapter, flat.
+    pub adapter: Vec<f32>,
+    /// Moments of the blocks that clients did not hold before, the last of theirs; `None` where they start anew.
+    pub moments: Option<Moments>,
+}
+
+/// What is to hold from the next round on.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RoundPlan {
+    /// Blocks of the client, if it is to be another number than now: possible where `PlanWanted` says so.
+    pub split: Option<u32>,
+    /// Of the emulated uplinks; a client without a rate has none.
+    pub rates: BTreeMap<ClientId, LinkRates>,
+}
+
+/// When a plan is wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Occasion {
+    /// Nothing is trained yet: before `planned`, `place` may change cut and rank.
+    Start,
+    /// The steps of this round are done: the split may change.
+    Boundary(RoundKey),
+    /// Clients are ready whom the last plan did not know.
+    Membership,
+}
+
+/// How long the phases of one client's step took.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepTimes {
+    pub client: ClientId,
+    /// As the client says.
+    pub forward: Duration,
+    /// From the time the client was free to start until its activations had come, less `forward`.
+    pub upload: Duration,
+    /// From the time the gradient went out until the client was done, less `backward`.
+    pub download: Duration,
+    /// With the optimiser step, as the client says.
+    pub backward: Duration,
+    /// Of the frames with activations and gradient.
+    pub bytes_up: u64,
+    pub bytes_down: u64,
+}
+
+/// A member's adapter on its way to the federated server.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct CollectTime {
+    pub client: ClientId,
+    /// From asking for the adapter until the federated server had it.
+    pub took: Duration,
+    pub bytes: u64,
+}
+
 /// A mistake of the driver or of the configuration; nothing a peer sends leads here.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MainError {
@@ -55,8 +118,18 @@ pub enum MainError {
     Zero { what: &'static str, value: u32 },
     #[error("a step of {batch} × {seq} × {width} does not fit in a frame; choose a smaller batch or sequence")]
     StepTooLarge { batch: u32, seq: u32, width: u32 },
-    #[error("an adapter of {len} values does not fit in a frame; choose a smaller rank or split")]
-    AdapterTooLarge { len: usize },
+    #[error("an update of {len} values does not fit in a frame; choose a smaller rank or split")]
+    UpdateTooLarge { len: u64 },
+    #[error("an adapter of {len} values leads to larger updates than the {largest} values that were announced")]
+    UpdateTooLong { len: usize, largest: u64 },
+    #[error("an adapter of {len} values does not divide into {split} blocks")]
+    AdapterBlocks { len: usize, split: u32 },
+    #[error("{found} blocks at the client, where a plan may leave {expected}")]
+    Split { found: u32, expected: u32 },
+    #[error("the placement's moments are not those of blocks that clients gain")]
+    Moments,
+    #[error("another placement would change more than cut and rank")]
+    Fixed,
     #[error("the assignment says {assigned} adapter values, the initial adapter has {given}")]
     AdapterLength { assigned: u64, given: usize },
     #[error("the initial adapter has a value that is not finite")]
@@ -74,6 +147,8 @@ pub enum MainError {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Contribution {
     pub client: ClientId,
+    /// Blocks run at the client.
+    pub split: u32,
     pub batch: u32,
     pub seq: u32,
     pub width: u32,
@@ -173,12 +248,26 @@ pub enum MainEvent {
         key: StepKey,
         contributions: Vec<Contribution>,
     },
-    /// Validate, save, and answer with `validated`.
+    /// All members that are left have done this step.
+    StepMeasured {
+        key: StepKey,
+        clients: Vec<StepTimes>,
+    },
+    /// Say what is to hold next, with `planned`.
+    PlanWanted {
+        occasion: Occasion,
+    },
+    /// Validate, save, and answer with `validated`. If `split` is another number than that of the placement, the answer
+    /// brings the placement for it.
     RoundClosed {
         round: RoundKey,
         average: Vec<f32>,
+        /// Of the blocks that leave the clients.
+        moments: Option<Moments>,
+        split: u32,
         included: Vec<Inclusion>,
         excluded: Vec<Exclusion>,
+        collected: Vec<CollectTime>,
     },
     /// Every member left. The round starts again, under another attempt, when somebody is ready; the server's adapter
     /// should go back to where the round began.
@@ -205,6 +294,8 @@ pub enum RunPhase {
     Gathering,
     /// For the driver's `step_result`.
     Computing,
+    /// For the last step's backward passes, or for the driver's `planned`.
+    Boundary,
     /// For the federated server.
     Averaging,
     /// For the driver's `validated`.
@@ -213,11 +304,14 @@ pub enum RunPhase {
 }
 
 /// A client as the status shows it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ClientStatus {
     pub client: ClientId,
     pub name: String,
     pub device: String,
+    /// Memory it can give, in bytes; 0 when unknown.
+    pub memory_bytes: u64,
+    pub speed: Option<Speed>,
     pub ready: bool,
     /// Whether it is a member of the current round.
     pub member: bool,
@@ -226,7 +320,7 @@ pub struct ClientStatus {
 }
 
 /// The run at a glance.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct RunStatus {
     pub phase: RunPhase,
     pub round: u32,
@@ -242,8 +336,13 @@ pub struct RunStatus {
 struct Client {
     name: String,
     device: String,
+    memory_bytes: u64,
+    speed: Option<Speed>,
     connection: Option<ConnectionId>,
+    /// It has loaded the latest assignment.
     ready: bool,
+    /// It was told of the latest assignment at a boundary, so the moments that come with that are its own too.
+    carries: bool,
     /// Digest of the adapter it is known to hold.
     holds: Option<Digest>,
     /// Tickets below this serial are spent.
@@ -259,6 +358,24 @@ struct Received {
     expected_bytes: usize,
 }
 
+/// A member of the current step.
+#[derive(Clone, Copy, Debug)]
+struct Clock {
+    /// When it was free to start.
+    asked: Duration,
+    forward: Duration,
+    upload: Duration,
+    bytes_up: u64,
+}
+
+/// A step whose gradients are out.
+struct Finishing {
+    key: StepKey,
+    sent: Duration,
+    /// Members' times, once they are done; before that without `download` and `backward`.
+    members: BTreeMap<ClientId, (bool, StepTimes)>,
+}
+
 enum Phase {
     Waiting {
         until: Option<Duration>,
@@ -271,12 +388,21 @@ enum Phase {
         key: StepKey,
         members: BTreeMap<ClientId, Received>,
     },
+    Boundary {
+        members: BTreeSet<ClientId>,
+    },
     Averaging {
         members: BTreeSet<ClientId>,
+        /// Blocks at the clients afterwards.
+        split: u32,
+        /// When they were asked for their adapters.
+        asked: Duration,
+        collected: Vec<CollectTime>,
     },
     Validating {
         round: RoundKey,
         included: u32,
+        split: u32,
     },
     Finished {
         drain_by: Duration,
@@ -294,8 +420,19 @@ pub struct MainServerSession {
     has_started: bool,
     round: RoundKey,
     phase: Phase,
-    base: Vec<f32>,
+    /// The client side of the model as it is now; its adapter is the base of the next round.
+    placement: Placement,
     base_digest: Digest,
+    /// Steps computed in the run.
+    steps: u64,
+    clocks: BTreeMap<ClientId, Clock>,
+    finishing: Option<Finishing>,
+    /// Clients who were ready when the latest placement came and have not left: the next round waits for them.
+    expected: BTreeSet<ClientId>,
+    /// Clients that the plan is for; while it is being made, `planning`.
+    planned: BTreeSet<ClientId>,
+    planning: Option<Occasion>,
+    rates: BTreeMap<ClientId, LinkRates>,
     frame_limit: usize,
     events: VecDeque<MainEvent>,
     controls: VecDeque<Control>,
@@ -323,13 +460,71 @@ pub(super) fn adapter_frame_bytes(adapter_len: u64) -> Option<usize> {
     (bytes <= MAX_FRAME_BYTES).then_some(bytes)
 }
 
+impl Placement {
+    /// Values of one block's adapter.
+    fn block_len(&self) -> u64 {
+        self.assignment.adapter_len / u64::from(self.assignment.config.split.max(1))
+    }
+}
+
+impl MainConfig {
+    fn check(&self, placement: &Placement) -> Result<(), MainError> {
+        let Assignment {
+            config, adapter_len, ..
+        } = &placement.assignment;
+        let len = placement.adapter.len();
+        if *adapter_len != len as u64 {
+            return Err(MainError::AdapterLength {
+                assigned: *adapter_len,
+                given: len,
+            });
+        }
+        if config.split == 0 || !adapter_len.is_multiple_of(u64::from(config.split)) {
+            return Err(MainError::AdapterBlocks {
+                len,
+                split: config.split,
+            });
+        }
+        if *adapter_len > self.largest_update {
+            return Err(MainError::UpdateTooLong {
+                len,
+                largest: self.largest_update,
+            });
+        }
+        if !placement.adapter.iter().all(|value| value.is_finite()) {
+            return Err(MainError::AdapterNotFinite);
+        }
+        let fits = |moments: &Moments| {
+            moments.are_of(moments.first.len(), moments.steps)
+                && moments.are_possible()
+                && moments.first.len() < len
+                && (moments.first.len() as u64).is_multiple_of(placement.block_len())
+        };
+        if !placement.moments.as_ref().is_none_or(fits) {
+            return Err(MainError::Moments);
+        }
+        // Frames, steps and rounds stay as they were announced.
+        let first = &self.placement.assignment;
+        let same = RunConfig {
+            split: first.config.split,
+            rank: first.config.rank,
+            alpha: first.config.alpha,
+            ..config.clone()
+        };
+        if same != first.config || placement.assignment.run != first.run {
+            return Err(MainError::Fixed);
+        }
+        Ok(())
+    }
+}
+
 impl MainServerSession {
     /// A run that waits for its first clients.
     ///
     /// # Errors
     /// When the configuration is contradictory or too large for the wire.
     pub fn new(config: MainConfig, now: Duration) -> Result<MainServerSession, MainError> {
-        let run = &config.assignment.config;
+        let run = &config.placement.assignment.config;
         let sizes = [
             ("the number of clients", config.clients),
             ("the most clients", config.max_clients),
@@ -349,18 +544,12 @@ impl MainServerSession {
                 width: run.width,
             })?
             .max(MAX_HANDSHAKE_BYTES);
-        let len = config.initial_adapter.len();
-        let assigned = config.assignment.adapter_len;
-        if assigned != len as u64 {
-            return Err(MainError::AdapterLength { assigned, given: len });
+        if adapter_frame_bytes(config.largest_update).is_none() {
+            return Err(MainError::UpdateTooLarge {
+                len: config.largest_update,
+            });
         }
-        if adapter_frame_bytes(assigned).is_none() {
-            return Err(MainError::AdapterTooLarge { len });
-        }
-        if !config.initial_adapter.iter().all(|value| value.is_finite()) {
-            return Err(MainError::AdapterNotFinite);
-        }
-        let base = config.initial_adapter.clone();
+        config.check(&config.placement)?;
         let mut session = MainServerSession {
             office: TicketOffice {
                 run: config.run,
@@ -373,8 +562,15 @@ impl MainServerSession {
             has_started: false,
             round: RoundKey { round: 0, attempt: 0 },
             phase: Phase::Waiting { until: None },
-            base_digest: Digest::of_values(&base),
-            base,
+            base_digest: Digest::of_values(&config.placement.adapter),
+            placement: config.placement.clone(),
+            steps: 0,
+            clocks: BTreeMap::new(),
+            finishing: None,
+            expected: BTreeSet::new(),
+            planned: BTreeSet::new(),
+            planning: None,
+            rates: BTreeMap::new(),
             frame_limit,
             events: VecDeque::new(),
             controls: VecDeque::new(),
@@ -387,6 +583,11 @@ impl MainServerSession {
     /// The largest frame a client may send: what a socket need not read past.
     pub fn max_frame_bytes(&self) -> usize {
         self.frame_limit
+    }
+
+    /// What clients agree on at present.
+    pub fn config(&self) -> &RunConfig {
+        &self.placement.assignment.config
     }
 
     pub fn connected(&mut self, connection: ConnectionId, now: Duration) {
@@ -411,7 +612,7 @@ impl MainServerSession {
                     client.next_serial += 1;
                 }
                 if let Some(message) = message {
-                    self.handle_message(guest, message, now);
+                    self.handle_message(guest, message, bytes.len() as u64, now);
                 }
             }
         }
@@ -426,7 +627,16 @@ impl MainServerSession {
         }
         self.retest(now);
         match self.phase {
-            Phase::Waiting { until: Some(until) } if until <= now => self.finish(RunEnd::NoClients, now),
+            Phase::Waiting { until: Some(until) } if until <= now => {
+                if self.clients.values().any(|client| client.ready) {
+                    // Who is still loading has had long enough.
+                    self.expected.clear();
+                    self.phase = Phase::Waiting { until: None };
+                    self.retest(now);
+                } else {
+                    self.finish(RunEnd::NoClients, now);
+                }
+            }
             Phase::Finished { drain_by, .. } if drain_by <= now => {
                 for connection in self.door.connections() {
                     self.door.close(connection);
@@ -441,9 +651,15 @@ impl MainServerSession {
     pub fn handle_control(&mut self, now: Duration, reply: ControlReply) {
         match reply {
             ControlReply::Excluded { round, exclusion } if round == self.round => self.exclude(&exclusion),
+            ControlReply::Received { round, client, bytes } if round == self.round => {
+                if let Phase::Averaging { asked, collected, .. } = &mut self.phase {
+                    let took = now.saturating_sub(*asked);
+                    collected.push(CollectTime { client, took, bytes });
+                }
+            }
             ControlReply::RoundClosed(closed) if closed.round == self.round => self.close_round(closed, now),
             // Of a round that was lost meanwhile, or a repetition.
-            ControlReply::Excluded { .. } | ControlReply::RoundClosed(_) => {}
+            ControlReply::Excluded { .. } | ControlReply::Received { .. } | ControlReply::RoundClosed(_) => {}
         }
         self.retest(now);
     }
@@ -455,6 +671,9 @@ impl MainServerSession {
         let members = self.members();
         if !members.is_empty() {
             self.open_round(members);
+        }
+        if let Phase::Averaging { split, .. } = self.phase {
+            self.collect(split);
         }
         if matches!(self.phase, Phase::Finished { .. }) {
             self.controls.push_back(Control::CloseRun);
@@ -490,7 +709,7 @@ impl MainServerSession {
                 });
             }
         }
-        let wire = self.config.assignment.config.wire;
+        let wire = self.placement.assignment.config.wire;
         outputs.retain(|output| {
             members.get(&output.client).is_some_and(|received| {
                 let rows = received.batch as usize * received.seq as usize;
@@ -518,8 +737,10 @@ impl MainServerSession {
         else {
             return Ok(());
         };
-        let config = &self.config.assignment.config;
+        self.steps += 1;
+        let config = &self.placement.assignment.config;
         let mut staying = BTreeSet::new();
+        let mut finishing = BTreeMap::new();
         for GradientOutput { client, loss, payload } in outputs {
             let Some(received) = members.remove(&client) else {
                 continue;
@@ -537,10 +758,28 @@ impl MainServerSession {
                 payload,
             };
             staying.insert(client);
-            if let Some(connection) = self.clients.get(&client).and_then(|client| client.connection) {
-                self.door.send(connection, &Message::Gradient(gradient));
+            let bytes_down = match self.clients.get(&client).and_then(|client| client.connection) {
+                Some(connection) => self.door.send(connection, &Message::Gradient(gradient)),
+                None => 0,
+            };
+            if let Some(clock) = self.clocks.get(&client) {
+                let times = StepTimes {
+                    client,
+                    forward: clock.forward,
+                    upload: clock.upload,
+                    download: Duration::ZERO,
+                    backward: Duration::ZERO,
+                    bytes_up: clock.bytes_up,
+                    bytes_down: bytes_down as u64,
+                };
+                finishing.insert(client, (false, times));
             }
         }
+        self.finishing = Some(Finishing {
+            key,
+            sent: now,
+            members: finishing,
+        });
         let next = key.step + 1;
         if next < config.local_steps {
             self.phase = Phase::Gathering {
@@ -548,7 +787,7 @@ impl MainServerSession {
                 members: staying.iter().map(|client| (*client, None)).collect(),
             };
         } else {
-            self.phase = Phase::Averaging {
+            self.phase = Phase::Boundary {
                 members: staying.clone(),
             };
         }
@@ -572,19 +811,40 @@ impl MainServerSession {
         Ok(())
     }
 
-    /// The driver's answer to `RoundClosed`, with the mean validation loss if it validates.
-    pub fn validated(&mut self, now: Duration, round: RoundKey, valid_loss: Option<f64>) {
+    /// The driver's answer to `RoundClosed`, with the mean validation loss if it validates, and with another placement where
+    /// the plan was one.
+    ///
+    /// # Errors
+    /// When the placement is missing, or is not what was planned; nothing is changed then.
+    pub fn validated(
+        &mut self,
+        now: Duration,
+        round: RoundKey,
+        valid_loss: Option<f64>,
+        placement: Option<Placement>,
+    ) -> Result<(), MainError> {
         let Phase::Validating {
             round: current,
             included,
+            split,
         } = self.phase
         else {
-            return;
+            return Ok(());
         };
         if current != round {
-            return;
+            return Ok(());
         }
-        let config = &self.config.assignment.config;
+        let now_split = self.placement.assignment.config.split;
+        let found = placement
+            .as_ref()
+            .map_or(now_split, |placement| placement.assignment.config.split);
+        if found != split {
+            return Err(MainError::Split { found, expected: split });
+        }
+        if let Some(placement) = &placement {
+            self.config.check(placement)?;
+        }
+        let config = &self.placement.assignment.config;
         let rounds = config.rounds;
         let done = round.round + 1;
         let result = Message::RoundResult(RoundResult {
@@ -605,9 +865,62 @@ impl MainServerSession {
                 round: done,
                 attempt: 0,
             };
+            if let Some(placement) = placement {
+                self.adopt(placement);
+            }
             self.wait(now);
         }
         self.retest(now);
+        Ok(())
+    }
+
+    /// Before anything is trained, changes who holds what: to be called before the answer to `PlanWanted` of
+    /// `Occasion::Start`.
+    ///
+    /// # Errors
+    /// When the placement contradicts itself or the run, or something is trained already; nothing is changed then.
+    pub fn place(&mut self, placement: Placement) -> Result<(), MainError> {
+        if self.has_started {
+            return Err(MainError::Fixed);
+        }
+        self.config.check(&placement)?;
+        self.adopt(placement);
+        Ok(())
+    }
+
+    /// The driver's answer to `PlanWanted`; `None` leaves everything as it is.
+    ///
+    /// # Errors
+    /// When the plan moves the cut where it cannot be moved; the question stands.
+    pub fn planned(&mut self, now: Duration, plan: Option<RoundPlan>) -> Result<(), MainError> {
+        let Some(occasion) = self.planning else {
+            return Ok(());
+        };
+        let current = self.placement.assignment.config.split;
+        let split = plan.as_ref().and_then(|plan| plan.split).unwrap_or(current);
+        let boundary = matches!(occasion, Occasion::Boundary(_));
+        let moved = split.abs_diff(current);
+        let largest = u64::from(split.max(current)) + 2 * u64::from(moved);
+        if split == 0 || moved != 0 && (!boundary || largest * self.placement.block_len() > self.config.largest_update)
+        {
+            return Err(MainError::Split {
+                found: split,
+                expected: current,
+            });
+        }
+        self.planning = None;
+        if let Some(plan) = plan {
+            self.rates = plan.rates;
+        }
+        // A round may have been lost meanwhile, and with it the boundary.
+        if let (Occasion::Boundary(round), Phase::Boundary { members }) = (occasion, &self.phase)
+            && round == self.round
+        {
+            let members = members.clone();
+            self.ask_for_adapters(members, split, now);
+        }
+        self.retest(now);
+        Ok(())
     }
 
     /// Ends the run: clients are told, and `Drained` follows when they are gone.
@@ -645,8 +958,9 @@ impl MainServerSession {
             Phase::Waiting { .. } => (RunPhase::Waiting, 0),
             Phase::Gathering { key, .. } => (RunPhase::Gathering, key.step),
             Phase::Computing { key, .. } => (RunPhase::Computing, key.step),
-            Phase::Averaging { .. } => (RunPhase::Averaging, self.config.assignment.config.local_steps),
-            Phase::Validating { .. } => (RunPhase::Validating, self.config.assignment.config.local_steps),
+            Phase::Boundary { .. } => (RunPhase::Boundary, self.placement.assignment.config.local_steps),
+            Phase::Averaging { .. } => (RunPhase::Averaging, self.placement.assignment.config.local_steps),
+            Phase::Validating { .. } => (RunPhase::Validating, self.placement.assignment.config.local_steps),
             Phase::Finished { .. } => (RunPhase::Finished, 0),
         };
         let members = self.members();
@@ -658,14 +972,16 @@ impl MainServerSession {
         RunStatus {
             phase,
             round: self.round.round,
-            rounds: self.config.assignment.config.rounds,
+            rounds: self.placement.assignment.config.rounds,
             step,
-            local_steps: self.config.assignment.config.local_steps,
+            local_steps: self.placement.assignment.config.local_steps,
             clients: connected
                 .map(|(id, client)| ClientStatus {
                     client: *id,
                     name: client.name.clone(),
                     device: client.device.clone(),
+                    memory_bytes: client.memory_bytes,
+                    speed: client.speed,
                     ready: client.ready,
                     member: members.contains(id),
                     awaited: awaited(id),
@@ -721,7 +1037,7 @@ impl MainServerSession {
                 format!("this run's tokenizer is {}", self.config.tokenizer),
             ));
         }
-        let wire = self.config.assignment.config.wire;
+        let wire = self.placement.assignment.config.wire;
         if !hello.capabilities.dtypes.contains(&wire) {
             return Err((RefusalReason::WireDtype, format!("this run's wire type is {wire:?}")));
         }
@@ -761,8 +1077,11 @@ impl MainServerSession {
             Client {
                 name: name.clone(),
                 device: device.clone(),
+                memory_bytes: hello.capabilities.memory_bytes,
+                speed: None,
                 connection: Some(connection),
                 ready: false,
+                carries: false,
                 holds: None,
                 next_serial: serial,
             },
@@ -790,7 +1109,7 @@ impl MainServerSession {
         self.door.welcome(connection, id, welcome, now, self.frame_limit);
         self.door.send(
             connection,
-            &Message::Assignment(Box::new(self.config.assignment.clone())),
+            &Message::Assignment(Box::new(self.placement.assignment.clone())),
         );
         self.events.push_back(MainEvent::ClientJoined {
             connection,
@@ -816,7 +1135,13 @@ impl MainServerSession {
             return;
         }
         client.ready = false;
+        client.carries = false;
         client.holds = None;
+        self.expected.remove(&id);
+        self.clocks.remove(&id);
+        if let Some(finishing) = &mut self.finishing {
+            finishing.members.remove(&id);
+        }
         let name = client.name.clone();
         self.events.push_back(MainEvent::ClientLeft {
             client: id,
@@ -827,7 +1152,7 @@ impl MainServerSession {
         let was_member = match &mut self.phase {
             Phase::Gathering { members, .. } => members.remove(&id).is_some(),
             Phase::Computing { members, .. } => members.remove(&id).is_some(),
-            Phase::Averaging { members, .. } => members.remove(&id),
+            Phase::Boundary { members } | Phase::Averaging { members, .. } => members.remove(&id),
             Phase::Waiting { .. } | Phase::Validating { .. } | Phase::Finished { .. } => false,
         };
         if was_member {
@@ -858,15 +1183,20 @@ impl MainServerSession {
 
     // The run.
 
-    fn handle_message(&mut self, client: ClientId, message: Message, now: Duration) {
+    fn handle_message(&mut self, client: ClientId, message: Message, bytes: u64, now: Duration) {
         if matches!(self.phase, Phase::Finished { .. }) && !matches!(message, Message::Leave) {
             // What was on its way when the run ended.
             return;
         }
         match message {
-            Message::Ready => self.handle_ready(client, now),
+            Message::Ready(ready) => self.handle_ready(client, ready, now),
             Message::Activations(activations) => {
-                if let Err(detail) = self.handle_activations(client, activations) {
+                if let Err(detail) = self.handle_activations(client, activations, bytes, now) {
+                    self.expel(client, DepartureReason::Misbehaved(detail));
+                }
+            }
+            Message::StepDone(done) => {
+                if let Err(detail) = self.handle_step_done(client, done, now) {
                     self.expel(client, DepartureReason::Misbehaved(detail));
                 }
             }
@@ -885,6 +1215,9 @@ impl MainServerSession {
 
     /// What this client may send now, for error texts.
     fn expected_of(&self, client: ClientId) -> String {
+        if let Some(key) = self.unfinished(client) {
+            return format!("StepDone of {key} or Leave");
+        }
         match &self.phase {
             _ if !self.clients.get(&client).is_some_and(|client| client.ready) => "Ready or Leave".to_owned(),
             Phase::Gathering { key, members } if members.get(&client).is_some_and(Option::is_none) => {
@@ -894,20 +1227,44 @@ impl MainServerSession {
         }
     }
 
-    fn handle_ready(&mut self, id: ClientId, now: Duration) {
+    /// The step whose gradient this client has been sent and that it has not finished.
+    fn unfinished(&self, client: ClientId) -> Option<StepKey> {
+        let finishing = self.finishing.as_ref()?;
+        let (done, _) = finishing.members.get(&client)?;
+        (!done).then_some(finishing.key)
+    }
+
+    fn handle_ready(&mut self, id: ClientId, ready: Ready, now: Duration) {
+        let number = self.placement.assignment.number;
         let Some(client) = self.clients.get_mut(&id) else {
             return;
         };
-        if client.ready {
-            let detail = format!("expected {}, got Ready", self.expected_of(id));
+        if ready.assignment < number && !client.ready {
+            // The latest assignment is on its way.
+            return;
+        }
+        if client.ready || ready.assignment != number {
+            let detail = format!(
+                "expected {}, got Ready for assignment {}",
+                self.expected_of(id),
+                ready.assignment
+            );
             return self.expel(id, DepartureReason::Misbehaved(detail));
         }
         client.ready = true;
+        client.speed = ready.speed.or(client.speed);
+        self.expected.remove(&id);
         self.events.push_back(MainEvent::ClientReady { client: id });
         self.retest(now);
     }
 
-    fn handle_activations(&mut self, client: ClientId, activations: Activations) -> Result<(), String> {
+    fn handle_activations(
+        &mut self,
+        client: ClientId,
+        activations: Activations,
+        bytes: u64,
+        now: Duration,
+    ) -> Result<(), String> {
         let unexpected = || {
             format!(
                 "expected {}, got Activations of {}",
@@ -918,19 +1275,51 @@ impl MainServerSession {
         let Phase::Gathering { key, members } = &self.phase else {
             return Err(unexpected());
         };
-        if activations.key != *key || !members.get(&client).is_some_and(Option::is_none) {
+        let awaited = members.get(&client).is_some_and(Option::is_none) && self.unfinished(client).is_none();
+        if activations.key != *key || !awaited {
             return Err(unexpected());
         }
+        let forward = activations.forward;
         let checked = self.check_activations(client, activations)?;
         if let Phase::Gathering { members, .. } = &mut self.phase {
             members.insert(client, Some(checked));
+        }
+        if let Some(clock) = self.clocks.get_mut(&client) {
+            // No part of the time is longer than the whole.
+            let whole = now.saturating_sub(clock.asked);
+            clock.forward = forward.min(whole);
+            clock.upload = whole - clock.forward;
+            clock.bytes_up = bytes;
+        }
+        Ok(())
+    }
+
+    fn handle_step_done(&mut self, client: ClientId, done: StepDone, now: Duration) -> Result<(), String> {
+        if self.unfinished(client) != Some(done.key) {
+            return Err(format!(
+                "expected {}, got StepDone of {}",
+                self.expected_of(client),
+                done.key
+            ));
+        }
+        if let Some(finishing) = &mut self.finishing
+            && let Some((is_done, times)) = finishing.members.get_mut(&client)
+        {
+            let whole = now.saturating_sub(finishing.sent);
+            times.backward = done.backward.min(whole);
+            times.download = whole - times.backward;
+            *is_done = true;
+        }
+        if let Some(clock) = self.clocks.get_mut(&client) {
+            clock.asked = now;
         }
         Ok(())
     }
 
     fn check_activations(&self, client: ClientId, given: Activations) -> Result<(Received, Contribution), String> {
-        let config = &self.config.assignment.config;
+        let config = &self.placement.assignment.config;
         let Activations {
+            split,
             batch,
             seq,
             width,
@@ -947,6 +1336,12 @@ impl MainServerSession {
             return Err(format!(
                 "activations of {batch} × {seq} × {width} in {dtype:?}, where at most {} × {} × {} in {:?} was agreed",
                 config.batch, config.seq, config.width, config.wire
+            ));
+        }
+        if split != config.split {
+            return Err(format!(
+                "activations of {split} blocks, where the cut is after {}",
+                config.split
             ));
         }
         // Within the agreed sizes, whose product is known to fit.
@@ -985,6 +1380,7 @@ impl MainServerSession {
         };
         let contribution = Contribution {
             client,
+            split,
             batch,
             seq,
             width,
@@ -1000,6 +1396,13 @@ impl MainServerSession {
 
     /// Moves the run on as far as it can go. Called after every change, of membership above all.
     fn retest(&mut self, now: Duration) {
+        if let Some(Finishing { key, members, .. }) = self
+            .finishing
+            .take_if(|finishing| finishing.members.values().all(|(done, _)| *done))
+        {
+            let clients = members.into_values().map(|(_, times)| times).collect();
+            self.events.push_back(MainEvent::StepMeasured { key, clients });
+        }
         match &mut self.phase {
             Phase::Waiting { .. } => self.start_round(now),
             Phase::Gathering { members, .. } if members.is_empty() => self.lose_round(now),
@@ -1019,7 +1422,19 @@ impl MainServerSession {
                 self.events.push_back(MainEvent::StepReady { key, contributions });
             }
             Phase::Computing { members, .. } if members.is_empty() => self.lose_round(now),
-            Phase::Averaging { members, .. } if members.is_empty() => self.lose_round(now),
+            Phase::Boundary { members } | Phase::Averaging { members, .. } if members.is_empty() => {
+                self.lose_round(now)
+            }
+            Phase::Boundary { members } if self.finishing.is_none() && self.planning.is_none() => {
+                let members = members.clone();
+                let config = &self.placement.assignment.config;
+                if self.config.plans && self.round.round + 1 < config.rounds {
+                    self.want_plan(Occasion::Boundary(self.round));
+                } else {
+                    let split = config.split;
+                    self.ask_for_adapters(members, split, now);
+                }
+            }
             Phase::Finished { drained, .. } if !*drained && !self.door.has_guests() => {
                 *drained = true;
                 self.events.push_back(MainEvent::Drained);
@@ -1028,21 +1443,76 @@ impl MainServerSession {
         }
     }
 
-    /// Starts the next round if enough are ready: the number asked for at first, anybody later.
+    /// Asks the driver what is to hold next. It is asked one thing at a time.
+    fn want_plan(&mut self, occasion: Occasion) {
+        self.planning = Some(occasion);
+        self.planned = self.ready();
+        self.events.push_back(MainEvent::PlanWanted { occasion });
+    }
+
+    /// Ends the steps of the round.
+    fn ask_for_adapters(&mut self, members: BTreeSet<ClientId>, split: u32, now: Duration) {
+        let (round, steps) = (self.round, self.steps);
+        self.send_to_all(&members, |_| Message::RoundEnd(RoundEnd { round, split, steps }));
+        self.phase = Phase::Averaging {
+            members,
+            split,
+            asked: now,
+            collected: Vec::new(),
+        };
+        self.collect(split);
+    }
+
+    /// Tells the federated server what comes with the adapters.
+    fn collect(&mut self, split: u32) {
+        let moments = self.leaving(split).map(|len| (len, self.steps));
+        self.controls.push_back(Control::Collect {
+            round: self.round,
+            moments,
+        });
+    }
+
+    /// Values of the blocks that leave the clients when they keep `split`.
+    fn leaving(&self, split: u32) -> Option<u64> {
+        let current = self.placement.assignment.config.split;
+        (split < current).then(|| u64::from(current - split) * self.placement.block_len())
+    }
+
+    /// Makes a checked placement the current one and hands it to everybody.
+    fn adopt(&mut self, mut placement: Placement) {
+        placement.assignment.number = self.placement.assignment.number.wrapping_add(1);
+        self.base_digest = Digest::of_values(&placement.adapter);
+        self.placement = placement;
+        self.expected = self.ready();
+        let assignment = Message::Assignment(Box::new(self.placement.assignment.clone()));
+        for client in self.clients.values_mut() {
+            client.carries = client.ready;
+            client.ready = false;
+            client.holds = None;
+            if let Some(connection) = client.connection {
+                self.door.send(connection, &assignment);
+            }
+        }
+    }
+
+    /// Starts the next round if enough are ready: the number asked for at first, anybody later; after a new placement,
+    /// everybody who was there.
     fn start_round(&mut self, now: Duration) {
-        let ready: BTreeSet<ClientId> = self
-            .clients
-            .iter()
-            .filter(|(_, client)| client.ready)
-            .map(|(id, _)| *id)
-            .collect();
+        let ready = self.ready();
         let needed = if self.has_started {
             1
         } else {
             self.config.clients as usize
         };
-        if ready.len() < needed {
+        if ready.len() < needed || !self.expected.is_empty() || self.planning.is_some() {
             return;
+        }
+        if self.config.plans && !ready.is_subset(&self.planned) {
+            return self.want_plan(if self.planned.is_empty() && !self.has_started {
+                Occasion::Start
+            } else {
+                Occasion::Membership
+            });
         }
         self.has_started = true;
         let round = self.round;
@@ -1057,24 +1527,41 @@ impl MainServerSession {
                 continue;
             };
             let holds = client.holds.replace(self.base_digest);
-            let adapter = (holds != Some(self.base_digest)).then(|| self.base.clone());
+            let adapter = (holds != Some(self.base_digest)).then(|| self.placement.adapter.clone());
+            let carries = std::mem::take(&mut client.carries);
             if let Some(connection) = client.connection {
                 let start = RoundStart {
                     round,
                     base: self.base_digest,
                     members: count,
                     adapter,
+                    moments: self.placement.moments.clone().filter(|_| carries),
+                    rates: self.rates.get(id).copied(),
                 };
                 self.door.send(connection, &Message::RoundStart(start));
             }
         }
+        // Whoever comes later did not hold these blocks when they were moved.
+        self.placement.moments = None;
         let key = round.step(0);
         self.send_to_all(&ready, |count| Message::StepStart(StepStart { key, members: count }));
+        let clock = Clock {
+            asked: now,
+            forward: Duration::ZERO,
+            upload: Duration::ZERO,
+            bytes_up: 0,
+        };
+        self.clocks = ready.iter().map(|client| (*client, clock)).collect();
         self.phase = Phase::Gathering {
             key,
             members: ready.into_iter().map(|client| (client, None)).collect(),
         };
         self.retest(now);
+    }
+
+    fn ready(&self) -> BTreeSet<ClientId> {
+        let ready = self.clients.iter().filter(|(_, client)| client.ready);
+        ready.map(|(id, _)| *id).collect()
     }
 
     fn send_to_all(&mut self, clients: &BTreeSet<ClientId>, message: impl Fn(u32) -> Message) {
@@ -1099,17 +1586,23 @@ impl MainServerSession {
     fn wait(&mut self, now: Duration) {
         let until = now + self.config.wait_for_client;
         self.phase = Phase::Waiting { until: Some(until) };
-        if !self.clients.values().any(|client| client.ready) {
+        if self.expected.is_empty() && !self.clients.values().any(|client| client.ready) {
             self.events.push_back(MainEvent::Waiting { until });
         }
     }
 
     fn close_round(&mut self, closed: RoundClosed, now: Duration) {
-        if !matches!(self.phase, Phase::Averaging { .. }) {
+        let Phase::Averaging { split, collected, .. } = &mut self.phase else {
             // Closed without anybody, as the exclusions before it said.
             return;
-        }
-        let Some((digest, average)) = closed.average else {
+        };
+        let (split, collected) = (*split, std::mem::take(collected));
+        let Some(Mean {
+            digest,
+            values,
+            moments,
+        }) = closed.average
+        else {
             for exclusion in &closed.excluded {
                 self.exclude(exclusion);
             }
@@ -1118,16 +1611,21 @@ impl MainServerSession {
             }
             return;
         };
-        let fault = if average.len() != self.base.len() {
-            Some(format!(
-                "an average of {} values, not {}",
-                average.len(),
-                self.base.len()
-            ))
-        } else if !average.iter().all(|value| value.is_finite()) {
+        let expected = self.placement.adapter.len();
+        let leaving = self
+            .leaving(split)
+            .map(|len| usize::try_from(len).unwrap_or(usize::MAX));
+        let fault = if values.len() != expected {
+            Some(format!("an average of {} values, not {expected}", values.len()))
+        } else if !values.iter().all(|value| value.is_finite()) {
             Some("an average with a value that is not finite".to_owned())
-        } else if Digest::of_values(&average) != digest {
+        } else if Digest::of_values(&values) != digest {
             Some("an average that does not have its digest".to_owned())
+        } else if !match (&moments, leaving) {
+            (Some(moments), Some(len)) => moments.are_of(len, self.steps) && moments.are_possible(),
+            (moments, leaving) => moments.is_some() == leaving.is_some(),
+        } {
+            Some("an average without the moments of the blocks that leave".to_owned())
         } else {
             None
         };
@@ -1144,19 +1642,23 @@ impl MainServerSession {
                 client.holds = Some(digest);
             }
         }
-        self.base = average.clone();
+        self.placement.adapter.clone_from(&values);
         self.base_digest = digest;
         let round = closed.round;
         self.phase = Phase::Validating {
             round,
             included: closed.included.len() as u32,
+            split,
         };
         let (included, excluded) = (closed.included, closed.excluded);
         self.events.push_back(MainEvent::RoundClosed {
             round,
-            average,
+            average: values,
+            moments,
+            split,
             included,
             excluded,
+            collected,
         });
     }
 
@@ -1187,18 +1689,19 @@ impl MainServerSession {
             ticket_key: self.config.ticket_key,
             now,
             ticket_lifetime: self.config.ticket_lifetime,
-            adapter_len: self.base.len() as u64,
+            largest_update: self.config.largest_update,
             model: self.config.model,
             tokenizer: self.config.tokenizer,
         });
     }
 
     fn open_round(&mut self, members: BTreeSet<ClientId>) {
-        let config = &self.config.assignment.config;
+        let config = &self.placement.assignment.config;
         self.controls.push_back(Control::OpenRound {
             round: self.round,
             members: members.into_iter().collect(),
             base: self.base_digest,
+            adapter_len: self.placement.adapter.len() as u64,
             max_examples: u64::from(config.batch) * u64::from(config.local_steps),
         });
     }
@@ -1208,7 +1711,7 @@ impl MainServerSession {
         match &self.phase {
             Phase::Gathering { members, .. } => members.keys().copied().collect(),
             Phase::Computing { members, .. } => members.keys().copied().collect(),
-            Phase::Averaging { members, .. } => members.clone(),
+            Phase::Boundary { members } | Phase::Averaging { members, .. } => members.clone(),
             Phase::Waiting { .. } | Phase::Validating { .. } | Phase::Finished { .. } => BTreeSet::new(),
         }
     }

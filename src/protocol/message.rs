@@ -10,7 +10,7 @@ use std::time::Duration;
 use sha2::{Digest as _, Sha256};
 
 /// The protocol this crate speaks. Peers with another major version are refused; of two minors the lower is used.
-pub const PROTOCOL_VERSION: Version = Version { major: 1, minor: 0 };
+pub const PROTOCOL_VERSION: Version = Version { major: 2, minor: 0 };
 
 /// Label of a target that takes no part in the loss.
 pub const IGNORED_TARGET: i32 = -100;
@@ -254,10 +254,13 @@ pub struct Blob {
     pub bytes: u64,
 }
 
-/// What a joining client needs in order to take part. Its adapter comes later, with the round it starts in.
+/// What a client needs in order to take part: when it joins, and again whenever the run's cut or rank changes. Its adapter
+/// comes later, with the round it starts in.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Assignment {
     pub run: RunId,
+    /// Counts the run's assignments; every client has the latest before a round starts.
+    pub number: u32,
     pub config: RunConfig,
     /// The model's `config.json`.
     pub model_config: String,
@@ -277,8 +280,70 @@ pub struct Capabilities {
     pub memory_bytes: u64,
     /// Device name, for people.
     pub device: String,
-    /// Measured speed, when it has been measured.
-    pub flops_per_s: Option<f64>,
+}
+
+/// What a device computes, measured with the run's own kernels and shapes, in FLOP/s.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Speed {
+    pub forward_flops_per_s: f64,
+    pub backward_flops_per_s: f64,
+}
+
+impl Speed {
+    /// The fastest that is believed.
+    const MOST: f64 = 1e18;
+
+    /// `None` for numbers that no device has: not finite, less than 1, or more than 10^18.
+    pub fn new(forward_flops_per_s: f64, backward_flops_per_s: f64) -> Option<Speed> {
+        let possible = |speed: f64| (1.0..=Speed::MOST).contains(&speed);
+        (possible(forward_flops_per_s) && possible(backward_flops_per_s)).then_some(Speed {
+            forward_flops_per_s,
+            backward_flops_per_s,
+        })
+    }
+}
+
+/// The rates of a client's emulated uplinks, in bits per second.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LinkRates {
+    pub main_bits_per_s: f64,
+    pub federated_bits_per_s: f64,
+}
+
+impl LinkRates {
+    /// The fastest that is emulated.
+    const MOST: f64 = 1e15;
+
+    /// `None` for rates that no link has: not finite, less than 1, or more than 10^15.
+    pub fn new(main_bits_per_s: f64, federated_bits_per_s: f64) -> Option<LinkRates> {
+        let possible = |rate: f64| (1.0..=LinkRates::MOST).contains(&rate);
+        (possible(main_bits_per_s) && possible(federated_bits_per_s)).then_some(LinkRates {
+            main_bits_per_s,
+            federated_bits_per_s,
+        })
+    }
+}
+
+/// AdamW's moments of some adapter values, in their order, as they are after `steps` steps. Who keeps another count
+/// brings them to it, so that what the bias correction makes of them stays the same.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Moments {
+    pub steps: u64,
+    pub first: Vec<f32>,
+    pub second: Vec<f32>,
+}
+
+impl Moments {
+    /// Whether these are moments of `len` values after `steps` steps.
+    pub fn are_of(&self, len: usize, steps: u64) -> bool {
+        (self.steps, self.first.len(), self.second.len()) == (steps, len, len)
+    }
+
+    /// Whether all are finite, and the second ones no less than zero.
+    pub fn are_possible(&self) -> bool {
+        self.first.iter().all(|value| value.is_finite())
+            && self.second.iter().all(|value| value.is_finite() && *value >= 0.0)
+    }
 }
 
 /// Which service a connection is for.
@@ -450,6 +515,18 @@ pub struct RoundStart {
     pub members: u32,
     /// The base itself, for a client that was not in the average it comes from.
     pub adapter: Option<Vec<f32>>,
+    /// Moments of the blocks that this client did not have before, the last of its own.
+    pub moments: Option<Moments>,
+    /// How fast the client's uplinks are to be in this round; as fast as they are where there is nothing.
+    pub rates: Option<LinkRates>,
+}
+
+/// Client → main: the assignment of that number is loaded, the federated service is connected.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Ready {
+    pub assignment: u32,
+    /// As measured on the part that is loaded.
+    pub speed: Option<Speed>,
 }
 
 /// Main → client: send the activations of this step.
@@ -463,12 +540,16 @@ pub struct StepStart {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Activations {
     pub key: StepKey,
+    /// The cut they were made at: blocks run.
+    pub split: u32,
     pub batch: u32,
     pub seq: u32,
     pub width: u32,
     pub dtype: WireDtype,
     /// Examples in the batch.
     pub examples: u32,
+    /// What the forward pass took.
+    pub forward: Duration,
     /// `(batch, seq)`; `IGNORED_TARGET` takes no part in the loss.
     pub targets: Vec<i32>,
     /// `(batch, seq, width)` in `dtype`.
@@ -495,6 +576,24 @@ pub struct Gradient {
     pub payload: Vec<u8>,
 }
 
+/// Client → main: the backward pass and the optimiser step are done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepDone {
+    pub key: StepKey,
+    /// What they took.
+    pub backward: Duration,
+}
+
+/// Main → client: the round's steps are done; send the adapter to the federated server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RoundEnd {
+    pub round: RoundKey,
+    /// Blocks the client will hold afterwards. The moments of those that leave it go with the adapter …
+    pub split: u32,
+    /// … as after so many optimiser steps.
+    pub steps: u64,
+}
+
 /// Client → federated: its adapter after the round's last local step.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AdapterUpdate {
@@ -505,6 +604,8 @@ pub struct AdapterUpdate {
     /// Examples used in the round: its weight.
     pub examples: u64,
     pub values: Vec<f32>,
+    /// Of the blocks that leave the client, the last of its own.
+    pub moments: Option<Moments>,
 }
 
 /// Federated → client: the average of the round's adapters.
@@ -588,7 +689,8 @@ pub enum Control {
         /// The main server's clock at sending, by which tickets expire.
         now: Duration,
         ticket_lifetime: Duration,
-        adapter_len: u64,
+        /// Numbers in the largest update the run can lead to, moments included.
+        largest_update: u64,
         /// Clients' identity of the run, echoed in the handshake.
         model: Digest,
         tokenizer: Digest,
@@ -597,8 +699,16 @@ pub enum Control {
         round: RoundKey,
         members: Vec<ClientId>,
         base: Digest,
+        /// Numbers in a member's adapter.
+        adapter_len: u64,
         /// Most examples one member can have used in the round.
         max_examples: u64,
+    },
+    /// Members have been asked for their adapters.
+    Collect {
+        round: RoundKey,
+        /// Values whose moments come with the adapter, and the steps they are of.
+        moments: Option<(u64, u64)>,
     },
     /// A member left the open round.
     Departed { round: RoundKey, client: ClientId },
@@ -609,10 +719,13 @@ pub enum Control {
 impl fmt::Debug for Control {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Control::OpenRun { run, adapter_len, .. } => write!(f, "OpenRun({run}, {adapter_len} numbers)"),
+            Control::OpenRun {
+                run, largest_update, ..
+            } => write!(f, "OpenRun({run}, at most {largest_update} numbers)"),
             Control::OpenRound {
                 round, members, base, ..
             } => write!(f, "OpenRound({round}, {members:?}, {base})"),
+            Control::Collect { round, moments } => write!(f, "Collect({round}, {moments:?})"),
             Control::Departed { round, client } => write!(f, "Departed({round}, {client})"),
             Control::CloseRun => write!(f, "CloseRun"),
         }
@@ -626,9 +739,9 @@ pub enum ExclusionReason {
     Departed,
     /// It has had no connection to the federated server for too long.
     Absent,
-    /// Its adapter has the wrong length.
+    /// Its adapter, or the moments with it, have the wrong length.
     WrongLength,
-    /// Its adapter has a value that is not finite.
+    /// Its adapter has a value that is not finite, or its moments one that cannot be.
     NotFinite,
     /// Its adapter comes from another base.
     WrongBase,
@@ -671,8 +784,24 @@ pub struct Inclusion {
 pub enum ControlReply {
     /// A member was left out while the round goes on.
     Excluded { round: RoundKey, exclusion: Exclusion },
+    /// A member's adapter has come, in a frame of so many bytes.
+    Received {
+        round: RoundKey,
+        client: ClientId,
+        bytes: u64,
+    },
     /// The round is averaged. No individual adapter is in here, unless one client was alone.
     RoundClosed(RoundClosed),
+}
+
+/// What members' adapters come to, each weighted by its examples.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mean {
+    /// Of `values`.
+    pub digest: Digest,
+    pub values: Vec<f32>,
+    /// Of the blocks that leave the clients.
+    pub moments: Option<Moments>,
 }
 
 /// The outcome of a round at the federated server.
@@ -681,20 +810,21 @@ pub struct RoundClosed {
     pub round: RoundKey,
     pub included: Vec<Inclusion>,
     pub excluded: Vec<Exclusion>,
-    /// Digest and values of the average; `None` when nobody was left.
-    pub average: Option<(Digest, Vec<f32>)>,
+    /// `None` when nobody was left.
+    pub average: Option<Mean>,
 }
 
 /// A message after the handshake.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Message {
     Assignment(Box<Assignment>),
-    /// Client → main: weights are loaded, the federated service is connected.
-    Ready,
+    Ready(Ready),
     RoundStart(RoundStart),
     StepStart(StepStart),
     Activations(Activations),
     Gradient(Gradient),
+    StepDone(StepDone),
+    RoundEnd(RoundEnd),
     AdapterUpdate(AdapterUpdate),
     Average(Average),
     UpdateDeclined(UpdateDeclined),
@@ -711,11 +841,13 @@ impl Message {
     pub fn name(&self) -> &'static str {
         match self {
             Message::Assignment(_) => "Assignment",
-            Message::Ready => "Ready",
+            Message::Ready(_) => "Ready",
             Message::RoundStart(_) => "RoundStart",
             Message::StepStart(_) => "StepStart",
             Message::Activations(_) => "Activations",
             Message::Gradient(_) => "Gradient",
+            Message::StepDone(_) => "StepDone",
+            Message::RoundEnd(_) => "RoundEnd",
             Message::AdapterUpdate(_) => "AdapterUpdate",
             Message::Average(_) => "Average",
             Message::UpdateDeclined(_) => "UpdateDeclined",

@@ -10,6 +10,7 @@
 //! |---|---|
 //! | `message`, `codec` | what crosses the wire, and its bytes |
 //! | `link` | order, exactly-once delivery and liveness of one connection |
+//! | `pace` | an emulated uplink |
 //! | `dial`, `door` | the two ends of a connection's beginning |
 //! | `admission` | the join secret and the tickets it is exchanged for |
 //! | `client` | an edge client: both its connections |
@@ -29,19 +30,20 @@ pub mod federated_server;
 mod link;
 pub mod main_server;
 pub mod message;
+mod pace;
 
 use std::time::Duration;
 
 pub use client::{
-    ActivationsInput, ClientConfig, ClientError, ClientEvent, ClientFailure, ClientSession, FinishReason,
+    ActivationsInput, AdapterInput, ClientConfig, ClientError, ClientEvent, ClientFailure, ClientSession, FinishReason,
 };
 pub use control::{ControlConfig, ControlEvent, ControlSession};
 pub use dial::ConnectionFault;
 pub use federated_server::{ControlAccess, FederatedConfig, FederatedEvent, FederatedServerSession};
 pub use link::{LinkError, MISSED_PINGS, silence_limit};
 pub use main_server::{
-    ClientStatus, Contribution, DepartureReason, GradientOutput, MainConfig, MainError, MainEvent, MainServerSession,
-    RunEnd, RunPhase, RunStatus,
+    ClientStatus, CollectTime, Contribution, DepartureReason, GradientOutput, MainConfig, MainError, MainEvent,
+    MainServerSession, Occasion, Placement, RoundPlan, RunEnd, RunPhase, RunStatus, StepTimes,
 };
 
 /// How often each side of a connection pings, unless configured otherwise.

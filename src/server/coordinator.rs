@@ -4,7 +4,7 @@
 //! It is separate from the sessions because they have no clock, no channel and no file, and from everything that can be slow
 //! because a session's deadlines are real.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,16 +15,18 @@ use tokio::sync::{mpsc, watch};
 
 use super::Error;
 use super::limit::FailureLimit;
-use super::metrics::{Metrics, RoundRecord, StepRecord};
+use super::metrics::{MeasuredPhases, Metrics, Phases, RoundPhases, RoundRecord, ServerPhase, StepRecord};
+use super::planner::{ClientFacts, ClientRound, Decision, Facts, RoundFacts, RoundPrediction, StartFacts};
 use super::socket::{Outgoing, Service};
 use super::store::RunDirectory;
 use super::worker::{Done, Work};
-use crate::protocol::message::{ControlReply, RefusalReason};
+use crate::model::config::Config;
+use crate::protocol::message::{ClientId, ControlReply, RefusalReason, StepKey};
 use crate::protocol::{
-    ConnectionId, ControlEvent, ControlSession, FederatedEvent, FederatedServerSession, MAX_FRAME_BYTES, MainEvent,
-    MainServerSession, RunEnd, RunPhase, Transmit,
+    CollectTime, ConnectionId, ControlEvent, ControlSession, FederatedEvent, FederatedServerSession, MAX_FRAME_BYTES,
+    MainEvent, MainServerSession, Occasion, Placement, RoundPlan, RunEnd, RunPhase, StepTimes, Transmit,
 };
-use crate::split::Evaluation;
+use crate::split::{Evaluation, Training};
 use crate::transport::{self, Dialer, Origin, SocketEvent};
 
 /// How long to wait, when the run is over, for clients that do not take their leave.
@@ -76,6 +78,12 @@ pub enum Report {
     RoundLost {
         round: u32,
     },
+    /// What is to hold from the next round on.
+    Planned {
+        cut: usize,
+        rank: usize,
+        reason: String,
+    },
     Step(StepRecord),
     Round(RoundRecord),
     /// Nobody is left to train with.
@@ -125,15 +133,25 @@ pub struct Summary {
 pub struct MainRun {
     session: MainServerSession,
     work: std::sync::mpsc::Sender<Work>,
-    model: String,
-    local_steps: u32,
-    validates: bool,
+    about: About,
+    /// Blocks of the client, and rank, as they are now.
+    cut: usize,
+    rank: usize,
     /// When the current round, its current step, and the step's last arrival were.
     round_started: Instant,
     step_started: Instant,
     step_gathered: Instant,
     /// Counted since the last step's line.
     step_bytes: Traffic,
+    /// Written once its members have done it.
+    pending_step: Option<(StepKey, StepRecord)>,
+    measured: RoundMeasure,
+    /// When a plan was asked for, and how long plans of this round have taken.
+    planning_since: Option<Instant>,
+    planning: Duration,
+    /// Of this round, and of the next.
+    prediction: Option<RoundPrediction>,
+    next_prediction: Option<RoundPrediction>,
     pending_round: Option<RoundRecord>,
     names: HashMap<u64, String>,
     outcome: Option<RunEnd>,
@@ -142,24 +160,24 @@ pub struct MainRun {
 }
 
 impl MainRun {
-    pub fn new(
-        session: MainServerSession,
-        work: std::sync::mpsc::Sender<Work>,
-        model: String,
-        local_steps: u32,
-        validates: bool,
-    ) -> Self {
+    pub fn new(session: MainServerSession, work: std::sync::mpsc::Sender<Work>, about: About, cut: usize) -> Self {
         let now = Instant::now();
         Self {
             session,
             work,
-            model,
-            local_steps,
-            validates,
+            cut,
+            rank: about.training.spec.rank,
+            about,
             round_started: now,
             step_started: now,
             step_gathered: now,
             step_bytes: Traffic::default(),
+            pending_step: None,
+            measured: RoundMeasure::default(),
+            planning_since: None,
+            planning: Duration::ZERO,
+            prediction: None,
+            next_prediction: None,
             pending_round: None,
             names: HashMap::new(),
             outcome: None,
@@ -168,9 +186,154 @@ impl MainRun {
         }
     }
 
+    /// What a planner is told.
+    fn facts(&self, occasion: Occasion) -> Facts {
+        let clients = self
+            .session
+            .status()
+            .clients
+            .into_iter()
+            .filter(|client| client.ready)
+            .map(|client| ClientFacts {
+                id: client.client,
+                name: client.name,
+                device: client.device,
+                memory_bytes: client.memory_bytes,
+                speed: client.speed,
+            })
+            .collect();
+        let About {
+            config,
+            training,
+            rounds,
+            local_steps,
+            ..
+        } = &self.about;
+        match occasion {
+            Occasion::Start => Facts::Start(StartFacts {
+                clients,
+                server_flops_per_s: None,
+                cut: self.cut,
+                rank: self.rank,
+                config: config.clone(),
+                training: training.clone(),
+                rounds: *rounds,
+                local_steps: *local_steps,
+            }),
+            Occasion::Boundary(_) | Occasion::Membership => Facts::Round(RoundFacts {
+                round: self.measured.round,
+                rounds: *rounds,
+                cut: self.cut,
+                rank: self.rank,
+                can_recut: occasion != Occasion::Membership,
+                clients,
+                measured: self.measured.clients(&self.measured.collected),
+                server_s: self.measured.server_s(),
+            }),
+        }
+    }
+
     /// Fails when the thread has ended, about which it has said why.
     fn compute(&self, work: Work) -> Result<(), Error> {
         self.work.send(work).map_err(|_| Error::WorkerGone)
+    }
+}
+
+/// What a run is about, for records and planners.
+pub struct About {
+    pub model: String,
+    pub config: Config,
+    pub training: Training,
+    pub rounds: u32,
+    pub local_steps: u32,
+    pub validates: bool,
+}
+
+/// What has been measured of a round.
+#[derive(Default)]
+struct RoundMeasure {
+    /// Counted from 1.
+    round: u32,
+    steps: u32,
+    server: Duration,
+    members: BTreeMap<ClientId, MemberMeasure>,
+    /// Of the round before.
+    collected: Vec<CollectTime>,
+}
+
+/// Sums over a member's steps.
+#[derive(Clone, Copy, Default)]
+struct MemberMeasure {
+    steps: u32,
+    forward: Duration,
+    upload: Duration,
+    download: Duration,
+    backward: Duration,
+    bytes_up: u64,
+    bytes_down: u64,
+}
+
+impl RoundMeasure {
+    fn add(&mut self, times: &StepTimes) {
+        let sums = self.members.entry(times.client).or_default();
+        sums.steps += 1;
+        sums.forward += times.forward;
+        sums.upload += times.upload;
+        sums.download += times.download;
+        sums.backward += times.backward;
+        sums.bytes_up += times.bytes_up;
+        sums.bytes_down += times.bytes_down;
+    }
+
+    fn server_s(&self) -> Option<f64> {
+        (self.steps > 0).then(|| self.server.as_secs_f64() / f64::from(self.steps))
+    }
+
+    /// Means over members' steps, with the collection of adapters as `collected` has it.
+    fn clients(&self, collected: &[CollectTime]) -> Vec<ClientRound> {
+        let means = self.members.iter().map(|(id, sums)| {
+            let steps = f64::from(sums.steps);
+            let collected = collected.iter().find(|time| time.client == *id);
+            ClientRound {
+                id: *id,
+                steps: sums.steps,
+                forward_s: sums.forward.as_secs_f64() / steps,
+                upload_s: sums.upload.as_secs_f64() / steps,
+                download_s: sums.download.as_secs_f64() / steps,
+                backward_s: sums.backward.as_secs_f64() / steps,
+                activation_bits: 8.0 * sums.bytes_up as f64 / steps,
+                gradient_bits: 8.0 * sums.bytes_down as f64 / steps,
+                federated_s: collected.map(|time| time.took.as_secs_f64()),
+                adapter_bits: collected.map(|time| 8.0 * time.bytes as f64),
+            }
+        });
+        means.collect()
+    }
+
+    /// The same for the log, beside what was expected.
+    fn phases(&self, collected: &[CollectTime], prediction: Option<&RoundPrediction>) -> Vec<RoundPhases> {
+        let phases = self.clients(collected).into_iter().map(|mean| RoundPhases {
+            client: mean.id.0,
+            predicted: prediction.and_then(|prediction| prediction.clients.get(&mean.id).copied()),
+            measured: MeasuredPhases {
+                forward_s: mean.forward_s,
+                upload_s: mean.upload_s,
+                download_s: mean.download_s,
+                backward_s: mean.backward_s,
+                federated_s: mean.federated_s,
+            },
+        });
+        phases.collect()
+    }
+}
+
+fn phases(times: &StepTimes) -> Phases {
+    Phases {
+        client: times.client.0,
+        forward_s: times.forward.as_secs_f64(),
+        upload_s: times.upload.as_secs_f64(),
+        download_s: times.download.as_secs_f64(),
+        backward_s: times.backward.as_secs_f64(),
     }
 }
 
@@ -280,7 +443,7 @@ impl Coordinator {
             }
             // The model may have taken long to load.
             (main.round_started, main.step_started) = (Instant::now(), Instant::now());
-            if main.validates {
+            if main.about.validates {
                 main.compute(Work::Baseline)?;
             }
         }
@@ -491,7 +654,7 @@ impl Coordinator {
             } => {
                 let record = StepRecord {
                     round: key.round.round + 1,
-                    step: key.round.round * main.local_steps + key.step + 1,
+                    step: key.round.round * main.about.local_steps + key.step + 1,
                     loss,
                     tokens,
                     clients: outputs.len(),
@@ -500,18 +663,35 @@ impl Coordinator {
                     compute_seconds: elapsed.as_secs_f64(),
                     bytes_up: main.step_bytes.up,
                     bytes_down: main.step_bytes.down,
+                    phases: Vec::new(),
                 };
                 main.session.step_result(now, key, outputs)?;
                 main.step_started = Instant::now();
                 main.step_bytes = Traffic::default();
+                main.measured.steps += 1;
+                main.measured.server += elapsed;
                 self.summary.steps += 1;
                 self.summary.tokens += tokens;
-                self.parts.metrics.step(&record)?;
+                // The one before may belong to a round that was lost.
+                if let Some((_, record)) = main.pending_step.replace((key, record.clone())) {
+                    self.parts.metrics.step(&record)?;
+                }
                 (self.parts.report)(Report::Step(record));
             }
-            Done::Closed { round, evaluation } => {
+            Done::Planned { decision, placement } => {
+                self.planned(now, decision, placement.map(|placement| *placement))?
+            }
+            Done::Closed {
+                round,
+                evaluation,
+                placement,
+            } => {
+                if let Some(placement) = &placement {
+                    main.cut = placement.assignment.config.split as usize;
+                }
+                let loss = evaluation.map(|evaluation| evaluation.loss);
                 main.session
-                    .validated(now, round, evaluation.map(|evaluation| evaluation.loss));
+                    .validated(now, round, loss, placement.map(|placement| *placement))?;
                 self.summary.rounds = round.round + 1;
                 self.summary.last = evaluation.or(self.summary.last);
                 if let Some(record) = main.pending_round.take() {
@@ -529,6 +709,58 @@ impl Coordinator {
             Done::Finished => main.saved = true,
             Done::Failed(error) => return Err(error),
         }
+        Ok(())
+    }
+
+    /// Acts on a planner's decision.
+    fn planned(
+        &mut self,
+        now: Duration,
+        decision: Option<Decision>,
+        placement: Option<Placement>,
+    ) -> Result<(), Error> {
+        let at = now.as_secs_f64();
+        let Some(main) = &mut self.parts.main else {
+            return Ok(());
+        };
+        if let Some(since) = main.planning_since.take() {
+            main.planning += since.elapsed();
+        }
+        if let Some(placement) = placement {
+            main.session.place(placement)?;
+            let config = main.session.config();
+            (main.cut, main.rank) = (config.split as usize, config.rank as usize);
+        }
+        let plan = decision.as_ref().map(|decision| RoundPlan {
+            split: Some(u32::try_from(decision.cut).unwrap_or(u32::MAX)),
+            rates: decision.rates.clone(),
+        });
+        main.session.planned(now, plan)?;
+        let Some(Decision {
+            cut,
+            rank,
+            rates,
+            prediction,
+            reason,
+        }) = decision
+        else {
+            return Ok(());
+        };
+        let rates: Vec<Value> = rates
+            .iter()
+            .map(|(client, rates)| {
+                json!({
+                    "client": client.0,
+                    "main_bits_per_s": rates.main_bits_per_s,
+                    "federated_bits_per_s": rates.federated_bits_per_s,
+                })
+            })
+            .collect();
+        let predicted_s = prediction.as_ref().map(|prediction| prediction.total_s);
+        let fields = json!({ "cut": cut, "rank": rank, "reason": reason, "rates": rates, "predicted_s": predicted_s });
+        self.parts.metrics.event(at, "plan", fields)?;
+        (self.parts.report)(Report::Planned { cut, rank, reason });
+        main.next_prediction = prediction;
         Ok(())
     }
 
@@ -605,6 +837,13 @@ impl Coordinator {
             }
             MainEvent::RoundStarted { round, members } => {
                 (main.round_started, main.step_started) = (Instant::now(), Instant::now());
+                main.planning = Duration::ZERO;
+                main.prediction.clone_from(&main.next_prediction);
+                main.measured = RoundMeasure {
+                    round: round.round + 1,
+                    collected: std::mem::take(&mut main.measured.collected),
+                    ..RoundMeasure::default()
+                };
                 let clients: Vec<u64> = members.iter().map(|client| client.0).collect();
                 let fields = json!({ "round": round.round + 1, "attempt": round.attempt, "clients": clients });
                 metrics.event(at, "round_started", fields)?;
@@ -617,12 +856,37 @@ impl Coordinator {
                 main.step_gathered = Instant::now();
                 main.compute(Work::Step { key, contributions })?;
             }
+            MainEvent::StepMeasured { key, clients } => {
+                for times in &clients {
+                    main.measured.add(times);
+                }
+                if let Some((_, mut record)) = main.pending_step.take_if(|(pending, _)| *pending == key) {
+                    record.phases = clients.iter().map(phases).collect();
+                    metrics.step(&record)?;
+                }
+            }
+            MainEvent::PlanWanted { occasion } => {
+                main.planning_since = Some(Instant::now());
+                let facts = main.facts(occasion);
+                main.compute(Work::Plan(Box::new(facts)))?;
+            }
             MainEvent::RoundClosed {
                 round,
                 average,
+                moments,
+                split,
                 included,
                 excluded,
+                collected,
             } => {
+                let measured_s = main.round_started.elapsed().saturating_sub(main.planning);
+                let prediction = main.prediction.as_ref();
+                let phases = main.measured.phases(&collected, prediction);
+                let server = ServerPhase {
+                    predicted_s: prediction.map(|prediction| prediction.server_s),
+                    measured_s: main.measured.server_s(),
+                };
+                main.measured.collected = collected;
                 main.pending_round = Some(RoundRecord {
                     round: round.round + 1,
                     adapters: included.len(),
@@ -634,10 +898,18 @@ impl Coordinator {
                             json!({ "client": exclusion.client.0, "name": name, "reason": reason })
                         })
                         .collect(),
-                    measured_s: main.round_started.elapsed().as_secs_f64(),
+                    predicted_s: prediction.map(|prediction| prediction.total_s),
+                    measured_s: measured_s.as_secs_f64(),
+                    phases,
+                    server,
                     ..RoundRecord::default()
                 });
-                main.compute(Work::Close { round, average })?;
+                main.compute(Work::Close {
+                    round,
+                    average,
+                    moments,
+                    split: split as usize,
+                })?;
             }
             MainEvent::RoundLost { round } => {
                 metrics.event(
@@ -654,6 +926,9 @@ impl Coordinator {
                 report(Report::Waiting { limit });
             }
             MainEvent::Finished { reason } => {
+                if let Some((_, record)) = main.pending_step.take() {
+                    metrics.step(&record)?;
+                }
                 main.outcome = Some(reason);
                 self.end_by.get_or_insert(Instant::now() + DRAIN_LIMIT);
                 // A thread that has failed has said so already; there is nothing more it could save.
@@ -972,6 +1247,7 @@ fn main_status(main: &MainRun, summary: &Summary) -> Value {
         RunPhase::Waiting => "waiting",
         RunPhase::Gathering => "gathering",
         RunPhase::Computing => "computing",
+        RunPhase::Boundary => "planning",
         RunPhase::Averaging => "averaging",
         RunPhase::Validating => "validating",
         RunPhase::Finished => "finished",
@@ -988,7 +1264,9 @@ fn main_status(main: &MainRun, summary: &Summary) -> Value {
         .collect();
     json!({
         "role": "main",
-        "model": main.model,
+        "model": main.about.model,
+        "cut": main.cut,
+        "rank": main.rank,
         "state": state,
         "round": status.round + 1,
         "rounds": status.rounds,

@@ -38,7 +38,7 @@ const PAGE_POLICY: HeaderValue = HeaderValue::from_static(
 /// What every request handler can see.
 pub struct Site {
     /// Model parts; none on a federated server.
-    pub blobs: Option<Blobs>,
+    pub blobs: Option<Arc<Blobs>>,
     /// `/status`, kept up to date by the coordinator.
     pub status: watch::Receiver<Value>,
     /// For tabs that join without a file of their own.
@@ -80,7 +80,7 @@ async fn federated_only() -> &'static str {
 
 async fn weights(State(site): State<Arc<Site>>, Path(name): Path<String>, request: Request) -> Response {
     let found = name.parse::<Digest>().ok().filter(|digest| digest.to_string() == name);
-    let file = found.and_then(|digest| site.blobs.as_ref()?.path(&digest).map(std::path::Path::to_owned));
+    let file = found.and_then(|digest| site.blobs.as_ref()?.path(&digest));
     let Some(file) = file else {
         return (StatusCode::NOT_FOUND, "no part of this run's model has that hash\n").into_response();
     };
@@ -226,7 +226,7 @@ mod tests {
         let (inputs, _) = tokio::sync::mpsc::channel(1);
         let failures = Arc::default();
         Arc::new(Site {
-            blobs: Some(blobs),
+            blobs: Some(Arc::new(blobs)),
             status: watch::channel(starting()).1,
             demo_data: b"",
             door: Door::new(
@@ -242,7 +242,7 @@ mod tests {
     #[tokio::test]
     async fn model_parts_are_served_by_hash_in_ranges_and_for_ever() {
         let directory = tempfile::tempdir().unwrap();
-        let mut blobs = Blobs::create(directory.path()).unwrap();
+        let blobs = Blobs::create(directory.path()).unwrap();
         let blob = blobs.add("block.0", |output| output.write_all(b"0123456789")).unwrap();
         let site = site(blobs);
         let ask = async |name: String, range: Option<&str>| {

@@ -11,6 +11,45 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::Error;
+use super::planner::PhasePrediction;
+
+/// What the phases of a member's step took; in a round's record, the means over its steps.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Phases {
+    pub client: u64,
+    pub forward_s: f64,
+    /// From when the client was free to start until its activations had come, less `forward_s`.
+    pub upload_s: f64,
+    /// From when its gradient went out until it was done, less `backward_s`.
+    pub download_s: f64,
+    pub backward_s: f64,
+}
+
+/// A member's round.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct RoundPhases {
+    pub client: u64,
+    pub predicted: Option<PhasePrediction>,
+    pub measured: MeasuredPhases,
+}
+
+/// Means over a member's steps, and the time from asking for its adapter until the federated server had it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct MeasuredPhases {
+    pub forward_s: f64,
+    pub upload_s: f64,
+    pub download_s: f64,
+    pub backward_s: f64,
+    pub federated_s: Option<f64>,
+}
+
+/// The server's part of a step.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct ServerPhase {
+    pub predicted_s: Option<f64>,
+    /// The mean over the round's steps.
+    pub measured_s: Option<f64>,
+}
 
 /// One optimiser step of the server.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -32,6 +71,8 @@ pub struct StepRecord {
     /// Received and sent on the main service since the last line.
     pub bytes_up: u64,
     pub bytes_down: u64,
+    /// Of the members that did the whole step.
+    pub phases: Vec<Phases>,
 }
 
 /// The end of a round.
@@ -45,10 +86,12 @@ pub struct RoundRecord {
     pub valid_loss: Option<f64>,
     pub valid_perplexity: Option<f64>,
     pub valid_tokens: Option<usize>,
-    /// The delay model's forecast, when there is a plan.
+    /// The planner's forecast, when there is one.
     pub predicted_s: Option<f64>,
-    /// From the round's start to its average.
+    /// From the round's start to its average, without the time in which the next was planned.
     pub measured_s: f64,
+    pub phases: Vec<RoundPhases>,
+    pub server: ServerPhase,
 }
 
 /// Appends to `metrics.jsonl`.
@@ -125,6 +168,11 @@ mod tests {
             compute_seconds: 0.125,
             bytes_up: 10,
             bytes_down: 20,
+            phases: vec![Phases {
+                client: 7,
+                upload_s: 0.25,
+                ..Phases::default()
+            }],
         };
         metrics.step(&step).unwrap();
         let round = RoundRecord {
@@ -136,6 +184,8 @@ mod tests {
             valid_tokens: Some(100),
             predicted_s: None,
             measured_s: 1.5,
+            phases: vec![RoundPhases::default()],
+            server: ServerPhase::default(),
         };
         metrics.round(&round).unwrap();
         metrics.event(0.5, "joined", json!({ "client": 1 })).unwrap();
@@ -145,6 +195,10 @@ mod tests {
         assert_eq!(
             (&lines[0]["kind"], &lines[0]["bytes_down"]),
             (&json!("step"), &json!(20))
+        );
+        assert_eq!(
+            (&lines[0]["phases"][0]["client"], &lines[1]["phases"][0]["predicted"]),
+            (&json!(7), &Value::Null)
         );
         assert_eq!(
             (&lines[1]["kind"], &lines[1]["excluded"][0]["client"]),

@@ -9,11 +9,13 @@
 //! other. A main server and a federated server in one process share the coordinator but not their state: what passes between
 //! them is what would cross the link between two processes.
 
+pub mod allocator;
 mod coordinator;
 mod http;
 mod limit;
 pub mod listen;
 pub mod metrics;
+pub mod planner;
 mod socket;
 pub mod store;
 mod tls;
@@ -34,26 +36,27 @@ use tokio::sync::{mpsc, watch};
 
 use crate::compute::Engine;
 use crate::data::{DataError, Example};
-use crate::model::adapter::{Adapter, AdapterError, Target};
+use crate::model::adapter::{Adapter, AdapterError, AdapterLayout, LoraSpec, Target};
 use crate::model::config::Config;
 use crate::model::optimizer;
-use crate::model::weights::{Unit, WeightDtype, Weights, WeightsError};
+use crate::model::weights::{WeightDtype, Weights, WeightsError};
 use crate::protocol::message::{
     Assignment, Blob, Digest, MomentPolicy, OptimizerConfig, PROTOCOL_VERSION, RunConfig, RunId, Schedule,
     WeightFormat, WireDtype,
 };
 use crate::protocol::{
-    ControlAccess, ControlConfig, ControlSession, FederatedConfig, FederatedServerSession, MainConfig, MainError,
-    MainServerSession, PING_INTERVAL,
+    ControlAccess, ControlConfig, ControlSession, FederatedConfig, FederatedServerSession, MAX_FRAME_BYTES, MainConfig,
+    MainError, MainServerSession, PING_INTERVAL, Placement,
 };
 use crate::split::{self, Training, Wire};
 use crate::transport::{self, Dialer, Origin};
 
-use coordinator::{Coordinator, Input, MainRun, RemoteLink};
+use coordinator::{About, Coordinator, Input, MainRun, RemoteLink};
 pub use coordinator::{Ending, Report, Summary};
 use listen::Bound;
 pub use listen::Listen;
 use metrics::Metrics;
+use planner::{LARGEST_RANK, Planner};
 use socket::Door;
 use store::{Blobs, RunDirectory};
 
@@ -102,6 +105,8 @@ pub enum Error {
     Data(#[from] DataError),
     #[error(transparent)]
     Run(#[from] MainError),
+    #[error("no plan for the run: {0}")]
+    Planner(String),
     #[error("the federated server: {0}")]
     Federated(String),
     #[error(transparent)]
@@ -162,6 +167,8 @@ pub struct Run {
     pub clients: u32,
     /// How long to wait for one to return when all have left.
     pub wait: Duration,
+    /// Chooses cut, rank and link rates as the run goes; without one they stay.
+    pub planner: Option<Box<dyn Planner>>,
 }
 
 /// How to serve.
@@ -416,7 +423,7 @@ fn prepare(
     secret: Option<String>,
     directory: &mut RunDirectory,
     inputs: mpsc::Sender<Input>,
-) -> Result<(MainRun, Blobs), Error> {
+) -> Result<(MainRun, Arc<Blobs>), Error> {
     let run_config = run_config(&run);
     let Run {
         model,
@@ -429,6 +436,7 @@ fn prepare(
         local_steps,
         clients,
         wait,
+        planner,
         ..
     } = run;
     let Model {
@@ -446,12 +454,8 @@ fn prepare(
         }
         .into());
     }
-    let mut blobs = Blobs::create(&directory.weights())?;
-    let mut parts = Vec::with_capacity(cut + 1);
-    for unit in std::iter::once(Unit::Embedding).chain((0..cut).map(Unit::Block)) {
-        let data = weights.unit(unit, dtype)?;
-        parts.push(blobs.add(&unit.to_string(), |mut output| data.encode(&mut output))?);
-    }
+    let blobs = Arc::new(Blobs::create(&directory.weights())?);
+    let parts = worker::parts(&mut weights, dtype, &blobs, &[], cut)?;
     let mut tokenizer_files: Vec<Blob> = Vec::new();
     if let Some(json) = &tokenizer {
         tokenizer_files.push(blobs.add("tokenizer.json", |output| output.write_all(json))?);
@@ -461,9 +465,10 @@ fn prepare(
     let id = RunId(rand::random());
     let assignment = Assignment {
         run: id,
+        number: 0,
         config: run_config,
         model_config: config.to_json(),
-        weights: parts,
+        weights: parts.clone(),
         tokenizer: tokenizer_files,
         adapter_len: initial_adapter.len() as u64,
     };
@@ -482,8 +487,16 @@ fn prepare(
             secret,
             clients,
             max_clients: MAX_CLIENTS,
-            assignment,
-            initial_adapter,
+            placement: Placement {
+                assignment: assignment.clone(),
+                adapter: initial_adapter,
+                moments: None,
+            },
+            largest_update: match planner {
+                Some(_) => largest_update(&config, &training.spec),
+                None => assignment.adapter_len,
+            },
+            plans: planner.is_some(),
             model: digest,
             tokenizer: Digest::of(tokenizer.as_deref().unwrap_or_default()),
             federated_url: match role {
@@ -495,7 +508,14 @@ fn prepare(
         },
         Duration::ZERO,
     )?;
-    let validates = validation.is_some();
+    let about = About {
+        model: name.clone(),
+        config: config.clone(),
+        training: training.clone(),
+        rounds,
+        local_steps,
+        validates: validation.is_some(),
+    };
     let work = worker::start(
         worker::WorkerSettings {
             engine,
@@ -505,13 +525,31 @@ fn prepare(
             cut,
             training,
             initial,
+            assignment,
+            parts,
+            blobs: blobs.clone(),
+            planner,
             validation,
             adapter_directory: directory.adapter(),
-            base_model: name.clone(),
+            base_model: name,
         },
         inputs,
     )?;
-    Ok((MainRun::new(session, work, name, local_steps, validates), blobs))
+    Ok((MainRun::new(session, work, about, cut), blobs))
+}
+
+/// Numbers in the largest update that a planner's choices lead to: of all blocks but one, each value with two moments.
+fn largest_update(config: &Config, spec: &LoraSpec) -> u64 {
+    let spec = LoraSpec {
+        rank: spec.rank.max(LARGEST_RANK),
+        ..spec.clone()
+    };
+    // A frame has no room for more; a plan that needs it is refused when it comes.
+    let most = MAX_FRAME_BYTES as u64 / 5;
+    match AdapterLayout::new(config, &spec, 0..config.blocks.saturating_sub(1)) {
+        Ok(layout) => most.min(3 * layout.len() as u64),
+        Err(_) => most,
+    }
 }
 
 fn run_config(run: &Run) -> RunConfig {

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, Value, json};
@@ -123,11 +124,11 @@ impl RunDirectory {
     }
 }
 
-/// Files served by the hash of their content.
+/// Files served by the hash of their content. More can be added while others are served.
 #[derive(Debug, Default)]
 pub struct Blobs {
     directory: PathBuf,
-    files: BTreeMap<Digest, PathBuf>,
+    files: Mutex<BTreeMap<Digest, PathBuf>>,
 }
 
 impl Blobs {
@@ -139,7 +140,7 @@ impl Blobs {
         fs::create_dir_all(directory).map_err(|error| Error::file("create", directory, error))?;
         Ok(Self {
             directory: directory.to_owned(),
-            files: BTreeMap::new(),
+            files: Mutex::default(),
         })
     }
 
@@ -147,7 +148,7 @@ impl Blobs {
     ///
     /// # Errors
     /// [`Error::File`].
-    pub fn add(&mut self, name: &str, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<Blob, Error> {
+    pub fn add(&self, name: &str, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<Blob, Error> {
         let temporary = self.directory.join(format!(".{name}.tmp"));
         let fail = |error| Error::file("write", &temporary, error);
         let file = fs::File::create(&temporary).map_err(fail)?;
@@ -160,7 +161,7 @@ impl Blobs {
         let sha256 = Digest(output.hash.finalize().into());
         let path = self.directory.join(sha256.to_string());
         fs::rename(&temporary, &path).map_err(fail)?;
-        self.files.insert(sha256, path);
+        self.files().insert(sha256, path);
         Ok(Blob {
             name: name.to_owned(),
             sha256,
@@ -169,13 +170,17 @@ impl Blobs {
     }
 
     /// The file of a blob.
-    pub fn path(&self, sha256: &Digest) -> Option<&Path> {
-        self.files.get(sha256).map(PathBuf::as_path)
+    pub fn path(&self, sha256: &Digest) -> Option<PathBuf> {
+        self.files().get(sha256).cloned()
+    }
+
+    fn files(&self) -> std::sync::MutexGuard<'_, BTreeMap<Digest, PathBuf>> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Removes the files, which can be made again from the model.
     pub fn remove(&self) {
-        for path in self.files.values() {
+        for path in self.files().values() {
             // A leftover costs disk space only.
             let _ = fs::remove_file(path);
         }
@@ -275,11 +280,11 @@ mod tests {
     #[test]
     fn a_blob_is_named_by_its_content() {
         let directory = tempfile::tempdir().unwrap();
-        let mut blobs = Blobs::create(&directory.path().join("weights")).unwrap();
+        let blobs = Blobs::create(&directory.path().join("weights")).unwrap();
         let blob = blobs.add("block.0", |output| output.write_all(b"abc")).unwrap();
         assert_eq!(blob.sha256, Digest::of(b"abc"));
         assert_eq!(blob.bytes, 3);
-        let path = blobs.path(&blob.sha256).unwrap().to_owned();
+        let path = blobs.path(&blob.sha256).unwrap();
         assert_eq!(file_digest(&path).unwrap(), blob.sha256);
         assert_eq!(blobs.path(&Digest::of(b"other")), None);
         blobs.remove();

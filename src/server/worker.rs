@@ -4,19 +4,22 @@
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
-use std::sync::mpsc;
+use std::sync::{Arc, LazyLock, mpsc};
 use std::time::{Duration, Instant};
 
 use super::Error;
 use super::coordinator::Input;
+use super::planner::{Decision, Facts, Planner};
+use super::store::Blobs;
 use crate::compute::Engine;
 use crate::data::{self, Example};
-use crate::model::adapter::Adapter;
+use crate::model::adapter::{Adapter, LoraSpec};
 use crate::model::config::Config;
+use crate::model::optimizer::Moments;
 use crate::model::weights::{Unit, UnitData, WeightDtype, Weights, WeightsError};
-use crate::protocol::message::{RoundKey, StepKey};
-use crate::protocol::{Contribution, GradientOutput};
-use crate::split::{self, Cut, Evaluation, ServerPart, Training};
+use crate::protocol::message::{self, Assignment, Blob, RoundKey, RunConfig, StepKey};
+use crate::protocol::{Contribution, GradientOutput, Placement};
+use crate::split::{self, Cut, Evaluation, Moved, ServerPart, Training};
 
 /// What the worker starts from.
 pub struct WorkerSettings {
@@ -28,6 +31,12 @@ pub struct WorkerSettings {
     pub training: Training,
     /// The whole model's adapter at the start.
     pub initial: Adapter,
+    /// The clients' first assignment, and where the parts of the model for them lie.
+    pub assignment: Assignment,
+    /// All that were written so far, in order.
+    pub parts: Vec<Blob>,
+    pub blobs: Arc<Blobs>,
+    pub planner: Option<Box<dyn Planner>>,
     pub validation: Option<Vec<Example>>,
     /// Where the whole model's adapter is saved, and what it says it belongs to.
     pub adapter_directory: PathBuf,
@@ -45,8 +54,16 @@ pub enum Work {
     },
     /// Back to the adapter with which the round began.
     Restore,
-    /// Takes the clients' average into the whole model's adapter, saves and validates it.
-    Close { round: RoundKey, average: Vec<f32> },
+    /// Asks the planner what is to hold next, and at the start puts it into effect.
+    Plan(Box<Facts>),
+    /// Takes the clients' average into the whole model's adapter, saves and validates it, and moves the cut to `split`.
+    /// `moments` are those of the blocks that come here.
+    Close {
+        round: RoundKey,
+        average: Vec<f32>,
+        moments: Option<message::Moments>,
+        split: usize,
+    },
     /// Saves the adapter of the last closed round, unless it is.
     Finish,
 }
@@ -64,9 +81,15 @@ pub enum Done {
         tokens: u64,
         elapsed: Duration,
     },
+    Planned {
+        decision: Option<Decision>,
+        /// Where cut or rank are others than before.
+        placement: Option<Box<Placement>>,
+    },
     Closed {
         round: RoundKey,
         evaluation: Option<Evaluation>,
+        placement: Option<Box<Placement>>,
     },
     Finished,
     /// The worker cannot go on.
@@ -108,7 +131,26 @@ async fn run(
                 worker.part.set_adapter(&worker.server_values)?;
                 continue;
             }
-            Work::Close { round, average } => worker.close(round, average).await?,
+            Work::Plan(facts) => {
+                let done;
+                (worker, done) = worker.plan(*facts).await?;
+                done
+            }
+            Work::Close {
+                round,
+                average,
+                moments,
+                split,
+            } => {
+                let evaluation = worker.close(average).await?;
+                let placement;
+                (worker, placement) = worker.recut(split, moments).await?;
+                Done::Closed {
+                    round,
+                    evaluation,
+                    placement: placement.map(Box::new),
+                }
+            }
             Work::Finish => {
                 worker.save()?;
                 Done::Finished
@@ -119,6 +161,33 @@ async fn run(
         }
     }
     Ok(())
+}
+
+/// What the server measures itself by.
+fn clock() -> Duration {
+    static ORIGIN: LazyLock<Instant> = LazyLock::new(Instant::now);
+    ORIGIN.elapsed()
+}
+
+/// Writes the parts of the model that a client with blocks 0..`cut` needs, unless they are there.
+pub fn parts(
+    weights: &mut Weights,
+    dtype: WeightDtype,
+    blobs: &Blobs,
+    known: &[Blob],
+    cut: usize,
+) -> Result<Vec<Blob>, Error> {
+    std::iter::once(Unit::Embedding)
+        .chain((0..cut).map(Unit::Block))
+        .map(|unit| {
+            let name = unit.to_string();
+            if let Some(blob) = known.iter().find(|blob| blob.name == name) {
+                return Ok(blob.clone());
+            }
+            let data = weights.unit(unit, dtype)?;
+            blobs.add(&name, |mut output| data.encode(&mut output))
+        })
+        .collect()
 }
 
 struct Worker {
@@ -159,10 +228,12 @@ impl Worker {
         let start = Instant::now();
         let wire = self.settings.training.wire;
         let mut members = VecDeque::with_capacity(contributions.len());
+        let mut splits = Vec::with_capacity(contributions.len());
         let mut targets = Vec::with_capacity(contributions.len());
         let mut cuts = Vec::with_capacity(contributions.len());
         for contribution in contributions {
             members.push_back(contribution.client);
+            splits.push(contribution.split as usize);
             targets.push(contribution.targets);
             cuts.push(Cut {
                 wire,
@@ -175,7 +246,12 @@ impl Worker {
         let inputs: Vec<split::Contribution<'_>> = cuts
             .iter()
             .zip(&targets)
-            .map(|(activations, targets)| split::Contribution { activations, targets })
+            .zip(splits)
+            .map(|((activations, targets), cut)| split::Contribution {
+                cut,
+                activations,
+                targets,
+            })
             .collect();
         let (loss, replies) = self.part.step(&inputs).await?;
         let tokens = replies.iter().map(|reply| reply.tokens as u64).sum();
@@ -197,14 +273,123 @@ impl Worker {
         })
     }
 
-    async fn close(&mut self, round: RoundKey, average: Vec<f32>) -> Result<Done, Error> {
+    async fn close(&mut self, average: Vec<f32>) -> Result<Option<Evaluation>, Error> {
         self.server_values = self.part.adapter().await?;
         self.client_values = average;
         self.saved = false;
         self.save()?;
-        Ok(Done::Closed {
-            round,
-            evaluation: self.evaluate().await?,
+        self.evaluate().await
+    }
+
+    /// Asks the planner. Nothing is trained before the start, so cut and rank are changed there and then.
+    async fn plan(mut self, mut facts: Facts) -> Result<(Self, Done), Error> {
+        if let Facts::Start(facts) = &mut facts {
+            facts.server_flops_per_s = self.part.measure(clock).await?;
+        }
+        let decision = match &mut self.settings.planner {
+            Some(planner) => facts
+                .ask(planner.as_mut(), self.settings.config.blocks)
+                .map_err(Error::Planner)?,
+            None => None,
+        };
+        let placement = match (&facts, &decision) {
+            (Facts::Start(_), Some(decision)) => {
+                let placement;
+                (self, placement) = self.place(decision.cut, decision.rank)?;
+                placement
+            }
+            _ => None,
+        };
+        let placement = placement.map(Box::new);
+        Ok((self, Done::Planned { decision, placement }))
+    }
+
+    /// Another cut and rank, from the beginning.
+    fn place(mut self, cut: usize, rank: usize) -> Result<(Self, Option<Placement>), Error> {
+        let WorkerSettings {
+            config,
+            training,
+            initial,
+            assignment,
+            weights,
+            dtype,
+            ..
+        } = &mut self.settings;
+        if (cut, rank) == (self.part.cut(), training.spec.rank) {
+            return Ok((self, None));
+        }
+        if rank != training.spec.rank {
+            let seed = assignment.config.seed;
+            let fresh = |spec: &LoraSpec| Adapter::init(config, spec, 0..config.blocks, seed);
+            if fresh(&training.spec)? != *initial {
+                return Err(Error::Planner(format!(
+                    "the plan's rank is {rank}, but the run starts from an adapter of rank {}",
+                    training.spec.rank
+                )));
+            }
+            let spec = &training.spec;
+            training.spec = LoraSpec::new(rank, spec.scale() * rank as f32, spec.targets.clone())?;
+            *initial = fresh(&training.spec)?;
+        }
+        self.client_values = initial.slice(config, 0..cut)?.values;
+        self.server_values = initial.slice(config, cut..config.blocks)?.values;
+        let mut units = |unit: Unit| -> Result<UnitData, WeightsError> { weights.unit(unit, *dtype) };
+        self.part = self.part.replaced(&mut units, cut, training, &self.server_values)?;
+        self.saved = false;
+        let placement = self.placement(None)?;
+        Ok((self, Some(placement)))
+    }
+
+    /// Moves the cut between rounds.
+    async fn recut(
+        mut self,
+        cut: usize,
+        moments: Option<message::Moments>,
+    ) -> Result<(Self, Option<Placement>), Error> {
+        if cut == self.part.cut() {
+            return Ok((self, None));
+        }
+        let moments = moments.map(|message::Moments { steps, first, second }| Moments { steps, first, second });
+        let (weights, dtype) = (&mut self.settings.weights, self.settings.dtype);
+        let mut units = |unit: Unit| -> Result<UnitData, WeightsError> { weights.unit(unit, dtype) };
+        let moved;
+        (self.part, moved) = self.part.recut(&mut units, cut, &self.client_values, moments).await?;
+        let Moved { adapter, moments } = moved;
+        self.client_values = adapter;
+        self.server_values = self.part.adapter().await?;
+        let moments = moments.map(|Moments { steps, first, second }| message::Moments { steps, first, second });
+        let placement = self.placement(moments)?;
+        Ok((self, Some(placement)))
+    }
+
+    /// What clients get of the model as it is now cut.
+    fn placement(&mut self, moments: Option<message::Moments>) -> Result<Placement, Error> {
+        let cut = self.part.cut();
+        let WorkerSettings {
+            training,
+            assignment,
+            blobs,
+            weights,
+            dtype,
+            parts: known,
+            ..
+        } = &mut self.settings;
+        let parts = parts(weights, *dtype, blobs, known, cut)?;
+        known.extend(parts.iter().skip(known.len()).cloned());
+        Ok(Placement {
+            assignment: Assignment {
+                config: RunConfig {
+                    split: u32::try_from(cut).unwrap_or(u32::MAX),
+                    rank: u32::try_from(training.spec.rank).unwrap_or(u32::MAX),
+                    alpha: training.spec.alpha,
+                    ..assignment.config.clone()
+                },
+                weights: parts,
+                adapter_len: self.client_values.len() as u64,
+                ..assignment.clone()
+            },
+            adapter: self.client_values.clone(),
+            moments,
         })
     }
 
@@ -213,16 +398,16 @@ impl Worker {
         if self.saved {
             return Ok(());
         }
+        let cut = self.part.cut();
         let WorkerSettings {
             config,
-            cut,
             training,
             adapter_directory,
             base_model,
             ..
         } = &self.settings;
-        let client = Adapter::from_values(config, &training.spec, 0..*cut, self.client_values.clone())?;
-        let server = Adapter::from_values(config, &training.spec, *cut..config.blocks, self.server_values.clone())?;
+        let client = Adapter::from_values(config, &training.spec, 0..cut, self.client_values.clone())?;
+        let server = Adapter::from_values(config, &training.spec, cut..config.blocks, self.server_values.clone())?;
         client
             .merge(config, &server)?
             .save(adapter_directory, config, base_model)?;

@@ -1,8 +1,9 @@
 //! A training run of toy clients over the real sessions.
 //!
 //! Separate from `network` because this is a driver, the third beside the native and the browser one: it answers the
-//! sessions' events, and checks what must hold of every run whatever the weather. The toy model is a vector: its forward
-//! pass mixes the adapter with a datum of the client, its backward pass moves the adapter by the gradient.
+//! sessions' events, and checks what must hold of every run whatever the weather. The toy model is a chain of blocks, each of
+//! which adds a part of its adapter to what it is given, trained by gradient descent with momentum; the blocks up to the cut are
+//! the client's. Where the cut is makes no difference to one client's run.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -11,17 +12,22 @@ use super::network::{Arrival, End, Happening, Network, SocketId, Traffic, Weathe
 use crate::federated::weighted_mean;
 use crate::protocol::message::*;
 use crate::protocol::{
-    ActivationsInput, ClientConfig, ClientEvent, ClientFailure, ClientSession, ConnectionId, Contribution,
-    ControlAccess, ControlConfig, ControlEvent, ControlSession, Endpoint, FederatedConfig, FederatedServerSession,
-    FinishReason, GradientOutput, MainConfig, MainEvent, MainServerSession, RunEnd, Transmit,
+    ActivationsInput, AdapterInput, ClientConfig, ClientEvent, ClientFailure, ClientSession, CollectTime, ConnectionId,
+    Contribution, ControlAccess, ControlConfig, ControlEvent, ControlSession, Endpoint, FederatedConfig,
+    FederatedServerSession, FinishReason, GradientOutput, MainConfig, MainEvent, MainServerSession, Occasion,
+    Placement, RoundPlan, RunEnd, StepTimes, Transmit,
 };
 
 const BATCH: u32 = 2;
 const SEQ: u32 = 2;
 const WIDTH: u32 = 2;
 const VOCAB: u32 = 11;
-/// Numbers of an adapter, and of a step's activations.
+/// Numbers of a block's adapter, and of a step's activations.
 const NUMBERS: usize = (BATCH * SEQ * WIDTH) as usize;
+/// Blocks of the toy model.
+const BLOCKS: usize = 4;
+/// What of its adapter a block adds to what it is given.
+const SHARE: f32 = 0.25;
 
 /// A thing that goes wrong, or a decision of somebody.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,6 +66,11 @@ pub struct Scenario {
     /// Time of a client's forward or backward pass and of the server's step.
     pub compute: (Duration, Duration),
     pub wait_for_client: Duration,
+    /// Blocks of the client in each round, from 1 to 3; the last holds for the rounds after it. Without any the cut stays after
+    /// the first block and nobody plans.
+    pub splits: Vec<u32>,
+    /// Of every client's emulated uplinks, where there is a plan.
+    pub rates: Option<LinkRates>,
     pub faults: Vec<(Duration, Fault)>,
     /// When to give up on the run.
     pub time_limit: Duration,
@@ -78,9 +89,17 @@ impl Scenario {
             remote_control: false,
             compute: (Duration::from_millis(50), Duration::from_millis(200)),
             wait_for_client: Duration::from_secs(60),
+            splits: Vec::new(),
+            rates: None,
             faults: Vec::new(),
             time_limit: Duration::from_secs(24 * 3600),
         }
+    }
+
+    /// Blocks of the client in a round.
+    fn split(&self, round: u32) -> u32 {
+        let planned = self.splits.get(round as usize).or(self.splits.last());
+        planned.copied().unwrap_or(1)
     }
 }
 
@@ -95,6 +114,9 @@ pub struct RoundRecord {
     pub included: Vec<(usize, u64)>,
     pub excluded: Vec<(usize, ExclusionReason)>,
     pub average: Vec<f32>,
+    /// Of the blocks that left the clients.
+    pub moments: Option<Moments>,
+    pub collected: Vec<CollectTime>,
 }
 
 /// What became of a client's last process.
@@ -130,11 +152,14 @@ pub struct Outcome {
     pub elapsed: Duration,
     /// The last average.
     pub adapter: Vec<f32>,
+    /// Every block's adapter: the last average, then the main server's.
+    pub model: Vec<f32>,
     /// The main server's own parameter.
     pub server: f64,
     /// Steps the main server computed.
     pub steps: u64,
     pub rounds: Vec<RoundRecord>,
+    pub measured: Vec<(StepKey, Vec<StepTimes>)>,
     pub history: Vec<(Duration, Phase)>,
     pub clients: Vec<ClientOutcome>,
     pub traffic: Traffic,
@@ -161,19 +186,85 @@ enum Own {
         client: usize,
         process: u32,
         key: StepKey,
+        took: Duration,
     },
     Backwarded {
         client: usize,
         process: u32,
         key: StepKey,
+        took: Duration,
         payload: Vec<u8>,
     },
     Stepped {
         key: StepKey,
         outputs: Vec<GradientOutput>,
         server: f64,
+        blocks: Trained,
     },
-    Validated(RoundKey),
+    Planned(Occasion),
+    Validated {
+        round: RoundKey,
+        placement: Option<Placement>,
+    },
+}
+
+/// Values and what training keeps of them.
+#[derive(Clone, Debug, Default)]
+struct Trained {
+    values: Vec<f32>,
+    first: Vec<f32>,
+    second: Vec<f32>,
+}
+
+impl Trained {
+    fn new(values: Vec<f32>) -> Trained {
+        let zeros = vec![0.0; values.len()];
+        Trained {
+            values,
+            first: zeros.clone(),
+            second: zeros,
+        }
+    }
+
+    /// Moves every block by the gradient of its output.
+    fn step(&mut self, d_out: &[f32]) {
+        for index in 0..self.values.len() {
+            let d_value = SHARE * d_out[index % NUMBERS];
+            self.first[index] = 0.5 * self.first[index] + d_value;
+            self.second[index] += d_value * d_value;
+            self.values[index] -= 0.4 * self.first[index];
+        }
+    }
+
+    fn run(&self, x: &mut [f32]) {
+        for (index, value) in self.values.iter().enumerate() {
+            x[index % NUMBERS] += SHARE * value;
+        }
+    }
+
+    /// The moments from this value on.
+    fn moments(&self, from: usize, steps: u64) -> Moments {
+        Moments {
+            steps,
+            first: self.first[from..].to_vec(),
+            second: self.second[from..].to_vec(),
+        }
+    }
+
+    /// Takes the blocks from a value on out, and leaves the others.
+    fn split_off(&mut self, from: usize) -> Trained {
+        Trained {
+            values: self.values.split_off(from),
+            first: self.first.split_off(from),
+            second: self.second.split_off(from),
+        }
+    }
+
+    fn extend(&mut self, other: Trained) {
+        self.values.extend(other.values);
+        self.first.extend(other.first);
+        self.second.extend(other.second);
+    }
 }
 
 struct Toy {
@@ -185,7 +276,7 @@ struct Toy {
     timer: Option<Duration>,
     cursor: u64,
     examples: u64,
-    adapter: Vec<f32>,
+    trained: Trained,
     outcome: ClientOutcome,
 }
 
@@ -213,8 +304,10 @@ struct World {
     /// Left since the current round began, as the main server says.
     departed: BTreeSet<ClientId>,
     members: Vec<ClientId>,
-    uploads: BTreeMap<(RoundKey, usize), (u64, Vec<f32>)>,
+    uploads: BTreeMap<(RoundKey, usize), AdapterInput>,
     average: Vec<f32>,
+    /// The main server's blocks.
+    blocks: Trained,
     server: f64,
     outcome: Outcome,
 }
@@ -224,6 +317,7 @@ pub fn simulate(scenario: &Scenario) -> Outcome {
     let mut world = World::new(scenario.clone());
     world.run();
     world.outcome.elapsed = world.network.now;
+    world.outcome.model = [world.average.as_slice(), &world.blocks.values].concat();
     world.outcome.adapter = world.average;
     world.outcome.server = world.server;
     world.outcome.traffic = world.network.traffic;
@@ -231,7 +325,7 @@ pub fn simulate(scenario: &Scenario) -> Outcome {
         .toys
         .into_iter()
         .map(|toy| ClientOutcome {
-            adapter: toy.adapter,
+            adapter: toy.trained.values,
             ..toy.outcome
         })
         .collect();
@@ -247,15 +341,17 @@ fn skew(node: Node) -> Duration {
     }
 }
 
+/// Of all blocks.
 fn initial_adapter() -> Vec<f32> {
-    (0..NUMBERS).map(|index| 0.5 - 0.125 * index as f32).collect()
+    (0..NUMBERS * BLOCKS).map(|index| 0.5 - 0.125 * index as f32).collect()
 }
 
-fn assignment(scenario: &Scenario) -> Assignment {
+fn assignment(scenario: &Scenario, split: u32) -> Assignment {
     Assignment {
         run: RunId([3; 16]),
+        number: 0,
         config: RunConfig {
-            split: 1,
+            split,
             rank: 4,
             alpha: 8.0,
             targets: vec!["c_attn".to_owned()],
@@ -282,7 +378,7 @@ fn assignment(scenario: &Scenario) -> Assignment {
         model_config: "{}".to_owned(),
         weights: Vec::new(),
         tokenizer: Vec::new(),
-        adapter_len: NUMBERS as u64,
+        adapter_len: u64::from(split) * NUMBERS as u64,
     }
 }
 
@@ -312,8 +408,13 @@ impl World {
                 secret: secret.clone(),
                 clients: scenario.needed,
                 max_clients: 1000,
-                assignment: assignment(&scenario),
-                initial_adapter: initial_adapter(),
+                placement: Placement {
+                    assignment: assignment(&scenario, 1),
+                    adapter: initial_adapter()[..NUMBERS].to_vec(),
+                    moments: None,
+                },
+                largest_update: (3 * BLOCKS * NUMBERS) as u64,
+                plans: !scenario.splits.is_empty(),
                 model: digest("model"),
                 tokenizer: digest("tokenizer"),
                 federated_url: None,
@@ -353,7 +454,7 @@ impl World {
                 timer: None,
                 cursor: 0,
                 examples: 0,
-                adapter: Vec::new(),
+                trained: Trained::default(),
                 outcome: ClientOutcome {
                     finished: None,
                     failed: None,
@@ -388,16 +489,19 @@ impl World {
             departed: BTreeSet::new(),
             members: Vec::new(),
             uploads: BTreeMap::new(),
-            average: initial_adapter(),
+            average: initial_adapter()[..NUMBERS].to_vec(),
+            blocks: Trained::new(initial_adapter()[NUMBERS..].to_vec()),
             server: 1.0,
             outcome: Outcome {
                 end: None,
                 drained: false,
                 elapsed: Duration::ZERO,
                 adapter: Vec::new(),
+                model: Vec::new(),
                 server: 0.0,
                 steps: 0,
                 rounds: Vec::new(),
+                measured: Vec::new(),
                 history: Vec::new(),
                 clients: Vec::new(),
                 traffic: Traffic::default(),
@@ -496,31 +600,101 @@ impl World {
             Own::Loaded { client, process } => {
                 let now = self.now(Node::Client(client));
                 if let Some(session) = self.process(client, process) {
-                    session.ready(now);
+                    session.ready(now, None);
                 }
             }
-            Own::Forwarded { client, process, key } => self.forward(client, process, key),
+            Own::Forwarded {
+                client,
+                process,
+                key,
+                took,
+            } => self.forward(client, process, key, took),
             Own::Backwarded {
                 client,
                 process,
                 key,
+                took,
                 payload,
             } => {
-                self.backward(client, process, key, &payload);
+                self.backward(client, process, key, took, &payload);
             }
-            Own::Stepped { key, outputs, server } => {
+            Own::Planned(occasion) => self.plan(occasion),
+            Own::Stepped {
+                key,
+                outputs,
+                server,
+                blocks,
+            } => {
                 let now = self.now(Node::Main);
                 self.server = server;
+                self.blocks = blocks;
                 self.outcome.steps += 1;
                 if let Err(error) = self.main.step_result(now, key, outputs) {
                     self.violation(error.to_string());
                 }
             }
-            Own::Validated(round) => {
+            Own::Validated { round, placement } => {
                 let now = self.now(Node::Main);
-                self.main.validated(now, round, Some(f64::from(self.average[0])));
+                let loss = Some(f64::from(self.average[0]));
+                if let Err(error) = self.main.validated(now, round, loss, placement) {
+                    self.violation(error.to_string());
+                }
             }
         }
+    }
+
+    /// Answers what is to hold next.
+    fn plan(&mut self, occasion: Occasion) {
+        let now = self.now(Node::Main);
+        let split = match occasion {
+            Occasion::Start => {
+                let split = self.scenario.split(0);
+                if let Some(placement) = self.recut(split, None)
+                    && let Err(error) = self.main.place(placement)
+                {
+                    self.violation(error.to_string());
+                }
+                None
+            }
+            Occasion::Boundary(round) => Some(self.scenario.split(round.round + 1)),
+            Occasion::Membership => None,
+        };
+        let status = self.main.status();
+        let rates = status
+            .clients
+            .iter()
+            .filter_map(|client| Some((client.client, self.scenario.rates?)));
+        let plan = RoundPlan {
+            split,
+            rates: rates.collect(),
+        };
+        if let Err(error) = self.main.planned(now, Some(plan)) {
+            self.violation(error.to_string());
+        }
+    }
+
+    /// Moves the cut. `moments` are those of the blocks that come to the main server.
+    fn recut(&mut self, split: u32, moments: Option<Moments>) -> Option<Placement> {
+        let (old, new) = (self.average.len(), split as usize * NUMBERS);
+        let mut going = None;
+        if new < old {
+            let mut blocks = Trained::new(self.average.split_off(new));
+            if let Some(moments) = moments {
+                (blocks.first, blocks.second) = (moments.first, moments.second);
+            }
+            blocks.extend(std::mem::take(&mut self.blocks));
+            self.blocks = blocks;
+        } else {
+            let kept = self.blocks.split_off(new - old);
+            let given = std::mem::replace(&mut self.blocks, kept);
+            going = (new > old).then(|| given.moments(0, self.outcome.steps));
+            self.average.extend(given.values);
+        }
+        (new != old).then(|| Placement {
+            assignment: assignment(&self.scenario, split),
+            adapter: self.average.clone(),
+            moments: going,
+        })
     }
 
     fn time_out(&mut self, node: Node) {
@@ -611,7 +785,7 @@ impl World {
             return;
         }
         toy.process += 1;
-        toy.adapter.clear();
+        toy.trained = Trained::default();
         toy.outcome.finished = None;
         toy.outcome.failed = None;
         toy.session = Some(ClientSession::new(
@@ -622,7 +796,6 @@ impl World {
                     dtypes: vec![WireDtype::F32],
                     memory_bytes: 0,
                     device: "toy".to_owned(),
-                    flops_per_s: None,
                 },
                 model: None,
                 tokenizer: None,
@@ -644,7 +817,7 @@ impl World {
         }
     }
 
-    fn forward(&mut self, client: usize, process: u32, key: StepKey) {
+    fn forward(&mut self, client: usize, process: u32, key: StepKey, took: Duration) {
         let now = self.now(Node::Client(client));
         let toy = &mut self.toys[client];
         if toy.process != process || toy.session.is_none() {
@@ -653,11 +826,8 @@ impl World {
         toy.cursor += 1;
         toy.outcome.forwards += 1;
         let datum = ((client as u64 + 1) * 31 + toy.cursor * 7) % 11;
-        let payload: Vec<f32> = toy
-            .adapter
-            .iter()
-            .map(|value| 0.75 * value + 0.05 * datum as f32)
-            .collect();
+        let mut payload = vec![0.05 * datum as f32; NUMBERS];
+        toy.trained.run(&mut payload);
         // Every third batch of the second client has no target in the loss.
         let ignored = client == 1 && toy.cursor.is_multiple_of(3);
         let target = |row: u32| {
@@ -671,6 +841,7 @@ impl World {
             batch: BATCH,
             seq: SEQ,
             examples,
+            forward: took,
             targets: (0..BATCH * SEQ).map(target).collect(),
             payload: to_bytes(&payload),
         };
@@ -680,18 +851,16 @@ impl World {
         }
     }
 
-    fn backward(&mut self, client: usize, process: u32, key: StepKey, payload: &[u8]) {
+    fn backward(&mut self, client: usize, process: u32, key: StepKey, took: Duration, payload: &[u8]) {
         let now = self.now(Node::Client(client));
         let toy = &mut self.toys[client];
         if toy.process != process {
             return;
         }
         toy.outcome.backwards += 1;
-        for (value, d_value) in toy.adapter.iter_mut().zip(from_bytes(payload)) {
-            *value -= 0.1 * d_value;
-        }
+        toy.trained.step(&from_bytes(payload));
         if let Some(session) = &mut toy.session {
-            session.step_done(now, key);
+            session.step_done(now, key, took);
         }
     }
 
@@ -720,46 +889,63 @@ impl World {
             }
             ClientEvent::Assigned(assignment) => {
                 self.toys[client].outcome.assigned += 1;
-                if assignment.adapter_len != NUMBERS as u64 {
+                if assignment.adapter_len != u64::from(assignment.config.split) * NUMBERS as u64 {
                     self.violation(format!("client {client} was assigned {assignment:?}"));
                 }
                 let at = self.network.now + self.network.pause(compute) * 3;
                 self.network.schedule(at, Own::Loaded { client, process });
             }
-            ClientEvent::InstallAdapter { values, .. } => {
+            ClientEvent::InstallAdapter { values, moments, .. } => {
                 let toy = &mut self.toys[client];
-                toy.adapter = values;
+                let trained = &mut toy.trained;
+                let gained = moments.as_ref().map_or(0, |moments| moments.first.len());
+                for own in [&mut trained.first, &mut trained.second] {
+                    own.resize(values.len() - gained, 0.0);
+                }
+                if let Some(Moments { first, second, .. }) = moments {
+                    trained.first.extend(first);
+                    trained.second.extend(second);
+                }
+                trained.values = values;
                 toy.examples = 0;
             }
             ClientEvent::ComputeForward { key } => {
-                if self.toys[client].adapter.is_empty() {
+                if self.toys[client].trained.values.is_empty() {
                     self.violation(format!("client {client} was asked for {key} without an adapter"));
                 }
-                let at = self.network.now + self.network.pause(compute);
-                self.network.schedule(at, Own::Forwarded { client, process, key });
+                let took = self.network.pause(compute);
+                let own = Own::Forwarded {
+                    client,
+                    process,
+                    key,
+                    took,
+                };
+                self.network.schedule(self.network.now + took, own);
             }
             ClientEvent::ComputeBackward { key, gradient } => {
-                let at = self.network.now + self.network.pause(compute);
+                let took = self.network.pause(compute);
                 let payload = gradient.payload;
-                self.network.schedule(
-                    at,
-                    Own::Backwarded {
-                        client,
-                        process,
-                        key,
-                        payload,
-                    },
-                );
+                let own = Own::Backwarded {
+                    client,
+                    process,
+                    key,
+                    took,
+                    payload,
+                };
+                self.network.schedule(self.network.now + took, own);
             }
-            ClientEvent::UploadAdapter { round } => {
+            ClientEvent::UploadAdapter { round, split, steps } => {
                 let now = self.now(Node::Client(client));
                 let toy = &mut self.toys[client];
-                let (values, examples) = (toy.adapter.clone(), toy.examples);
-                self.uploads.insert((round, client), (examples, values.clone()));
-                let result = toy
-                    .session
-                    .as_mut()
-                    .map(|session| session.adapter(now, round, values, examples));
+                let stays = split as usize * NUMBERS;
+                let input = AdapterInput {
+                    round,
+                    examples: toy.examples,
+                    values: toy.trained.values.clone(),
+                    moments: (stays < toy.trained.values.len()).then(|| toy.trained.moments(stays, steps)),
+                };
+                self.uploads.insert((round, client), input.clone());
+                let result = toy.session.as_mut().map(|session| session.adapter(now, input));
                 if let Some(Err(error)) = result {
                     self.violation(error.to_string());
                 }
@@ -796,16 +982,35 @@ impl World {
                 self.departed.clear();
             }
             MainEvent::StepReady { key, contributions } => self.compute_step(key, &contributions),
+            MainEvent::StepMeasured { key, clients } => self.outcome.measured.push((key, clients)),
+            MainEvent::PlanWanted { occasion } => {
+                let at = at + self.network.pause(self.scenario.compute);
+                self.network.schedule(at, Own::Planned(occasion));
+            }
             MainEvent::RoundClosed {
                 round,
                 average,
+                moments,
+                split,
                 included,
                 excluded,
+                collected,
             } => {
-                self.check_round(round, &average, &included, &excluded);
+                let record = RoundRecord {
+                    round,
+                    at,
+                    members: Vec::new(),
+                    included: Vec::new(),
+                    excluded: Vec::new(),
+                    average: average.clone(),
+                    moments: moments.clone(),
+                    collected,
+                };
+                self.check_round(record, &included, &excluded);
                 self.average = average;
+                let placement = self.recut(split, moments);
                 let at = at + self.network.pause(self.scenario.compute);
-                self.network.schedule(at, Own::Validated(round));
+                self.network.schedule(at, Own::Validated { round, placement });
             }
             MainEvent::RoundLost { round } => self.outcome.history.push((at, Phase::Lost(round))),
             MainEvent::Waiting { .. } => self.outcome.history.push((at, Phase::Waiting)),
@@ -839,42 +1044,58 @@ impl World {
             ));
         }
         let mut server = self.server;
+        let mut blocks = self.blocks.clone();
+        let mut d_mean = vec![0.0; NUMBERS];
         let mut outputs = Vec::new();
         for contribution in contributions {
-            let activations = from_bytes(&contribution.payload);
+            if contribution.split as usize * NUMBERS != self.average.len() {
+                self.violation(format!(
+                    "{} contributes at a cut after {}",
+                    contribution.client, contribution.split
+                ));
+            }
+            let mut activations = from_bytes(&contribution.payload);
+            self.blocks.run(&mut activations);
             let mean = activations.iter().map(|value| f64::from(*value)).sum::<f64>() / activations.len() as f64;
             server -= 0.01 * contribution.weight * mean;
             let d_activations: Vec<f32> = activations.iter().map(|value| 0.5 * value).collect();
+            for (sum, value) in d_mean.iter_mut().zip(&d_activations) {
+                *sum += contribution.weight as f32 * value;
+            }
             outputs.push(GradientOutput {
                 client: contribution.client,
                 loss: mean.abs() as f32,
                 payload: to_bytes(&d_activations),
             });
         }
+        blocks.step(&d_mean);
         let at = self.network.now + self.network.pause(self.scenario.compute);
-        self.network.schedule(at, Own::Stepped { key, outputs, server });
+        let own = Own::Stepped {
+            key,
+            outputs,
+            server,
+            blocks,
+        };
+        self.network.schedule(at, own);
     }
 
-    fn check_round(&mut self, round: RoundKey, average: &[f32], included: &[Inclusion], excluded: &[Exclusion]) {
-        let number = |client: &ClientId| self.numbers.get(client).copied().unwrap_or(usize::MAX);
-        let uploads: Vec<Option<&(u64, Vec<f32>)>> = included
-            .iter()
-            .map(|member| self.uploads.get(&(round, number(&member.client))))
-            .collect();
-        let record = RoundRecord {
+    fn check_round(&mut self, record: RoundRecord, included: &[Inclusion], excluded: &[Exclusion]) {
+        let RoundRecord {
             round,
-            at: self.network.now,
-            members: self.members.iter().map(number).collect(),
-            included: included
-                .iter()
-                .map(|member| (number(&member.client), member.examples))
-                .collect(),
-            excluded: excluded
-                .iter()
-                .map(|exclusion| (number(&exclusion.client), exclusion.reason))
-                .collect(),
-            average: average.to_vec(),
-        };
+            average,
+            moments,
+            ..
+        } = &record;
+        let round = *round;
+        let number = |client: &ClientId| self.numbers.get(client).copied().unwrap_or(usize::MAX);
+        let uploads: Option<Vec<&AdapterInput>> = included
+            .iter()
+            .map(|member| {
+                self.uploads
+                    .get(&(round, number(&member.client)))
+                    .filter(|input| input.examples == member.examples)
+            })
+            .collect();
         let mut found = Vec::new();
         // With two processes, word that somebody left can cross the closing of the round.
         if !self.scenario.remote_control
@@ -885,23 +1106,48 @@ impl World {
         if let Some(other) = included.iter().find(|member| !self.members.contains(&member.client)) {
             found.push(format!("{round} has the adapter of {}, who is no member", other.client));
         }
-        let weighted: Option<Vec<(u64, &[f32])>> = uploads
-            .iter()
-            .zip(included)
-            .map(|(upload, member)| {
-                upload
-                    .filter(|(examples, _)| *examples == member.examples)
-                    .map(|(examples, values)| (*examples, values.as_slice()))
-            })
-            .collect();
-        match weighted.map(|weighted| weighted_mean(&weighted)) {
+        match uploads {
             None => found.push(format!("{round} has an adapter that was never sent")),
-            Some(Err(error)) => found.push(format!("{round}: {error}")),
-            Some(Ok(mean)) if mean != average => {
-                found.push(format!("the average of {round} is {average:?}, not {mean:?}"));
+            Some(uploads) => {
+                let mean = |part: &dyn Fn(&AdapterInput) -> Option<Vec<f32>>| {
+                    let parts: Option<Vec<(u64, Vec<f32>)>> = uploads
+                        .iter()
+                        .map(|input| Some((input.examples, part(input)?)))
+                        .collect();
+                    let parts = parts?;
+                    let weighted: Vec<(u64, &[f32])> = parts
+                        .iter()
+                        .map(|(examples, values)| (*examples, values.as_slice()))
+                        .collect();
+                    weighted_mean(&weighted).ok()
+                };
+                let expected = [
+                    mean(&|input| Some(input.values.clone())),
+                    mean(&|input| Some(input.moments.as_ref()?.first.clone())),
+                    mean(&|input| Some(input.moments.as_ref()?.second.clone())),
+                ];
+                let given = [
+                    Some(average.clone()),
+                    moments.as_ref().map(|moments| moments.first.clone()),
+                    moments.as_ref().map(|moments| moments.second.clone()),
+                ];
+                if expected != given {
+                    found.push(format!("the average of {round} is {given:?}, not {expected:?}"));
+                }
             }
-            Some(Ok(_)) => {}
         }
+        let record = RoundRecord {
+            members: self.members.iter().map(number).collect(),
+            included: included
+                .iter()
+                .map(|member| (number(&member.client), member.examples))
+                .collect(),
+            excluded: excluded
+                .iter()
+                .map(|exclusion| (number(&exclusion.client), exclusion.reason))
+                .collect(),
+            ..record
+        };
         self.outcome.rounds.push(record);
         for text in found {
             self.violation(text);

@@ -5,10 +5,12 @@ use crate::model::adapter::AdapterLayout;
 use crate::model::block::BlockWeights;
 use crate::model::config::Config;
 use crate::model::ends::EmbeddingWeights;
+use crate::model::optimizer::Moments;
 use crate::model::stack::{Extent, Stack, StackWeights};
 use crate::model::weights::UnitData;
 
 use super::cut::CutBuffers;
+use super::speed::{self, Clock, Speed};
 use super::{Cut, Error, Training, check_adapter, check_length, check_tokens};
 
 /// See the module.
@@ -129,6 +131,52 @@ impl ClientPart {
             stack.record_update(recording);
         })?;
         Ok(self.stack.engine().wait().await?)
+    }
+
+    /// Measures this device on the part's own recordings at the largest shape, with tokens that mean nothing, for about a
+    /// second at most. Nothing that training builds on is changed. `None` where the clock is too coarse to tell.
+    pub async fn measure(&mut self, clock: Clock) -> Result<Option<Speed>, Error> {
+        const FORWARD: &str = "speed.forward";
+        const BACKWARD: &str = "speed.backward";
+        let (batch, seq) = (self.training.batch, self.training.seq);
+        self.stack.upload_tokens(&vec![0; batch * seq]);
+        let forward = speed::seconds(&mut self.stack, clock, |stack| {
+            stack.run(FORWARD, seq, |stack, recording| {
+                stack.record_embedding(recording, seq);
+                stack.record_blocks(recording, seq);
+            })
+        })
+        .await?;
+        let backward = speed::seconds(&mut self.stack, clock, |stack| {
+            stack.run(BACKWARD, seq, |stack, recording| {
+                stack.record_backward(recording, seq, false);
+                stack.record_clear_gradient(recording);
+            })
+        })
+        .await?;
+        Ok(Speed::new(
+            speed::rate(&self.stack, FORWARD, seq, forward),
+            speed::rate(&self.stack, BACKWARD, seq, backward),
+        ))
+    }
+
+    /// The weights on the device, which another part can be made from.
+    pub fn weights(&self) -> &StackWeights {
+        self.stack.weights()
+    }
+
+    /// The optimiser's moments of the adapter's values.
+    pub async fn moments(&self) -> Result<Moments, Error> {
+        Ok(self.stack.moments().await?)
+    }
+
+    /// Replaces the optimiser's moments and its number of steps.
+    pub fn set_moments(&mut self, moments: &Moments) -> Result<(), Error> {
+        let layout = self.stack.layout().expect("a client part has an adapter");
+        check_length("the first moment", moments.first.len(), layout.len())?;
+        check_length("the second moment", moments.second.len(), layout.len())?;
+        self.stack.set_moments(moments);
+        Ok(())
     }
 
     /// Bytes of one step's cut tensors at the longest sequence, each way.

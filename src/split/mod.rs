@@ -12,15 +12,20 @@
 //! Gradient clipping is by the norm of each side's own adapter gradient, since neither side sees the other's: with a clip the
 //! split run differs from the centralised one by that, and by nothing else.
 //!
+//! The cut can move between steps: blocks go from one side to the other with their adapter and its optimiser's moments, and
+//! training goes on as if they had always been there.
+//!
 //! Head, labels and loss are on the server here; only [`ServerPart`] knows that, so that a later shape can keep them on the client.
 
 mod client;
 mod cut;
 mod server;
+mod speed;
 
 pub use client::ClientPart;
 pub use cut::{Cut, Wire};
-pub use server::{Contribution, Evaluation, Reply, ServerPart};
+pub use server::{Contribution, Evaluation, Moved, Reply, ServerPart};
+pub use speed::{Clock, Speed};
 
 use crate::compute;
 use crate::model::adapter::{AdapterError, AdapterLayout, LoraSpec};
@@ -39,6 +44,8 @@ pub enum Error {
     Adapter(#[from] AdapterError),
     #[error("the cut must leave a block on each side: 1 to {} of {blocks} blocks, not {cut}", .blocks - 1)]
     Split { cut: usize, blocks: usize },
+    #[error("activations of {found} blocks, where the cut is after {cut}")]
+    OtherCut { cut: usize, found: usize },
     #[error("{what} has {found} values, expected {expected}")]
     Length {
         what: &'static str,

@@ -6,15 +6,19 @@ use crate::model::block::BlockWeights;
 use crate::model::central::{Central, Counted};
 use crate::model::config::Config;
 use crate::model::ends::{EmbeddingWeights, HeadWeights};
+use crate::model::optimizer::Moments;
 use crate::model::stack::{Extent, Stack, StackWeights};
 use crate::model::weights::{Unit, UnitData, WeightsError};
 
 use super::cut::CutBuffers;
+use super::speed::{self, Clock};
 use super::{Cut, Error, Training, check_adapter, check_length, check_targets};
 
 /// One client's part in a step.
 #[derive(Clone, Copy, Debug)]
 pub struct Contribution<'a> {
+    /// Blocks the client ran.
+    pub cut: usize,
     pub activations: &'a Cut,
     /// (batch, seq), -100 where there is nothing to predict.
     pub targets: &'a [i32],
@@ -52,6 +56,15 @@ impl Evaluation {
     }
 }
 
+/// What the client's side is after the cut has moved.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Moved {
+    /// Its adapter's values.
+    pub adapter: Vec<f32>,
+    /// Of the blocks it gains, which are the last of its own; `None` where it gains none.
+    pub moments: Option<Moments>,
+}
+
 /// See the module.
 pub struct ServerPart {
     stack: Stack,
@@ -75,21 +88,53 @@ impl ServerPart {
         training: &Training,
         adapter: &[f32],
     ) -> Result<Self, Error> {
+        let empty = StackWeights {
+            embedding: None,
+            blocks: Vec::new(),
+            first_block: config.blocks,
+            head: None,
+        };
+        Self::with_held(engine, config, units, empty, cut, training, adapter)
+    }
+
+    /// The same, taking what is on the device already from there.
+    fn with_held(
+        engine: &Engine,
+        config: &Config,
+        units: &mut Units<'_>,
+        held: StackWeights,
+        cut: usize,
+        training: &Training,
+        adapter: &[f32],
+    ) -> Result<Self, Error> {
         if cut == 0 || cut >= config.blocks {
             return Err(Error::Split {
                 cut,
                 blocks: config.blocks,
             });
         }
-        let embedding = EmbeddingWeights::upload(engine, config, &units(Unit::Embedding)?)?;
-        let blocks = (cut..config.blocks)
+        let StackWeights {
+            embedding,
+            blocks: mut own,
+            first_block,
+            head,
+        } = held;
+        let embedding = match embedding {
+            Some(embedding) => embedding,
+            None => EmbeddingWeights::upload(engine, config, &units(Unit::Embedding)?)?,
+        };
+        let mut blocks = (cut..first_block)
             .map(|block| Ok(BlockWeights::upload(engine, config, &units(Unit::Block(block))?)?))
             .collect::<Result<Vec<_>, Error>>()?;
+        blocks.extend(own.drain(cut.saturating_sub(first_block)..));
         let weights = StackWeights {
             embedding: Some(embedding),
             blocks,
             first_block: cut,
-            head: Some(HeadWeights::upload(engine, &units(Unit::Final)?)?),
+            head: Some(match head {
+                Some(head) => head,
+                None => HeadWeights::upload(engine, &units(Unit::Final)?)?,
+            }),
         };
         Self::with_weights(engine, config, weights, training, adapter)
     }
@@ -142,6 +187,12 @@ impl ServerPart {
 
     /// That the server can use a contribution.
     pub fn check(&self, contribution: &Contribution<'_>) -> Result<(), Error> {
+        if contribution.cut != self.cut {
+            return Err(Error::OtherCut {
+                cut: self.cut,
+                found: contribution.cut,
+            });
+        }
         let cut = contribution.activations;
         self.activations.accepts(cut)?;
         self.training.check_seq(cut.seq, self.stack.config())?;
@@ -194,6 +245,88 @@ impl ServerPart {
         self.stack
             .run("update", 0, |stack, recording| stack.record_update(recording))?;
         Ok((total_loss, replies))
+    }
+
+    /// Blocks on the client's side.
+    pub fn cut(&self) -> usize {
+        self.cut
+    }
+
+    /// What this device computes on the part's own blocks, head and loss, forward and backward, in FLOP/s, measured for about
+    /// half a second at most. Nothing that training builds on is changed. `None` where the clock is too coarse to tell.
+    pub async fn measure(&mut self, clock: Clock) -> Result<Option<f64>, Error> {
+        const STEP: &str = "speed.step";
+        let Training { batch, seq, .. } = self.training;
+        self.stack.upload_targets(&vec![0; batch * seq], 1.0);
+        let seconds = speed::seconds(&mut self.stack, clock, |stack| {
+            stack.run(STEP, seq, |stack, recording| {
+                stack.record_blocks(recording, seq);
+                stack.record_loss(recording, seq, true);
+                stack.record_backward(recording, seq, true);
+                stack.record_clear_gradient(recording);
+            })
+        })
+        .await?;
+        let rate = speed::rate(&self.stack, STEP, seq, seconds);
+        Ok((rate.is_finite() && rate > 0.0).then_some(rate))
+    }
+
+    /// This part with another cut, before anything is trained: `adapter` is that of the blocks from `cut` on, of `training`'s
+    /// rank. What is on the device stays there.
+    pub fn replaced(
+        self,
+        units: &mut Units<'_>,
+        cut: usize,
+        training: &Training,
+        adapter: &[f32],
+    ) -> Result<Self, Error> {
+        let (engine, config) = (self.stack.engine().clone(), self.stack.config().clone());
+        let held = self.stack.weights().clone();
+        // The old workspace goes before the new one comes.
+        drop(self);
+        Self::with_held(&engine, &config, units, held, cut, training, adapter)
+    }
+
+    /// This part with another cut, as if it had been there from the beginning. `client` is the client side's adapter at the
+    /// present cut, `moments` the moments of those of its blocks that come to this side.
+    pub async fn recut(
+        self,
+        units: &mut Units<'_>,
+        cut: usize,
+        client: &[f32],
+        moments: Option<Moments>,
+    ) -> Result<(Self, Moved), Error> {
+        let (old, blocks) = (self.cut, self.stack.config().blocks);
+        if cut == 0 || cut >= blocks {
+            return Err(Error::Split { cut, blocks });
+        }
+        let own = self.stack.adapter().await?;
+        let own_moments = self.stack.moments().await?;
+        let block = own.len() / (blocks - old);
+        check_length("the client's adapter", client.len(), block * old)?;
+        let coming = block * old.saturating_sub(cut);
+        let going = block * cut.saturating_sub(old);
+        let moments = moments.unwrap_or_default();
+        check_length("the first moment of the blocks that come", moments.first.len(), coming)?;
+        check_length(
+            "the second moment of the blocks that come",
+            moments.second.len(),
+            coming,
+        )?;
+        let steps = own_moments.steps;
+        let given = own_moments.slice(0..going);
+        let kept = own_moments.slice(going..own_moments.len());
+        let mut adapter = client.to_vec();
+        adapter.extend(own);
+        let above = adapter.split_off(block * cut);
+        let training = self.training.clone();
+        let mut part = self.replaced(units, cut, &training, &above)?;
+        part.stack.set_moments(&moments.at(steps).followed_by(kept));
+        let moved = Moved {
+            adapter,
+            moments: (going > 0).then_some(given),
+        };
+        Ok((part, moved))
     }
 
     /// The server's adapter values, flat in the order of [`AdapterLayout`] over blocks cut.. .

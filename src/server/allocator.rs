@@ -1,0 +1,510 @@
+//! The planner that asks the allocator: emulated radio links from a scenario, or the speeds and throughputs that were measured.
+//!
+//! With a scenario every client has a place in it, the plan's rate on each of its links, and the run's own model, batch and
+//! measured speeds for the rest. Without one, cut and rank follow from what the clients measured when they joined, and the cut
+//! again from every round's measured phases.
+
+use std::collections::BTreeMap;
+
+use super::planner::{
+    ClientFacts, ClientRound, Decision, PhasePrediction, Planner, RoundFacts, RoundPrediction, StartFacts,
+};
+use crate::allocation::scenario::{CellCosts, Scenario, Speeds};
+use crate::allocation::{self, Method, Phases, Problem, SolveOptions};
+use crate::model::config::Config;
+use crate::model::cost::{Convention, CutFormat, Workload};
+use crate::model::rounds::RoundsTable;
+use crate::model::stack::Extent;
+use crate::model::weights::WeightDtype;
+use crate::protocol::message::{ClientId, LinkRates, Speed};
+use crate::split::{Training, Wire};
+
+/// The cut moves only when that is forecast to shorten a round by more than this part of it.
+pub const MARGIN: f64 = 0.1;
+
+/// A speed for clients that measured none, when nobody did, in FLOP/s.
+const SUPPOSED_FLOPS_PER_S: f64 = 1e9;
+/// An uplink's and a downlink's throughput before any was measured, in bit/s: that of a modest Wi-Fi.
+const SUPPOSED_BITS_PER_S: f64 = 20e6;
+
+/// What is asked of the allocator.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Whose radio links are emulated; `None` takes the real ones.
+    pub scenario: Option<Scenario>,
+    pub method: Method,
+    /// Of the random methods.
+    pub seed: u64,
+    /// The cut, if it is not to be chosen.
+    pub split: Option<usize>,
+    /// The rank, if it is not to be chosen.
+    pub rank: Option<usize>,
+    /// Rounds to the target loss at each rank, when the scenario does not have them.
+    pub rounds: Option<RoundsTable>,
+}
+
+/// See the module.
+pub struct Allocator {
+    settings: Settings,
+    run: Option<Shape>,
+    /// Each client's place in the scenario. It is kept when the client leaves, until somebody else needs one.
+    places: BTreeMap<ClientId, usize>,
+    /// `[place]`
+    rates: Vec<LinkRates>,
+    /// What is known of each client by now.
+    known: BTreeMap<ClientId, Known>,
+    server_flops_per_s: f64,
+}
+
+/// What does not change during a run.
+#[derive(Clone, Debug)]
+struct Shape {
+    config: Config,
+    training: Training,
+    local_steps: u32,
+}
+
+impl Shape {
+    /// The work as this crate's kernels count it, since that is how speeds are measured.
+    fn workload(&self) -> Workload {
+        let extent = Extent {
+            batch: self.training.batch,
+            seq: self.training.seq,
+        };
+        Workload::new(&self.config, &self.training.spec.targets, extent, Convention::Issued)
+    }
+
+    fn format(&self) -> CutFormat {
+        match self.training.wire {
+            Wire::F32 => CutFormat::F32,
+            Wire::F16 => CutFormat::F16,
+            Wire::Int8 => CutFormat::Int8,
+        }
+    }
+
+    fn blocks(&self) -> u32 {
+        u32::try_from(self.config.blocks).unwrap_or(u32::MAX)
+    }
+}
+
+/// A client's speed and throughputs, measured or supposed.
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    speed: Option<Speed>,
+    memory_bytes: u64,
+    uplink_bits_per_s: f64,
+    downlink_bits_per_s: f64,
+    federated_bits_per_s: f64,
+    /// Mean bits of a step's activations, when they were counted.
+    upload_bits: Option<f64>,
+}
+
+impl Known {
+    fn new(facts: &ClientFacts) -> Self {
+        Self {
+            speed: facts.speed,
+            memory_bytes: facts.memory_bytes,
+            uplink_bits_per_s: SUPPOSED_BITS_PER_S,
+            downlink_bits_per_s: SUPPOSED_BITS_PER_S,
+            federated_bits_per_s: SUPPOSED_BITS_PER_S,
+            upload_bits: None,
+        }
+    }
+}
+
+impl Allocator {
+    pub fn new(settings: Settings) -> Self {
+        Self {
+            settings,
+            run: None,
+            places: BTreeMap::new(),
+            rates: Vec::new(),
+            known: BTreeMap::new(),
+            server_flops_per_s: SUPPOSED_FLOPS_PER_S,
+        }
+    }
+
+    fn run(&self) -> Result<&Shape, String> {
+        self.run.as_ref().ok_or_else(|| "the run has not begun".to_owned())
+    }
+
+    /// Candidate ranks with E(r); a rank that is not chosen needs none.
+    fn ranks(&self, current: usize) -> Result<Vec<(u32, f64)>, String> {
+        let settings = &self.settings;
+        let number = |rank: usize| u32::try_from(rank).unwrap_or(u32::MAX);
+        if let Some(rank) = settings.rank {
+            return Ok(vec![(number(rank), 1.0)]);
+        }
+        match (&settings.rounds, &settings.scenario) {
+            (Some(table), _) => {
+                let measured = table.measured().map_err(|error| error.to_string())?;
+                Ok((measured.into_iter()).map(|(rank, rounds)| (number(rank), rounds)).collect())
+            }
+            (None, Some(scenario)) => scenario.ranks().map_err(|error| error.to_string()),
+            (None, None) => Ok(vec![(number(current), 1.0)]),
+        }
+    }
+
+    fn splits(&self, blocks: u32) -> Vec<u32> {
+        match self.settings.split {
+            Some(split) => vec![u32::try_from(split).unwrap_or(u32::MAX)],
+            None => match self.settings.scenario.as_ref().map(Scenario::splits) {
+                Some(Ok(splits)) if splits.iter().all(|&split| split < blocks) => splits,
+                _ => (1..blocks).collect(),
+            },
+        }
+    }
+
+    /// Speeds of `clients`, in their order; a client without one is taken to be like the slowest of the others.
+    fn speeds(&self, clients: &[ClientId]) -> Speeds {
+        let slowest = |part: fn(&Speed) -> f64| {
+            (self.known.values())
+                .filter_map(|known| known.speed.as_ref().map(part))
+                .min_by(f64::total_cmp)
+                .unwrap_or(SUPPOSED_FLOPS_PER_S)
+        };
+        let of = |part: fn(&Speed) -> f64| -> Vec<f64> {
+            let otherwise = slowest(part);
+            let speed = |client: &ClientId| self.known.get(client).and_then(|known| known.speed.as_ref().map(part));
+            clients.iter().map(|client| speed(client).unwrap_or(otherwise)).collect()
+        };
+        Speeds {
+            client_forward: of(|speed| speed.forward_flops_per_s),
+            client_backward: of(|speed| speed.backward_flops_per_s),
+            server: self.server_flops_per_s,
+        }
+    }
+
+    /// The scenario's radio around the run's work.
+    fn problem(
+        &self,
+        scenario: &Scenario,
+        clients: &[ClientId],
+        splits: &[u32],
+        ranks: &[(u32, f64)],
+    ) -> Result<Problem, String> {
+        let run = self.run()?;
+        let mut scenario = scenario.clone();
+        scenario.model.blocks = run.config.blocks;
+        scenario.training.local_steps = run.local_steps;
+        scenario.training.wire = match run.training.wire {
+            Wire::F32 => "f32",
+            Wire::F16 => "f16",
+            Wire::Int8 => "int8",
+        }
+        .to_owned();
+        scenario.training.splits = Some(splits.to_vec());
+        scenario.training.ranks = Some(ranks.iter().map(|&(rank, _)| rank).collect());
+        scenario.training.rounds = ranks.iter().copied().collect();
+        let memory = |client: &ClientId| match self.known.get(client).map_or(0, |known| known.memory_bytes) {
+            0 => f64::INFINITY,
+            bytes => bytes as f64,
+        };
+        let limits: Vec<f64> = clients.iter().map(memory).collect();
+        if scenario.clients.memory_max_bytes.is_none() && limits.iter().any(|limit| limit.is_finite()) {
+            scenario.clients.memory_max_bytes = Some(limits);
+        }
+        // Energy of the run's real devices is not known.
+        let joules = vec![0.0; clients.len()];
+        scenario
+            .problem_with(&run.workload(), &self.speeds(clients), joules)
+            .map_err(|error| error.to_string())
+    }
+
+    /// A plan for the scenario's places, whose owners are `clients`.
+    fn solve(
+        &self,
+        clients: &[ClientId],
+        splits: &[u32],
+        ranks: &[(u32, f64)],
+    ) -> Result<(Problem, allocation::Plan), String> {
+        let scenario = (self.settings.scenario.as_ref()).ok_or_else(|| "there is no scenario".to_owned())?;
+        let problem = self.problem(scenario, clients, splits, ranks)?;
+        let options = SolveOptions {
+            seed: self.settings.seed,
+            per_client_split: false,
+        };
+        let plan = allocation::solve(&problem, self.settings.method, &options).map_err(|error| error.to_string())?;
+        Ok((problem, plan))
+    }
+
+    /// Who is at which place. A client that comes later takes the place of one that has left.
+    fn settle(&mut self, clients: &[ClientFacts]) {
+        for facts in clients {
+            self.known.entry(facts.id).or_insert_with(|| Known::new(facts));
+            if self.places.contains_key(&facts.id) {
+                continue;
+            }
+            let taken: Vec<usize> = (clients.iter())
+                .filter_map(|other| self.places.get(&other.id).copied())
+                .collect();
+            let Some(place) = (0..self.rates.len()).find(|place| !taken.contains(place)) else { continue };
+            self.places.retain(|_, occupied| *occupied != place);
+            self.places.insert(facts.id, place);
+        }
+    }
+
+    fn rates_of(&self, clients: &[ClientFacts]) -> BTreeMap<ClientId, LinkRates> {
+        (clients.iter())
+            .filter_map(|facts| {
+                let rates = self.rates.get(*self.places.get(&facts.id)?)?;
+                Some((facts.id, *rates))
+            })
+            .collect()
+    }
+
+    /// What a round would take at `cut` and `rank`, per client, at the rates that are emulated or measured.
+    fn phases(&self, clients: &[ClientFacts], cut: usize, rank: usize) -> Result<Phases, String> {
+        let run = self.run()?;
+        let ids: Vec<ClientId> = clients.iter().map(|facts| facts.id).collect();
+        let workload = run.workload();
+        let costs = CellCosts {
+            workload: &workload,
+            speeds: &self.speeds(&ids),
+            format: run.format(),
+            weights: WeightDtype::F16,
+            joules_per_flop: vec![0.0; ids.len()],
+        };
+        let number = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
+        let cells = costs.cells(&[number(cut)], &[number(rank)]);
+        let cell = &cells[0][0];
+        let emulated = self.rates_of(clients);
+        let rate = |id: &ClientId, emulated_part: fn(&LinkRates) -> f64, measured: fn(&Known) -> f64| {
+            let known = self.known.get(id).map_or(SUPPOSED_BITS_PER_S, measured);
+            emulated.get(id).map_or(known, emulated_part)
+        };
+        let upload_s = |id: &ClientId| {
+            let bits = (self.known.get(id)).and_then(|known| known.upload_bits).unwrap_or(cell.upload_bits);
+            bits / rate(id, |rates| rates.main_bits_per_s, |known| known.uplink_bits_per_s)
+        };
+        let adapter_s = |id: &ClientId| {
+            cell.adapter_bits / rate(id, |rates| rates.federated_bits_per_s, |known| known.federated_bits_per_s)
+        };
+        // Emulated links send their gradients down for free, as in the paper; real ones take their time.
+        let download_s = |id: &ClientId| match self.settings.scenario {
+            Some(_) => 0.0,
+            None => {
+                let known = self.known.get(id);
+                let bits = known.and_then(|known| known.upload_bits).unwrap_or(cell.gradient_bits);
+                bits / known.map_or(SUPPOSED_BITS_PER_S, |known| known.downlink_bits_per_s)
+            }
+        };
+        Ok(Phases {
+            forward_s: cell.client_forward_s.clone(),
+            upload_s: ids.iter().map(upload_s).collect(),
+            server_s: cell.server_s,
+            download_s: ids.iter().map(download_s).collect(),
+            backward_s: cell.client_backward_s.clone(),
+            adapter_s: ids.iter().map(adapter_s).collect(),
+            broadcast_s: 0.0,
+        })
+    }
+
+    /// The cut and rank with the shortest run at the rates there are.
+    fn shortest(&self, clients: &[ClientFacts], ranks: &[(u32, f64)]) -> Result<(usize, usize), String> {
+        let run = self.run()?;
+        let workload = run.workload();
+        let mut best: Option<(f64, usize, usize)> = None;
+        for split in self.splits(run.blocks()) {
+            for &(rank, rounds) in ranks {
+                let (split, rank) = (split as usize, rank as usize);
+                let needed = workload.client_memory_bytes(split, rank, WeightDtype::F16, run.format());
+                let fits = |facts: &ClientFacts| facts.memory_bytes == 0 || needed <= facts.memory_bytes as f64;
+                if !clients.iter().all(fits) {
+                    continue;
+                }
+                let total = rounds * self.phases(clients, split, rank)?.round_s(run.local_steps);
+                if best.is_none_or(|(least, ..)| total < least) {
+                    best = Some((total, split, rank));
+                }
+            }
+        }
+        let (_, split, rank) = best.ok_or_else(|| {
+            "no cut fits the memory of all clients; leave the smallest device out, or choose a smaller model".to_owned()
+        })?;
+        Ok((split, rank))
+    }
+
+    fn decision(
+        &self,
+        clients: &[ClientFacts],
+        cut: usize,
+        rank: usize,
+        reason: String,
+    ) -> Result<Option<Decision>, String> {
+        let phases = self.phases(clients, cut, rank)?;
+        let of_client = |(position, facts): (usize, &ClientFacts)| {
+            let prediction = PhasePrediction {
+                forward_s: phases.forward_s[position],
+                upload_s: phases.upload_s[position],
+                backward_s: phases.backward_s[position],
+                federated_s: phases.adapter_s[position],
+            };
+            (facts.id, prediction)
+        };
+        Ok(Some(Decision {
+            cut,
+            rank,
+            rates: self.rates_of(clients),
+            prediction: Some(RoundPrediction {
+                clients: clients.iter().enumerate().map(of_client).collect(),
+                server_s: phases.server_s,
+                total_s: phases.round_s(self.run()?.local_steps),
+            }),
+            reason,
+        }))
+    }
+
+    /// Takes the links' rates from a plan, for the places in order.
+    fn take_rates(&mut self, problem: &Problem, plan: &allocation::Plan) -> Result<(), String> {
+        let rate = |client: usize| {
+            let main = (problem.main).rate_bits_per_s(client, &plan.main.owner, &plan.main.power_w);
+            let federated =
+                (problem.federated).rate_bits_per_s(client, &plan.federated.owner, &plan.federated.power_w);
+            LinkRates::new(main, federated).ok_or_else(|| {
+                format!("the plan gives client {client} of the scenario {main} and {federated} bit/s, which no link has")
+            })
+        };
+        self.rates = (0..problem.clients()).map(rate).collect::<Result<_, _>>()?;
+        Ok(())
+    }
+
+    /// What a round showed, in place of what was supposed.
+    fn learn(&mut self, facts: &RoundFacts) -> Result<(), String> {
+        let run = self.run()?.clone();
+        let workload = run.workload();
+        let forward = workload.client_forward_flops(facts.cut, facts.rank);
+        let backward = workload.client_backward_flops(facts.cut, facts.rank);
+        for measured in &facts.measured {
+            let Some(known) = self.known.get_mut(&measured.id) else { continue };
+            if let Some(speed) = Speed::new(forward / measured.forward_s, backward / measured.backward_s) {
+                known.speed = Some(speed);
+            }
+            let ClientRound {
+                activation_bits,
+                gradient_bits,
+                upload_s,
+                download_s,
+                ..
+            } = *measured;
+            let throughput = |bits: f64, seconds: f64| {
+                let rate = bits / seconds;
+                (rate.is_finite() && rate > 0.0).then_some(rate)
+            };
+            if activation_bits > 0.0 {
+                known.upload_bits = Some(activation_bits);
+            }
+            if let Some(rate) = throughput(activation_bits, upload_s) {
+                known.uplink_bits_per_s = rate;
+                // Until an adapter was timed: both links leave the same device.
+                known.federated_bits_per_s = rate;
+            }
+            if let Some(rate) = throughput(gradient_bits, download_s) {
+                known.downlink_bits_per_s = rate;
+            }
+            if let (Some(bits), Some(seconds)) = (measured.adapter_bits, measured.federated_s)
+                && let Some(rate) = throughput(bits, seconds)
+            {
+                known.federated_bits_per_s = rate;
+            }
+        }
+        if let Some(server_s) = facts.server_s {
+            let flops = facts.measured.len() as f64 * workload.server_flops(facts.cut, facts.rank);
+            if server_s > 0.0 && flops > 0.0 {
+                self.server_flops_per_s = flops / server_s;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Planner for Allocator {
+    fn start(&mut self, facts: &StartFacts) -> Result<Option<Decision>, String> {
+        self.run = Some(Shape {
+            config: facts.config.clone(),
+            training: facts.training.clone(),
+            local_steps: facts.local_steps,
+        });
+        if let Some(speed) = facts.server_flops_per_s.filter(|speed| speed.is_finite() && *speed > 0.0) {
+            self.server_flops_per_s = speed;
+        }
+        self.settle(&facts.clients);
+        let ranks = self.ranks(facts.rank)?;
+        let blocks = u32::try_from(facts.config.blocks).unwrap_or(u32::MAX);
+        let Some(scenario) = &self.settings.scenario else {
+            let (cut, rank) = self.shortest(&facts.clients, &ranks)?;
+            return self.decision(&facts.clients, cut, rank, "by the speeds measured at the start".to_owned());
+        };
+        let places = scenario.clients.count;
+        if facts.clients.len() != places {
+            return Err(format!(
+                "the scenario has places for {places} clients and {} joined; start with --clients {places}, or set clients.count",
+                facts.clients.len()
+            ));
+        }
+        let ids: Vec<ClientId> = facts.clients.iter().map(|facts| facts.id).collect();
+        let (problem, plan) = self.solve(&ids, &self.splits(blocks), &ranks)?;
+        self.take_rates(&problem, &plan)?;
+        self.settle(&facts.clients);
+        let split = plan.split_index.first().map_or(1, |&index| problem.splits[index]);
+        let reason = format!(
+            "method {}, {:.1} s to the target by the model, {}",
+            plan.method,
+            plan.total_s,
+            certificate(&plan)
+        );
+        let rank = problem.ranks[plan.rank_index] as usize;
+        self.decision(&facts.clients, split as usize, rank, reason)
+    }
+
+    fn boundary(&mut self, facts: &RoundFacts) -> Result<Option<Decision>, String> {
+        self.learn(facts)?;
+        self.settle(&facts.clients);
+        let stay = |this: &Self, reason: String| this.decision(&facts.clients, facts.cut, facts.rank, reason);
+        let fixed = self.settings.split.is_some() || !facts.can_recut || facts.round >= facts.rounds;
+        // A random plan, and the paper's, are carried out as they were made.
+        if fixed || self.settings.method != Method::Best {
+            return stay(self, "as before".to_owned());
+        }
+        let run = self.run()?;
+        let (local_steps, blocks) = (run.local_steps, run.blocks());
+        let rank = [(u32::try_from(facts.rank).unwrap_or(u32::MAX), 1.0)];
+        let now_s = self.phases(&facts.clients, facts.cut, facts.rank)?.round_s(local_steps);
+        let (cut, then_s, plan) = match &self.settings.scenario {
+            // Without somebody at every place there is no problem to solve: links stay as they are.
+            Some(scenario) if self.places.len() != scenario.clients.count || facts.clients.len() != self.places.len() => {
+                return stay(self, "as before".to_owned());
+            }
+            Some(_) => {
+                let mut by_place: Vec<(usize, ClientId)> =
+                    self.places.iter().map(|(&client, &place)| (place, client)).collect();
+                by_place.sort_unstable();
+                let ids: Vec<ClientId> = by_place.into_iter().map(|(_, client)| client).collect();
+                let (problem, plan) = self.solve(&ids, &self.splits(blocks), &rank)?;
+                let cut = plan.split_index.first().map_or(1, |&index| problem.splits[index]);
+                (cut as usize, plan.total_s, Some((problem, plan)))
+            }
+            None => {
+                let (cut, _) = self.shortest(&facts.clients, &rank)?;
+                let then_s = self.phases(&facts.clients, cut, facts.rank)?.round_s(local_steps);
+                (cut, then_s, None)
+            }
+        };
+        if cut == facts.cut || then_s >= now_s * (1.0 - MARGIN) {
+            return stay(self, "as before".to_owned());
+        }
+        if let Some((problem, plan)) = &plan {
+            self.take_rates(problem, plan)?;
+        }
+        let reason = format!("a round of {then_s:.2} s instead of {now_s:.2} s by the phases measured");
+        self.decision(&facts.clients, cut, facts.rank, reason)
+    }
+}
+
+/// How good a plan is, in words.
+fn certificate(plan: &allocation::Plan) -> String {
+    match plan.gap() {
+        gap if gap < 1e-6 => "the best there is".to_owned(),
+        gap => format!("at most {:.2} % above the best there is", 100.0 * gap),
+    }
+}

@@ -1,0 +1,471 @@
+//! Runs whose cut, rank and link rates are planned, through real sessions: a server in this process and native clients of it.
+//! Wherever the cut is, and however often it moves, training stays what it is on one device.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use pollster::block_on;
+use serde_json::Value;
+use sflllm::client::native;
+use sflllm::compute::Engine;
+use sflllm::data::{Batches, Dataset, Example, Options};
+use sflllm::model::adapter::{Adapter, LoraSpec, Target};
+use sflllm::model::central::{self, Central};
+use sflllm::model::config::Config;
+use sflllm::model::optimizer::{OptimizerSettings, Schedule};
+use sflllm::model::stack::Extent;
+use sflllm::model::weights::{WeightDtype, Weights};
+use sflllm::protocol::FinishReason;
+use sflllm::protocol::message::{Digest, LinkRates};
+use sflllm::server::planner::{Decision, PhasePrediction, Planner, RoundFacts, RoundPrediction, StartFacts};
+use sflllm::server::store::RunDirectory;
+use sflllm::server::{Model, Role, Run, Server, Settings, Summary};
+use sflllm::split::{Training, Wire};
+use sflllm::transport::{Dialer, JoinLink, Trust};
+use tokio::sync::watch;
+
+const SEED: u64 = 11;
+const BATCH: usize = 2;
+const LOCAL_STEPS: u32 = 3;
+
+fn fixture() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/gpt2_peft/legacy")
+}
+
+fn config() -> Config {
+    Config::load(&fixture().join("model")).unwrap()
+}
+
+fn weights(config: &Config) -> Weights {
+    Weights::open(&fixture().join("model"), config).unwrap()
+}
+
+/// An adapter that has been trained elsewhere.
+fn adapter(config: &Config) -> Adapter {
+    Adapter::load(&fixture().join("adapter"), config).unwrap()
+}
+
+fn examples(config: &Config) -> Vec<Example> {
+    let options = Options {
+        seq: config.positions,
+        vocab: config.vocab,
+        skip_bad_lines: false,
+    };
+    Dataset::load(&fixture().join("data.jsonl"), None, &options)
+        .unwrap()
+        .examples
+}
+
+fn training(config: &Config, spec: &LoraSpec, rounds: u32) -> Training {
+    Training {
+        spec: spec.clone(),
+        optimizer: OptimizerSettings {
+            lr: 3e-3,
+            schedule: Schedule::Linear,
+            warmup: 2,
+            total_steps: u64::from(rounds * LOCAL_STEPS),
+            ..Default::default()
+        },
+        batch: BATCH,
+        seq: config.positions,
+        wire: Wire::F32,
+    }
+}
+
+/// Cuts by round; the first also by rank.
+#[derive(Default)]
+struct Fixed {
+    cuts: Vec<usize>,
+    rank: Option<usize>,
+    rates: Option<LinkRates>,
+    fails: bool,
+    heard: Arc<Mutex<Heard>>,
+}
+
+/// What a planner was told.
+#[derive(Default)]
+struct Heard {
+    start: Option<StartFacts>,
+    rounds: Vec<RoundFacts>,
+}
+
+impl Fixed {
+    fn cuts(cuts: &[usize]) -> Fixed {
+        Fixed {
+            cuts: cuts.to_vec(),
+            ..Fixed::default()
+        }
+    }
+
+    fn cut(&self, round: u32) -> Option<usize> {
+        self.cuts.get(round as usize).or(self.cuts.last()).copied()
+    }
+}
+
+impl Planner for Fixed {
+    fn start(&mut self, facts: &StartFacts) -> Result<Option<Decision>, String> {
+        self.heard.lock().unwrap().start = Some(facts.clone());
+        let clients = facts.clients.iter().map(|client| client.id);
+        let prediction = RoundPrediction {
+            clients: clients
+                .clone()
+                .map(|id| {
+                    let phases = PhasePrediction {
+                        forward_s: 0.5,
+                        ..PhasePrediction::default()
+                    };
+                    (id, phases)
+                })
+                .collect(),
+            server_s: 0.25,
+            total_s: 1.5,
+        };
+        Ok(Some(Decision {
+            cut: self.cut(0).unwrap_or(facts.cut),
+            rank: self.rank.unwrap_or(facts.rank),
+            rates: self
+                .rates
+                .iter()
+                .flat_map(|rates| clients.clone().map(|id| (id, *rates)))
+                .collect(),
+            prediction: Some(prediction),
+            reason: "as the test says".to_owned(),
+        }))
+    }
+
+    fn boundary(&mut self, measured: &RoundFacts) -> Result<Option<Decision>, String> {
+        self.heard.lock().unwrap().rounds.push(measured.clone());
+        if self.fails {
+            return Err("the test has had enough".to_owned());
+        }
+        if !measured.can_recut {
+            return Ok(None);
+        }
+        Ok(self.cut(measured.round).map(|cut| Decision {
+            cut,
+            rank: measured.rank,
+            reason: format!("round {} comes", measured.round + 1),
+            ..Decision::default()
+        }))
+    }
+}
+
+struct Ran {
+    summary: Result<Summary, sflllm::server::Error>,
+    clients: Vec<native::Summary>,
+    /// Of all blocks, as exported, where a round was closed.
+    exported: Option<Adapter>,
+    metrics: Vec<Value>,
+}
+
+impl Ran {
+    fn lines(&self, kind: &str) -> Vec<&Value> {
+        self.metrics.iter().filter(|line| line["kind"] == kind).collect()
+    }
+
+    fn losses(&self) -> Vec<f64> {
+        self.lines("step")
+            .iter()
+            .map(|line| line["loss"].as_f64().unwrap())
+            .collect()
+    }
+
+    fn adapter(&self) -> &Adapter {
+        self.exported.as_ref().expect("an exported adapter")
+    }
+
+    /// Cuts that were planned.
+    fn cuts(&self) -> Vec<u64> {
+        let plans = self.lines("event").into_iter().filter(|line| line["event"] == "plan");
+        plans.map(|line| line["cut"].as_u64().unwrap()).collect()
+    }
+}
+
+/// Serves a run with one client for each list of examples.
+fn run(cut: usize, rounds: u32, initial: Adapter, planner: Option<Fixed>, clients: Vec<Vec<Example>>) -> Ran {
+    let home = tempfile::tempdir().unwrap();
+    let config = config();
+    let mut examples = examples(&config);
+    examples.truncate(3);
+    let run = Run {
+        model: Model {
+            name: "legacy".to_owned(),
+            digest: Digest([0; 32]),
+            config: config.clone(),
+            weights: weights(&config),
+            dtype: WeightDtype::F32,
+            tokenizer: None,
+        },
+        engine: Engine::cpu(),
+        training: training(&config, &initial.spec, rounds),
+        cut,
+        initial,
+        validation: Some(examples),
+        rounds,
+        local_steps: LOCAL_STEPS,
+        seed: SEED,
+        shuffle: false,
+        clients: clients.len() as u32,
+        wait: Duration::from_secs(60),
+        planner: planner.map(|planner| Box::new(planner) as Box<dyn Planner>),
+    };
+    let directory = RunDirectory::create(Some(&home.path().join("run")), "plan").unwrap();
+    let settings = Settings {
+        role: Role::Both,
+        listen: vec!["http://127.0.0.1:0".parse().unwrap()],
+        token: None,
+        home: home.path().to_owned(),
+        directory,
+        demo_data: b"",
+        run: Some(run),
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap();
+    let (summary, clients) = runtime.block_on(async {
+        let server = Server::start(settings, Box::new(|_| {})).await.unwrap();
+        let origin = server.addresses()[0].local_url.parse::<JoinLink>().unwrap().origin;
+        let (_stop, stopped) = watch::channel(false);
+        let mut joined = Vec::new();
+        for (number, examples) in clients.into_iter().enumerate() {
+            let settings = native::Settings {
+                server: origin.clone(),
+                token: None,
+                dialer: Dialer::new(&Trust::Known).unwrap(),
+                name: format!("client {number}"),
+                engine: Engine::cpu(),
+                source: native::Source::Examples(examples),
+                cache: home.path().join(format!("cache-{number}")),
+                adapter_out: Some(home.path().join(format!("kept-{number}"))),
+            };
+            joined.push(tokio::spawn(native::join(settings, stopped.clone(), |_| {})));
+        }
+        let summary = server.serve().await;
+        let mut clients = Vec::new();
+        for client in joined {
+            clients.push(client.await.unwrap().unwrap());
+        }
+        (summary, clients)
+    });
+    let read = |path: &Path| std::fs::read_to_string(path).unwrap();
+    let metrics = read(&home.path().join("run/metrics.jsonl"));
+    let exported = home.path().join("run/adapter");
+    Ran {
+        exported: Adapter::load(&exported, &config).ok(),
+        metrics: metrics
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect(),
+        summary,
+        clients,
+    }
+}
+
+/// The losses and the adapter of the same training on one device.
+fn centralised(initial: &Adapter, rounds: u32) -> (Vec<f64>, Vec<f32>) {
+    let config = config();
+    let engine = Engine::cpu();
+    let training = training(&config, &initial.spec, rounds);
+    let mut source = weights(&config);
+    let loaded = central::load(&engine, &config, &mut |unit| source.unit(unit, WeightDtype::F32)).unwrap();
+    let extent = Extent {
+        batch: BATCH,
+        seq: config.positions,
+    };
+    let mut whole = Central::new(
+        &engine,
+        &config,
+        loaded,
+        Some(initial),
+        extent,
+        Some(training.optimizer),
+    )
+    .unwrap();
+    let mut batches = Batches::new(examples(&config), BATCH, config.positions, None).unwrap();
+    let losses = (0..rounds * LOCAL_STEPS)
+        .map(|_| {
+            let batch = batches.next_batch();
+            let counted = block_on(whole.step(&batch.tokens, &batch.targets, batch.seq)).unwrap();
+            counted.loss_sum / counted.tokens as f64
+        })
+        .collect();
+    (losses, block_on(whole.adapter()).unwrap())
+}
+
+#[track_caller]
+fn assert_same(ran: &Ran, losses: &[f64], adapter: &[f32], what: &str) {
+    let found = ran.losses();
+    assert_eq!(found.len(), losses.len(), "{what}");
+    for (step, (found, expected)) in found.iter().zip(losses).enumerate() {
+        assert!(
+            (found - expected).abs() <= 1e-6 * expected,
+            "{what}, step {step}: {found}, not {expected}"
+        );
+    }
+    let largest = adapter.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
+    assert_eq!(ran.adapter().values.len(), adapter.len(), "{what}");
+    for (index, (found, expected)) in ran.adapter().values.iter().zip(adapter).enumerate() {
+        assert!(
+            (found - expected).abs() <= 1e-6 * largest,
+            "{what}, value {index}: {found}, not {expected}"
+        );
+    }
+}
+
+#[test]
+fn wherever_the_cut_moves_one_clients_training_is_that_of_one_device() {
+    const ROUNDS: u32 = 5;
+    let config = config();
+    let initial = adapter(&config);
+    let (losses, trained) = centralised(&initial, ROUNDS);
+    let still = run(1, ROUNDS, initial.clone(), None, vec![examples(&config)]);
+    assert_same(&still, &losses, &trained, "never moved");
+    let heard = Arc::new(Mutex::new(Heard::default()));
+    let planner = Fixed {
+        heard: heard.clone(),
+        ..Fixed::cuts(&[1, 2, 3, 1, 3])
+    };
+    let moved = run(1, ROUNDS, initial, Some(planner), vec![examples(&config)]);
+    assert_same(&moved, &losses, &trained, "moved");
+    assert_eq!(moved.cuts(), [1, 2, 3, 1, 3]);
+    let valid = |ran: &Ran| -> Vec<f64> {
+        ran.lines("round")
+            .iter()
+            .map(|line| line["valid_loss"].as_f64().unwrap())
+            .collect()
+    };
+    for (found, expected) in valid(&moved).iter().zip(valid(&still)) {
+        assert!((found - expected).abs() < 1e-6 * expected, "{found}, not {expected}");
+    }
+    assert_eq!(moved.clients[0].reason, FinishReason::Completed);
+    assert_eq!(moved.clients[0].steps, u64::from(ROUNDS * LOCAL_STEPS));
+
+    let heard = heard.lock().unwrap();
+    let start = heard.start.as_ref().unwrap();
+    let speed = start.clients[0].speed.expect("a client measures itself");
+    assert!(speed.forward_flops_per_s > 1.0 && speed.backward_flops_per_s > 1.0);
+    assert!(start.server_flops_per_s.unwrap() > 1.0);
+    let facts: Vec<(u32, usize, bool)> = heard
+        .rounds
+        .iter()
+        .map(|facts| (facts.round, facts.cut, facts.can_recut))
+        .collect();
+    assert_eq!(facts, [(1, 1, true), (2, 2, true), (3, 3, true), (4, 1, true)]);
+    for facts in &heard.rounds {
+        assert_eq!((facts.measured.len(), facts.measured[0].steps), (1, LOCAL_STEPS));
+        assert!(facts.measured[0].activation_bits > 0.0 && facts.server_s.is_some());
+        assert_eq!(
+            facts.measured[0].federated_s.is_some(),
+            facts.round > 1,
+            "of the round before"
+        );
+    }
+}
+
+#[test]
+fn the_run_begins_where_the_plan_says_at_its_rank() {
+    const ROUNDS: u32 = 3;
+    let config = config();
+    let spec = |rank: usize| LoraSpec::new(rank, 2.0 * rank as f32, [Target::AttnQkv, Target::MlpFc]).unwrap();
+    let fresh = |rank| Adapter::init(&config, &spec(rank), 0..config.blocks, SEED).unwrap();
+    let planner = Fixed {
+        rank: Some(5),
+        ..Fixed::cuts(&[3, 2])
+    };
+    let ran = run(1, ROUNDS, fresh(2), Some(planner), vec![examples(&config)]);
+    assert_eq!(ran.adapter().spec, spec(5));
+    let (losses, trained) = centralised(&fresh(5), ROUNDS);
+    assert_same(&ran, &losses, &trained, "rank 5 from the cut after 3");
+
+    // A given adapter brings its own rank.
+    let planner = Fixed {
+        rank: Some(5),
+        ..Fixed::default()
+    };
+    let ran = run_to_error(planner);
+    assert!(ran.contains("starts from an adapter"), "{ran}");
+}
+
+/// What a run with a given adapter ends with.
+fn run_to_error(planner: Fixed) -> String {
+    let config = config();
+    let ran = run(1, 2, adapter(&config), Some(planner), vec![examples(&config)]);
+    ran.summary.unwrap_err().to_string()
+}
+
+#[test]
+fn a_plan_that_cannot_be_carried_out_ends_the_run_with_its_sentence() {
+    let failing = Fixed {
+        fails: true,
+        ..Fixed::default()
+    };
+    let error = run_to_error(failing);
+    assert!(error.contains("the test has had enough"), "{error}");
+    for (cuts, words) in [
+        (&[0][..], "leaves one side"),
+        (&[4], "leaves one side"),
+        (&[1, 9], "leaves one side"),
+    ] {
+        let error = run_to_error(Fixed::cuts(cuts));
+        assert!(error.contains(words), "{cuts:?}: {error}");
+    }
+    let impossible = Fixed {
+        rates: Some(LinkRates {
+            main_bits_per_s: f64::NAN,
+            federated_bits_per_s: 1e6,
+        }),
+        ..Fixed::default()
+    };
+    let error = run_to_error(impossible);
+    assert!(error.contains("impossible link rates"), "{error}");
+}
+
+#[test]
+fn what_was_measured_stands_beside_what_was_predicted() {
+    let config = config();
+    let examples = examples(&config);
+    let halves = vec![examples[..4].to_vec(), examples[4..].to_vec()];
+    let planner = Fixed {
+        rates: LinkRates::new(2e8, 2e8),
+        ..Fixed::cuts(&[2, 1])
+    };
+    let ran = run(1, 2, adapter(&config), Some(planner), halves);
+    ran.summary.as_ref().unwrap();
+    let steps = ran.lines("step");
+    assert_eq!(steps.len() as u32, 2 * LOCAL_STEPS);
+    for step in steps {
+        let phases = step["phases"].as_array().unwrap();
+        assert_eq!(phases.len(), 2, "{step}");
+        for phase in phases {
+            for field in ["forward_s", "upload_s", "download_s", "backward_s"] {
+                assert!(phase[field].as_f64().unwrap() >= 0.0, "{field} of {phase}");
+            }
+            assert!(phase["forward_s"].as_f64().unwrap() > 0.0 && phase["backward_s"].as_f64().unwrap() > 0.0);
+        }
+    }
+    let rounds = &ran.lines("round")[1..];
+    let predicted: Vec<Option<f64>> = rounds.iter().map(|round| round["predicted_s"].as_f64()).collect();
+    assert_eq!(predicted, [Some(1.5), None], "the second plan predicts nothing");
+    for round in rounds {
+        assert!(round["measured_s"].as_f64().unwrap() > 0.0);
+        assert!(round["server"]["measured_s"].as_f64().unwrap() > 0.0);
+        for client in round["phases"].as_array().unwrap() {
+            assert!(client["measured"]["federated_s"].as_f64().unwrap() > 0.0, "{client}");
+        }
+    }
+    assert_eq!(rounds[0]["phases"][0]["predicted"]["forward_s"], 0.5);
+    assert_eq!(rounds[0]["server"]["predicted_s"], 0.25);
+    assert_eq!(rounds[1]["phases"][0]["predicted"], Value::Null);
+    let plans: Vec<&Value> = ran
+        .lines("event")
+        .into_iter()
+        .filter(|line| line["event"] == "plan")
+        .collect();
+    assert_eq!(
+        (&plans[0]["reason"], plans[0]["rates"][1]["main_bits_per_s"].as_f64()),
+        (&"as the test says".into(), Some(2e8))
+    );
+}
