@@ -281,6 +281,7 @@ impl Trainee {
                 let contributions: Vec<Contribution<'_>> = sent
                     .iter()
                     .map(|(activations, batch)| Contribution {
+                        cut: server.cut(),
                         activations,
                         targets: &batch.targets,
                     })

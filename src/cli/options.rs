@@ -83,7 +83,7 @@ pub struct OutputOptions {
 
 #[derive(Args, Clone, Debug)]
 pub struct LoraOptions {
-    /// Rank of the adapter; auto takes 8
+    /// Rank of the adapter; auto takes the one that a scenario's or calibration's rounds make fastest, or else 8
     #[arg(long, value_name = "N|auto", default_value = "auto")]
     pub rank: Choice,
     /// Scale of the adapter, over its rank; twice the rank if not given

@@ -14,11 +14,15 @@ use super::console::Console;
 use super::join::bytes;
 use super::options::{BatchOptions, Choice, DeviceOptions, LoraOptions, ModelOptions, OptimizerOptions, OutputOptions};
 use super::source::{DEMO_TRAIN, Source};
+use crate::allocation::Method;
+use crate::allocation::scenario::{PRESETS, Scenario};
 use crate::client::native;
 use crate::compute::Engine;
 use crate::data::{Dataset, Example, Sharding};
 use crate::model::adapter::Adapter;
+use crate::model::rounds::RoundsTable;
 use crate::protocol::message::Digest;
+use crate::server::allocator::{self, Allocator};
 use crate::server::listen::{join_link, qr_code};
 use crate::server::store::RunDirectory;
 use crate::server::{self, Address, Ending, Listen, Report, Role, Run, Server, Settings, Summary};
@@ -60,9 +64,22 @@ pub struct Options {
     /// Steps of every client in a round
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
     pub local_steps: u32,
-    /// Blocks on the clients; auto takes 1
-    #[arg(long, value_name = "N|auto", default_value = "1")]
+    /// Blocks on the clients; auto chooses by what the clients measure, and again as the run goes
+    #[arg(long, value_name = "N|auto", default_value = "auto")]
     pub split: Choice,
+    /// Emulate the radio links of this scenario (TOML or JSON, or the name of a preset): each client has a place in it, and its
+    /// uplinks are as fast as the plan makes them
+    #[arg(long, value_name = "FILE")]
+    pub scenario: Option<PathBuf>,
+    /// How the scenario's subchannels, powers, cut and rank are chosen: best, bcd (the paper's), a, b, c, d (at random)
+    #[arg(long, value_name = "METHOD", default_value = "best", requires = "scenario")]
+    pub plan_method: Method,
+    /// Seed of the random methods
+    #[arg(long, value_name = "N", default_value_t = 0, requires = "scenario")]
+    pub plan_seed: u64,
+    /// Rounds to the target loss at each rank, as `sflllm calibrate` measured them; `--rank auto` chooses by them
+    #[arg(long, value_name = "FILE")]
+    pub calibration: Option<PathBuf>,
     /// Data to validate on, before the first round and after every round
     #[arg(long, value_name = "FILE")]
     pub valid: Option<PathBuf>,
@@ -125,8 +142,8 @@ impl From<WireName> for Wire {
     }
 }
 
-/// What `--split auto` takes.
-const DEFAULT_SPLIT: usize = 1;
+/// Where `--split auto` begins, before anything was measured.
+const FIRST_SPLIT: usize = 1;
 
 /// # Errors
 /// One sentence that says what to do.
@@ -237,7 +254,7 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
         wire: options.wire.into(),
     };
     let cut = match options.split {
-        Choice::Auto => DEFAULT_SPLIT,
+        Choice::Auto => FIRST_SPLIT,
         Choice::Value(cut) => cut,
     };
     let read = |path: &PathBuf| source.data(path, seq, skip_bad_lines, options.output.quiet);
@@ -259,9 +276,39 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
         data.into_iter().map(|data| data.examples).collect(),
         options.local_clients,
     )?;
-    let clients = options
-        .clients
-        .unwrap_or(u32::try_from(options.local_clients).unwrap_or(u32::MAX).max(1));
+    let scenario = options.scenario.as_deref().map(scenario).transpose()?;
+    let places = scenario.as_ref().map_or(0, |scenario| scenario.clients.count);
+    let clients = options.clients.unwrap_or(
+        u32::try_from(options.local_clients.max(places))
+            .unwrap_or(u32::MAX)
+            .max(1),
+    );
+    if let Some(scenario) = &scenario {
+        anyhow::ensure!(
+            clients as usize == places,
+            "--scenario has places for {places} clients and the run starts with {clients}; use --clients {places}, or set clients.count \
+             in the scenario"
+        );
+        directory.note(json!({
+            "scenario": scenario, "plan_method": options.plan_method.name(), "plan_seed": options.plan_seed,
+        }))?;
+    }
+    let rounds = (options.calibration.as_deref()).map(RoundsTable::load).transpose()?;
+    let fixed = |choice: Choice| match choice {
+        Choice::Auto => None,
+        Choice::Value(value) => Some(value),
+    };
+    let planner = Allocator::new(allocator::Settings {
+        scenario,
+        method: options.plan_method,
+        seed: options.plan_seed,
+        split: fixed(options.split),
+        rank: match options.lora.init_adapter {
+            Some(_) => Some(training.spec.rank),
+            None => fixed(options.lora.rank),
+        },
+        rounds,
+    });
     let run = Run {
         engine: options.device.engine()?,
         training,
@@ -274,10 +321,19 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
         shuffle: !no_shuffle,
         clients,
         wait: Duration::from_secs(options.wait.into()),
-        planner: None,
+        planner: Some(Box::new(planner)),
         model: model(source),
     };
     Ok(Prepared { run, local })
+}
+
+/// A scenario file, or the preset of that name.
+fn scenario(path: &Path) -> anyhow::Result<Scenario> {
+    let preset = path.to_str().filter(|name| !path.exists() && PRESETS.contains(name));
+    match preset {
+        Some(name) => Ok(Scenario::preset(name)?),
+        None => Scenario::load(path).with_context(|| format!("--scenario {}", path.display())),
+    }
 }
 
 /// The model as the server takes it.

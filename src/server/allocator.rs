@@ -138,7 +138,9 @@ impl Allocator {
         match (&settings.rounds, &settings.scenario) {
             (Some(table), _) => {
                 let measured = table.measured().map_err(|error| error.to_string())?;
-                Ok((measured.into_iter()).map(|(rank, rounds)| (number(rank), rounds)).collect())
+                Ok((measured.into_iter())
+                    .map(|(rank, rounds)| (number(rank), rounds))
+                    .collect())
             }
             (None, Some(scenario)) => scenario.ranks().map_err(|error| error.to_string()),
             (None, None) => Ok(vec![(number(current), 1.0)]),
@@ -166,7 +168,10 @@ impl Allocator {
         let of = |part: fn(&Speed) -> f64| -> Vec<f64> {
             let otherwise = slowest(part);
             let speed = |client: &ClientId| self.known.get(client).and_then(|known| known.speed.as_ref().map(part));
-            clients.iter().map(|client| speed(client).unwrap_or(otherwise)).collect()
+            clients
+                .iter()
+                .map(|client| speed(client).unwrap_or(otherwise))
+                .collect()
         };
         Speeds {
             client_forward: of(|speed| speed.forward_flops_per_s),
@@ -238,7 +243,9 @@ impl Allocator {
             let taken: Vec<usize> = (clients.iter())
                 .filter_map(|other| self.places.get(&other.id).copied())
                 .collect();
-            let Some(place) = (0..self.rates.len()).find(|place| !taken.contains(place)) else { continue };
+            let Some(place) = (0..self.rates.len()).find(|place| !taken.contains(place)) else {
+                continue;
+            };
             self.places.retain(|_, occupied| *occupied != place);
             self.places.insert(facts.id, place);
         }
@@ -274,11 +281,18 @@ impl Allocator {
             emulated.get(id).map_or(known, emulated_part)
         };
         let upload_s = |id: &ClientId| {
-            let bits = (self.known.get(id)).and_then(|known| known.upload_bits).unwrap_or(cell.upload_bits);
+            let bits = (self.known.get(id))
+                .and_then(|known| known.upload_bits)
+                .unwrap_or(cell.upload_bits);
             bits / rate(id, |rates| rates.main_bits_per_s, |known| known.uplink_bits_per_s)
         };
         let adapter_s = |id: &ClientId| {
-            cell.adapter_bits / rate(id, |rates| rates.federated_bits_per_s, |known| known.federated_bits_per_s)
+            cell.adapter_bits
+                / rate(
+                    id,
+                    |rates| rates.federated_bits_per_s,
+                    |known| known.federated_bits_per_s,
+                )
         };
         // Emulated links send their gradients down for free, as in the paper; real ones take their time.
         let download_s = |id: &ClientId| match self.settings.scenario {
@@ -359,10 +373,11 @@ impl Allocator {
     fn take_rates(&mut self, problem: &Problem, plan: &allocation::Plan) -> Result<(), String> {
         let rate = |client: usize| {
             let main = (problem.main).rate_bits_per_s(client, &plan.main.owner, &plan.main.power_w);
-            let federated =
-                (problem.federated).rate_bits_per_s(client, &plan.federated.owner, &plan.federated.power_w);
+            let federated = (problem.federated).rate_bits_per_s(client, &plan.federated.owner, &plan.federated.power_w);
             LinkRates::new(main, federated).ok_or_else(|| {
-                format!("the plan gives client {client} of the scenario {main} and {federated} bit/s, which no link has")
+                format!(
+                    "the plan gives client {client} of the scenario {main} and {federated} bit/s, which no link has"
+                )
             })
         };
         self.rates = (0..problem.clients()).map(rate).collect::<Result<_, _>>()?;
@@ -376,7 +391,9 @@ impl Allocator {
         let forward = workload.client_forward_flops(facts.cut, facts.rank);
         let backward = workload.client_backward_flops(facts.cut, facts.rank);
         for measured in &facts.measured {
-            let Some(known) = self.known.get_mut(&measured.id) else { continue };
+            let Some(known) = self.known.get_mut(&measured.id) else {
+                continue;
+            };
             if let Some(speed) = Speed::new(forward / measured.forward_s, backward / measured.backward_s) {
                 known.speed = Some(speed);
             }
@@ -425,7 +442,10 @@ impl Planner for Allocator {
             training: facts.training.clone(),
             local_steps: facts.local_steps,
         });
-        if let Some(speed) = facts.server_flops_per_s.filter(|speed| speed.is_finite() && *speed > 0.0) {
+        if let Some(speed) = facts
+            .server_flops_per_s
+            .filter(|speed| speed.is_finite() && *speed > 0.0)
+        {
             self.server_flops_per_s = speed;
         }
         self.settle(&facts.clients);
@@ -433,7 +453,12 @@ impl Planner for Allocator {
         let blocks = u32::try_from(facts.config.blocks).unwrap_or(u32::MAX);
         let Some(scenario) = &self.settings.scenario else {
             let (cut, rank) = self.shortest(&facts.clients, &ranks)?;
-            return self.decision(&facts.clients, cut, rank, "by the speeds measured at the start".to_owned());
+            return self.decision(
+                &facts.clients,
+                cut,
+                rank,
+                "by the speeds measured at the start".to_owned(),
+            );
         };
         let places = scenario.clients.count;
         if facts.clients.len() != places {
@@ -472,7 +497,9 @@ impl Planner for Allocator {
         let now_s = self.phases(&facts.clients, facts.cut, facts.rank)?.round_s(local_steps);
         let (cut, then_s, plan) = match &self.settings.scenario {
             // Without somebody at every place there is no problem to solve: links stay as they are.
-            Some(scenario) if self.places.len() != scenario.clients.count || facts.clients.len() != self.places.len() => {
+            Some(scenario)
+                if self.places.len() != scenario.clients.count || facts.clients.len() != self.places.len() =>
+            {
                 return stay(self, "as before".to_owned());
             }
             Some(_) => {
