@@ -1042,7 +1042,7 @@ fn placement() -> Placement {
 #[test]
 fn a_placement_at_the_start_is_loaded_by_everybody_before_the_first_round() {
     let (mut main, mut peers) = planning();
-    main.place(placement()).unwrap();
+    main.place(Duration::ZERO, placement()).unwrap();
     main.planned(Duration::ZERO, None).unwrap();
     assert_eq!(main.config().split, 2);
     let loaded = Message::Ready(Ready {
@@ -1092,6 +1092,44 @@ fn a_placement_at_the_start_is_loaded_by_everybody_before_the_first_round() {
 }
 
 #[test]
+fn who_never_loads_what_it_is_reassigned_is_waited_for_only_so_long() {
+    let config = MainConfig {
+        plans: true,
+        largest_update: 100,
+        ..main_config(1)
+    };
+    let mut main = MainServerSession::new(config, Duration::ZERO).unwrap();
+    let [mut quick, stuck] = [1, 2].map(|number| {
+        let (mut peer, _) = Peer::join(&mut main, number, &hello(Service::Main, secret()));
+        peer.send(&mut main, &READY);
+        peer
+    });
+    main.place(Duration::ZERO, placement()).unwrap();
+    main.planned(Duration::ZERO, None).unwrap();
+    let loaded = Message::Ready(Ready {
+        assignment: 1,
+        speed: None,
+    });
+    quick.send(&mut main, &loaded);
+    let started = |main: &mut MainServerSession| {
+        let mut members = events(main).into_iter().filter_map(|event| match event {
+            MainEvent::RoundStarted { members, .. } => Some(members),
+            _ => None,
+        });
+        members.next()
+    };
+    for now in (1..60).map(seconds) {
+        main.handle_timeout(now);
+        for peer in [&quick, &stuck] {
+            peer.ping(&mut main, now);
+        }
+        assert_eq!(started(&mut main), None, "at {now:?}");
+    }
+    main.handle_timeout(seconds(60));
+    assert_eq!(started(&mut main), Some(vec![ClientId(1)]));
+}
+
+#[test]
 fn a_plan_or_placement_that_does_not_fit_is_the_drivers_error() {
     let split = |split| {
         Some(RoundPlan {
@@ -1114,7 +1152,7 @@ fn a_plan_or_placement_that_does_not_fit_is_the_drivers_error() {
     let with = |change: &dyn Fn(&mut Placement)| {
         let mut placement = placement();
         change(&mut placement);
-        planning().0.place(placement).err()
+        planning().0.place(Duration::ZERO, placement).err()
     };
     assert_eq!(with(&|_| {}), None);
     let length = with(&|placement| placement.adapter.push(0.0));
@@ -1149,7 +1187,11 @@ fn a_plan_or_placement_that_does_not_fit_is_the_drivers_error() {
     assert_eq!(long, Some(MainError::UpdateTooLong { len: 202, largest: 100 }));
     main.planned(Duration::ZERO, None).unwrap();
     assert_eq!(main.status().phase, RunPhase::Gathering);
-    assert_eq!(main.place(placement()), Err(MainError::Fixed), "training has begun");
+    assert_eq!(
+        main.place(Duration::ZERO, placement()),
+        Err(MainError::Fixed),
+        "training has begun"
+    );
 }
 
 // The federated service, frame by frame.
@@ -1257,7 +1299,7 @@ fn collecting_moments() -> (FederatedServerSession, [Peer; 2]) {
         Duration::ZERO,
         Control::Collect {
             round: KEY.round,
-            moments: Some((2, 6)),
+            moments: Some(Leaving { len: 2, steps: 6 }),
         },
     );
     (federated, peers)
