@@ -1196,35 +1196,34 @@ fn a_plan_or_placement_that_does_not_fit_is_the_drivers_error() {
 
 // The federated service, frame by frame.
 
-/// A federated service with an open round of two connected members.
+/// A federated service with an open round of two connected members, who have been asked for their adapters.
 fn collecting() -> (FederatedServerSession, [Peer; 2]) {
+    collecting_from(None)
+}
+
+/// The same with any number of members, who have been asked for moments too.
+fn collecting_from<const MEMBERS: usize>(moments: Option<Leaving>) -> (FederatedServerSession, [Peer; MEMBERS]) {
     let mut main = MainServerSession::new(main_config(9), Duration::ZERO).unwrap();
     let mut federated = FederatedServerSession::new(federated_config());
     while let Some(control) = main.poll_control() {
         federated.handle_control(Duration::ZERO, control);
     }
-    let peers = [1, 2].map(|number| {
+    let peers = std::array::from_fn(|index| {
+        let number = index as u64 + 1;
         let (_, welcome) = Peer::join(&mut main, number, &hello(Service::Main, secret()));
         let credential = Credential::Ticket(welcome.federated_ticket.unwrap());
         Peer::join(&mut federated, number, &hello(Service::Federated, credential)).0
     });
-    let members = vec![ClientId(1), ClientId(2)];
-    let base = Digest::of_values(&ADAPTER);
+    let round = KEY.round;
     let open = Control::OpenRound {
-        round: KEY.round,
-        members,
-        base,
-        adapter_len: ADAPTER.len() as u64,
+        round,
+        members: (1..=MEMBERS as u64).map(ClientId).collect(),
+        base: Digest::of_values(&ADAPTER),
+        adapter_len: 4,
         max_examples: 4,
     };
     federated.handle_control(Duration::ZERO, open);
-    federated.handle_control(
-        Duration::ZERO,
-        Control::Collect {
-            round: KEY.round,
-            moments: None,
-        },
-    );
+    federated.handle_control(Duration::ZERO, Control::Collect { round, moments });
     (federated, peers)
 }
 
@@ -1292,18 +1291,8 @@ fn the_average_goes_to_its_members_and_to_the_main_server() {
     assert_eq!(replies(&mut federated), []);
 }
 
-/// Asks the members of `collecting` for moments of the last two values as after 6 steps.
-fn collecting_moments() -> (FederatedServerSession, [Peer; 2]) {
-    let (mut federated, peers) = collecting();
-    federated.handle_control(
-        Duration::ZERO,
-        Control::Collect {
-            round: KEY.round,
-            moments: Some(Leaving { len: 2, steps: 6 }),
-        },
-    );
-    (federated, peers)
-}
+/// Moments of the last two values as after 6 steps.
+const LEAVING: Leaving = Leaving { len: 2, steps: 6 };
 
 fn moments(first: [f32; 2], second: [f32; 2]) -> Moments {
     Moments {
@@ -1315,26 +1304,29 @@ fn moments(first: [f32; 2], second: [f32; 2]) -> Moments {
 
 #[test]
 fn moments_are_averaged_by_the_weights_of_their_adapters() {
-    let (mut federated, [mut one, mut other]) = collecting_moments();
-    let with = |values, examples, moments| {
-        Message::AdapterUpdate(AdapterUpdate {
+    let (mut federated, mut peers) = collecting_from::<3>(Some(LEAVING));
+    let given = [
+        ([1.0; 4], 1, moments([8.0, -4.0], [4.0, 0.0])),
+        ([5.0; 4], 3, moments([0.0, 4.0], [0.0, 2.0])),
+        ([2.0; 4], 4, moments([4.0, 2.0], [3.0, 0.5])),
+    ];
+    for (peer, (values, examples, moments)) in peers.iter_mut().zip(given) {
+        let update = AdapterUpdate {
             moments: Some(moments),
             ..update(values, examples)
-        })
-    };
-    one.send(&mut federated, &with([1.0; 4], 1, moments([8.0, -4.0], [4.0, 0.0])));
-    let said = other.send(&mut federated, &with([5.0; 4], 3, moments([0.0, 4.0], [0.0, 2.0])));
-    assert!(
-        matches!(said.messages.as_slice(), [Message::Average(average)] if average.values == [4.0; 4]),
-        "{said:?}"
-    );
+        };
+        let said = peer.send(&mut federated, &Message::AdapterUpdate(update));
+        assert!(!said.closed, "{said:?}");
+    }
     let said = replies(&mut federated);
     let [ControlReply::RoundClosed(closed)] = said.as_slice() else {
         panic!("{said:?}")
     };
-    // (1 · 8 + 3 · 0) / 4 = 2, (1 · -4 + 3 · 4) / 4 = 2; (1 · 4) / 4 = 1, (3 · 2) / 4 = 1.5.
+    // The weights are 1/8, 3/8 and 4/8.
     let mean = closed.average.as_ref().unwrap();
-    assert_eq!(mean.moments, Some(moments([2.0, 2.0], [1.0, 1.5])));
+    assert_eq!(mean.values, [3.0; 4]); // 1/8 + 15/8 + 8/8
+    // 8/8 + 0 + 16/8, -4/8 + 12/8 + 8/8; 4/8 + 0 + 12/8, 0 + 6/8 + 2/8.
+    assert_eq!(mean.moments, Some(moments([3.0, 2.0], [2.0, 1.0])));
 }
 
 #[test]
@@ -1370,7 +1362,7 @@ fn moments_that_cannot_be_used_are_left_out_and_named() {
         ),
         (Some(moments([0.0; 2], [-1.0, 0.0])), ExclusionReason::NotFinite),
     ] {
-        let (mut federated, [_, mut liar]) = collecting_moments();
+        let (mut federated, [_, mut liar]) = collecting_from::<2>(Some(LEAVING));
         let update = AdapterUpdate {
             moments: bad,
             ..update([1.0; 4], 1)
