@@ -43,6 +43,9 @@
 //! 4. [`split::ServerPart`] runs blocks, head, loss and the way back for each of them, and takes its optimiser step.
 //! 5. Each client gets the gradient of its own loss, replays its backward recording and takes its own optimiser step.
 //! 6. At the end of a round the clients' adapters go to the federated session, which averages and broadcasts.
+//!
+//! Between rounds a planner (`server::planner`) may move the cut: blocks change sides with their adapter and the optimiser's
+//! moments, and the clients load what they lack. It may also give every client's uplinks a rate (`protocol`).
 
 pub mod allocation;
 pub mod client;

@@ -15,7 +15,17 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use sflllm::compute::Engine;
 use sflllm::data::{Tokenize, Tokenizer};
+use sflllm::model::adapter::{Adapter, LoraSpec, Target};
+use sflllm::model::config::Config;
+use sflllm::model::optimizer::OptimizerSettings;
+use sflllm::model::weights::{WeightDtype, Weights};
+use sflllm::protocol::message::{Digest, LinkRates};
+use sflllm::server::planner::{Decision, Planner, RoundFacts, StartFacts};
+use sflllm::server::store::RunDirectory;
+use sflllm::server::{self, Model, Role, Run, Settings};
+use sflllm::split::{Training, Wire};
 
 const PATIENCE: Duration = Duration::from_secs(240);
 const TOKEN: &str = "paper-boat";
@@ -39,7 +49,7 @@ fn two_tabs_on_webgpu_train_to_the_end() {
     chromium.open(&link);
     for tab in [&first, &second] {
         chromium.switch(tab);
-        chromium.wait_for_state(&["done"], &server);
+        chromium.wait_for_state(&["done"], &server.said);
         let shown = chromium.root_data();
         assert_eq!(shown["step"], (rounds * local_steps).to_string(), "{shown}");
         assert_eq!(shown["round"], rounds.to_string(), "{shown}");
@@ -71,7 +81,7 @@ fn a_browser_without_webgpu_says_so_and_trains_a_local_file_on_its_cpu() {
     let chromium = Chromium::start(&programs, NO_GPU);
 
     chromium.open(&format!("{}/?join=1#t={TOKEN}", server.origin));
-    chromium.wait_for_state(&["unsupported"], &server);
+    chromium.wait_for_state(&["unsupported"], &server.said);
     let advice = chromium.script("return document.getElementById('problem').innerText", json!([]));
     let advice = advice.as_str().unwrap_or_default();
     assert!(
@@ -92,7 +102,7 @@ fn a_browser_without_webgpu_says_so_and_trains_a_local_file_on_its_cpu() {
     let name = chromium.script("return document.getElementById('file-name').innerText", json!([]));
     assert!(name.as_str().is_some_and(|name| name.contains("diary.txt")), "{name}");
     chromium.script("document.getElementById('join-button').click()", json!([]));
-    chromium.wait_for_state(&["done"], &server);
+    chromium.wait_for_state(&["done"], &server.said);
     let shown = chromium.root_data();
     assert!(
         shown["device"].as_str().is_some_and(|device| device.contains("CPU")),
@@ -100,6 +110,111 @@ fn a_browser_without_webgpu_says_so_and_trains_a_local_file_on_its_cpu() {
     );
     server.finish();
     check_steps(run.path(), 1, 4);
+}
+
+/// Cuts by round, and slow uplinks.
+struct Moving([usize; 3]);
+
+impl Planner for Moving {
+    fn start(&mut self, facts: &StartFacts) -> Result<Option<Decision>, String> {
+        if facts.clients.iter().any(|client| client.speed.is_none()) {
+            return Err("a tab did not measure itself".to_owned());
+        }
+        Ok(Some(Decision {
+            cut: self.0[0],
+            rank: facts.rank,
+            rates: facts
+                .clients
+                .iter()
+                .filter_map(|client| Some((client.id, LinkRates::new(2e7, 2e7)?)))
+                .collect(),
+            ..Decision::default()
+        }))
+    }
+
+    fn boundary(&mut self, measured: &RoundFacts) -> Result<Option<Decision>, String> {
+        Ok(Some(Decision {
+            cut: self.0[measured.round as usize],
+            rank: measured.rank,
+            ..Decision::default()
+        }))
+    }
+}
+
+#[test]
+fn a_tab_whose_blocks_come_and_go_trains_to_the_end() {
+    let Some(programs) = programs() else { return };
+    let home = tempfile::tempdir().unwrap();
+    let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/demo");
+    let config = Config::load(&assets).unwrap();
+    let spec = LoraSpec::new(4, 8.0, [Target::AttnQkv]).unwrap();
+    let run = Run {
+        model: Model {
+            name: "demo".to_owned(),
+            digest: Digest([0; 32]),
+            weights: Weights::open(&assets, &config).unwrap(),
+            dtype: WeightDtype::F16,
+            tokenizer: Some(fs::read(assets.join("tokenizer.json")).unwrap()),
+            config: config.clone(),
+        },
+        engine: Engine::cpu(),
+        training: Training {
+            spec: spec.clone(),
+            optimizer: OptimizerSettings::default(),
+            batch: 2,
+            seq: 64,
+            wire: Wire::F16,
+        },
+        cut: 1,
+        initial: Adapter::init(&config, &spec, 0..config.blocks, 1).unwrap(),
+        validation: None,
+        rounds: 3,
+        local_steps: 2,
+        seed: 1,
+        shuffle: true,
+        clients: 1,
+        wait: PATIENCE,
+        planner: Some(Box::new(Moving([2, 3, 1]))),
+    };
+    let settings = Settings {
+        role: Role::Both,
+        listen: vec!["http://127.0.0.1:0".parse().unwrap()],
+        token: Some(TOKEN.to_owned()),
+        home: home.path().to_owned(),
+        directory: RunDirectory::create(Some(&home.path().join("out")), "demo").unwrap(),
+        demo_data: include_bytes!("../assets/demo/train.txt"),
+        run: Some(run),
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    let said = Arc::new(Mutex::new(String::new()));
+    let heard = Arc::clone(&said);
+    let report = move |report| heard.lock().unwrap().push_str(&format!("{report:?}\n"));
+    let server = runtime
+        .block_on(server::Server::start(settings, Box::new(report)))
+        .unwrap();
+    let origin = server.addresses()[0].local_url.clone();
+    let serving = runtime.spawn(server.serve());
+
+    let chromium = Chromium::start(&programs, EMULATED_GPU);
+    chromium.open(&format!("{origin}/?join=1#t={TOKEN}"));
+    chromium.wait_for_state(&["done"], &said);
+    let summary = runtime.block_on(serving).unwrap().unwrap();
+    assert_eq!((summary.rounds, summary.steps), (3, 6));
+    let lines = check_steps(home.path(), 1, 6);
+    let cuts: Vec<u64> = lines
+        .iter()
+        .filter(|line| line["event"] == "plan")
+        .filter_map(|line| line["cut"].as_u64())
+        .collect();
+    assert_eq!(cuts, [2, 3, 1]);
+    let trained = Adapter::load(&home.path().join("out/adapter"), &config).unwrap();
+    for entry in trained.layout.entries() {
+        let moved = trained.values[entry.range_b()].iter().any(|&value| value != 0.0);
+        assert!(moved, "block {} was not trained", entry.block);
+    }
 }
 
 #[test]
@@ -110,7 +225,7 @@ fn a_wrong_join_code_is_explained() {
     let chromium = Chromium::start(&programs, NO_GPU);
 
     chromium.open(&format!("{}/?join=1&device=cpu#t=wrong", server.origin));
-    chromium.wait_for_state(&["error"], &server);
+    chromium.wait_for_state(&["error"], &server.said);
     let advice = chromium.script("return document.getElementById('problem').innerText", json!([]));
     assert!(
         advice.as_str().is_some_and(|advice| advice.contains("join code")),
@@ -434,7 +549,7 @@ impl Chromium {
         self.script("return { ...document.documentElement.dataset }", json!([]))
     }
 
-    fn wait_for_state(&self, wanted: &[&str], server: &Server) {
+    fn wait_for_state(&self, wanted: &[&str], said: &Mutex<String>) {
         let start = Instant::now();
         loop {
             let shown = self.root_data();
@@ -446,7 +561,7 @@ impl Chromium {
                 let advice = self.script("return document.getElementById('problem').innerText", json!([]));
                 panic!(
                     "waited for {wanted:?}, found {shown}\n{advice}\nthe server said:\n{}",
-                    server.said.lock().unwrap()
+                    said.lock().unwrap()
                 );
             }
             thread::sleep(Duration::from_millis(200));

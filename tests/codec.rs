@@ -159,7 +159,11 @@ fn control() -> impl Strategy<Value = Control> {
                 }
             }
         ),
-        (round(), option::of(any::<(u64, u64)>())).prop_map(|(round, moments)| Control::Collect { round, moments }),
+        (
+            round(),
+            option::of(any::<(u64, u64)>().prop_map(|(len, steps)| Leaving { len, steps }))
+        )
+            .prop_map(|(round, moments)| Control::Collect { round, moments }),
         (round(), client()).prop_map(|(round, client)| Control::Departed { round, client }),
         Just(Control::CloseRun),
     ]

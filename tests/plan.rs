@@ -7,17 +7,19 @@ use std::time::Duration;
 
 use pollster::block_on;
 use serde_json::Value;
-use sflllm::client::native;
+use sflllm::client::{Plan, native};
 use sflllm::compute::Engine;
 use sflllm::data::{Batches, Dataset, Example, Options};
-use sflllm::model::adapter::{Adapter, LoraSpec, Target};
+use sflllm::model::adapter::{Adapter, AdapterLayout, LoraSpec, Target};
 use sflllm::model::central::{self, Central};
 use sflllm::model::config::Config;
 use sflllm::model::optimizer::{OptimizerSettings, Schedule};
 use sflllm::model::stack::Extent;
 use sflllm::model::weights::{WeightDtype, Weights};
 use sflllm::protocol::FinishReason;
-use sflllm::protocol::message::{Digest, LinkRates};
+use sflllm::protocol::message::{
+    self, Assignment, Blob, Digest, LinkRates, MomentPolicy, OptimizerConfig, RunConfig, RunId, WeightFormat, WireDtype,
+};
 use sflllm::server::planner::{Decision, PhasePrediction, Planner, RoundFacts, RoundPrediction, StartFacts};
 use sflllm::server::store::RunDirectory;
 use sflllm::server::{Model, Role, Run, Server, Settings, Summary};
@@ -154,6 +156,8 @@ impl Planner for Fixed {
 struct Ran {
     summary: Result<Summary, sflllm::server::Error>,
     clients: Vec<native::Summary>,
+    /// Parts of the model that clients fetched over the network.
+    fetched: Vec<String>,
     /// Of all blocks, as exported, where a round was closed.
     exported: Option<Adapter>,
     metrics: Vec<Value>,
@@ -225,6 +229,7 @@ fn run(cut: usize, rounds: u32, initial: Adapter, planner: Option<Fixed>, client
         .enable_all()
         .build()
         .unwrap();
+    let fetched = Arc::new(Mutex::new(Vec::new()));
     let (summary, clients) = runtime.block_on(async {
         let server = Server::start(settings, Box::new(|_| {})).await.unwrap();
         let origin = server.addresses()[0].local_url.parse::<JoinLink>().unwrap().origin;
@@ -241,7 +246,15 @@ fn run(cut: usize, rounds: u32, initial: Adapter, planner: Option<Fixed>, client
                 cache: home.path().join(format!("cache-{number}")),
                 adapter_out: Some(home.path().join(format!("kept-{number}"))),
             };
-            joined.push(tokio::spawn(native::join(settings, stopped.clone(), |_| {})));
+            let fetched = fetched.clone();
+            let note = move |report| {
+                if let native::Report::Fetching { name, done, bytes } = report
+                    && done == bytes
+                {
+                    fetched.lock().unwrap().push(name);
+                }
+            };
+            joined.push(tokio::spawn(native::join(settings, stopped.clone(), note)));
         }
         let summary = server.serve().await;
         let mut clients = Vec::new();
@@ -259,6 +272,7 @@ fn run(cut: usize, rounds: u32, initial: Adapter, planner: Option<Fixed>, client
             .lines()
             .map(|line| serde_json::from_str(line).unwrap())
             .collect(),
+        fetched: fetched.lock().unwrap().clone(),
         summary,
         clients,
     }
@@ -340,6 +354,11 @@ fn wherever_the_cut_moves_one_clients_training_is_that_of_one_device() {
     for (found, expected) in valid(&moved).iter().zip(valid(&still)) {
         assert!((found - expected).abs() < 1e-6 * expected, "{found}, not {expected}");
     }
+    assert_eq!(
+        moved.fetched,
+        ["embedding", "block.0", "block.1", "block.2"],
+        "each part once"
+    );
     assert_eq!(moved.clients[0].reason, FinishReason::Completed);
     assert_eq!(moved.clients[0].steps, u64::from(ROUNDS * LOCAL_STEPS));
 
@@ -394,6 +413,86 @@ fn run_to_error(planner: Fixed) -> String {
     let config = config();
     let ran = run(1, 2, adapter(&config), Some(planner), vec![examples(&config)]);
     ran.summary.unwrap_err().to_string()
+}
+
+/// What a client is asked to do, as far as its driver checks it.
+#[test]
+fn an_assignment_that_cannot_be_is_refused_with_what_is_wrong() {
+    let config = config();
+    let spec = adapter(&config).spec;
+    let names =
+        |cut: usize| std::iter::once("embedding".to_owned()).chain((0..cut).map(|block| format!("block.{block}")));
+    let blob = |name| Blob {
+        name,
+        sha256: Digest([0; 32]),
+        bytes: 100,
+    };
+    let targets = spec.targets.iter().map(|target| target.module().to_owned()).collect();
+    let assignment = |cut: usize| Assignment {
+        run: RunId([1; 16]),
+        number: 1,
+        config: RunConfig {
+            split: cut as u32,
+            rank: spec.rank as u32,
+            alpha: spec.alpha,
+            targets: Vec::clone(&targets),
+            weights: WeightFormat::F32,
+            wire: WireDtype::F32,
+            batch: 2,
+            seq: 8,
+            width: config.width as u32,
+            vocab: config.vocab as u32,
+            seed: SEED,
+            shuffle: false,
+            local_steps: LOCAL_STEPS,
+            rounds: 2,
+            optimizer: OptimizerConfig {
+                lr: 1e-3,
+                weight_decay: 0.0,
+                schedule: message::Schedule::Constant,
+                warmup: 0,
+                total_steps: 6,
+                clip: None,
+                moments: MomentPolicy::Keep,
+            },
+        },
+        model_config: config.to_json(),
+        weights: names(cut).map(blob).collect(),
+        tokenizer: Vec::new(),
+        adapter_len: AdapterLayout::new(&config, &spec, 0..cut.min(config.blocks))
+            .unwrap()
+            .len() as u64,
+    };
+    assert_eq!(Plan::new(&assignment(3)).unwrap().cut, 3);
+    let refused = |assignment: Assignment| Plan::new(&assignment).unwrap_err().to_string();
+    for cut in [0, config.blocks, usize::MAX >> 33] {
+        let error = refused(Assignment {
+            config: RunConfig {
+                split: cut as u32,
+                ..assignment(1).config
+            },
+            ..assignment(1)
+        });
+        assert!(error.contains("a block on each side"), "{error}");
+    }
+    let more = refused(Assignment {
+        adapter_len: assignment(1).adapter_len,
+        ..assignment(2)
+    });
+    assert!(more.contains("an adapter of"), "{more}");
+    let parts = refused(Assignment {
+        weights: assignment(1).weights,
+        ..assignment(2)
+    });
+    assert!(parts.contains("model parts"), "{parts}");
+    let rank = refused(Assignment {
+        config: RunConfig {
+            rank: 0,
+            ..assignment(2).config
+        },
+        ..assignment(2)
+    });
+    assert!(rank.contains("rank 0"), "{rank}");
 }
 
 #[test]

@@ -1010,37 +1010,220 @@ fn a_configuration_that_cannot_work_is_refused() {
     );
 }
 
+/// A run of two clients that plans, with its first clients ready.
+fn planning() -> (MainServerSession, [Peer; 2]) {
+    let config = MainConfig {
+        plans: true,
+        largest_update: 100,
+        ..main_config(2)
+    };
+    let mut main = MainServerSession::new(config, Duration::ZERO).unwrap();
+    let peers = [1, 2].map(|number| {
+        let (mut peer, _) = Peer::join(&mut main, number, &hello(Service::Main, secret()));
+        peer.send(&mut main, &READY);
+        peer
+    });
+    let wanted = MainEvent::PlanWanted {
+        occasion: Occasion::Start,
+    };
+    assert_eq!(events(&mut main).last(), Some(&wanted));
+    (main, peers)
+}
+
+/// Cut after two blocks.
+fn placement() -> Placement {
+    Placement {
+        assignment: reassignment(),
+        adapter: vec![0.25; 8],
+        moments: None,
+    }
+}
+
+#[test]
+fn a_placement_at_the_start_is_loaded_by_everybody_before_the_first_round() {
+    let (mut main, mut peers) = planning();
+    main.place(Duration::ZERO, placement()).unwrap();
+    main.planned(Duration::ZERO, None).unwrap();
+    assert_eq!(main.config().split, 2);
+    let loaded = Message::Ready(Ready {
+        assignment: 1,
+        speed: None,
+    });
+    for peer in &mut peers {
+        let said = listen(&mut main, peer.connection);
+        peer.received += said.messages.len() as u32;
+    }
+    let [mut first, second] = peers;
+    // Word of the first assignment, on its way when the second went out, is no offence.
+    assert!(!first.send(&mut main, &READY).closed);
+    first.send(&mut main, &loaded);
+    assert_eq!(main.status().phase, RunPhase::Waiting);
+    // Who is gone is not waited for, but two clients are needed.
+    main.disconnected(second.connection, Duration::ZERO);
+    assert_eq!(main.status().phase, RunPhase::Waiting);
+    let (mut late, _) = Peer::join(&mut main, 3, &hello(Service::Main, secret()));
+    assert!(second.sent == 1 && !late.send(&mut main, &loaded).closed);
+    let known = events(&mut main);
+    let wanted = MainEvent::PlanWanted {
+        occasion: Occasion::Membership,
+    };
+    assert_eq!(
+        known.last(),
+        Some(&wanted),
+        "the plan does not know the third client: {known:?}"
+    );
+    let rates = LinkRates::new(1e6, 1e5).unwrap();
+    let plan = RoundPlan {
+        split: None,
+        rates: [(ClientId(3), rates)].into(),
+    };
+    main.planned(Duration::ZERO, Some(plan)).unwrap();
+    let mut starts = Vec::new();
+    while let Some(transmit) = main.poll_transmit() {
+        if let Transmit::Frame { to, bytes } = transmit
+            && let Ok(Frame::Message { kind, body, .. }) = decode_frame(&bytes)
+            && let Ok(Message::RoundStart(start)) = decode_message(kind, body)
+        {
+            starts.push((to.0, start.rates, start.adapter));
+        }
+    }
+    let adapter = Some(vec![0.25; 8]);
+    assert_eq!(starts, [(1, None, adapter.clone()), (3, Some(rates), adapter)]);
+}
+
+#[test]
+fn who_never_loads_what_it_is_reassigned_is_waited_for_only_so_long() {
+    let config = MainConfig {
+        plans: true,
+        largest_update: 100,
+        ..main_config(1)
+    };
+    let mut main = MainServerSession::new(config, Duration::ZERO).unwrap();
+    let [mut quick, stuck] = [1, 2].map(|number| {
+        let (mut peer, _) = Peer::join(&mut main, number, &hello(Service::Main, secret()));
+        peer.send(&mut main, &READY);
+        peer
+    });
+    main.place(Duration::ZERO, placement()).unwrap();
+    main.planned(Duration::ZERO, None).unwrap();
+    let loaded = Message::Ready(Ready {
+        assignment: 1,
+        speed: None,
+    });
+    quick.send(&mut main, &loaded);
+    let started = |main: &mut MainServerSession| {
+        let mut members = events(main).into_iter().filter_map(|event| match event {
+            MainEvent::RoundStarted { members, .. } => Some(members),
+            _ => None,
+        });
+        members.next()
+    };
+    for now in (1..60).map(seconds) {
+        main.handle_timeout(now);
+        for peer in [&quick, &stuck] {
+            peer.ping(&mut main, now);
+        }
+        assert_eq!(started(&mut main), None, "at {now:?}");
+    }
+    main.handle_timeout(seconds(60));
+    assert_eq!(started(&mut main), Some(vec![ClientId(1)]));
+}
+
+#[test]
+fn a_plan_or_placement_that_does_not_fit_is_the_drivers_error() {
+    let split = |split| {
+        Some(RoundPlan {
+            split: Some(split),
+            ..RoundPlan::default()
+        })
+    };
+    let (mut main, _) = planning();
+    for wrong in [0, 2] {
+        let error = main.planned(Duration::ZERO, split(wrong)).unwrap_err();
+        assert_eq!(
+            error,
+            MainError::Split {
+                found: wrong,
+                expected: 1
+            },
+            "nobody has trained yet: that is for `place`"
+        );
+    }
+    let with = |change: &dyn Fn(&mut Placement)| {
+        let mut placement = placement();
+        change(&mut placement);
+        planning().0.place(Duration::ZERO, placement).err()
+    };
+    assert_eq!(with(&|_| {}), None);
+    let length = with(&|placement| placement.adapter.push(0.0));
+    assert_eq!(length, Some(MainError::AdapterLength { assigned: 8, given: 9 }));
+    let blocks = with(&|placement| placement.assignment.config.split = 3);
+    assert_eq!(blocks, Some(MainError::AdapterBlocks { len: 8, split: 3 }));
+    assert_eq!(
+        with(&|placement| placement.assignment.config.batch = 9),
+        Some(MainError::Fixed)
+    );
+    assert_eq!(
+        with(&|placement| placement.assignment.run = RunId([7; 16])),
+        Some(MainError::Fixed)
+    );
+    assert_eq!(
+        with(&|placement| placement.adapter[0] = f32::NAN),
+        Some(MainError::AdapterNotFinite)
+    );
+    let moments = Moments {
+        steps: 1,
+        first: vec![0.0; 3],
+        second: vec![0.0; 3],
+    };
+    assert_eq!(
+        with(&|placement| placement.moments = Some(moments.clone())),
+        Some(MainError::Moments)
+    );
+    let long = with(&|placement| {
+        placement.adapter = vec![0.0; 202];
+        placement.assignment.adapter_len = 202;
+    });
+    assert_eq!(long, Some(MainError::UpdateTooLong { len: 202, largest: 100 }));
+    main.planned(Duration::ZERO, None).unwrap();
+    assert_eq!(main.status().phase, RunPhase::Gathering);
+    assert_eq!(
+        main.place(Duration::ZERO, placement()),
+        Err(MainError::Fixed),
+        "training has begun"
+    );
+}
+
 // The federated service, frame by frame.
 
-/// A federated service with an open round of two connected members.
+/// A federated service with an open round of two connected members, who have been asked for their adapters.
 fn collecting() -> (FederatedServerSession, [Peer; 2]) {
+    collecting_from(None)
+}
+
+/// The same with any number of members, who have been asked for moments too.
+fn collecting_from<const MEMBERS: usize>(moments: Option<Leaving>) -> (FederatedServerSession, [Peer; MEMBERS]) {
     let mut main = MainServerSession::new(main_config(9), Duration::ZERO).unwrap();
     let mut federated = FederatedServerSession::new(federated_config());
     while let Some(control) = main.poll_control() {
         federated.handle_control(Duration::ZERO, control);
     }
-    let peers = [1, 2].map(|number| {
+    let peers = std::array::from_fn(|index| {
+        let number = index as u64 + 1;
         let (_, welcome) = Peer::join(&mut main, number, &hello(Service::Main, secret()));
         let credential = Credential::Ticket(welcome.federated_ticket.unwrap());
         Peer::join(&mut federated, number, &hello(Service::Federated, credential)).0
     });
-    let members = vec![ClientId(1), ClientId(2)];
-    let base = Digest::of_values(&ADAPTER);
+    let round = KEY.round;
     let open = Control::OpenRound {
-        round: KEY.round,
-        members,
-        base,
-        adapter_len: ADAPTER.len() as u64,
+        round,
+        members: (1..=MEMBERS as u64).map(ClientId).collect(),
+        base: Digest::of_values(&ADAPTER),
+        adapter_len: 4,
         max_examples: 4,
     };
     federated.handle_control(Duration::ZERO, open);
-    federated.handle_control(
-        Duration::ZERO,
-        Control::Collect {
-            round: KEY.round,
-            moments: None,
-        },
-    );
+    federated.handle_control(Duration::ZERO, Control::Collect { round, moments });
     (federated, peers)
 }
 
@@ -1108,18 +1291,8 @@ fn the_average_goes_to_its_members_and_to_the_main_server() {
     assert_eq!(replies(&mut federated), []);
 }
 
-/// Asks the members of `collecting` for moments of the last two values as after 6 steps.
-fn collecting_moments() -> (FederatedServerSession, [Peer; 2]) {
-    let (mut federated, peers) = collecting();
-    federated.handle_control(
-        Duration::ZERO,
-        Control::Collect {
-            round: KEY.round,
-            moments: Some((2, 6)),
-        },
-    );
-    (federated, peers)
-}
+/// Moments of the last two values as after 6 steps.
+const LEAVING: Leaving = Leaving { len: 2, steps: 6 };
 
 fn moments(first: [f32; 2], second: [f32; 2]) -> Moments {
     Moments {
@@ -1131,26 +1304,29 @@ fn moments(first: [f32; 2], second: [f32; 2]) -> Moments {
 
 #[test]
 fn moments_are_averaged_by_the_weights_of_their_adapters() {
-    let (mut federated, [mut one, mut other]) = collecting_moments();
-    let with = |values, examples, moments| {
-        Message::AdapterUpdate(AdapterUpdate {
+    let (mut federated, mut peers) = collecting_from::<3>(Some(LEAVING));
+    let given = [
+        ([1.0; 4], 1, moments([8.0, -4.0], [4.0, 0.0])),
+        ([5.0; 4], 3, moments([0.0, 4.0], [0.0, 2.0])),
+        ([2.0; 4], 4, moments([4.0, 2.0], [3.0, 0.5])),
+    ];
+    for (peer, (values, examples, moments)) in peers.iter_mut().zip(given) {
+        let update = AdapterUpdate {
             moments: Some(moments),
             ..update(values, examples)
-        })
-    };
-    one.send(&mut federated, &with([1.0; 4], 1, moments([8.0, -4.0], [4.0, 0.0])));
-    let said = other.send(&mut federated, &with([5.0; 4], 3, moments([0.0, 4.0], [0.0, 2.0])));
-    assert!(
-        matches!(said.messages.as_slice(), [Message::Average(average)] if average.values == [4.0; 4]),
-        "{said:?}"
-    );
+        };
+        let said = peer.send(&mut federated, &Message::AdapterUpdate(update));
+        assert!(!said.closed, "{said:?}");
+    }
     let said = replies(&mut federated);
     let [ControlReply::RoundClosed(closed)] = said.as_slice() else {
         panic!("{said:?}")
     };
-    // (1 · 8 + 3 · 0) / 4 = 2, (1 · -4 + 3 · 4) / 4 = 2; (1 · 4) / 4 = 1, (3 · 2) / 4 = 1.5.
+    // The weights are 1/8, 3/8 and 4/8.
     let mean = closed.average.as_ref().unwrap();
-    assert_eq!(mean.moments, Some(moments([2.0, 2.0], [1.0, 1.5])));
+    assert_eq!(mean.values, [3.0; 4]); // 1/8 + 15/8 + 8/8
+    // 8/8 + 0 + 16/8, -4/8 + 12/8 + 8/8; 4/8 + 0 + 12/8, 0 + 6/8 + 2/8.
+    assert_eq!(mean.moments, Some(moments([3.0, 2.0], [2.0, 1.0])));
 }
 
 #[test]
@@ -1186,7 +1362,7 @@ fn moments_that_cannot_be_used_are_left_out_and_named() {
         ),
         (Some(moments([0.0; 2], [-1.0, 0.0])), ExclusionReason::NotFinite),
     ] {
-        let (mut federated, [_, mut liar]) = collecting_moments();
+        let (mut federated, [_, mut liar]) = collecting_from::<2>(Some(LEAVING));
         let update = AdapterUpdate {
             moments: bad,
             ..update([1.0; 4], 1)
@@ -1415,8 +1591,8 @@ struct Puppet {
 }
 
 impl Puppet {
-    /// A client in the middle of step 0, which has sent its activations.
-    fn awaiting_gradient() -> Puppet {
+    /// A client that has loaded its first assignment.
+    fn ready() -> Puppet {
         let mut client = ClientSession::new(client_config(), Duration::ZERO);
         let mut puppet = {
             client.connected(Endpoint::Main, Duration::ZERO);
@@ -1427,6 +1603,12 @@ impl Puppet {
         puppet.answer(Endpoint::Federated);
         puppet.send(&Message::Assignment(Box::new(assignment(RunId([1; 16])))));
         puppet.client.ready(Duration::ZERO, None);
+        puppet
+    }
+
+    /// A client in the middle of step 0, which has sent its activations.
+    fn awaiting_gradient() -> Puppet {
+        let mut puppet = Puppet::ready();
         let base = Digest::of_values(&ADAPTER);
         let adapter = Some(ADAPTER.to_vec());
         puppet.send(&Message::RoundStart(RoundStart {
@@ -1450,6 +1632,32 @@ impl Puppet {
             payload: vec![3; 16],
         };
         puppet.client.activations(Duration::ZERO, input).unwrap();
+        puppet
+    }
+
+    /// A client that has done both steps of round 0.
+    fn awaiting_end() -> Puppet {
+        let mut puppet = Puppet::awaiting_gradient();
+        puppet.send(&Message::Gradient(good_gradient()));
+        let next = StepKey { step: 1, ..KEY };
+        puppet.client.step_done(Duration::ZERO, KEY, Duration::ZERO);
+        puppet.send(&Message::StepStart(StepStart { key: next, members: 1 }));
+        let input = ActivationsInput {
+            key: next,
+            batch: 1,
+            seq: 2,
+            examples: 1,
+            forward: Duration::ZERO,
+            targets: vec![1, 2],
+            payload: vec![3; 16],
+        };
+        puppet.client.activations(Duration::ZERO, input).unwrap();
+        puppet.send(&Message::Gradient(Gradient {
+            key: next,
+            ..good_gradient()
+        }));
+        puppet.client.step_done(Duration::ZERO, next, Duration::ZERO);
+        puppet.events();
         puppet
     }
 
@@ -1583,16 +1791,7 @@ fn an_adapter_that_is_not_what_its_digest_says_is_not_installed() {
         (Digest::of_values(&[f32::NAN; 4]), Some(vec![f32::NAN; 4])),
         (base, None),
     ] {
-        let mut puppet = Puppet {
-            client: ClientSession::new(client_config(), Duration::ZERO),
-            sent: 0,
-        };
-        puppet.client.connected(Endpoint::Main, Duration::ZERO);
-        puppet.answer(Endpoint::Main);
-        puppet.client.connected(Endpoint::Federated, Duration::ZERO);
-        puppet.answer(Endpoint::Federated);
-        puppet.send(&Message::Assignment(Box::new(assignment(RunId([1; 16])))));
-        puppet.client.ready(Duration::ZERO, None);
+        let mut puppet = Puppet::ready();
         puppet.events();
         puppet.send(&Message::RoundStart(RoundStart {
             round: KEY.round,
@@ -1608,6 +1807,187 @@ fn an_adapter_that_is_not_what_its_digest_says_is_not_installed() {
             "{events:?}"
         );
     }
+}
+
+/// What a client that fails says.
+fn failure(puppet: &mut Puppet) -> String {
+    match puppet.events().pop() {
+        Some(ClientEvent::Failed(failure @ ClientFailure::Protocol { .. })) => failure.to_string(),
+        other => panic!("expected a failure, got {other:?}"),
+    }
+}
+
+/// The same run cut after two blocks.
+fn reassignment() -> Assignment {
+    let first = assignment(RunId([1; 16]));
+    Assignment {
+        number: 1,
+        config: RunConfig {
+            split: 2,
+            ..first.config.clone()
+        },
+        adapter_len: 8,
+        ..first
+    }
+}
+
+#[test]
+fn another_assignment_is_loaded_between_rounds_and_nowhere_else() {
+    let reassign = |assignment: Assignment| Message::Assignment(Box::new(assignment));
+    let mut puppet = Puppet::ready();
+    puppet.events();
+    puppet.send(&reassign(reassignment()));
+    assert_eq!(puppet.events(), [ClientEvent::Assigned(Box::new(reassignment()))]);
+    while puppet.client.poll_transmit().is_some() {}
+    puppet.client.ready(Duration::ZERO, Speed::new(2.0, 3.0));
+    let Some(Transmit::Frame { bytes, .. }) = puppet.client.poll_transmit() else {
+        panic!("nothing said")
+    };
+    let Ok(Frame::Message { kind, body, .. }) = decode_frame(&bytes) else {
+        panic!("no message")
+    };
+    let ready = Message::Ready(Ready {
+        assignment: 1,
+        speed: Speed::new(2.0, 3.0),
+    });
+    assert_eq!(decode_message(kind, body), Ok(ready));
+
+    // Not twice, not out of order, not in the middle of a step, and of no impossible size.
+    let again = Assignment {
+        number: 1,
+        config: assignment(RunId([1; 16])).config,
+        ..reassignment()
+    };
+    puppet.send(&reassign(again));
+    assert!(failure(&mut puppet).contains("got Assignment 1"));
+    let mut puppet = Puppet::ready();
+    puppet.send(&reassign(Assignment {
+        number: 0,
+        ..reassignment()
+    }));
+    assert!(failure(&mut puppet).contains("got Assignment 0"));
+    let mut puppet = Puppet::awaiting_gradient();
+    puppet.send(&reassign(reassignment()));
+    assert!(failure(&mut puppet).contains("expected Gradient"));
+    let mut puppet = Puppet::ready();
+    puppet.send(&reassign(Assignment {
+        adapter_len: u64::MAX / 2,
+        ..reassignment()
+    }));
+    assert!(failure(&mut puppet).contains("too large"));
+}
+
+#[test]
+fn a_round_does_not_start_before_the_latest_assignment_is_loaded() {
+    let mut puppet = Puppet::ready();
+    puppet.send(&Message::Assignment(Box::new(reassignment())));
+    puppet.events();
+    puppet.send(&Message::RoundStart(round_start(vec![0.5; 8], None)));
+    assert!(failure(&mut puppet).contains("got RoundStart"));
+}
+
+fn round_start(adapter: Vec<f32>, moments: Option<Moments>) -> RoundStart {
+    RoundStart {
+        round: KEY.round,
+        base: Digest::of_values(&adapter),
+        members: 1,
+        adapter: Some(adapter),
+        moments,
+        rates: None,
+    }
+}
+
+#[test]
+fn moments_are_those_of_an_adapters_last_blocks_or_end_the_session() {
+    let of = |len: usize, value: f32| Moments {
+        steps: 3,
+        first: vec![value; len],
+        second: vec![value; len],
+    };
+    let two_blocks = || {
+        let mut puppet = Puppet::ready();
+        puppet.send(&Message::Assignment(Box::new(reassignment())));
+        puppet.client.ready(Duration::ZERO, None);
+        puppet.events();
+        puppet
+    };
+    let mut puppet = two_blocks();
+    puppet.send(&Message::RoundStart(round_start(vec![0.5; 8], Some(of(4, 1.0)))));
+    let said = puppet.events();
+    assert!(
+        matches!(&said[0], ClientEvent::InstallAdapter { moments: Some(moments), .. } if *moments == of(4, 1.0)),
+        "{said:?}"
+    );
+    let uneven = Moments {
+        second: vec![1.0; 3],
+        ..of(4, 1.0)
+    };
+    for bad in [
+        of(3, 1.0),
+        of(8, 1.0),
+        of(12, 1.0),
+        of(4, f32::NAN),
+        of(4, -1.0),
+        uneven,
+    ] {
+        let mut puppet = two_blocks();
+        puppet.send(&Message::RoundStart(round_start(vec![0.5; 8], Some(bad))));
+        assert!(failure(&mut puppet).contains("last blocks"));
+    }
+    let mut puppet = two_blocks();
+    puppet.send(&Message::RoundStart(RoundStart {
+        adapter: None,
+        ..round_start(vec![0.5; 8], Some(of(4, 1.0)))
+    }));
+    assert!(failure(&mut puppet).contains("without the adapter"));
+}
+
+#[test]
+fn an_adapter_is_asked_for_after_the_last_step_and_with_sense() {
+    let end = |split, steps| {
+        Message::RoundEnd(RoundEnd {
+            round: KEY.round,
+            split,
+            steps,
+        })
+    };
+    let mut puppet = Puppet::awaiting_gradient();
+    puppet.send(&end(1, 2));
+    assert!(failure(&mut puppet).contains("got RoundEnd"));
+    for (split, steps) in [(0, 2), (1, 0)] {
+        let mut puppet = Puppet::awaiting_end();
+        puppet.send(&end(split, steps));
+        assert!(failure(&mut puppet).contains("RoundEnd"));
+    }
+    let mut puppet = Puppet::awaiting_end();
+    puppet.send(&end(1, 2));
+    let asked = ClientEvent::UploadAdapter {
+        round: KEY.round,
+        split: 1,
+        steps: 2,
+    };
+    assert_eq!(puppet.events(), [asked]);
+    let input = AdapterInput {
+        round: KEY.round,
+        examples: 1,
+        values: ADAPTER.to_vec(),
+        moments: Some(Moments {
+            steps: 2,
+            first: vec![0.0; 4],
+            second: vec![0.0; 4],
+        }),
+    };
+    assert_eq!(
+        puppet.client.adapter(Duration::ZERO, input.clone()),
+        Err(ClientError::Moments),
+        "no block leaves"
+    );
+    let without = AdapterInput { moments: None, ..input };
+    assert_eq!(
+        puppet.client.adapter(Duration::ZERO, without),
+        Ok(()),
+        "the request stands"
+    );
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! The model on both engines against `transformers` + `peft` (`fixtures/gpt2_peft`), and the split against the unsplit model.
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use pollster::block_on;
 use serde_json::Value;
@@ -9,10 +11,10 @@ use sflllm::data::{Batch, Batches, Dataset, Options, pass};
 use sflllm::model::adapter::Adapter;
 use sflllm::model::central::{self, Central, Counted};
 use sflllm::model::config::Config;
-use sflllm::model::optimizer::OptimizerSettings;
+use sflllm::model::optimizer::{Moments, OptimizerSettings};
 use sflllm::model::stack::Extent;
 use sflllm::model::weights::{Unit, UnitData, WeightDtype, Weights};
-use sflllm::split::{ClientPart, Contribution, Cut, ServerPart, Training, Wire};
+use sflllm::split::{self, ClientPart, Contribution, Cut, ServerPart, Training, Wire};
 
 const CASES: [&str; 2] = ["narrow", "legacy"];
 
@@ -391,6 +393,107 @@ fn the_server_steps_on_the_concatenated_batch() {
         1e-5,
         "the server's adapter",
     );
+}
+
+/// Time that goes on by a millisecond whenever it is looked at.
+fn clock() -> Duration {
+    static LOOKS: AtomicU64 = AtomicU64::new(0);
+    Duration::from_millis(LOOKS.fetch_add(1, Ordering::Relaxed))
+}
+
+/// Measuring runs the part's own passes, and leaves adapter, moments, gradient and activations as they would be without.
+#[test]
+fn measuring_a_part_changes_nothing_it_is_trained_by() {
+    let mut fixture = Fixture::load("narrow");
+    for engine in engines() {
+        let training = fixture.training(2, Wire::F16);
+        let batches = fixture.pass(2);
+        let mut results = Vec::new();
+        for measured in [false, true] {
+            let Parts { mut client, mut server } = fixture.parts(&engine, 1, &training);
+            let mut losses = Vec::new();
+            for batch in &batches[..3] {
+                if measured {
+                    let speed = block_on(client.measure(clock)).unwrap().expect("a clock that goes on");
+                    assert!(
+                        speed.forward_flops_per_s > 1e6 && speed.backward_flops_per_s > 1e6,
+                        "{speed:?}"
+                    );
+                    assert!(block_on(server.measure(clock)).unwrap().expect("a clock that goes on") > 1e6);
+                }
+                let activations = block_on(client.forward(&batch.tokens, batch.seq)).unwrap();
+                let contribution = Contribution {
+                    cut: 1,
+                    activations: &activations,
+                    targets: &batch.targets,
+                };
+                let (loss, replies) = block_on(server.step(&[contribution])).unwrap();
+                block_on(client.backward(&replies[0].gradient)).unwrap();
+                losses.push(loss);
+            }
+            let (own, moments) = (block_on(client.adapter()).unwrap(), block_on(client.moments()).unwrap());
+            results.push((losses, own, moments, block_on(server.adapter()).unwrap()));
+        }
+        assert!(results[0] == results[1], "on {}", engine.name());
+    }
+}
+
+#[test]
+fn a_clock_that_stands_still_measures_nothing() {
+    let mut fixture = Fixture::load("narrow");
+    let training = fixture.training(2, Wire::F32);
+    let Parts { mut client, mut server } = fixture.parts(&Engine::cpu(), 1, &training);
+    assert_eq!(block_on(client.measure(|| Duration::ZERO)).unwrap(), None);
+    assert_eq!(block_on(server.measure(|| Duration::ZERO)).unwrap(), None);
+}
+
+/// A part takes contributions at its own cut, and what it is given for another cut must be of it.
+#[test]
+fn a_part_takes_what_is_of_its_cut_only() {
+    let mut fixture = Fixture::load("legacy");
+    let training = fixture.training(2, Wire::F32);
+    let batch = fixture.pass(2).remove(0);
+    let Parts { mut client, server } = fixture.parts(&Engine::cpu(), 1, &training);
+    let client_values = block_on(client.adapter()).unwrap();
+    let activations = block_on(client.forward(&batch.tokens, batch.seq)).unwrap();
+    let contribution = |cut| Contribution {
+        cut,
+        activations: &activations,
+        targets: &batch.targets,
+    };
+    let source = &mut fixture.weights;
+    let mut units = |unit| source.unit(unit, WeightDtype::F32);
+    let (server, moved) = block_on(server.recut(&mut units, 3, &client_values, None)).unwrap();
+    assert_eq!(server.cut(), 3);
+    assert_eq!(
+        moved.adapter,
+        fixture.adapter.slice(&fixture.config, 0..3).unwrap().values
+    );
+    assert_eq!(
+        moved.moments.map(|moments| moments.len()),
+        Some(2 * client_values.len())
+    );
+    assert!(matches!(
+        server.check(&contribution(1)),
+        Err(split::Error::OtherCut { cut: 3, found: 1 })
+    ));
+    server.check(&contribution(3)).unwrap();
+    for (cut, client, moments) in [
+        (0, moved.adapter.as_slice(), None),
+        (4, &moved.adapter, None),
+        (2, &client_values, None),
+        (2, &moved.adapter, None),
+        (2, &moved.adapter, Some(Moments::zero(1))),
+    ] {
+        let Parts { server, .. } = fixture.parts(&Engine::cpu(), 3, &training);
+        let source = &mut fixture.weights;
+        let mut units = |unit| source.unit(unit, WeightDtype::F32);
+        let refused = block_on(server.recut(&mut units, cut, client, moments));
+        assert!(
+            matches!(refused, Err(split::Error::Split { .. } | split::Error::Length { .. })),
+            "cut {cut}"
+        );
+    }
 }
 
 /// A narrower wire form changes the numbers by its rounding and no more.

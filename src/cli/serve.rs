@@ -668,9 +668,15 @@ impl Shown {
                 self.steps,
                 format!("round {}  loss {:.3}  {} clients", step.round, step.loss, step.clients),
             ),
-            Report::Planned { cut, rank, reason } => {
-                console.line(format!("plan: cut after block {cut}, rank {rank}; {reason}"));
-            }
+            Report::Planned {
+                round,
+                cut,
+                rank,
+                reason,
+            } => console.line(format!(
+                "plan from round {round}: cut after {cut} block{}, rank {rank}; {reason}",
+                plural(cut)
+            )),
             Report::Round(round) => {
                 let validation = match (round.valid_loss, round.valid_perplexity) {
                     (Some(loss), Some(perplexity)) => {

@@ -108,6 +108,7 @@ pub enum Report {
         data: Option<DataSummary>,
         blocks: usize,
         rounds: u32,
+        /// Still to go.
         steps: u32,
     },
     RoundStarted {
@@ -521,7 +522,8 @@ impl Driver {
             } if generation == self.generation => {
                 if let Some(plan) = &self.plan {
                     self.loaded = (generation, plan.units().to_vec());
-                    let steps = plan.rounds.saturating_mul(plan.local_steps);
+                    let done = u32::try_from(self.summary.steps).unwrap_or(u32::MAX);
+                    let steps = plan.rounds.saturating_mul(plan.local_steps).saturating_sub(done);
                     (self.report)(Report::Loaded {
                         data,
                         blocks: plan.cut,

@@ -90,7 +90,8 @@ struct State {
     /// Grows with every assignment, so that work for an old one is recognised when it ends.
     generation: u64,
     plan: Option<Plan>,
-    loader: Option<Loader>,
+    /// With the generation it is for.
+    loader: Option<(u64, Loader)>,
     document: Option<Document>,
     examples: Option<Vec<Example>>,
     learner: Option<Learner>,
@@ -188,7 +189,7 @@ impl EdgeClient {
     #[wasm_bindgen(js_name = loadWeights)]
     pub fn load_weights(&self, bytes: Vec<u8>) -> Result<(), JsError> {
         let mut state = self.0.state.borrow_mut();
-        let loader = state.loader.as_mut().ok_or_else(no_assignment)?;
+        let (_, loader) = state.loader.as_mut().ok_or_else(no_assignment)?;
         Ok(loader.add(bytes)?)
     }
 
@@ -251,7 +252,16 @@ impl EdgeClient {
         {
             let mut state = self.0.state.borrow_mut();
             let state = &mut *state;
-            let loader = state.loader.take().ok_or_else(no_assignment)?;
+            let current = state.generation;
+            if state
+                .loader
+                .as_ref()
+                .is_some_and(|(generation, _)| *generation != current)
+            {
+                // Word of the next assignment is on its way.
+                return Ok(());
+            }
+            let (_, loader) = state.loader.take().ok_or_else(no_assignment)?;
             let examples = state.examples.take().ok_or_else(no_assignment)?;
             state.learner = Some(loader.finish(examples)?);
             state.work.push_back(Work::Measure);
@@ -395,8 +405,8 @@ impl Shared {
         match Plan::new(assignment) {
             Ok(plan) => {
                 let mut state = self.state.borrow_mut();
+                // What is being loaded goes on until `assigned` is performed, and is then of no use.
                 state.generation += 1;
-                state.loader = None;
                 state.work.clear();
                 state.next_assignment = Some(Box::new(plan));
             }
@@ -433,7 +443,7 @@ impl Shared {
                 // Yet another one came; everything is loaded afresh for that.
                 return Ok(());
             }
-            state.loader = Some(loader);
+            state.loader = Some((generation, loader));
             state.examples = examples;
             state.plan = Some(plan);
         }

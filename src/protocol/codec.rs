@@ -579,19 +579,7 @@ wire_struct!(Inclusion {
     examples: u64
 });
 
-impl Wire for (u64, u64) {
-    const MIN_BYTES: usize = 16;
-
-    fn put(&self, out: &mut Vec<u8>) {
-        self.0.put(out);
-        self.1.put(out);
-    }
-
-    fn take(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
-        Ok((Wire::take(reader)?, Wire::take(reader)?))
-    }
-}
-
+wire_struct!(Leaving { len: u64, steps: u64 });
 wire_struct!(Mean { digest: Digest, values: Vec<f32>, moments: Option<Moments> });
 wire_struct!(RoundClosed {
     round: RoundKey,

@@ -117,8 +117,8 @@ struct OpenRound {
     base: Digest,
     adapter_len: u64,
     max_examples: u64,
-    /// Set once members have been asked for their adapters: how many values' moments come along, and of which step.
-    asked: Option<Option<(u64, u64)>>,
+    /// What comes with the adapters, once members have been asked for them.
+    asked: Option<Option<Leaving>>,
     opened: Duration,
     members: BTreeMap<ClientId, Option<Update>>,
     excluded: Vec<Exclusion>,
@@ -126,7 +126,7 @@ struct OpenRound {
 
 impl OpenRound {
     /// Why an update cannot be used, if it cannot.
-    fn fault(&self, update: &AdapterUpdate, asked: Option<(u64, u64)>) -> Option<(ExclusionReason, String)> {
+    fn fault(&self, update: &AdapterUpdate, asked: Option<Leaving>) -> Option<(ExclusionReason, String)> {
         let (values, moments) = (&update.values, &update.moments);
         let length = |len: u64| usize::try_from(len).unwrap_or(usize::MAX);
         if update.base != self.base {
@@ -139,7 +139,7 @@ impl OpenRound {
             let detail = format!("value {position} of the adapter is not finite");
             Some((ExclusionReason::NotFinite, detail))
         } else if !match (moments, asked) {
-            (Some(moments), Some((len, steps))) => moments.are_of(length(len), steps),
+            (Some(moments), Some(Leaving { len, steps })) => moments.are_of(length(len), steps),
             (moments, asked) => moments.is_some() == asked.is_some(),
         } {
             let detail = "moments other than those asked for".to_owned();
@@ -709,7 +709,7 @@ impl FederatedServerSession {
         let average = mean(&updates, |update| Some(&update.values)).map(|values| Mean {
             digest: Digest::of_values(&values),
             values,
-            moments: open.asked.flatten().and_then(|(_, steps)| {
+            moments: open.asked.flatten().and_then(|Leaving { steps, .. }| {
                 Some(Moments {
                     steps,
                     first: mean(&updates, |update| Some(&update.moments.as_ref()?.first))?,

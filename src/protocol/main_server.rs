@@ -429,7 +429,7 @@ pub struct MainServerSession {
     finishing: Option<Finishing>,
     /// Clients who were ready when the latest placement came and have not left: the next round waits for them.
     expected: BTreeSet<ClientId>,
-    /// Clients that the plan is for; while it is being made, `planning`.
+    /// Clients that the latest plan is for, and what the next is being made for.
     planned: BTreeSet<ClientId>,
     planning: Option<Occasion>,
     rates: BTreeMap<ClientId, LinkRates>,
@@ -628,7 +628,7 @@ impl MainServerSession {
         self.retest(now);
         match self.phase {
             Phase::Waiting { until: Some(until) } if until <= now => {
-                if self.clients.values().any(|client| client.ready) {
+                if !self.has_started || self.clients.values().any(|client| client.ready) {
                     // Who is still loading has had long enough.
                     self.expected.clear();
                     self.phase = Phase::Waiting { until: None };
@@ -879,12 +879,15 @@ impl MainServerSession {
     ///
     /// # Errors
     /// When the placement contradicts itself or the run, or something is trained already; nothing is changed then.
-    pub fn place(&mut self, placement: Placement) -> Result<(), MainError> {
+    pub fn place(&mut self, now: Duration, placement: Placement) -> Result<(), MainError> {
         if self.has_started {
             return Err(MainError::Fixed);
         }
         self.config.check(&placement)?;
         self.adopt(placement);
+        self.phase = Phase::Waiting {
+            until: Some(now + self.config.wait_for_client),
+        };
         Ok(())
     }
 
@@ -1118,7 +1121,9 @@ impl MainServerSession {
             device,
         });
         // A newcomer has as long to become ready as the run waits for anybody.
-        if let Phase::Waiting { until: Some(until) } = &mut self.phase {
+        if let Phase::Waiting { until: Some(until) } = &mut self.phase
+            && self.expected.is_empty()
+        {
             *until = (*until).max(now + self.config.wait_for_client);
             self.events.push_back(MainEvent::Waiting { until: *until });
         }
@@ -1465,7 +1470,8 @@ impl MainServerSession {
 
     /// Tells the federated server what comes with the adapters.
     fn collect(&mut self, split: u32) {
-        let moments = self.leaving(split).map(|len| (len, self.steps));
+        let steps = self.steps;
+        let moments = self.leaving(split).map(|len| Leaving { len, steps });
         self.controls.push_back(Control::Collect {
             round: self.round,
             moments,

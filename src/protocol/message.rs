@@ -678,6 +678,13 @@ pub struct Stop {
     pub return_after: Option<Duration>,
 }
 
+/// Moments that come with an adapter: of so many values, the last ones, as after so many steps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Leaving {
+    pub len: u64,
+    pub steps: u64,
+}
+
 /// Main → federated server. In one process the driver hands these over as values.
 #[derive(Clone, PartialEq)]
 pub enum Control {
@@ -707,8 +714,8 @@ pub enum Control {
     /// Members have been asked for their adapters.
     Collect {
         round: RoundKey,
-        /// Values whose moments come with the adapter, and the steps they are of.
-        moments: Option<(u64, u64)>,
+        /// What comes with the adapter.
+        moments: Option<Leaving>,
     },
     /// A member left the open round.
     Departed { round: RoundKey, client: ClientId },

@@ -21,7 +21,7 @@ use super::socket::{Outgoing, Service};
 use super::store::RunDirectory;
 use super::worker::{Done, Work};
 use crate::model::config::Config;
-use crate::protocol::message::{ClientId, ControlReply, RefusalReason, StepKey};
+use crate::protocol::message::{ClientId, ControlReply, RefusalReason, RunConfig, StepKey};
 use crate::protocol::{
     CollectTime, ConnectionId, ControlEvent, ControlSession, FederatedEvent, FederatedServerSession, MAX_FRAME_BYTES,
     MainEvent, MainServerSession, Occasion, Placement, RoundPlan, RunEnd, RunPhase, StepTimes, Transmit,
@@ -78,8 +78,9 @@ pub enum Report {
     RoundLost {
         round: u32,
     },
-    /// What is to hold from the next round on.
+    /// What is to hold from this round on.
     Planned {
+        round: u32,
         cut: usize,
         rank: usize,
         reason: String,
@@ -147,7 +148,7 @@ pub struct MainRun {
     pending_step: Option<(StepKey, StepRecord)>,
     measured: RoundMeasure,
     /// When a plan was asked for, and how long plans of this round have taken.
-    planning_since: Option<Instant>,
+    planning_since: Option<(Occasion, Instant)>,
     planning: Duration,
     /// Of this round, and of the next.
     prediction: Option<RoundPrediction>,
@@ -723,13 +724,22 @@ impl Coordinator {
         let Some(main) = &mut self.parts.main else {
             return Ok(());
         };
-        if let Some(since) = main.planning_since.take() {
+        let mut round = main.session.status().round + 1;
+        if let Some((occasion, since)) = main.planning_since.take() {
             main.planning += since.elapsed();
+            round += u32::from(matches!(occasion, Occasion::Boundary(_)));
         }
         if let Some(placement) = placement {
-            main.session.place(placement)?;
-            let config = main.session.config();
-            (main.cut, main.rank) = (config.split as usize, config.rank as usize);
+            let RunConfig { split, rank, alpha, .. } = placement.assignment.config;
+            (main.cut, main.rank) = (split as usize, rank as usize);
+            main.session.place(now, placement)?;
+            let About {
+                rounds, local_steps, ..
+            } = main.about;
+            let plan = json!({
+                "split": split, "rank": rank, "alpha": alpha, "rounds": rounds, "local_steps": local_steps,
+            });
+            self.parts.directory.note(json!({ "plan": plan }))?;
         }
         let plan = decision.as_ref().map(|decision| RoundPlan {
             split: Some(u32::try_from(decision.cut).unwrap_or(u32::MAX)),
@@ -757,9 +767,16 @@ impl Coordinator {
             })
             .collect();
         let predicted_s = prediction.as_ref().map(|prediction| prediction.total_s);
-        let fields = json!({ "cut": cut, "rank": rank, "reason": reason, "rates": rates, "predicted_s": predicted_s });
+        let fields = json!({
+            "round": round, "cut": cut, "rank": rank, "reason": reason, "rates": rates, "predicted_s": predicted_s,
+        });
         self.parts.metrics.event(at, "plan", fields)?;
-        (self.parts.report)(Report::Planned { cut, rank, reason });
+        (self.parts.report)(Report::Planned {
+            round,
+            cut,
+            rank,
+            reason,
+        });
         main.next_prediction = prediction;
         Ok(())
     }
@@ -866,7 +883,7 @@ impl Coordinator {
                 }
             }
             MainEvent::PlanWanted { occasion } => {
-                main.planning_since = Some(Instant::now());
+                main.planning_since = Some((occasion, Instant::now()));
                 let facts = main.facts(occasion);
                 main.compute(Work::Plan(Box::new(facts)))?;
             }

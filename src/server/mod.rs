@@ -30,6 +30,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use axum_server::Handle;
+use axum_server::accept::NoDelayAcceptor;
 use axum_server::tls_rustls::RustlsConfig;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
@@ -340,14 +341,20 @@ impl Server {
     fn listen(&mut self, bound: Bound, identity: Option<&tls::Identity>, router: axum::Router) -> Result<(), Error> {
         let handle = Handle::new();
         let service = router.into_make_service_with_connect_info::<SocketAddr>();
+        // A message waits for no other: what a step's phases take is measured.
+        let prompt = NoDelayAcceptor::new();
         let task = match identity.filter(|_| bound.secure) {
             Some(identity) => {
                 let config = RustlsConfig::from_config(identity.config.clone());
-                let server = axum_server::from_tcp_rustls(bound.listener, config).map_err(Error::Serve)?;
+                let server = axum_server::from_tcp_rustls(bound.listener, config)
+                    .map_err(Error::Serve)?
+                    .map(|acceptor| acceptor.acceptor(prompt));
                 tokio::spawn(server.handle(handle.clone()).serve(service))
             }
             None => {
-                let server = axum_server::from_tcp(bound.listener).map_err(Error::Serve)?;
+                let server = axum_server::from_tcp(bound.listener)
+                    .map_err(Error::Serve)?
+                    .acceptor(prompt);
                 tokio::spawn(server.handle(handle.clone()).serve(service))
             }
         };

@@ -650,7 +650,7 @@ impl World {
             Occasion::Start => {
                 let split = self.scenario.split(0);
                 if let Some(placement) = self.recut(split, None)
-                    && let Err(error) = self.main.place(placement)
+                    && let Err(error) = self.main.place(now, placement)
                 {
                     self.violation(error.to_string());
                 }

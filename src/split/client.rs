@@ -133,31 +133,29 @@ impl ClientPart {
         Ok(self.stack.engine().wait().await?)
     }
 
-    /// Measures this device on the part's own recordings at the largest shape, with tokens that mean nothing, for about a
-    /// second at most. Nothing that training builds on is changed. `None` where the clock is too coarse to tell.
+    /// Measures this device on the part's own recordings at the largest shape, or at shorter sequences where those would take too
+    /// long, with tokens that mean nothing, for about a second. Nothing that training builds on is changed. `None` where the clock
+    /// is too coarse to tell.
     pub async fn measure(&mut self, clock: Clock) -> Result<Option<Speed>, Error> {
         const FORWARD: &str = "speed.forward";
         const BACKWARD: &str = "speed.backward";
         let (batch, seq) = (self.training.batch, self.training.seq);
         self.stack.upload_tokens(&vec![0; batch * seq]);
-        let forward = speed::seconds(&mut self.stack, clock, |stack| {
+        let forward = speed::rate(&mut self.stack, clock, (FORWARD, seq), |stack, seq| {
             stack.run(FORWARD, seq, |stack, recording| {
                 stack.record_embedding(recording, seq);
                 stack.record_blocks(recording, seq);
             })
         })
         .await?;
-        let backward = speed::seconds(&mut self.stack, clock, |stack| {
+        let backward = speed::rate(&mut self.stack, clock, (BACKWARD, seq), |stack, seq| {
             stack.run(BACKWARD, seq, |stack, recording| {
                 stack.record_backward(recording, seq, false);
                 stack.record_clear_gradient(recording);
             })
         })
         .await?;
-        Ok(Speed::new(
-            speed::rate(&self.stack, FORWARD, seq, forward),
-            speed::rate(&self.stack, BACKWARD, seq, backward),
-        ))
+        Ok(Speed::new(forward, backward))
     }
 
     /// The weights on the device, which another part can be made from.

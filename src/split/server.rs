@@ -252,13 +252,13 @@ impl ServerPart {
         self.cut
     }
 
-    /// What this device computes on the part's own blocks, head and loss, forward and backward, in FLOP/s, measured for about
-    /// half a second at most. Nothing that training builds on is changed. `None` where the clock is too coarse to tell.
+    /// What this device computes on the part's own blocks, head and loss, forward and backward, in FLOP/s, measured as
+    /// [`ClientPart::measure`](super::ClientPart::measure) does.
     pub async fn measure(&mut self, clock: Clock) -> Result<Option<f64>, Error> {
         const STEP: &str = "speed.step";
         let Training { batch, seq, .. } = self.training;
         self.stack.upload_targets(&vec![0; batch * seq], 1.0);
-        let seconds = speed::seconds(&mut self.stack, clock, |stack| {
+        let rate = speed::rate(&mut self.stack, clock, (STEP, seq), |stack, seq| {
             stack.run(STEP, seq, |stack, recording| {
                 stack.record_blocks(recording, seq);
                 stack.record_loss(recording, seq, true);
@@ -267,7 +267,6 @@ impl ServerPart {
             })
         })
         .await?;
-        let rate = speed::rate(&self.stack, STEP, seq, seconds);
         Ok((rate.is_finite() && rate > 0.0).then_some(rate))
     }
 
