@@ -429,6 +429,7 @@ async fn host_here(
     let shown = Shown {
         console: console.clone(),
         steps,
+        plan: Mutex::new(None),
     };
     let is_page = !matches!(role, Role::Federated);
     let settings = Settings {
@@ -636,6 +637,8 @@ pub(super) fn conclude(summary: &Summary, adapter: Option<&Path>, output: &Outpu
 struct Shown {
     console: Console,
     steps: u64,
+    /// Cut and rank of the last plan that was shown.
+    plan: Mutex<Option<(usize, usize)>>,
 }
 
 impl Shown {
@@ -673,10 +676,15 @@ impl Shown {
                 cut,
                 rank,
                 reason,
-            } => console.line(format!(
-                "plan from round {round}: cut after {cut} block{}, rank {rank}; {reason}",
-                plural(cut)
-            )),
+            } => {
+                let mut shown = self.plan.lock().unwrap_or_else(PoisonError::into_inner);
+                if shown.replace((cut, rank)) != Some((cut, rank)) {
+                    console.line(format!(
+                        "plan from round {round}: cut after {cut} block{}, rank {rank}; {reason}",
+                        plural(cut)
+                    ));
+                }
+            }
             Report::Round(round) => {
                 let validation = match (round.valid_loss, round.valid_perplexity) {
                     (Some(loss), Some(perplexity)) => {
