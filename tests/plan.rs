@@ -188,6 +188,16 @@ impl Ran {
 
 /// Serves a run with one client for each list of examples.
 fn run(cut: usize, rounds: u32, initial: Adapter, planner: Option<Fixed>, clients: Vec<Vec<Example>>) -> Ran {
+    run_on(&Engine::cpu(), (cut, rounds), initial, planner, clients)
+}
+
+fn run_on(
+    engine: &Engine,
+    (cut, rounds): (usize, u32),
+    initial: Adapter,
+    planner: Option<Fixed>,
+    clients: Vec<Vec<Example>>,
+) -> Ran {
     let home = tempfile::tempdir().unwrap();
     let config = config();
     let mut examples = examples(&config);
@@ -201,7 +211,7 @@ fn run(cut: usize, rounds: u32, initial: Adapter, planner: Option<Fixed>, client
             dtype: WeightDtype::F32,
             tokenizer: None,
         },
-        engine: Engine::cpu(),
+        engine: engine.clone(),
         training: training(&config, &initial.spec, rounds),
         cut,
         initial,
@@ -241,7 +251,7 @@ fn run(cut: usize, rounds: u32, initial: Adapter, planner: Option<Fixed>, client
                 token: None,
                 dialer: Dialer::new(&Trust::Known).unwrap(),
                 name: format!("client {number}"),
-                engine: Engine::cpu(),
+                engine: engine.clone(),
                 source: native::Source::Examples(examples),
                 cache: home.path().join(format!("cache-{number}")),
                 adapter_out: Some(home.path().join(format!("kept-{number}"))),
@@ -279,25 +289,16 @@ fn run(cut: usize, rounds: u32, initial: Adapter, planner: Option<Fixed>, client
 }
 
 /// The losses and the adapter of the same training on one device.
-fn centralised(initial: &Adapter, rounds: u32) -> (Vec<f64>, Vec<f32>) {
+fn centralised(engine: &Engine, initial: &Adapter, rounds: u32) -> (Vec<f64>, Vec<f32>) {
     let config = config();
-    let engine = Engine::cpu();
     let training = training(&config, &initial.spec, rounds);
     let mut source = weights(&config);
-    let loaded = central::load(&engine, &config, &mut |unit| source.unit(unit, WeightDtype::F32)).unwrap();
+    let loaded = central::load(engine, &config, &mut |unit| source.unit(unit, WeightDtype::F32)).unwrap();
     let extent = Extent {
         batch: BATCH,
         seq: config.positions,
     };
-    let mut whole = Central::new(
-        &engine,
-        &config,
-        loaded,
-        Some(initial),
-        extent,
-        Some(training.optimizer),
-    )
-    .unwrap();
+    let mut whole = Central::new(engine, &config, loaded, Some(initial), extent, Some(training.optimizer)).unwrap();
     let mut batches = Batches::new(examples(&config), BATCH, config.positions, None).unwrap();
     let losses = (0..rounds * LOCAL_STEPS)
         .map(|_| {
@@ -334,7 +335,7 @@ fn wherever_the_cut_moves_one_clients_training_is_that_of_one_device() {
     const ROUNDS: u32 = 5;
     let config = config();
     let initial = adapter(&config);
-    let (losses, trained) = centralised(&initial, ROUNDS);
+    let (losses, trained) = centralised(&Engine::cpu(), &initial, ROUNDS);
     let still = run(1, ROUNDS, initial.clone(), None, vec![examples(&config)]);
     assert_same(&still, &losses, &trained, "never moved");
     let heard = Arc::new(Mutex::new(Heard::default()));
@@ -385,6 +386,18 @@ fn wherever_the_cut_moves_one_clients_training_is_that_of_one_device() {
 }
 
 #[test]
+fn the_cut_moves_on_a_gpu_as_well() {
+    const ROUNDS: u32 = 3;
+    let Some(engine) = Engine::gpu_for_tests() else { return };
+    let config = config();
+    let initial = adapter(&config);
+    let (losses, trained) = centralised(&engine, &initial, ROUNDS);
+    let clients = vec![examples(&config)];
+    let moved = run_on(&engine, (1, ROUNDS), initial, Some(Fixed::cuts(&[2, 3, 1])), clients);
+    assert_same(&moved, &losses, &trained, engine.name());
+}
+
+#[test]
 fn the_run_begins_where_the_plan_says_at_its_rank() {
     const ROUNDS: u32 = 3;
     let config = config();
@@ -396,7 +409,7 @@ fn the_run_begins_where_the_plan_says_at_its_rank() {
     };
     let ran = run(1, ROUNDS, fresh(2), Some(planner), vec![examples(&config)]);
     assert_eq!(ran.adapter().spec, spec(5));
-    let (losses, trained) = centralised(&fresh(5), ROUNDS);
+    let (losses, trained) = centralised(&Engine::cpu(), &fresh(5), ROUNDS);
     assert_same(&ran, &losses, &trained, "rank 5 from the cut after 3");
 
     // A given adapter brings its own rank.
