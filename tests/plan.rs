@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use pollster::block_on;
 use serde_json::Value;
-use sflllm::client::{Plan, native};
+use sflllm::client::{Loader, Plan, native};
 use sflllm::compute::Engine;
 use sflllm::data::{Batches, Dataset, Example, Options};
 use sflllm::model::adapter::{Adapter, AdapterLayout, LoraSpec, Target};
@@ -15,7 +15,7 @@ use sflllm::model::central::{self, Central};
 use sflllm::model::config::Config;
 use sflllm::model::optimizer::{OptimizerSettings, Schedule};
 use sflllm::model::stack::Extent;
-use sflllm::model::weights::{WeightDtype, Weights};
+use sflllm::model::weights::{Unit, WeightDtype, Weights};
 use sflllm::protocol::FinishReason;
 use sflllm::protocol::message::{
     self, Assignment, Blob, Digest, LinkRates, MomentPolicy, OptimizerConfig, RunConfig, RunId, WeightFormat, WireDtype,
@@ -428,27 +428,32 @@ fn run_to_error(planner: Fixed) -> String {
     ran.summary.unwrap_err().to_string()
 }
 
-/// What a client is asked to do, as far as its driver checks it.
-#[test]
-fn an_assignment_that_cannot_be_is_refused_with_what_is_wrong() {
+/// An assignment of the first `cut` blocks, and the files it names.
+fn assign(cut: usize) -> (Assignment, Vec<Vec<u8>>) {
     let config = config();
     let spec = adapter(&config).spec;
-    let names =
-        |cut: usize| std::iter::once("embedding".to_owned()).chain((0..cut).map(|block| format!("block.{block}")));
-    let blob = |name| Blob {
-        name,
-        sha256: Digest([0; 32]),
-        bytes: 100,
-    };
-    let targets = spec.targets.iter().map(|target| target.module().to_owned()).collect();
-    let assignment = |cut: usize| Assignment {
+    let mut source = weights(&config);
+    let units = std::iter::once(Unit::Embedding).chain((0..cut).map(Unit::Block));
+    let (blobs, files) = units
+        .map(|unit| {
+            let mut bytes = Vec::new();
+            source.unit(unit, WeightDtype::F32).unwrap().encode(&mut bytes).unwrap();
+            let blob = Blob {
+                name: unit.to_string(),
+                sha256: Digest::of(&bytes),
+                bytes: bytes.len() as u64,
+            };
+            (blob, bytes)
+        })
+        .unzip();
+    let assignment = Assignment {
         run: RunId([1; 16]),
         number: 1,
         config: RunConfig {
             split: cut as u32,
             rank: spec.rank as u32,
             alpha: spec.alpha,
-            targets: Vec::clone(&targets),
+            targets: spec.targets.iter().map(|target| target.module().to_owned()).collect(),
             weights: WeightFormat::F32,
             wire: WireDtype::F32,
             batch: 2,
@@ -470,12 +475,18 @@ fn an_assignment_that_cannot_be_is_refused_with_what_is_wrong() {
             },
         },
         model_config: config.to_json(),
-        weights: names(cut).map(blob).collect(),
+        weights: blobs,
         tokenizer: Vec::new(),
-        adapter_len: AdapterLayout::new(&config, &spec, 0..cut.min(config.blocks))
-            .unwrap()
-            .len() as u64,
+        adapter_len: AdapterLayout::new(&config, &spec, 0..cut).unwrap().len() as u64,
     };
+    (assignment, files)
+}
+
+/// What a client is asked to do, as far as its driver checks it.
+#[test]
+fn an_assignment_that_cannot_be_is_refused_with_what_is_wrong() {
+    let config = config();
+    let assignment = |cut| assign(cut).0;
     assert_eq!(Plan::new(&assignment(3)).unwrap().cut, 3);
     let refused = |assignment: Assignment| Plan::new(&assignment).unwrap_err().to_string();
     for cut in [0, config.blocks, usize::MAX >> 33] {
@@ -506,6 +517,49 @@ fn an_assignment_that_cannot_be_is_refused_with_what_is_wrong() {
         ..assignment(2)
     });
     assert!(rank.contains("rank 0"), "{rank}");
+}
+
+#[test]
+fn what_is_on_the_device_is_used_again_for_the_same_model_only() {
+    let engine = Engine::cpu();
+    let clock = || Duration::ZERO;
+    let (first, files) = assign(2);
+    let held = || {
+        let mut loader = Loader::new(&engine, &Plan::new(&first).unwrap(), clock, None).unwrap();
+        for bytes in &files {
+            loader.add(bytes.clone()).unwrap();
+        }
+        let learner = loader.finish(examples(&config())).unwrap();
+        Some(block_on(learner.release()).unwrap())
+    };
+    let missing = |assignment: &Assignment| {
+        let mut loader = Loader::new(&engine, &Plan::new(assignment).unwrap(), clock, held()).unwrap();
+        let missing: Vec<String> = loader.missing().iter().map(|blob| blob.name.clone()).collect();
+        (missing, loader.take_data().is_some())
+    };
+    let names = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>();
+    assert_eq!(missing(&assign(1).0), (names(&[]), true));
+    assert_eq!(missing(&assign(3).0), (names(&["block.2"]), true));
+    let mut changed = assign(3).0;
+    changed.weights[2].sha256 = Digest([7; 32]);
+    assert_eq!(missing(&changed), (names(&["block.1", "block.2"]), true));
+    let other_run = Assignment {
+        run: RunId([2; 16]),
+        ..assign(3).0
+    };
+    assert_eq!(
+        missing(&other_run),
+        (names(&["block.2"]), false),
+        "another run may read the text otherwise"
+    );
+    let other_heads = Assignment {
+        model_config: assign(2).0.model_config.replace("\"n_head\":4", "\"n_head\":2"),
+        ..assign(2).0
+    };
+    assert_eq!(
+        missing(&other_heads),
+        (names(&["embedding", "block.0", "block.1"]), false)
+    );
 }
 
 #[test]
