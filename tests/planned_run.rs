@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use pollster::block_on;
 use serde_json::Value;
-use sflllm::client::{Plan, native};
+use sflllm::client::{Loader, Plan, native};
 use sflllm::compute::Engine;
 use sflllm::data::{Batches, Dataset, Example, Options};
 use sflllm::model::adapter::{Adapter, AdapterLayout, LoraSpec, Target};
@@ -15,7 +15,7 @@ use sflllm::model::central::{self, Central};
 use sflllm::model::config::Config;
 use sflllm::model::optimizer::{OptimizerSettings, Schedule};
 use sflllm::model::stack::Extent;
-use sflllm::model::weights::{WeightDtype, Weights};
+use sflllm::model::weights::{Unit, WeightDtype, Weights};
 use sflllm::protocol::FinishReason;
 use sflllm::protocol::message::{
     self, Assignment, Blob, Digest, LinkRates, MomentPolicy, OptimizerConfig, RunConfig, RunId, WeightFormat, WireDtype,
@@ -188,6 +188,16 @@ impl Ran {
 
 /// Serves a run with one client for each list of examples.
 fn run(cut: usize, rounds: u32, initial: Adapter, planner: Option<Fixed>, clients: Vec<Vec<Example>>) -> Ran {
+    run_on(&Engine::cpu(), (cut, rounds), initial, planner, clients)
+}
+
+fn run_on(
+    engine: &Engine,
+    (cut, rounds): (usize, u32),
+    initial: Adapter,
+    planner: Option<Fixed>,
+    clients: Vec<Vec<Example>>,
+) -> Ran {
     let home = tempfile::tempdir().unwrap();
     let config = config();
     let mut examples = examples(&config);
@@ -201,7 +211,7 @@ fn run(cut: usize, rounds: u32, initial: Adapter, planner: Option<Fixed>, client
             dtype: WeightDtype::F32,
             tokenizer: None,
         },
-        engine: Engine::cpu(),
+        engine: engine.clone(),
         training: training(&config, &initial.spec, rounds),
         cut,
         initial,
@@ -241,7 +251,7 @@ fn run(cut: usize, rounds: u32, initial: Adapter, planner: Option<Fixed>, client
                 token: None,
                 dialer: Dialer::new(&Trust::Known).unwrap(),
                 name: format!("client {number}"),
-                engine: Engine::cpu(),
+                engine: engine.clone(),
                 source: native::Source::Examples(examples),
                 cache: home.path().join(format!("cache-{number}")),
                 adapter_out: Some(home.path().join(format!("kept-{number}"))),
@@ -279,25 +289,16 @@ fn run(cut: usize, rounds: u32, initial: Adapter, planner: Option<Fixed>, client
 }
 
 /// The losses and the adapter of the same training on one device.
-fn centralised(initial: &Adapter, rounds: u32) -> (Vec<f64>, Vec<f32>) {
+fn centralised(engine: &Engine, initial: &Adapter, rounds: u32) -> (Vec<f64>, Vec<f32>) {
     let config = config();
-    let engine = Engine::cpu();
     let training = training(&config, &initial.spec, rounds);
     let mut source = weights(&config);
-    let loaded = central::load(&engine, &config, &mut |unit| source.unit(unit, WeightDtype::F32)).unwrap();
+    let loaded = central::load(engine, &config, &mut |unit| source.unit(unit, WeightDtype::F32)).unwrap();
     let extent = Extent {
         batch: BATCH,
         seq: config.positions,
     };
-    let mut whole = Central::new(
-        &engine,
-        &config,
-        loaded,
-        Some(initial),
-        extent,
-        Some(training.optimizer),
-    )
-    .unwrap();
+    let mut whole = Central::new(engine, &config, loaded, Some(initial), extent, Some(training.optimizer)).unwrap();
     let mut batches = Batches::new(examples(&config), BATCH, config.positions, None).unwrap();
     let losses = (0..rounds * LOCAL_STEPS)
         .map(|_| {
@@ -334,7 +335,7 @@ fn wherever_the_cut_moves_one_clients_training_is_that_of_one_device() {
     const ROUNDS: u32 = 5;
     let config = config();
     let initial = adapter(&config);
-    let (losses, trained) = centralised(&initial, ROUNDS);
+    let (losses, trained) = centralised(&Engine::cpu(), &initial, ROUNDS);
     let still = run(1, ROUNDS, initial.clone(), None, vec![examples(&config)]);
     assert_same(&still, &losses, &trained, "never moved");
     let heard = Arc::new(Mutex::new(Heard::default()));
@@ -385,6 +386,18 @@ fn wherever_the_cut_moves_one_clients_training_is_that_of_one_device() {
 }
 
 #[test]
+fn the_cut_moves_on_a_gpu_as_well() {
+    const ROUNDS: u32 = 3;
+    let Some(engine) = Engine::gpu_for_tests() else { return };
+    let config = config();
+    let initial = adapter(&config);
+    let (losses, trained) = centralised(&engine, &initial, ROUNDS);
+    let clients = vec![examples(&config)];
+    let moved = run_on(&engine, (1, ROUNDS), initial, Some(Fixed::cuts(&[2, 3, 1])), clients);
+    assert_same(&moved, &losses, &trained, engine.name());
+}
+
+#[test]
 fn the_run_begins_where_the_plan_says_at_its_rank() {
     const ROUNDS: u32 = 3;
     let config = config();
@@ -396,7 +409,7 @@ fn the_run_begins_where_the_plan_says_at_its_rank() {
     };
     let ran = run(1, ROUNDS, fresh(2), Some(planner), vec![examples(&config)]);
     assert_eq!(ran.adapter().spec, spec(5));
-    let (losses, trained) = centralised(&fresh(5), ROUNDS);
+    let (losses, trained) = centralised(&Engine::cpu(), &fresh(5), ROUNDS);
     assert_same(&ran, &losses, &trained, "rank 5 from the cut after 3");
 
     // A given adapter brings its own rank.
@@ -415,27 +428,32 @@ fn run_to_error(planner: Fixed) -> String {
     ran.summary.unwrap_err().to_string()
 }
 
-/// What a client is asked to do, as far as its driver checks it.
-#[test]
-fn an_assignment_that_cannot_be_is_refused_with_what_is_wrong() {
+/// An assignment of the first `cut` blocks, and the files it names.
+fn assign(cut: usize) -> (Assignment, Vec<Vec<u8>>) {
     let config = config();
     let spec = adapter(&config).spec;
-    let names =
-        |cut: usize| std::iter::once("embedding".to_owned()).chain((0..cut).map(|block| format!("block.{block}")));
-    let blob = |name| Blob {
-        name,
-        sha256: Digest([0; 32]),
-        bytes: 100,
-    };
-    let targets = spec.targets.iter().map(|target| target.module().to_owned()).collect();
-    let assignment = |cut: usize| Assignment {
+    let mut source = weights(&config);
+    let units = std::iter::once(Unit::Embedding).chain((0..cut).map(Unit::Block));
+    let (blobs, files) = units
+        .map(|unit| {
+            let mut bytes = Vec::new();
+            source.unit(unit, WeightDtype::F32).unwrap().encode(&mut bytes).unwrap();
+            let blob = Blob {
+                name: unit.to_string(),
+                sha256: Digest::of(&bytes),
+                bytes: bytes.len() as u64,
+            };
+            (blob, bytes)
+        })
+        .unzip();
+    let assignment = Assignment {
         run: RunId([1; 16]),
         number: 1,
         config: RunConfig {
             split: cut as u32,
             rank: spec.rank as u32,
             alpha: spec.alpha,
-            targets: Vec::clone(&targets),
+            targets: spec.targets.iter().map(|target| target.module().to_owned()).collect(),
             weights: WeightFormat::F32,
             wire: WireDtype::F32,
             batch: 2,
@@ -457,12 +475,18 @@ fn an_assignment_that_cannot_be_is_refused_with_what_is_wrong() {
             },
         },
         model_config: config.to_json(),
-        weights: names(cut).map(blob).collect(),
+        weights: blobs,
         tokenizer: Vec::new(),
-        adapter_len: AdapterLayout::new(&config, &spec, 0..cut.min(config.blocks))
-            .unwrap()
-            .len() as u64,
+        adapter_len: AdapterLayout::new(&config, &spec, 0..cut).unwrap().len() as u64,
     };
+    (assignment, files)
+}
+
+/// What a client is asked to do, as far as its driver checks it.
+#[test]
+fn an_assignment_that_cannot_be_is_refused_with_what_is_wrong() {
+    let config = config();
+    let assignment = |cut| assign(cut).0;
     assert_eq!(Plan::new(&assignment(3)).unwrap().cut, 3);
     let refused = |assignment: Assignment| Plan::new(&assignment).unwrap_err().to_string();
     for cut in [0, config.blocks, usize::MAX >> 33] {
@@ -493,6 +517,49 @@ fn an_assignment_that_cannot_be_is_refused_with_what_is_wrong() {
         ..assignment(2)
     });
     assert!(rank.contains("rank 0"), "{rank}");
+}
+
+#[test]
+fn what_is_on_the_device_is_used_again_for_the_same_model_only() {
+    let engine = Engine::cpu();
+    let clock = || Duration::ZERO;
+    let (first, files) = assign(2);
+    let held = || {
+        let mut loader = Loader::new(&engine, &Plan::new(&first).unwrap(), clock, None).unwrap();
+        for bytes in &files {
+            loader.add(bytes.clone()).unwrap();
+        }
+        let learner = loader.finish(examples(&config())).unwrap();
+        Some(block_on(learner.release()).unwrap())
+    };
+    let missing = |assignment: &Assignment| {
+        let mut loader = Loader::new(&engine, &Plan::new(assignment).unwrap(), clock, held()).unwrap();
+        let missing: Vec<String> = loader.missing().iter().map(|blob| blob.name.clone()).collect();
+        (missing, loader.take_data().is_some())
+    };
+    let names = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>();
+    assert_eq!(missing(&assign(1).0), (names(&[]), true));
+    assert_eq!(missing(&assign(3).0), (names(&["block.2"]), true));
+    let mut changed = assign(3).0;
+    changed.weights[2].sha256 = Digest([7; 32]);
+    assert_eq!(missing(&changed), (names(&["block.1", "block.2"]), true));
+    let other_run = Assignment {
+        run: RunId([2; 16]),
+        ..assign(3).0
+    };
+    assert_eq!(
+        missing(&other_run),
+        (names(&["block.2"]), false),
+        "another run may read the text otherwise"
+    );
+    let other_heads = Assignment {
+        model_config: assign(2).0.model_config.replace("\"n_head\":4", "\"n_head\":2"),
+        ..assign(2).0
+    };
+    assert_eq!(
+        missing(&other_heads),
+        (names(&["embedding", "block.0", "block.1"]), false)
+    );
 }
 
 #[test]

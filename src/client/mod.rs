@@ -294,7 +294,10 @@ impl Loader {
             cursor: None,
             speed: None,
         };
-        let Some(held) = held else { return Ok(loader) };
+        // Of another model nothing is of use.
+        let Some(held) = held.filter(|held| held.plan.config == plan.config) else {
+            return Ok(loader);
+        };
         let same = held
             .plan
             .units
