@@ -11,7 +11,7 @@ use plotters::element::DashedPathElement;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-use super::human::digits;
+use super::human::plain;
 
 /// Stands for the text's colour until the picture is finished.
 const INK: RGBColor = RGBColor(1, 2, 3);
@@ -29,7 +29,7 @@ const WIDTH: i32 = 860;
 /// The SVG backend divides sizes by 1.24.
 const FONT: i32 = 16;
 /// Width of a letter, roughly.
-const LETTER: i32 = 7;
+const LETTER: i32 = 6;
 const LEGEND_LEFT: i32 = 84;
 const LEGEND_LINE: i32 = 22;
 
@@ -88,8 +88,16 @@ pub enum Marker {
 pub struct Line {
     pub name: String,
     pub stroke: Stroke,
-    /// x, y, and half the height of the band around.
-    pub points: Vec<(f64, f64, f64)>,
+    pub points: Vec<Point>,
+}
+
+/// A place of a line.
+#[derive(Clone, Copy, Debug)]
+pub struct Point {
+    pub x: f64,
+    pub y: f64,
+    /// Half the height of the band around.
+    pub band: f64,
 }
 
 /// An axis of numbers.
@@ -202,15 +210,6 @@ fn draw_marker(root: &Area<'_>, stroke: Stroke, at: Pixel) -> anyhow::Result<()>
         Marker::None => Ok(()),
     }
     .map_err(drawing)
-}
-
-/// A number without needless digits.
-fn plain(value: f64) -> String {
-    let rounded = digits(value, 6);
-    match rounded.contains('.') && !rounded.contains('e') {
-        true => rounded.trim_end_matches('0').trim_end_matches('.').to_owned(),
-        false => rounded,
-    }
 }
 
 /// One side of a chart: its range, what is marked on it, and how.
@@ -346,6 +345,7 @@ fn axes<'a>(body: &Area<'a>, x: &Side<'_>, y: &Side<'_>) -> anyhow::Result<Chart
     let mut chart = ChartBuilder::on(body)
         .margin_top(10)
         .margin_right(18)
+        .margin_left(8)
         .margin_bottom(6)
         .x_label_area_size(46)
         .y_label_area_size(74)
@@ -387,7 +387,7 @@ pub fn stacked_bars(names: &[String], label: &str, parts: &[Part], axis: &Axis) 
     let highest = (0..names.len()).map(height).fold(f64::MIN_POSITIVE, f64::max);
     picture(380, &legend, |root, body| {
         let x = Side::names(names, label, WIDTH - 100, 30);
-        let y = Side::numbers(axis, (0.0, highest));
+        let y = Side::numbers(axis, (0.0, highest * 1.02));
         let chart = axes(body, &x, &y)?;
         for bar in 0..names.len() {
             let mut below = 0.0;
@@ -450,16 +450,14 @@ pub fn lines(lines: &[Line], x: &Axis, y: &Axis, own: Option<f64>) -> anyhow::Re
         .map(|line| (line.name.clone(), Mark::Line(line.stroke)))
         .collect();
     let points = || lines.iter().flat_map(|line| &line.points);
-    let range = |of: &dyn Fn(&(f64, f64, f64)) -> [f64; 2]| {
-        let (low, high) = points()
-            .flat_map(of)
-            .fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), value| {
-                (low.min(value), high.max(value))
-            });
-        (low, high)
-    };
-    let across = range(&|point| [point.0, point.0]);
-    let (low, high) = range(&|&(_, mean, band)| [(mean - band).max(0.3 * mean), mean + band]);
+    let least = |values: &mut dyn Iterator<Item = f64>| values.fold(f64::INFINITY, f64::min);
+    let most = |values: &mut dyn Iterator<Item = f64>| values.fold(f64::NEG_INFINITY, f64::max);
+    let across = (
+        least(&mut points().map(|point| point.x)),
+        most(&mut points().map(|point| point.x)),
+    );
+    let low = least(&mut points().map(|point| (point.y - point.band).max(0.3 * point.y)));
+    let high = most(&mut points().map(|point| point.y + point.band));
     let up = match y.in_proportion {
         true => (low * 0.93, high * 1.07),
         false => (0.0, high * 1.05),
@@ -481,14 +479,17 @@ pub fn lines(lines: &[Line], x: &Axis, y: &Axis, own: Option<f64>) -> anyhow::Re
             draw_path(root, stroke, vec![at(own, up.0), at(own, up.1)])?;
         }
         for Line { stroke, points, .. } in lines {
-            let above = points.iter().map(|&(across, mean, band)| at(across, mean + band));
-            let below = points.iter().rev().map(|&(across, mean, band)| at(across, mean - band));
+            let above = points.iter().map(|point| at(point.x, point.y + point.band));
+            let below = points.iter().rev().map(|point| at(point.x, point.y - point.band));
             let band: Vec<Pixel> = above.chain(below).collect();
             root.draw(&Polygon::new(band, stroke.hue.color().mix(0.13)))
                 .map_err(drawing)?;
         }
-        for Line { stroke, points, .. } in lines {
-            let path: Vec<Pixel> = points.iter().map(|&(across, mean, _)| at(across, mean)).collect();
+        // Thin ones upon thick ones, so that equal ones are both seen.
+        let mut ordered: Vec<&Line> = lines.iter().collect();
+        ordered.sort_by_key(|line| std::cmp::Reverse(line.stroke.width));
+        for Line { stroke, points, .. } in ordered {
+            let path: Vec<Pixel> = points.iter().map(|point| at(point.x, point.y)).collect();
             draw_path(root, *stroke, path.clone())?;
             for place in path {
                 draw_marker(root, *stroke, place)?;
@@ -596,7 +597,7 @@ pub fn heat_map(
                     above => format!("+{:.0} %", above * 100.0),
                 };
                 if room >= LETTER * (text.len() as i32 + 1) {
-                    let ink = if luminance(color) > 0.35 { BLACK } else { WHITE };
+                    let ink = if luminance(color) > 0.18 { BLACK } else { WHITE };
                     let style = text_style(FONT - 1)
                         .color(&ink)
                         .pos(Pos::new(HPos::Center, VPos::Center));
@@ -607,12 +608,11 @@ pub fn heat_map(
         }
         if let Some((column, row)) = chosen {
             let (left, bottom) = (column as f64, row as f64);
-            let corners = [
-                pixel(&chart, left + 0.01, bottom + 0.99),
-                pixel(&chart, left + 0.99, bottom + 0.01),
-            ];
-            root.draw(&Rectangle::new(corners, VERMILLION.stroke_width(3)))
-                .map_err(drawing)?;
+            let frame: Vec<Pixel> = [(0.0, 0.0), (1.0, 0.0), (1.0, 1.0), (0.0, 1.0), (0.0, 0.0)]
+                .map(|(x, y)| pixel(&chart, left + x, bottom + y))
+                .into();
+            let style = VERMILLION.stroke_width(4);
+            root.draw(&PathElement::new(frame, style)).map_err(drawing)?;
         }
         Ok(())
     })
@@ -653,9 +653,6 @@ mod tests {
             ticks.len() >= 4 && ticks.iter().all(|tick| (1.25..=20.0).contains(tick)),
             "{ticks:?}"
         );
-        assert_eq!(plain(0.30000000000000004), "0.3");
-        assert_eq!(plain(20.0), "20");
-        assert_eq!(plain(0.0), "0");
     }
 
     #[test]

@@ -43,8 +43,23 @@ pub fn digits(value: f64, significant: i32) -> String {
     format!("{value:.*}", (significant - 1 - magnitude as i32).max(0) as usize)
 }
 
+/// A number without needless digits.
+pub fn plain(value: f64) -> String {
+    let rounded = digits(value, 6);
+    match rounded.contains('.') && !rounded.contains('e') {
+        true => rounded.trim_end_matches('0').trim_end_matches('.').to_owned(),
+        false => rounded,
+    }
+}
+
+/// Below this a part of one is rounding.
+const ROUNDING: f64 = 1e-7;
+
 /// A part of one in per cent, with two digits.
 pub fn percent(part: f64) -> String {
+    if part.abs() < ROUNDING {
+        return "0 %".to_owned();
+    }
     format!("{} %", digits(part * 100.0, 2))
 }
 
@@ -74,7 +89,7 @@ pub fn prefix(value: f64) -> (f64, &'static str) {
 
 /// How far a plan can be from the best, in words.
 pub fn certificate(gap: f64) -> String {
-    match gap < 1e-7 {
+    match gap < ROUNDING {
         true => "certified: the best possible".to_owned(),
         false => format!("certified: at most {} from the best possible", percent(gap)),
     }
@@ -105,7 +120,11 @@ mod tests {
         assert_eq!(digits(0.0, 3), "0");
         assert_eq!(digits(1234.5, 3), "1234");
         assert_eq!(digits(0.012345, 3), "0.0123");
+        assert_eq!(plain(0.30000000000000004), "0.3");
+        assert_eq!(plain(20.0), "20");
+        assert_eq!(plain(0.0), "0");
         assert_eq!(percent(0.00312), "0.31 %");
+        assert_eq!(percent(1e-12), "0 %");
         assert_eq!(with_prefix(500e3, "Hz"), "500 kHz");
         assert_eq!(with_prefix(999_999.0, "Hz"), "1.00 MHz");
         assert_eq!(certificate(0.0), "certified: the best possible");

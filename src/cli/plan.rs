@@ -14,7 +14,7 @@ use crate::allocation::instance::Instance;
 use crate::allocation::scenario::Scenario;
 use crate::allocation::{Channel, LinkPlan, Method, Phases, Plan, Problem, SolveOptions, solve};
 
-use super::human::{certificate, digits, duration, percent, with_prefix};
+use super::human::{certificate, duration, percent, plain, with_prefix};
 use super::options::OutputOptions;
 use super::report;
 use super::scenario::{Input, ScenarioOptions};
@@ -171,13 +171,20 @@ impl Answer {
         self.problem.rounds[self.plan.rank_index]
     }
 
-    /// The cuts, the one for all or `2–5` where clients have their own.
-    pub fn cuts(&self) -> String {
+    /// `1 block on the clients, rank 8: 60 rounds of 12 local steps`; where clients have their own cuts, `1–11 blocks`.
+    pub fn choice(&self) -> String {
         let labels = || self.plan.split_index.iter().map(|&index| self.problem.splits[index]);
-        match (labels().min(), labels().max()) {
-            (Some(least), Some(most)) if least != most => format!("{least}–{most}"),
-            (least, _) => least.map_or_else(String::new, |least| least.to_string()),
-        }
+        let blocks = match (labels().min(), labels().max()) {
+            (Some(least), Some(most)) if least != most => format!("{least}–{most} blocks"),
+            (Some(1), _) => "1 block".to_owned(),
+            (least, _) => format!("{} blocks", least.unwrap_or(0)),
+        };
+        format!(
+            "{blocks} on the clients, rank {}: {} rounds of {} local steps",
+            self.rank(),
+            plain(self.rounds()),
+            self.problem.local_steps
+        )
     }
 
     /// The run's delay without what its energy counts as.
@@ -248,15 +255,7 @@ impl Answer {
             problem.main.subchannels,
             problem.federated.subchannels
         )?;
-        writeln!(
-            text,
-            "cut {} ({} on the clients), rank {}: {} rounds of {} local steps",
-            self.cuts(),
-            if self.cuts() == "1" { "block" } else { "blocks" },
-            self.rank(),
-            digits(self.rounds(), 3),
-            problem.local_steps
-        )?;
+        writeln!(text, "cut: {}", self.choice())?;
         writeln!(text, "total {} ({:.2} s)", duration(plan.total_s), plan.total_s)?;
         if plan.total_s > self.delay_s() * (1.0 + 1e-9) {
             writeln!(
@@ -402,7 +401,7 @@ fn compare(problem: &Problem, seed: u64, seeds: u32) -> anyhow::Result<Vec<Compa
         .collect()
 }
 
-/// Columns as wide as their longest entry; the first and the last to the left, numbers to the right.
+/// Columns as wide as their longest entry: names to the left, numbers to the right.
 fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     let head: Vec<String> = head.iter().map(|&name| name.to_owned()).collect();
     let lines: Vec<&Vec<String>> = std::iter::once(&head).chain(rows).collect();
@@ -415,6 +414,7 @@ fn table(head: &[&str], rows: &[Vec<String>]) -> String {
             let width = widths[column];
             row += &match column {
                 0 => format!("{entry:<width$}"),
+                _ if head[column] == "which" => format!("  {entry}"),
                 _ => format!("  {entry:>width$}"),
             };
         }

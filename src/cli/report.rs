@@ -11,7 +11,7 @@ use rayon::iter::{IntoParallelIterator, ParallelIterator};
 use crate::allocation::scenario::Scenario;
 use crate::allocation::{LinkPlan, Method, Problem, SolveOptions, solve};
 
-use super::charts::{self, Hue, Line, Marker, Names, Part, Stroke};
+use super::charts::{self, Hue, Line, Marker, Names, Part, Point, Stroke};
 use super::human::{certificate, digits, duration, percent, prefix, with_prefix};
 use super::plan::{Answer, ClientRow, Share, power};
 use super::sweep::{Axis, CSV_HEAD, Measured, csv, draws, measure};
@@ -50,7 +50,7 @@ fn method_look(method: Method) -> (&'static str, Stroke) {
     };
     match method {
         Method::Best => ("best", stroke(Hue::Blue, 4, false, Marker::Dot)),
-        Method::Bcd => ("bcd (the paper's)", stroke(Hue::Vermillion, 2, true, Marker::Triangle)),
+        Method::Bcd => ("bcd (paper)", stroke(Hue::Vermillion, 2, true, Marker::Triangle)),
         Method::A => ("a (all random)", stroke(Hue::Grey, 2, false, Marker::Cross)),
         Method::B => ("b (links random)", stroke(Hue::Purple, 2, false, Marker::Ring)),
         Method::C => ("c (cut random)", stroke(Hue::Green, 2, true, Marker::Ring)),
@@ -130,20 +130,20 @@ fn plan_figures(answer: &Answer) -> anyhow::Result<Vec<Figure>> {
     let problem = &answer.problem;
     let mut figures = vec![delay_figure(answer)?];
     let clients = problem.clients();
-    let mut map = |stem, link: &str, what: &str, plan: &LinkPlan| -> anyhow::Result<()> {
+    let mut map = |stem, link: &str, does: &str, plan: &LinkPlan| -> anyhow::Result<()> {
         let most_w = plan.power_w.iter().copied().fold(0.0, f64::max);
         figures.push(Figure {
             stem,
             title: format!("{link} link"),
-            caption: format!("Who sends {what} on which subchannel, and with how much power."),
+            caption: format!("Who {does} on which subchannel, and with how much power."),
             svg: charts::owners(&plan.owner, &plan.power_w, clients, &power(most_w))?,
         });
         Ok(())
     };
-    map("main", "Main", "activations", &answer.plan.main)?;
-    map("federated", "Federated", "adapters", &answer.plan.federated)?;
+    map("main", "Main", "sends activations", &answer.plan.main)?;
+    map("federated", "Federated", "sends adapters", &answer.plan.federated)?;
     if let Some(download) = &answer.plan.download {
-        map("download", "Download", "(is sent) gradients", download)?;
+        map("download", "Download", "is sent gradients", download)?;
     }
     Ok(figures)
 }
@@ -299,7 +299,7 @@ fn axis_look(axis: &Axis, value: f64) -> (&'static str, &'static str, charts::Ax
             "power",
             numbers("most a client sends with, the links' totals by as much", "dBm", false),
         ),
-        Axis::Clients | Axis::Field(_) => ("Clients", "clients", numbers("clients", "", false)),
+        Axis::Clients | Axis::Field(_) => ("Clients", "clients", numbers("clients", "", true)),
     }
 }
 
@@ -364,10 +364,8 @@ fn around(
     match draws(scenario, &methods, (seeds, 0), interrupted, bar)? {
         Some(draws) => {
             let gaps = |index: usize| -> Vec<f64> { draws.iter().map(|draw| draw[index].1).collect() };
-            page.around.push(gap_figure(
-                &methods.map(|method| method_look(method)),
-                [gaps(0), gaps(1)],
-            )?);
+            page.around
+                .push(gap_figure(&methods.map(method_look), [gaps(0), gaps(1)])?);
         }
         None => page.missing.push(Missing {
             title: "Certified gaps".to_owned(),
@@ -389,9 +387,7 @@ fn curves(points: &[(f64, Vec<Measured>)], x: &charts::Axis, own: Option<f64>) -
     });
     let (scale, unit) = clock_unit(most);
     let in_proportion = most > 4.0 * least;
-    // The best lies upon the others, the paper's upon it: often they are the same.
-    let order = [Method::A, Method::B, Method::C, Method::D, Method::Best, Method::Bcd];
-    let lines: Vec<Line> = (order.into_iter())
+    let lines: Vec<Line> = (Method::ALL.into_iter())
         .map(|method| {
             let (name, stroke) = method_look(method);
             Line {
@@ -400,7 +396,11 @@ fn curves(points: &[(f64, Vec<Measured>)], x: &charts::Axis, own: Option<f64>) -
                 points: (points.iter())
                     .flat_map(|(value, measured)| measured.iter().map(move |measured| (*value, measured)))
                     .filter(|(_, measured)| measured.method == method)
-                    .map(|(value, measured)| (value, measured.total_s.mean, measured.total_s.std))
+                    .map(|(x, measured)| Point {
+                        x,
+                        y: measured.total_s.mean,
+                        band: measured.total_s.std,
+                    })
                     .collect(),
             }
         })
@@ -421,7 +421,7 @@ fn gap_figure(looks: &[(&'static str, Stroke); 2], gaps: [Vec<f64>; 2]) -> anyho
         .map(|((name, _), gaps)| format!("{name}: mean {}, at most {}", percent(mean(gaps)), percent(most(gaps))))
         .collect();
     let series: Vec<(String, Hue, Vec<f64>)> = (looks.iter().zip(gaps))
-        .map(|((name, stroke), gaps)| (format!("{name}"), stroke.hue, gaps))
+        .map(|((name, stroke), gaps)| ((*name).to_owned(), stroke.hue, gaps))
         .collect();
     let axis = charts::Axis {
         label: "certified gap: total above its lower bound (%)".to_owned(),
@@ -456,6 +456,7 @@ svg{display:block;max-width:100%;height:auto}.wide{overflow-x:auto}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:.6em 0;font-size:.92rem}
 th,td{padding:.25em .8em .25em 0;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th:first-child,td:first-child,.left{text-align:left}td.left{white-space:normal;min-width:8rem}
+caption{text-align:left;font-weight:600;padding-top:.6em}
 pre{overflow-x:auto;font-size:.85rem}a{color:inherit}";
 
 fn html(answer: &Answer, scenario: Option<&Scenario>, page: &Page) -> anyhow::Result<String> {
@@ -468,16 +469,12 @@ fn html(answer: &Answer, scenario: Option<&Scenario>, page: &Page) -> anyhow::Re
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
          <title>Plan for {name}</title>\n<style>\n{STYLE}\n</style>\n</head>\n<body>\n"
     )?;
-    let blocks = if answer.cuts() == "1" { "block" } else { "blocks" };
     writeln!(
         text,
-        "<h1>Plan for {name}</h1>\n<p class=\"lead\"><strong>{}</strong> in total: cut {} ({blocks} on the clients), rank {}, {} \
-         rounds of {} local steps.<br>{}.</p>",
+        "<h1>Plan for {name}</h1>
+<p class=\"lead\"><strong>{}</strong> in total, with {}.<br>{}.</p>",
         duration(plan.total_s),
-        answer.cuts(),
-        answer.rank(),
-        digits(answer.rounds(), 3),
-        problem.local_steps,
+        answer.choice(),
         capital(&certificate(plan.gap()))
     )?;
     writeln!(
@@ -578,8 +575,8 @@ fn plan_table(text: &mut String, answer: &Answer) -> std::fmt::Result {
         duration(answer.phases.server_s),
         duration(answer.phases.step_s())
     )?;
-    let mut write_table = |head: Vec<&str>, rows: Vec<Vec<String>>| -> std::fmt::Result {
-        text.push_str("<div class=\"wide\"><table>\n<tr>");
+    let mut write_table = |caption: &str, head: Vec<&str>, rows: Vec<Vec<String>>| -> std::fmt::Result {
+        write!(text, "<div class=\"wide\"><table>\n<caption>{caption}</caption>\n<tr>")?;
         for name in &head {
             let class = if *name == "which" { " class=\"left\"" } else { "" };
             write!(text, "<th{class}>{name}</th>")?;
@@ -607,9 +604,9 @@ fn plan_table(text: &mut String, answer: &Answer) -> std::fmt::Result {
                 .collect()
         })
         .collect();
-    write_table(head, rows)?;
-    let links: [(&str, fn(&ClientRow) -> &Share); 2] =
-        [("main link", |row| &row.main), ("federated link", |row| &row.federated)];
+    write_table("Delays", head, rows)?;
+    type Part = fn(&ClientRow) -> &Share;
+    let links: [(&str, Part); 2] = [("Main link", |row| &row.main), ("Federated link", |row| &row.federated)];
     for (link, share) in links {
         let rows = (clients.iter().enumerate())
             .map(|(client, row)| {
@@ -623,8 +620,7 @@ fn plan_table(text: &mut String, answer: &Answer) -> std::fmt::Result {
                 ]
             })
             .collect();
-        let first = format!("{link}: client");
-        write_table(vec![&first, "subchannels", "power", "rate", "which"], rows)?;
+        write_table(link, vec!["client", "subchannels", "power", "rate", "which"], rows)?;
     }
     Ok(())
 }
