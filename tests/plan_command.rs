@@ -414,5 +414,5 @@ fn a_sweep_to_stdout_refuses_points_that_are_none() {
         "{message}"
     );
     let (code, message) = failure(&["sweep", text(&fixture("instances.json")), "--axis", "all"]);
-    assert!(code == 1 && message.contains("nothing can be varied"), "{message}");
+    assert!(code == 1 && message.contains("a scenario is needed"), "{message}");
 }

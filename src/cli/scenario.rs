@@ -1,4 +1,4 @@
-//! Where `plan` and `sweep` get their problem from: a scenario's file, a preset, or instances in bare numbers.
+//! Where `plan`, `sweep` and `serve --scenario` get their problem from: a scenario's file, a preset, or instances in bare numbers.
 
 use std::path::{Path, PathBuf};
 
@@ -121,7 +121,7 @@ impl ScenarioOptions {
         match self.read()? {
             Input::Scenario(scenario) => Ok(*scenario),
             Input::Instances(_) => bail!(
-                "{} holds instances in bare numbers, of which nothing can be varied; give a scenario",
+                "{} holds instances in bare numbers, and a scenario is needed",
                 self.file
             ),
         }
