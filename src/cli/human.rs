@@ -36,11 +36,15 @@ pub fn digits(value: f64, significant: i32) -> String {
     if value == 0.0 {
         return "0".to_owned();
     }
-    let magnitude = value.abs().log10().floor();
-    if !(-6.0..15.0).contains(&magnitude) {
-        return format!("{value:.*e}", (significant - 1).max(0) as usize);
+    // The exponent after rounding: 0.9999 has three digits as 1.00.
+    let scientific = format!("{value:.*e}", (significant - 1).max(0) as usize);
+    let exponent: Option<i32> = scientific
+        .split_once('e')
+        .and_then(|(_, exponent)| exponent.parse().ok());
+    match exponent {
+        Some(exponent @ -6..15) => format!("{value:.*}", (significant - 1 - exponent).max(0) as usize),
+        _ => scientific,
     }
-    format!("{value:.*}", (significant - 1 - magnitude as i32).max(0) as usize)
 }
 
 /// A number without needless digits.

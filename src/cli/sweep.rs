@@ -469,7 +469,11 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     }
     bar.finish_and_clear();
     if !options.quiet && (!to_stdout || finished < points.len()) {
-        eprintln!("{finished} of {} points in {}", points.len(), options.out.display());
+        let place = match to_stdout {
+            true => "stdout".to_owned(),
+            false => options.out.display().to_string(),
+        };
+        eprintln!("{finished} of {} points in {place}", points.len());
     }
     Ok(())
 }
