@@ -60,6 +60,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("clap", &["cli", "main.rs"]),
     ("anyhow", &["cli", "main.rs"]),
     ("indicatif", &["cli"]),
+    ("plotters", &["cli/charts.rs"]),
 ];
 
 fn sources() -> PathBuf {
@@ -253,6 +254,7 @@ fn the_browser_build_has_no_native_crates() {
         "tokenizers",
         "rayon",
         "clap",
+        "plotters",
     ] {
         assert!(!packages.contains(native), "{native} is in the browser build:\n{tree}");
     }

@@ -2,20 +2,27 @@
 
 pub mod bench;
 pub mod calibrate;
+pub mod charts;
 pub mod console;
 pub mod demo;
 pub mod doctor;
 pub mod eval;
 pub mod generate;
+pub mod human;
 pub mod interrupt;
 pub mod join;
 pub mod options;
+pub mod plan;
 pub mod progress;
+pub mod report;
+pub mod scenario;
 pub mod serve;
 pub mod source;
+pub mod sweep;
 pub mod train;
 
-use clap::{Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser, Subcommand};
 
 /// Split federated fine-tuning of GPT-2-style models across the devices people already have.
 ///
@@ -44,6 +51,10 @@ pub enum Command {
     Generate(Box<generate::Options>),
     /// Measure the rounds that each LoRA rank needs to reach a target loss
     Calibrate(Box<calibrate::Options>),
+    /// Find subchannels, powers, cut and rank for a scenario, with a certificate
+    Plan(Box<plan::Options>),
+    /// The total delay by method while one of a scenario's numbers varies, as CSV
+    Sweep(Box<sweep::Options>),
     /// Check and time the kernels on this device
     Bench(Box<bench::Options>),
     /// Show what this machine can do, and what to install
@@ -61,8 +72,20 @@ impl Command {
             Self::Eval(options) => eval::run(*options),
             Self::Generate(options) => generate::run(*options),
             Self::Calibrate(options) => calibrate::run(*options),
+            Self::Plan(options) => plan::run(*options),
+            Self::Sweep(options) => sweep::run(*options),
             Self::Bench(options) => bench::run(*options),
             Self::Doctor(options) => doctor::run(options),
         }
+    }
+}
+
+/// Bad usage that the declaration of `command`'s options does not express; `main` ends with it as with the parser's own.
+fn usage(command: &str, message: impl std::fmt::Display) -> anyhow::Error {
+    let mut cli = Cli::command();
+    cli.build();
+    match cli.find_subcommand_mut(command) {
+        Some(command) => command.error(ErrorKind::ArgumentConflict, message).into(),
+        None => cli.error(ErrorKind::ArgumentConflict, message).into(),
     }
 }

@@ -13,9 +13,10 @@ use tokio::task::JoinSet;
 use super::console::Console;
 use super::join::bytes;
 use super::options::{BatchOptions, Choice, DeviceOptions, LoraOptions, ModelOptions, OptimizerOptions, OutputOptions};
+use super::scenario::ScenarioOptions;
 use super::source::{DEMO_TRAIN, Source};
 use crate::allocation::Method;
-use crate::allocation::scenario::{PRESETS, Scenario};
+use crate::allocation::scenario::Scenario;
 use crate::client::native;
 use crate::compute::Engine;
 use crate::data::{Dataset, Example, Sharding};
@@ -329,11 +330,11 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
 
 /// A scenario file, or the preset of that name.
 fn scenario(path: &Path) -> anyhow::Result<Scenario> {
-    let preset = path.to_str().filter(|name| !path.exists() && PRESETS.contains(name));
-    match preset {
-        Some(name) => Ok(Scenario::preset(name)?),
-        None => Scenario::load(path).with_context(|| format!("--scenario {}", path.display())),
-    }
+    let options = ScenarioOptions {
+        file: path.display().to_string(),
+        changes: Vec::new(),
+    };
+    options.read_scenario().context("--scenario")
 }
 
 /// The model as the server takes it.
