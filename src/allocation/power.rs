@@ -307,22 +307,49 @@ impl Transmission<'_> {
         high
     }
 
-    fn plan(&self, owner: &[usize], phase_s: f64) -> LinkPlan {
+    /// The powers that end at `deadline_s`. They and not the deadline are the plan: rounding must not put a sum above its cap (a
+    /// transmission much shorter than the wait before it) nor end the phase at another time than they do (a signal far below
+    /// the noise), so sums are cut to their caps and the phase is the time that these powers take.
+    fn plan(&self, owner: &[usize], deadline_s: f64) -> LinkPlan {
+        let channel = self.channel;
         let mut power_w = vec![0.0; owner.len()];
-        let mut energy_j = 0.0;
+        let mut total_w = 0.0;
         for (client, ln_gain) in self.holdings.ln_gain.iter().enumerate() {
-            let nats = self.nats(client, phase_s);
+            let nats = self.nats(client, deadline_s);
             if nats <= 0.0 || ln_gain.is_empty() {
                 continue;
             }
             let Water { reach, active } = level(ln_gain, nats);
             let best = ln_gain[0];
-            for (&subchannel, gain) in self.holdings.subchannels[client].iter().zip(ln_gain).take(active) {
+            let own = &self.holdings.subchannels[client][..active];
+            for (&subchannel, gain) in own.iter().zip(ln_gain) {
                 let behind = best - gain;
-                let power = (-gain).exp() * (reach - behind).exp_m1();
-                power_w[subchannel] = power;
-                energy_j += power * (phase_s - self.demand.wait_s[client]);
+                power_w[subchannel] = (-gain).exp() * (reach - behind).exp_m1();
             }
+            let sum_w: f64 = own.iter().map(|&subchannel| power_w[subchannel]).sum();
+            let cap_w = channel.power_max_w[client];
+            if sum_w > cap_w {
+                own.iter().for_each(|&subchannel| power_w[subchannel] *= cap_w / sum_w);
+            }
+            total_w += sum_w.min(cap_w);
+        }
+        if total_w > channel.power_total_w {
+            power_w
+                .iter_mut()
+                .for_each(|power| *power *= channel.power_total_w / total_w);
+        }
+        let (mut phase_s, mut energy_j) = (0.0_f64, 0.0);
+        for (client, own) in self.holdings.subchannels.iter().enumerate() {
+            let bits = self.demand.payload_bits[client];
+            let mut sending_s = 0.0;
+            if bits > 0.0 {
+                let nats: f64 = (own.iter())
+                    .map(|&subchannel| (power_w[subchannel] * channel.snr_per_watt(client, subchannel)).ln_1p())
+                    .sum();
+                sending_s = bits * std::f64::consts::LN_2 / (channel.bandwidth_hz * nats);
+            }
+            phase_s = phase_s.max(self.demand.wait_s[client] + sending_s);
+            energy_j += sending_s * own.iter().map(|&subchannel| power_w[subchannel]).sum::<f64>();
         }
         LinkPlan {
             owner: owner.to_vec(),
