@@ -42,6 +42,9 @@ pub struct Ladders<'a> {
 /// Relative width of the bracket in which exact methods leave the optimum: their result is that close.
 pub(super) const EXACT: f64 = 1e-11;
 
+/// Attempts at a deadline that is possible; more fail only where numbers overflow.
+const FIRST_PROBES: i32 = 60;
+
 /// The optimum of a link whose clients may share subchannels.
 pub(super) struct Relaxation {
     /// `[client]`
@@ -216,7 +219,8 @@ impl<'a> Ladders<'a> {
                     high_s = self.shortest_s(demand, &found).min(probe_s);
                     counts = Some(found);
                 }
-                // The first probe is possible by construction; rounding may disagree.
+                // The first probe is possible by construction; rounding may disagree, but not for long.
+                None if counts.is_none() && step > FIRST_PROBES => return None,
                 None if counts.is_none() => {
                     high_s *= 1.0 + 1e-6;
                     probe_s = high_s;

@@ -28,7 +28,8 @@ impl Demand {
         if time_s <= 0.0 {
             return f64::INFINITY;
         }
-        bits * std::f64::consts::LN_2 / (bandwidth_hz * time_s)
+        // However little it is, it takes a subchannel.
+        (bits * std::f64::consts::LN_2 / (bandwidth_hz * time_s)).max(f64::MIN_POSITIVE)
     }
 
     /// The longest wait, which no deadline can be before, in s.
@@ -315,7 +316,8 @@ impl Transmission<'_> {
         let mut power_w = vec![0.0; owner.len()];
         let mut total_w = 0.0;
         for (client, ln_gain) in self.holdings.ln_gain.iter().enumerate() {
-            let nats = self.nats(client, deadline_s);
+            let cap_w = channel.power_max_w[client];
+            let nats = (self.nats(client, deadline_s)).min(most_nats(ln_gain, cap_w.min(channel.power_total_w)));
             if nats <= 0.0 || ln_gain.is_empty() {
                 continue;
             }
@@ -327,7 +329,6 @@ impl Transmission<'_> {
                 power_w[subchannel] = (-gain).exp() * (reach - behind).exp_m1();
             }
             let sum_w: f64 = own.iter().map(|&subchannel| power_w[subchannel]).sum();
-            let cap_w = channel.power_max_w[client];
             if sum_w > cap_w {
                 own.iter().for_each(|&subchannel| power_w[subchannel] *= cap_w / sum_w);
             }
