@@ -45,6 +45,9 @@ pub(super) const EXACT: f64 = 1e-11;
 /// Attempts at a deadline that is possible; more fail only where numbers overflow.
 const FIRST_PROBES: i32 = 60;
 
+/// Probes after which the bracket is left as it is. A dozen are usual; where powers underflow every deadline looks possible.
+const RELAX_STEPS: i32 = 500;
+
 /// The optimum of a link whose clients may share subchannels.
 pub(super) struct Relaxation {
     /// `[client]`
@@ -235,7 +238,7 @@ impl<'a> Ladders<'a> {
                 0 => 0.5 * (low_s + high_s),
                 _ => high_s * (1.0 - EXACT),
             };
-            if probe_s <= low_s {
+            if probe_s <= low_s || step == RELAX_STEPS {
                 break;
             }
         }

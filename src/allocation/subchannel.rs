@@ -1022,3 +1022,65 @@ impl Tree<'_> {
             .collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use rand::{RngExt, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    use super::*;
+
+    /// The least sum over all permutations of the columns.
+    fn least_by_permutations(cost: &[f64], size: usize, row: usize, free: &mut Vec<usize>) -> f64 {
+        if row == size {
+            return 0.0;
+        }
+        let mut least = f64::INFINITY;
+        for position in 0..free.len() {
+            let column = free.remove(position);
+            least = least.min(cost[row * size + column] + least_by_permutations(cost, size, row + 1, free));
+            free.insert(position, column);
+        }
+        least
+    }
+
+    fn assert_cheapest(cost: &[f64], size: usize) {
+        let columns = cheapest_assignment(cost, size);
+        let mut used = columns.clone();
+        used.sort_unstable();
+        assert_eq!(used, (0..size).collect::<Vec<_>>(), "{cost:?}");
+        let sum: f64 = (columns.iter().enumerate())
+            .map(|(row, column)| cost[row * size + column])
+            .sum();
+        let least = least_by_permutations(cost, size, 0, &mut (0..size).collect());
+        assert!(
+            (sum - least).abs() <= 1e-12 * least.abs().max(1.0),
+            "{sum} {least} {cost:?}"
+        );
+    }
+
+    #[test]
+    fn the_cheapest_assignment_is_that_of_all_permutations() {
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        for size in 1..=6 {
+            for _ in 0..200 {
+                let cost: Vec<f64> = (0..size * size).map(|_| rng.random_range(-1.0..1.0)).collect();
+                assert_cheapest(&cost, size);
+            }
+        }
+    }
+
+    #[test]
+    fn the_cheapest_assignment_copes_with_ties_and_prohibitive_costs() {
+        let mut rng = ChaCha8Rng::seed_from_u64(2);
+        for size in 1..=6 {
+            assert_cheapest(&vec![1.0; size * size], size);
+            for _ in 0..100 {
+                let cost: Vec<f64> = (0..size * size)
+                    .map(|_| [0.0, 1.0, 2.0, 1e6][rng.random_range(0..4)])
+                    .collect();
+                assert_cheapest(&cost, size);
+            }
+        }
+    }
+}
