@@ -163,7 +163,7 @@ fn small_scenario(preset: &str) -> Value {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 1500, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig::with_cases(1500))]
 
     #[test]
     fn a_damaged_instance_is_solved_or_refused(flat: bool, damages in damages()) {

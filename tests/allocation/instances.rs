@@ -61,14 +61,17 @@ pub fn log_uniform(rng: &mut impl Rng, low: f64, high: f64) -> f64 {
     10.0_f64.powf(rng.random_range(low..=high))
 }
 
-fn channel(rng: &mut impl Rng, regime: Regime, shape: Shape, subchannels: usize) -> Channel {
+fn caps(rng: &mut impl Rng, shape: Shape) -> Vec<f64> {
+    (0..shape.clients).map(|_| log_uniform(rng, -1.0, 0.5)).collect()
+}
+
+fn channel(rng: &mut impl Rng, regime: Regime, shape: Shape, subchannels: usize, power_max_w: Vec<f64>) -> Channel {
     let clients = shape.clients;
     let (low, high) = match regime {
         Regime::TinySnr => (-6.0, -3.0),
         Regime::HugeSnr => (10.0, 15.0),
         _ => (-0.5, 4.0),
     };
-    let power_max_w: Vec<f64> = (0..clients).map(|_| log_uniform(rng, -1.0, 0.5)).collect();
     let sum: f64 = power_max_w.iter().sum();
     let least = power_max_w.iter().copied().fold(f64::INFINITY, f64::min);
     let power_total_w = match regime {
@@ -100,8 +103,10 @@ fn channel(rng: &mut impl Rng, regime: Regime, shape: Shape, subchannels: usize)
 
 /// A problem of this shape and regime.
 pub fn problem(rng: &mut impl Rng, regime: Regime, shape: Shape) -> Problem {
-    let main = channel(rng, regime, shape, shape.main);
-    let federated = channel(rng, regime, shape, shape.federated);
+    // A client's cap is the same on each link.
+    let caps = caps(rng, shape);
+    let main = channel(rng, regime, shape, shape.main, caps.clone());
+    let federated = channel(rng, regime, shape, shape.federated, caps);
     // Roughly what a second transmits, so that waits and transmissions are of a size.
     let typical = |channel: &Channel| {
         let gain = channel.snr_per_watt(0, 0);
@@ -152,7 +157,8 @@ pub fn problem(rng: &mut impl Rng, regime: Regime, shape: Shape) -> Problem {
 
 /// The gradients' link: like the main link, with a base station's power.
 pub fn download(rng: &mut impl Rng, regime: Regime, shape: Shape) -> Channel {
-    let channel = channel(rng, regime, shape, shape.main);
+    let caps = caps(rng, shape);
+    let channel = channel(rng, regime, shape, shape.main, caps);
     Channel {
         power_max_w: vec![f64::INFINITY; shape.clients],
         ..channel

@@ -4,6 +4,7 @@ mod baselines;
 mod brute;
 mod exact;
 mod extensions;
+mod fixtures;
 mod fuzz;
 mod instances;
 mod power_control;
