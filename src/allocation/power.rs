@@ -52,15 +52,17 @@ fn level(ln_gain: &[f64], nats: f64) -> Water {
     let best = ln_gain[0];
     let mut behind: f64 = ln_gain.iter().map(|gain| best - gain).sum();
     let mut active = ln_gain.len();
-    loop {
+    while active > 1 {
         let reach = (nats + behind) / active as f64;
         let weakest = best - ln_gain[active - 1];
-        if reach > weakest || active == 1 {
+        if reach > weakest {
             return Water { reach, active };
         }
         active -= 1;
         behind -= weakest;
     }
+    // What is left of `behind` is rounding.
+    Water { reach: nats, active }
 }
 
 /// Natural logarithm of the least power, in ln W, that carries `nats` over gains with logarithms `ln_gain`, sorted, best first;
@@ -98,10 +100,10 @@ pub(super) fn most_nats(ln_gain: &[f64], power_w: f64) -> f64 {
     let hurdle = |gain: &f64| (best - gain).exp();
     let mut active = ln_gain.len();
     let mut sum: f64 = ln_gain.iter().map(hurdle).sum();
-    loop {
+    while active > 1 {
         let weakest = hurdle(&ln_gain[active - 1]);
         let spare = (budget + (sum - active as f64 * weakest)) / active as f64;
-        if spare > 0.0 || active == 1 {
+        if spare > 0.0 {
             // p_i γ_i = (w γ_1 - h_i) / h_i with h_i = γ_1 / γ_i
             return ln_gain[..active]
                 .iter()
@@ -111,6 +113,7 @@ pub(super) fn most_nats(ln_gain: &[f64], power_w: f64) -> f64 {
         active -= 1;
         sum -= weakest;
     }
+    budget.ln_1p()
 }
 
 /// Who sends where on a link, with what power, and how long the phase takes.
@@ -326,7 +329,7 @@ impl Transmission<'_> {
             let own = &self.holdings.subchannels[client][..active];
             for (&subchannel, gain) in own.iter().zip(ln_gain) {
                 let behind = best - gain;
-                power_w[subchannel] = (-gain).exp() * (reach - behind).exp_m1();
+                power_w[subchannel] = (-gain).exp() * (reach - behind).exp_m1().max(0.0);
             }
             let sum_w: f64 = own.iter().map(|&subchannel| power_w[subchannel]).sum();
             if sum_w > cap_w {

@@ -429,7 +429,7 @@ impl Scenario {
     pub fn workload(&self) -> Result<Workload, ScenarioError> {
         let config = self.config()?;
         let TrainingShape { batch, seq, .. } = self.training;
-        let tokens = batch.checked_mul(seq).unwrap_or(usize::MAX);
+        let tokens = batch.saturating_mul(seq);
         if tokens == 0 || tokens > MAX_TOKENS || seq > config.positions {
             return Err(field(
                 "training.batch, training.seq",
