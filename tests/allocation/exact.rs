@@ -1,6 +1,6 @@
 //! Optima of small instances against trying everything, and what holds of every plan on larger ones.
 
-use sflllm::allocation::{Method, Problem, SolveOptions, solve};
+use sflllm::allocation::{Method, Problem, SnrPerWatt, SolveOptions, solve};
 
 use crate::brute;
 use crate::instances::{Regime, Shape, assert_at_most, assert_near, generator, problem, reevaluated_s};
@@ -106,6 +106,42 @@ fn plans_keep_their_promises_on_instances_too_large_to_exhaust() {
                     };
                     let problem = problem(&mut rng, regime, shape);
                     assert_sound(&problem, &format!("{regime:?}, seed {seed}, {shape:?}"));
+                }
+            }
+        }
+    }
+}
+
+/// Everybody is heard a factor of `scale` as well.
+fn fainter(mut problem: Problem, scale: f64) -> Problem {
+    for channel in [&mut problem.main, &mut problem.federated] {
+        match &mut channel.snr_per_watt {
+            SnrPerWatt::Flat(gains) => gains.iter_mut().for_each(|gain| *gain *= scale),
+            SnrPerWatt::Selective(gains) => gains.iter_mut().flatten().for_each(|gain| *gain *= scale),
+        }
+    }
+    problem
+}
+
+#[test]
+fn signals_that_are_all_but_rounding_have_plans_that_are_what_they_say() {
+    for seed in 0..4 {
+        for (scale, clients, main) in [(1e-3, 3, 9), (1e-6, 3, 9), (1e-6, 2, 30), (1e-9, 5, 12), (1e-6, 1, 50)] {
+            for flat in [true, false] {
+                let shape = Shape {
+                    clients,
+                    main,
+                    federated: 6,
+                    splits: 1,
+                    ranks: 1,
+                    flat,
+                };
+                let problem = fainter(problem(&mut generator(seed), Regime::TinySnr, shape), scale);
+                for method in [Method::Best, Method::Bcd] {
+                    let plan = solve(&problem, method, &SolveOptions::default()).unwrap();
+                    let label = format!("seed {seed}, {scale:e}, {shape:?}, {method}");
+                    assert_near(reevaluated_s(&problem, &plan), plan.total_s, 1e-9, &label);
+                    assert_at_most(plan.lower_bound_s, plan.total_s, 0.0, &label);
                 }
             }
         }

@@ -81,7 +81,7 @@ fn damage(file: &mut Value, place: usize, kind: usize) {
         Value::Array(values) if drops => drop(values.pop()),
         Value::Array(values) => values.extend(values.last().cloned()),
         Value::Object(fields) if drops => {
-            let last = fields.keys().last().cloned();
+            let last = fields.keys().next_back().cloned();
             last.and_then(|key| fields.remove(&key));
         }
         Value::Object(fields) => drop(fields.insert("unknown".to_owned(), json!(1))),

@@ -41,12 +41,12 @@ impl Rows {
     }
 }
 
-/// The shortest phase by the solver. Variables: the phase in units of `unit_s`, each subchannel's nats, each subchannel's power as a
-/// part of the link's total.
+/// The shortest phase by the solver. Variables: the phase, each subchannel's nats, each subchannel's power as a part of the link's
+/// total.
 ///
 /// minimise T subject to `nats_i ≤ ln(1 + p_i γ_i)` (exponential cone), `(Σ nats) (T - a_k) ≥ D_k ln 2 / B` (rotated second-order
 /// cone), and the powers' sums.
-fn solver_phase_s(channel: &Channel, demand: &Demand, owner: &[usize], unit_s: f64) -> f64 {
+fn solver_phase_s(channel: &Channel, demand: &Demand, owner: &[usize]) -> f64 {
     let subchannels = channel.subchannels;
     let nats = |subchannel: usize| 1 + subchannel;
     let power = |subchannel: usize| 1 + subchannels + subchannel;
@@ -67,8 +67,8 @@ fn solver_phase_s(channel: &Channel, demand: &Demand, owner: &[usize], unit_s: f
     rows.cones.push(NonnegativeConeT(rows.right.len()));
     for client in 0..channel.clients() {
         // x y ≥ c is ‖(2 √c, x - y)‖ ≤ x + y
-        let load = demand.payload_bits[client] * std::f64::consts::LN_2 / (channel.bandwidth_hz * unit_s);
-        let wait = demand.wait_s[client] / unit_s;
+        let load = demand.payload_bits[client] * std::f64::consts::LN_2 / channel.bandwidth_hz;
+        let wait = demand.wait_s[client];
         let own = |sign: f64| -> Vec<(usize, f64)> {
             (0..subchannels)
                 .filter(|&subchannel| owner[subchannel] == client)
@@ -81,8 +81,8 @@ fn solver_phase_s(channel: &Channel, demand: &Demand, owner: &[usize], unit_s: f
         rows.push(2.0 * load.sqrt(), &[]);
         rows.cones.push(SecondOrderConeT(3));
     }
-    for subchannel in 0..subchannels {
-        let snr = channel.snr_per_watt(owner[subchannel], subchannel) * channel.power_total_w;
+    for (subchannel, &client) in owner.iter().enumerate() {
+        let snr = channel.snr_per_watt(client, subchannel) * channel.power_total_w;
         rows.push(0.0, &[(nats(subchannel), -1.0)]);
         rows.push(1.0, &[]);
         rows.push(1.0, &[(power(subchannel), -snr)]);
@@ -110,7 +110,7 @@ fn solver_phase_s(channel: &Channel, demand: &Demand, owner: &[usize], unit_s: f
         "{:?}",
         solver.solution.status
     );
-    unit_s * solver.solution.x[0]
+    solver.solution.x[0]
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -175,9 +175,7 @@ fn compare_with_the_solver(binding: Binding) {
     for seed in 0..24 {
         let Case { channel, demand, owner } = case(seed, binding, seed % 3 != 0);
         let plan = control(&channel, &demand, &owner, 0.0).unwrap();
-        // A unit that the answer has no part in, of its size.
-        let unit_s = 1.0;
-        let expected = solver_phase_s(&channel, &demand, &owner, unit_s);
+        let expected = solver_phase_s(&channel, &demand, &owner);
         assert_near(plan.phase_s, expected, 1e-6, &format!("{binding:?}, seed {seed}"));
     }
 }
