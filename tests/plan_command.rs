@@ -100,7 +100,7 @@ fn assert_is_answer(problem: &Problem, answer: &Value, method: Method) {
 }
 
 fn instances() -> Vec<Instance> {
-    let file: Value = serde_json::from_str(&std::fs::read_to_string(fixture("instances.json")).unwrap()).unwrap();
+    let file: Value = serde_json::from_str(&std::fs::read_to_string(fixture("command.json")).unwrap()).unwrap();
     serde_json::from_value(file["instances"].clone()).unwrap()
 }
 
@@ -124,7 +124,7 @@ fn a_scenario_is_solved_by_every_method() {
 
 #[test]
 fn instances_are_solved_one_or_all() {
-    let path = fixture("instances.json");
+    let path = fixture("command.json");
     let all = json(&["plan", text(&path), "--json"]);
     let instances = instances();
     assert_eq!(all.as_array().unwrap().len(), instances.len());
@@ -203,7 +203,7 @@ fn what_is_wrong_is_named() {
     let crowded = file("crowded.toml", "[clients]\ncount = 9\n[main]\nsubchannels = 4\n");
     let rounds = file("rounds.toml", "[training]\nranks = [3]\n");
     let mut instance =
-        serde_json::from_str::<Value>(&std::fs::read_to_string(fixture("instances.json")).unwrap()).unwrap();
+        serde_json::from_str::<Value>(&std::fs::read_to_string(fixture("command.json")).unwrap()).unwrap();
     instance["instances"][1]["snr_per_watt_main"][2][0] = Value::from(-1.0);
     let silent = file("silent.json", &instance.to_string());
     let incomplete = file("incomplete.json", r#"{"instances": [{"name": "half", "K": 2}]}"#);
@@ -236,13 +236,13 @@ fn what_is_wrong_is_named() {
         code == 1 && message.contains("clients.count: invalid type"),
         "{message}"
     );
-    let (code, message) = failure(&["plan", text(&fixture("instances.json")), "--instance", "none"]);
+    let (code, message) = failure(&["plan", text(&fixture("command.json")), "--instance", "none"]);
     assert!(code == 1 && message.contains("it has flat, selective"), "{message}");
 }
 
 #[test]
 fn bad_usage_ends_with_2() {
-    let instances = fixture("instances.json");
+    let instances = fixture("command.json");
     for words in [
         &["plan"][..],
         &["plan", "cell", "--method", "e"],
@@ -324,7 +324,7 @@ fn a_scenarios_report_has_every_picture() {
 
 #[test]
 fn an_instances_report_says_what_it_lacks() {
-    let path = fixture("instances.json");
+    let path = fixture("command.json");
     let (page, names) = report(&["plan", text(&path), "--instance", "selective"]);
     assert_eq!(
         names,
@@ -413,6 +413,6 @@ fn a_sweep_to_stdout_refuses_points_that_are_none() {
         message.contains("at clients = 9") && message.contains("main link has 6 subchannels"),
         "{message}"
     );
-    let (code, message) = failure(&["sweep", text(&fixture("instances.json")), "--axis", "all"]);
+    let (code, message) = failure(&["sweep", text(&fixture("command.json")), "--axis", "all"]);
     assert!(code == 1 && message.contains("a scenario is needed"), "{message}");
 }

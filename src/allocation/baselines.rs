@@ -28,7 +28,6 @@ struct Random {
 }
 
 impl Random {
-    /// `None` for a method that leaves nothing to chance.
     fn of(method: Method) -> Self {
         let (links, split, rank) = match method {
             Method::A => (true, true, true),

@@ -42,6 +42,12 @@ pub struct Ladders<'a> {
 /// Relative width of the bracket in which exact methods leave the optimum: their result is that close.
 pub(super) const EXACT: f64 = 1e-11;
 
+/// Attempts at a deadline that is possible; more fail only where numbers overflow.
+const FIRST_PROBES: i32 = 60;
+
+/// Probes after which the bracket is left as it is. A dozen are usual; where powers underflow every deadline looks possible.
+const RELAX_STEPS: i32 = 500;
+
 /// The optimum of a link whose clients may share subchannels.
 pub(super) struct Relaxation {
     /// `[client]`
@@ -216,7 +222,8 @@ impl<'a> Ladders<'a> {
                     high_s = self.shortest_s(demand, &found).min(probe_s);
                     counts = Some(found);
                 }
-                // The first probe is possible by construction; rounding may disagree.
+                // The first probe is possible by construction; rounding may disagree, but not for long.
+                None if counts.is_none() && step > FIRST_PROBES => return None,
                 None if counts.is_none() => {
                     high_s *= 1.0 + 1e-6;
                     probe_s = high_s;
@@ -231,7 +238,7 @@ impl<'a> Ladders<'a> {
                 0 => 0.5 * (low_s + high_s),
                 _ => high_s * (1.0 - EXACT),
             };
-            if probe_s <= low_s {
+            if probe_s <= low_s || step == RELAX_STEPS {
                 break;
             }
         }

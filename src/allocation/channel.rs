@@ -35,6 +35,9 @@ pub enum SnrPerWatt {
     Selective(Vec<Vec<f64>>),
 }
 
+/// More would only be a mistake in a file.
+pub const MAX_SUBCHANNELS: usize = 1 << 16;
+
 /// A link of `subchannels` equal subchannels.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Channel {
@@ -80,6 +83,9 @@ impl Channel {
                 clients,
                 subchannels,
             });
+        }
+        if subchannels > MAX_SUBCHANNELS {
+            return Err(Error::TooManySubchannels { link, subchannels });
         }
         positive(link, "the bandwidth of a subchannel", "Hz", self.bandwidth_hz)?;
         positive(link, "the total power", "W", self.power_total_w)?;

@@ -131,6 +131,7 @@ impl Problem {
             return Err(Error::Number {
                 what: "local_steps".to_owned(),
                 value: 0.0,
+                range: "above 0",
             });
         }
         for (what, count) in [("splits", self.splits.len()), ("ranks", self.ranks.len())] {
@@ -140,14 +141,15 @@ impl Problem {
         }
         length("rounds", self.rounds.len(), self.ranks.len())?;
         length("cells", self.cells.len(), self.splits.len())?;
-        let number = |what: &str, value: f64, least: f64| match value.is_finite() && value >= least {
+        let number = |what: &str, value: f64| match value.is_finite() && value >= 0.0 {
             true => Ok(()),
             false => Err(Error::Number {
                 what: what.to_owned(),
                 value,
+                range: "not below 0",
             }),
         };
-        number("energy_weight_s_per_j", self.energy_weight_s_per_j, 0.0)?;
+        number("energy_weight_s_per_j", self.energy_weight_s_per_j)?;
         for (&rank, &rounds) in self.ranks.iter().zip(&self.rounds) {
             if !(rounds.is_finite() && rounds > 0.0) {
                 return Err(Error::Rounds {
@@ -156,12 +158,14 @@ impl Problem {
                 });
             }
         }
-        if let Some(broadcast) = &self.broadcast {
-            number(
-                "rate_bits_per_s of the broadcast",
-                broadcast.rate_bits_per_s,
-                f64::MIN_POSITIVE,
-            )?;
+        if let Some(Broadcast { rate_bits_per_s }) = self.broadcast
+            && !(rate_bits_per_s.is_finite() && rate_bits_per_s > 0.0)
+        {
+            return Err(Error::Number {
+                what: "rate_bits_per_s of the broadcast".to_owned(),
+                value: rate_bits_per_s,
+                range: "above 0",
+            });
         }
         for (row, split) in self.cells.iter().zip(&self.splits) {
             length(&format!("the ranks of split {split}"), row.len(), self.ranks.len())?;
@@ -175,7 +179,7 @@ impl Problem {
                 ] {
                     length(&name(what), values.len(), clients)?;
                     for &value in values {
-                        number(&name(what), value, 0.0)?;
+                        number(&name(what), value)?;
                     }
                 }
                 for (what, value) in [
@@ -184,7 +188,7 @@ impl Problem {
                     ("adapter_bits", cell.adapter_bits),
                     ("gradient_bits", cell.gradient_bits),
                 ] {
-                    number(&name(what), value, 0.0)?;
+                    number(&name(what), value)?;
                 }
             }
         }

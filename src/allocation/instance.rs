@@ -48,14 +48,6 @@ impl Instance {
     /// [`Error`] names what is missing or impossible.
     pub fn problem(&self) -> Result<Problem, Error> {
         let clients = self.clients;
-        let length = |what: &str, found: usize, expected: usize| match found == expected {
-            true => Ok(()),
-            false => Err(Error::Length {
-                what: what.to_owned(),
-                found,
-                expected,
-            }),
-        };
         length("pmax_w", self.pmax_w.len(), clients)?;
         let channel = |what: &str, gains: &[Vec<f64>], subchannels: usize, bandwidth_hz: f64, power_total_w: f64| {
             length(what, gains.len(), clients)?;
@@ -76,37 +68,24 @@ impl Instance {
                 power_total_w,
             })
         };
-        let mut cells = Vec::with_capacity(self.splits.len());
-        for (split, _) in self.splits.iter().enumerate() {
-            let mut row = Vec::with_capacity(self.ranks.len());
-            for (rank, _) in self.ranks.iter().enumerate() {
-                let number = |what: &str, table: &[Vec<f64>]| {
-                    (table.get(split).and_then(|row| row.get(rank)).copied()).ok_or_else(|| Error::Length {
-                        what: what.to_owned(),
-                        found: table.len(),
-                        expected: self.splits.len(),
-                    })
-                };
-                let times = |what: &str, table: &[Vec<Vec<f64>>]| {
-                    (table.get(split).and_then(|row| row.get(rank)).cloned()).ok_or_else(|| Error::Length {
-                        what: what.to_owned(),
-                        found: table.len(),
-                        expected: self.splits.len(),
-                    })
-                };
-                row.push(Cell {
-                    client_forward_s: times("client_fwd_s", &self.client_fwd_s)?,
-                    client_backward_s: times("client_bwd_s", &self.client_bwd_s)?,
-                    server_s: number("server_s", &self.server_s)?,
-                    upload_bits: number("upload_bits", &self.upload_bits)?,
-                    adapter_bits: number("adapter_bits", &self.adapter_bits)?,
-                    gradient_bits: 0.0,
-                    compute_j: vec![0.0; clients],
-                    memory_bytes: vec![0.0; clients],
-                });
-            }
-            cells.push(row);
-        }
+        self.check_table("client_fwd_s", &self.client_fwd_s)?;
+        self.check_table("client_bwd_s", &self.client_bwd_s)?;
+        self.check_table("server_s", &self.server_s)?;
+        self.check_table("upload_bits", &self.upload_bits)?;
+        self.check_table("adapter_bits", &self.adapter_bits)?;
+        let cell = |split: usize, rank: usize| Cell {
+            client_forward_s: self.client_fwd_s[split][rank].clone(),
+            client_backward_s: self.client_bwd_s[split][rank].clone(),
+            server_s: self.server_s[split][rank],
+            upload_bits: self.upload_bits[split][rank],
+            adapter_bits: self.adapter_bits[split][rank],
+            gradient_bits: 0.0,
+            compute_j: vec![0.0; clients],
+            memory_bytes: vec![0.0; clients],
+        };
+        let cells = (0..self.splits.len())
+            .map(|split| (0..self.ranks.len()).map(|rank| cell(split, rank)).collect())
+            .collect();
         let problem = Problem {
             local_steps: self.local_iters,
             main: channel(
@@ -134,5 +113,24 @@ impl Instance {
         };
         problem.check()?;
         Ok(problem)
+    }
+    /// That a table has a row for each split and in it an entry for each rank.
+    fn check_table<T>(&self, what: &str, table: &[Vec<T>]) -> Result<(), Error> {
+        length(what, table.len(), self.splits.len())?;
+        for (row, split) in table.iter().zip(&self.splits) {
+            length(&format!("{what} of split {split}"), row.len(), self.ranks.len())?;
+        }
+        Ok(())
+    }
+}
+
+fn length(what: &str, found: usize, expected: usize) -> Result<(), Error> {
+    match found == expected {
+        true => Ok(()),
+        false => Err(Error::Length {
+            what: what.to_owned(),
+            found,
+            expected,
+        }),
     }
 }

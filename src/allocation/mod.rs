@@ -42,6 +42,8 @@ pub enum Error {
         clients: usize,
         subchannels: usize,
     },
+    #[error("the {link} link has {subchannels} subchannels; at most {most}", most = channel::MAX_SUBCHANNELS)]
+    TooManySubchannels { link: LinkName, subchannels: usize },
     #[error("{what} of the {link} link is {value} {unit}; it must be a finite number above 0")]
     Link {
         link: LinkName,
@@ -56,8 +58,12 @@ pub enum Error {
         what: &'static str,
         value: f64,
     },
-    #[error("{what} is {value}; it must be a finite number, not below 0")]
-    Number { what: String, value: f64 },
+    #[error("{what} is {value}; it must be a finite number {range}")]
+    Number {
+        what: String,
+        value: f64,
+        range: &'static str,
+    },
     #[error("{what} has {found} entries, expected {expected}")]
     Length {
         what: String,
@@ -192,7 +198,10 @@ pub struct Plan {
 impl Plan {
     /// How far the plan can be from the best, as a part of the lower bound.
     pub fn gap(&self) -> f64 {
-        (self.total_s - self.lower_bound_s).max(0.0) / self.lower_bound_s
+        match self.total_s > self.lower_bound_s {
+            true => (self.total_s - self.lower_bound_s) / self.lower_bound_s,
+            false => 0.0,
+        }
     }
 
     fn new(method: Method, solved: Solved, lower_bound_s: f64) -> Self {
@@ -216,13 +225,21 @@ impl Plan {
 pub fn solve(problem: &Problem, method: Method, options: &SolveOptions) -> Result<Plan, Error> {
     problem.check()?;
     let links = Links::new(problem)?;
-    if method == Method::Best {
-        let (solved, lower_s) = match options.per_client_split {
-            true => search::per_client(&links)?,
-            false => search::uniform(&links)?,
-        };
-        return Ok(Plan::new(method, solved, lower_s));
+    let (solved, lower_s) = match (method, options.per_client_split) {
+        (Method::Best, true) => search::per_client(&links)?,
+        (Method::Best, false) => search::uniform(&links)?,
+        _ => (
+            baselines::alternate(&links, method, options.seed)?,
+            links.uniform_bound_s(),
+        ),
+    };
+    // Each number is finite, but what they come to need not be.
+    match solved.total_s.is_finite() {
+        true => Ok(Plan::new(method, solved, lower_s)),
+        false => Err(Error::Number {
+            what: "the total delay".to_owned(),
+            value: solved.total_s,
+            range: "above 0",
+        }),
     }
-    let solved = baselines::alternate(&links, method, options.seed)?;
-    Ok(Plan::new(method, solved, links.uniform_bound_s()))
 }

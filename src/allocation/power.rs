@@ -28,7 +28,8 @@ impl Demand {
         if time_s <= 0.0 {
             return f64::INFINITY;
         }
-        bits * std::f64::consts::LN_2 / (bandwidth_hz * time_s)
+        // However little it is, it takes a subchannel.
+        (bits * std::f64::consts::LN_2 / (bandwidth_hz * time_s)).max(f64::MIN_POSITIVE)
     }
 
     /// The longest wait, which no deadline can be before, in s.
@@ -51,15 +52,17 @@ fn level(ln_gain: &[f64], nats: f64) -> Water {
     let best = ln_gain[0];
     let mut behind: f64 = ln_gain.iter().map(|gain| best - gain).sum();
     let mut active = ln_gain.len();
-    loop {
+    while active > 1 {
         let reach = (nats + behind) / active as f64;
         let weakest = best - ln_gain[active - 1];
-        if reach > weakest || active == 1 {
+        if reach > weakest {
             return Water { reach, active };
         }
         active -= 1;
         behind -= weakest;
     }
+    // What is left of `behind` is rounding.
+    Water { reach: nats, active }
 }
 
 /// Natural logarithm of the least power, in ln W, that carries `nats` over gains with logarithms `ln_gain`, sorted, best first;
@@ -97,10 +100,10 @@ pub(super) fn most_nats(ln_gain: &[f64], power_w: f64) -> f64 {
     let hurdle = |gain: &f64| (best - gain).exp();
     let mut active = ln_gain.len();
     let mut sum: f64 = ln_gain.iter().map(hurdle).sum();
-    loop {
+    while active > 1 {
         let weakest = hurdle(&ln_gain[active - 1]);
         let spare = (budget + (sum - active as f64 * weakest)) / active as f64;
-        if spare > 0.0 || active == 1 {
+        if spare > 0.0 {
             // p_i γ_i = (w γ_1 - h_i) / h_i with h_i = γ_1 / γ_i
             return ln_gain[..active]
                 .iter()
@@ -110,6 +113,7 @@ pub(super) fn most_nats(ln_gain: &[f64], power_w: f64) -> f64 {
         active -= 1;
         sum -= weakest;
     }
+    budget.ln_1p()
 }
 
 /// Who sends where on a link, with what power, and how long the phase takes.
@@ -307,22 +311,49 @@ impl Transmission<'_> {
         high
     }
 
-    fn plan(&self, owner: &[usize], phase_s: f64) -> LinkPlan {
+    /// The powers that end at `deadline_s`. They and not the deadline are the plan: rounding must not put a sum above its cap (a
+    /// transmission much shorter than the wait before it) nor end the phase at another time than they do (a signal far below
+    /// the noise), so sums are cut to their caps and the phase is the time that these powers take.
+    fn plan(&self, owner: &[usize], deadline_s: f64) -> LinkPlan {
+        let channel = self.channel;
         let mut power_w = vec![0.0; owner.len()];
-        let mut energy_j = 0.0;
+        let mut total_w = 0.0;
         for (client, ln_gain) in self.holdings.ln_gain.iter().enumerate() {
-            let nats = self.nats(client, phase_s);
+            let cap_w = channel.power_max_w[client];
+            let nats = (self.nats(client, deadline_s)).min(most_nats(ln_gain, cap_w.min(channel.power_total_w)));
             if nats <= 0.0 || ln_gain.is_empty() {
                 continue;
             }
             let Water { reach, active } = level(ln_gain, nats);
             let best = ln_gain[0];
-            for (&subchannel, gain) in self.holdings.subchannels[client].iter().zip(ln_gain).take(active) {
+            let own = &self.holdings.subchannels[client][..active];
+            for (&subchannel, gain) in own.iter().zip(ln_gain) {
                 let behind = best - gain;
-                let power = (-gain).exp() * (reach - behind).exp_m1();
-                power_w[subchannel] = power;
-                energy_j += power * (phase_s - self.demand.wait_s[client]);
+                power_w[subchannel] = (-gain).exp() * (reach - behind).exp_m1().max(0.0);
             }
+            let sum_w: f64 = own.iter().map(|&subchannel| power_w[subchannel]).sum();
+            if sum_w > cap_w {
+                own.iter().for_each(|&subchannel| power_w[subchannel] *= cap_w / sum_w);
+            }
+            total_w += sum_w.min(cap_w);
+        }
+        if total_w > channel.power_total_w {
+            power_w
+                .iter_mut()
+                .for_each(|power| *power *= channel.power_total_w / total_w);
+        }
+        let (mut phase_s, mut energy_j) = (0.0_f64, 0.0);
+        for (client, own) in self.holdings.subchannels.iter().enumerate() {
+            let bits = self.demand.payload_bits[client];
+            let mut sending_s = 0.0;
+            if bits > 0.0 {
+                let nats: f64 = (own.iter())
+                    .map(|&subchannel| (power_w[subchannel] * channel.snr_per_watt(client, subchannel)).ln_1p())
+                    .sum();
+                sending_s = bits * std::f64::consts::LN_2 / (channel.bandwidth_hz * nats);
+            }
+            phase_s = phase_s.max(self.demand.wait_s[client] + sending_s);
+            energy_j += sending_s * own.iter().map(|&subchannel| power_w[subchannel]).sum::<f64>();
         }
         LinkPlan {
             owner: owner.to_vec(),

@@ -18,7 +18,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::channel::{Channel, SnrPerWatt, dbm_to_w, path_loss_db, snr_per_watt};
+use super::channel::{Channel, MAX_SUBCHANNELS, SnrPerWatt, dbm_to_w, path_loss_db, snr_per_watt};
 use super::delay::{Broadcast, Cell, Problem};
 use super::{Error, LinkName};
 use crate::model::adapter::LoraSpec;
@@ -429,7 +429,8 @@ impl Scenario {
     pub fn workload(&self) -> Result<Workload, ScenarioError> {
         let config = self.config()?;
         let TrainingShape { batch, seq, .. } = self.training;
-        if batch == 0 || seq == 0 || seq > config.positions {
+        let tokens = batch.saturating_mul(seq);
+        if tokens == 0 || tokens > MAX_TOKENS || seq > config.positions {
             return Err(field(
                 "training.batch, training.seq",
                 format!(
@@ -466,7 +467,7 @@ impl Scenario {
     /// # Errors
     /// [`ScenarioError::Field`] for one that leaves a side without a block.
     pub fn splits(&self) -> Result<Vec<u32>, ScenarioError> {
-        let blocks = u32::try_from(self.model.blocks).unwrap_or(u32::MAX);
+        let blocks = u32::try_from(self.config()?.blocks).unwrap_or(u32::MAX);
         let splits = match &self.training.splits {
             Some(splits) => splits.clone(),
             None => (1..blocks).collect(),
@@ -508,15 +509,45 @@ impl Scenario {
             .collect()
     }
 
+    /// The number of clients, before anything of that size is made.
+    fn client_count(&self) -> Result<usize, ScenarioError> {
+        let clients = self.clients.count;
+        let links = [
+            (LinkName::Main, Some(&self.main)),
+            (LinkName::Federated, Some(&self.federated)),
+            (LinkName::Download, self.download.as_ref()),
+        ];
+        for (link, radio) in links {
+            let Some(&Radio { subchannels, .. }) = radio else {
+                continue;
+            };
+            if subchannels > MAX_SUBCHANNELS {
+                return Err(Error::TooManySubchannels { link, subchannels }.into());
+            }
+            if clients > subchannels {
+                return Err(Error::TooFewSubchannels {
+                    link,
+                    clients,
+                    subchannels,
+                }
+                .into());
+            }
+        }
+        match clients {
+            0 => Err(Error::NoClients.into()),
+            _ => Ok(clients),
+        }
+    }
+
     /// The clients' clock rates, in Hz.
     ///
     /// # Errors
     /// [`ScenarioError::Field`].
     pub fn client_compute_hz(&self) -> Result<Vec<f64>, ScenarioError> {
-        let clients = &self.clients;
-        let [low, high] = clients.compute_hz;
-        if let Some(each) = &clients.compute_hz_each {
-            return each_client("clients.compute_hz_each", each, clients.count);
+        let count = self.client_count()?;
+        let [low, high] = self.clients.compute_hz;
+        if let Some(each) = &self.clients.compute_hz_each {
+            return each_client("clients.compute_hz_each", each, count);
         }
         if !(low.is_finite() && high.is_finite() && low > 0.0 && low <= high) {
             return Err(field(
@@ -525,7 +556,7 @@ impl Scenario {
             ));
         }
         let mut rng = self.stream(Stream::Compute);
-        Ok((0..clients.count).map(|_| between(&mut rng, low, high)).collect())
+        Ok((0..count).map(|_| between(&mut rng, low, high)).collect())
     }
 
     /// What the devices of the scenario do in a second.
@@ -589,16 +620,16 @@ impl Scenario {
     }
 
     fn power_max_w(&self) -> Result<Vec<f64>, ScenarioError> {
-        let clients = &self.clients;
-        let dbm = match &clients.power_max_dbm_each {
-            Some(each) if each.len() != clients.count => {
+        let count = self.client_count()?;
+        let dbm = match &self.clients.power_max_dbm_each {
+            Some(each) if each.len() != count => {
                 return Err(field(
                     "clients.power_max_dbm_each",
-                    format!("{} entries for {} clients", each.len(), clients.count),
+                    format!("{} entries for {count} clients", each.len()),
                 ));
             }
             Some(each) => each.clone(),
-            None => vec![clients.power_max_dbm; clients.count],
+            None => vec![self.clients.power_max_dbm; count],
         };
         Ok(dbm.into_iter().map(dbm_to_w).collect())
     }
@@ -630,21 +661,6 @@ impl Scenario {
         power_max_w: Vec<f64>,
         fading: Stream,
     ) -> Result<Channel, ScenarioError> {
-        let clients = self.clients.count;
-        if clients > radio.subchannels {
-            return Err(Error::TooFewSubchannels {
-                link,
-                clients,
-                subchannels: radio.subchannels,
-            }
-            .into());
-        }
-        if radio.subchannels > MAX_SUBCHANNELS {
-            return Err(field(
-                "subchannels",
-                format!("{} of the {link} link; at most {MAX_SUBCHANNELS}", radio.subchannels),
-            ));
-        }
         let bandwidth_hz = radio.bandwidth_hz / radio.subchannels as f64;
         let propagation = &self.channel;
         let snr = match given {
@@ -665,6 +681,16 @@ impl Scenario {
                     .collect();
                 match propagation.fading {
                     Fading::None => SnrPerWatt::Flat(flat),
+                    Fading::Rayleigh if flat.len() * radio.subchannels > MAX_GAINS => {
+                        return Err(field(
+                            "channel.fading",
+                            format!(
+                                "{} clients × {} subchannels of the {link} link are too many to draw; at most {MAX_GAINS}",
+                                flat.len(),
+                                radio.subchannels
+                            ),
+                        ));
+                    }
                     Fading::Rayleigh => {
                         let mut rng = self.stream(fading);
                         let mut row =
@@ -710,9 +736,6 @@ impl Scenario {
     /// # Errors
     /// [`ScenarioError`] names field, client, link and constraint.
     pub fn problem(&self) -> Result<Problem, ScenarioError> {
-        if self.clients.count == 0 {
-            return Err(Error::NoClients.into());
-        }
         let compute_hz = self.client_compute_hz()?;
         let joules_per_flop: Vec<f64> = (compute_hz.iter())
             .map(|hz| self.clients.capacitance * hz * hz * self.clients.cycles_per_flop)
@@ -732,6 +755,13 @@ impl Scenario {
     ) -> Result<Problem, ScenarioError> {
         let (splits, ranks) = (self.splits()?, self.ranks()?);
         let (main, federated, download) = self.channels()?;
+        let cells = splits.len().saturating_mul(ranks.len()).saturating_mul(main.clients());
+        if cells > MAX_CELLS {
+            return Err(field(
+                "training.splits, training.ranks",
+                format!("{cells} combinations with the clients; at most {MAX_CELLS}"),
+            ));
+        }
         let (ranks, rounds): (Vec<u32>, Vec<f64>) = ranks.into_iter().unzip();
         let costs = CellCosts {
             workload,
@@ -764,8 +794,12 @@ impl Scenario {
     }
 }
 
-/// More would only be a mistake in a file.
-const MAX_SUBCHANNELS: usize = 1 << 16;
+/// Gains of a link that are drawn at most.
+const MAX_GAINS: usize = 1 << 24;
+/// Splits × ranks × clients.
+const MAX_CELLS: usize = 1 << 24;
+/// Tokens in a batch.
+const MAX_TOKENS: usize = 1 << 31;
 
 /// What is drawn, each from its own stream of the seed.
 #[derive(Clone, Copy)]

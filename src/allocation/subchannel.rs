@@ -126,7 +126,10 @@ fn selective(ladders: &Ladders<'_>, demand: &Demand, options: &LinkOptions<'_>) 
         search.descend(&mut found);
     }
     let (clients, subchannels) = (channel.clients() as f64, channel.subchannels as f64);
-    if found.is_open() && subchannels * clients.ln() <= ENUMERATED.ln() {
+    if channel.clients() == 1 {
+        // There is one ownership, and the sets of its subchannels are not to be counted.
+        found.lower_s = found.lower_s.max(found.upper_s * (1.0 - EXACT));
+    } else if found.is_open() && subchannels * clients.ln() <= ENUMERATED.ln() {
         enumerate(channel, demand, &mut found.owner, &mut found.upper_s);
         found.lower_s = found.lower_s.max(found.upper_s * (1.0 - EXACT));
     } else if found.is_open() {
@@ -398,6 +401,8 @@ struct Search<'a> {
     /// `[client][subchannel]`: ln γ and 1/γ.
     ln_gain: Vec<Vec<f64>>,
     inverse: Vec<Vec<f64>>,
+    /// `[client]`: its own cap or the link's total, in W, so that what is summed stays finite where a client has no cap.
+    cap_w: Vec<f64>,
     ln_cap: Vec<f64>,
     /// Needed by the deadline.
     nats: Vec<f64>,
@@ -455,13 +460,17 @@ impl<'a> Search<'a> {
                 })
                 .collect()
         };
+        let cap_w: Vec<f64> = (channel.power_max_w.iter())
+            .map(|power| power.min(channel.power_total_w))
+            .collect();
         Self {
             ladders,
             channel,
             demand,
             ln_gain: table(f64::ln),
             inverse: table(f64::recip),
-            ln_cap: channel.power_max_w.iter().map(|power| power.ln()).collect(),
+            ln_cap: cap_w.iter().map(|power| power.ln()).collect(),
+            cap_w,
             nats: vec![0.0; clients],
             owner: Vec::new(),
             holdings: vec![Holding::default(); clients],
@@ -485,17 +494,18 @@ impl<'a> Search<'a> {
         }
     }
 
-    /// Looks for an ownership that ends by `target_s`, from the one found so far; takes a better one even if it does not.
+    /// Looks for an ownership that ends by `target_s`, from the one found so far; takes a better one even if it does not. Whether
+    /// it does is up to the exact power control: the search's own sums are rounded.
     fn reach(&mut self, found: &mut Found, target_s: f64) -> bool {
         self.begin(&found.owner, target_s);
-        let met = self.meet();
+        self.meet();
         if let Some(reached) = fastest_s(self.channel, self.demand, &Holdings::new(self.channel, &self.owner))
             && reached < found.upper_s
         {
             found.upper_s = reached;
             found.owner.clone_from(&self.owner);
         }
-        met
+        found.upper_s <= target_s * (1.0 + EXACT)
     }
 
     fn begin(&mut self, owner: &[usize], deadline_s: f64) {
@@ -565,7 +575,7 @@ impl<'a> Search<'a> {
         }
         let ln_cap = self.ln_cap[client];
         let excessive = |excess: f64| Need {
-            capped_w: self.channel.power_max_w[client],
+            capped_w: self.cap_w[client],
             excess,
         };
         if count == 0 {
@@ -574,9 +584,10 @@ impl<'a> Search<'a> {
         let ln_level = (nats - ln_gains) / count as f64;
         let ln_power = match ln_level + weakest > 0.0 {
             // With power on all of them: P = m w - Σ 1/γ.
-            true if ln_level < 300.0 => {
+            // Where little is left of the difference it is rounding, and the slow way is exact.
+            true if ln_level < 300.0 && ln_level + weakest > 1e-3 => {
                 let power = count as f64 * ln_level.exp() - inverses;
-                if power <= self.channel.power_max_w[client] {
+                if power <= self.cap_w[client] {
                     return Need {
                         capped_w: power,
                         excess: 0.0,
@@ -584,8 +595,8 @@ impl<'a> Search<'a> {
                 }
                 power.ln()
             }
-            true => ln_level + (count as f64).ln(),
-            false => {
+            true if ln_level >= 300.0 => ln_level + (count as f64).ln(),
+            _ => {
                 let mut sorted: Vec<f64> = (holding.subchannels.iter())
                     .filter(|&&subchannel| Some(subchannel) != without)
                     .map(|&subchannel| gain[subchannel])
@@ -617,8 +628,8 @@ impl<'a> Search<'a> {
         own + self.total_excess(self.total_w)
     }
 
-    /// Moves and exchanges until the deadline is met; false when it is given up. Either way the best ownership met is left.
-    fn meet(&mut self) -> bool {
+    /// Moves and exchanges until the deadline is met or given up. Either way the best ownership met is left.
+    fn meet(&mut self) {
         self.improve();
         let mut best = (self.violation(), self.owner.clone());
         let mut turns = 0;
@@ -637,7 +648,6 @@ impl<'a> Search<'a> {
                 self.go_back(&best.1);
             }
         }
-        best.0 <= MET
     }
 
     /// Every client puts one of its subchannels, drawn at random, into a pot, and the pot is given back, one to each, in the best
@@ -972,7 +982,10 @@ impl Tree<'_> {
                 continue;
             }
             let without: Vec<usize> = match keeper {
-                Some(keeper) => (0..self.channel.clients()).filter(|&client| client != keeper).collect(),
+                // A client without a payload claims nothing and may end with an empty ladder.
+                Some(keeper) => (0..self.channel.clients())
+                    .filter(|&client| client != keeper && self.demand.payload_bits[client] > 0.0)
+                    .collect(),
                 None => claimants.clone(),
             };
             let answer = match ladders.without(&without, subchannel) {
@@ -1007,5 +1020,67 @@ impl Tree<'_> {
                 }
             })
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::{RngExt, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    use super::*;
+
+    /// The least sum over all permutations of the columns.
+    fn least_by_permutations(cost: &[f64], size: usize, row: usize, free: &mut Vec<usize>) -> f64 {
+        if row == size {
+            return 0.0;
+        }
+        let mut least = f64::INFINITY;
+        for position in 0..free.len() {
+            let column = free.remove(position);
+            least = least.min(cost[row * size + column] + least_by_permutations(cost, size, row + 1, free));
+            free.insert(position, column);
+        }
+        least
+    }
+
+    fn assert_cheapest(cost: &[f64], size: usize) {
+        let columns = cheapest_assignment(cost, size);
+        let mut used = columns.clone();
+        used.sort_unstable();
+        assert_eq!(used, (0..size).collect::<Vec<_>>(), "{cost:?}");
+        let sum: f64 = (columns.iter().enumerate())
+            .map(|(row, column)| cost[row * size + column])
+            .sum();
+        let least = least_by_permutations(cost, size, 0, &mut (0..size).collect());
+        assert!(
+            (sum - least).abs() <= 1e-12 * least.abs().max(1.0),
+            "{sum} {least} {cost:?}"
+        );
+    }
+
+    #[test]
+    fn the_cheapest_assignment_is_that_of_all_permutations() {
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        for size in 1..=6 {
+            for _ in 0..200 {
+                let cost: Vec<f64> = (0..size * size).map(|_| rng.random_range(-1.0..1.0)).collect();
+                assert_cheapest(&cost, size);
+            }
+        }
+    }
+
+    #[test]
+    fn the_cheapest_assignment_copes_with_ties_and_prohibitive_costs() {
+        let mut rng = ChaCha8Rng::seed_from_u64(2);
+        for size in 1..=6 {
+            assert_cheapest(&vec![1.0; size * size], size);
+            for _ in 0..100 {
+                let cost: Vec<f64> = (0..size * size)
+                    .map(|_| [0.0, 1.0, 2.0, 1e6][rng.random_range(0..4)])
+                    .collect();
+                assert_cheapest(&cost, size);
+            }
+        }
     }
 }
