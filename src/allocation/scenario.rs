@@ -33,6 +33,9 @@ use crate::model::weights::WeightDtype;
 pub enum ScenarioError {
     #[error("not valid JSON: {0}")]
     Json(#[from] serde_json::Error),
+    /// Valid JSON or TOML, and no scenario: a field that is unknown, missing or of another type.
+    #[error("{0}")]
+    Shape(serde_json::Error),
     #[error("not valid TOML: {0}")]
     Toml(#[from] toml::de::Error),
     #[error("`{name}` is no preset; choose paper, cell, selective or slow-server")]
@@ -351,7 +354,7 @@ impl Scenario {
             }
         };
         let base = preset(&name).ok_or(ScenarioError::Preset { name })?;
-        Ok(serde_json::from_value(merge(base, value))?)
+        serde_json::from_value(merge(base, value)).map_err(ScenarioError::Shape)
     }
 
     /// Reads a file, and the table of rounds it names.
@@ -401,10 +404,10 @@ impl Scenario {
     /// The scenario with other values, in the form of a file: `{"clients": {"count": 100}}`.
     ///
     /// # Errors
-    /// [`ScenarioError::Json`] names an unknown field.
+    /// [`ScenarioError::Shape`] names an unknown field.
     pub fn with(&self, changes: Value) -> Result<Self, ScenarioError> {
         let base = without_nulls(serde_json::to_value(self)?);
-        Ok(serde_json::from_value(merge(base, changes))?)
+        serde_json::from_value(merge(base, changes)).map_err(ScenarioError::Shape)
     }
 
     /// The model's shape.

@@ -512,6 +512,8 @@ fn per_client_bound_s(links: &Links<'_>) -> f64 {
         };
         let shortest_s = links.main.lower_bound_s(&demand);
         let federated = links.federated_unit.lower_s * least_bits(|cell| cell.adapter_bits);
+        // Whatever the backward passes, the gradients must arrive.
+        let download_s = links.download_s_per_bit * least_bits(|cell| cell.gradient_bits);
         let compute_j: f64 = (0..clients)
             .map(|client| cells().map(|cell| cell.compute_j[client]).fold(f64::INFINITY, f64::min))
             .sum();
@@ -541,7 +543,10 @@ fn per_client_bound_s(links: &Links<'_>) -> f64 {
                     })
                     .sum();
                 let Some(server) = server else { continue };
-                let step = from_s + server / clients as f64 + backward_s + problem.energy_weight_s_per_j * compute_j;
+                let step = from_s
+                    + server / clients as f64
+                    + backward_s.max(download_s)
+                    + problem.energy_weight_s_per_j * compute_j;
                 let total = problem.rounds[rank] * (f64::from(problem.local_steps) * step + federated);
                 least = least.min(total);
             }

@@ -160,7 +160,7 @@ fn place_and_reason(error: &ScenarioError, text: &str) -> String {
 
 /// Why `changes` to a preset make no scenario, with the field's name, which serde does not say.
 pub fn reason(error: &ScenarioError, changes: &Value) -> String {
-    let ScenarioError::Json(error) = error else {
+    let ScenarioError::Shape(error) = error else {
         return error.to_string();
     };
     match culprit(changes, "") {
@@ -177,7 +177,7 @@ fn culprit(changes: &Value, prefix: &str) -> Option<(String, String)> {
             "" => key.clone(),
             _ => format!("{prefix}.{key}"),
         };
-        let Err(ScenarioError::Json(error)) = Scenario::from_value(nested(&path, value.clone())) else {
+        let Err(ScenarioError::Shape(error)) = Scenario::from_value(nested(&path, value.clone())) else {
             continue;
         };
         // A field of an optional table is refused for the ones beside it.
