@@ -673,6 +673,7 @@ impl Shown {
                 cut,
                 rank,
                 reason,
+                ..
             } => console.line(format!(
                 "plan from round {round}: cut after {cut} block{}, rank {rank}; {reason}",
                 plural(cut)

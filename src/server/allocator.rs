@@ -358,6 +358,7 @@ impl Allocator {
         };
         Ok(Some(Decision {
             cut,
+            cuts: BTreeMap::new(),
             rank,
             rates: self.rates_of(clients),
             prediction: Some(RoundPrediction {
@@ -619,6 +620,7 @@ mod tests {
             round: 1,
             rounds: 10,
             cut,
+            cuts: BTreeMap::new(),
             rank: 4,
             can_recut: true,
             clients: speeds.iter().map(|&(id, speed)| client(id, speed)).collect(),
