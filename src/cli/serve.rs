@@ -67,6 +67,10 @@ pub struct Options {
     /// Blocks on the clients; auto chooses by what the clients measure, and again as the run goes
     #[arg(long, value_name = "N|auto", default_value = "auto")]
     pub split: Choice,
+    /// Let every client have a cut of its own: fast devices take more blocks, slow ones fewer. Chosen once, before the first
+    /// round; the server's copy of the blocks that only some clients have is averaged with theirs (not with --split N)
+    #[arg(long)]
+    pub per_client_split: bool,
     /// Emulate the radio links of this scenario (TOML or JSON, or the name of a preset): each client has a place in it, and its
     /// uplinks are as fast as the plan makes them
     #[arg(long, value_name = "FILE")]
@@ -255,8 +259,14 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
     };
     let cut = match options.split {
         Choice::Auto => FIRST_SPLIT,
+        Choice::Value(cut) if options.per_client_split => {
+            bail!("--per-client-split chooses the cuts, and --split {cut} says them; leave one of the two out")
+        }
         Choice::Value(cut) => cut,
     };
+    if options.per_client_split && options.plan_method != Method::Best {
+        bail!("--per-client-split needs --plan-method best; the others have one cut for all clients");
+    }
     let read = |path: &PathBuf| source.data(path, seq, skip_bad_lines, options.output.quiet);
     let valid = options.valid.as_ref().map(read).transpose()?;
     let data = options.data.iter().map(read).collect::<anyhow::Result<Vec<_>>>()?;
@@ -303,6 +313,7 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
         method: options.plan_method,
         seed: options.plan_seed,
         split: fixed(options.split),
+        per_client_split: options.per_client_split,
         rank: match options.lora.init_adapter {
             Some(_) => Some(training.spec.rank),
             None => fixed(options.lora.rank),
@@ -671,13 +682,17 @@ impl Shown {
             Report::Planned {
                 round,
                 cut,
+                cuts,
                 rank,
                 reason,
-                ..
-            } => console.line(format!(
-                "plan from round {round}: cut after {cut} block{}, rank {rank}; {reason}",
-                plural(cut)
-            )),
+            } => {
+                let deepest = cuts.values().copied().max().unwrap_or(cut);
+                let cuts = match deepest == cut {
+                    true => format!("cut after {cut} block{}", plural(cut)),
+                    false => format!("clients' own cuts, after {cut} to {deepest} blocks"),
+                };
+                console.line(format!("plan from round {round}: {cuts}, rank {rank}; {reason}"));
+            }
             Report::Round(round) => {
                 let validation = match (round.valid_loss, round.valid_perplexity) {
                     (Some(loss), Some(perplexity)) => {
