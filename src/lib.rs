@@ -45,7 +45,8 @@
 //! 6. At the end of a round the clients' adapters go to the federated session, which averages and broadcasts.
 //!
 //! Between rounds a planner (`server::planner`) may move the cut: blocks change sides with their adapter and the optimiser's
-//! moments, and the clients load what they lack. It may also give every client's uplinks a rate (`protocol`).
+//! moments, and the clients load what they lack. Before the first round it may give every client a cut of its own, for the whole run:
+//! the server then holds the blocks from the smallest cut on, and those that some clients hold too are averaged over both. It may also give every client's uplinks a rate (`protocol`).
 
 pub mod allocation;
 pub mod client;

@@ -124,6 +124,14 @@ fn rates() -> impl Strategy<Value = LinkRates> {
     (1.0..1e15_f64, 1.0..1e15_f64).prop_map(|(main, federated)| LinkRates::new(main, federated).unwrap())
 }
 
+fn member() -> impl Strategy<Value = Member> {
+    (client(), digest(), any::<u64>()).prop_map(|(client, base, adapter_len)| Member {
+        client,
+        base,
+        adapter_len,
+    })
+}
+
 fn control() -> impl Strategy<Value = Control> {
     prop_oneof![
         (
@@ -148,12 +156,11 @@ fn control() -> impl Strategy<Value = Control> {
                     }
                 }
             ),
-        (round(), vec(client(), 0..5), digest(), any::<(u64, u64)>()).prop_map(
-            |(round, members, base, (adapter_len, max_examples))| {
+        (round(), vec(member(), 0..5), any::<(u64, u64)>()).prop_map(
+            |(round, members, (adapter_len, max_examples))| {
                 Control::OpenRound {
                     round,
                     members,
-                    base,
                     adapter_len,
                     max_examples,
                 }
@@ -161,9 +168,10 @@ fn control() -> impl Strategy<Value = Control> {
         ),
         (
             round(),
-            option::of(any::<(u64, u64)>().prop_map(|(len, steps)| Leaving { len, steps }))
+            option::of(any::<(u64, u64)>().prop_map(|(len, steps)| Leaving { len, steps })),
+            vec(number(), 0..9)
         )
-            .prop_map(|(round, moments)| Control::Collect { round, moments }),
+            .prop_map(|(round, moments, copy)| Control::Collect { round, moments, copy }),
         (round(), client()).prop_map(|(round, client)| Control::Departed { round, client }),
         Just(Control::CloseRun),
     ]

@@ -79,6 +79,8 @@ fn training(config: &Config, spec: &LoraSpec, rounds: u32) -> Training {
 #[derive(Default)]
 struct Fixed {
     cuts: Vec<usize>,
+    /// Clients' own cuts, by their names' numbers.
+    own: Vec<usize>,
     rank: Option<usize>,
     rates: Option<LinkRates>,
     fails: bool,
@@ -125,6 +127,12 @@ impl Planner for Fixed {
         };
         Ok(Some(Decision {
             cut: self.cut(0).unwrap_or(facts.cut),
+            cuts: (facts.clients.iter())
+                .filter_map(|client| {
+                    let number: usize = client.name.rsplit(' ').next()?.parse().ok()?;
+                    Some((client.id, *self.own.get(number)?))
+                })
+                .collect(),
             rank: self.rank.unwrap_or(facts.rank),
             rates: self
                 .rates
@@ -158,6 +166,8 @@ struct Ran {
     clients: Vec<native::Summary>,
     /// Parts of the model that clients fetched over the network.
     fetched: Vec<String>,
+    /// What each client kept, if it did.
+    kept: Vec<Adapter>,
     /// Of all blocks, as exported, where a round was closed.
     exported: Option<Adapter>,
     metrics: Vec<Value>,
@@ -276,7 +286,11 @@ fn run_on(
     let read = |path: &Path| std::fs::read_to_string(path).unwrap();
     let metrics = read(&home.path().join("run/metrics.jsonl"));
     let exported = home.path().join("run/adapter");
+    let kept = (0..clients.len())
+        .filter_map(|number| Adapter::load(&home.path().join(format!("kept-{number}")), &config).ok());
+    let kept = kept.collect();
     Ran {
+        kept,
         exported: Adapter::load(&exported, &config).ok(),
         metrics: metrics
             .lines()
@@ -587,6 +601,112 @@ fn a_plan_that_cannot_be_carried_out_ends_the_run_with_its_sentence() {
     };
     let error = run_to_error(impossible);
     assert!(error.contains("impossible link rates"), "{error}");
+}
+
+fn own(cut: usize, own: &[usize]) -> Fixed {
+    Fixed {
+        own: own.to_vec(),
+        ..Fixed::cuts(&[cut])
+    }
+}
+
+/// The fixture's examples, divided among three.
+fn thirds(config: &Config) -> Vec<Vec<Example>> {
+    let examples = examples(config);
+    let third = examples.len() / 3;
+    vec![
+        examples[..third].to_vec(),
+        examples[third..2 * third].to_vec(),
+        examples[2 * third..].to_vec(),
+    ]
+}
+
+#[test]
+fn clients_with_cuts_of_their_own_train_one_model() {
+    const ROUNDS: u32 = 3;
+    let config = config();
+    let initial = adapter(&config);
+    let ran = |planner: Fixed| run(1, ROUNDS, initial.clone(), Some(planner), thirds(&config));
+    let mixed = ran(own(1, &[2, 1, 3]));
+    let summary = mixed.summary.as_ref().unwrap();
+    assert_eq!(
+        (summary.rounds, summary.steps),
+        (ROUNDS, u64::from(ROUNDS * LOCAL_STEPS))
+    );
+    for client in &mixed.clients {
+        assert_eq!(client.reason, FinishReason::Completed);
+    }
+    // Before the first round each block is the initial one wherever it is run, so the first losses are those of one cut.
+    let one = ran(Fixed::cuts(&[1]));
+    let (losses, of_one) = (mixed.losses(), one.losses());
+    assert!(
+        (losses[0] - of_one[0]).abs() < 1e-6 * of_one[0],
+        "{losses:?}, {of_one:?}"
+    );
+    // What is exported is what was validated, and what each client ends with.
+    let exported = mixed.adapter();
+    for (kept, cut) in mixed.kept.iter().zip([2, 1, 3]) {
+        let own = exported.slice(&config, 0..cut).unwrap();
+        assert_eq!(kept.values, own.values, "cut {cut}");
+    }
+    let valid = mixed.lines("round").last().unwrap()["valid_loss"].as_f64().unwrap();
+    let mut source = weights(&config);
+    let engine = Engine::cpu();
+    let loaded = central::load(&engine, &config, &mut |unit| source.unit(unit, WeightDtype::F32)).unwrap();
+    let extent = Extent {
+        batch: BATCH,
+        seq: config.positions,
+    };
+    let mut whole = Central::new(&engine, &config, loaded, Some(exported), extent, None).unwrap();
+    let mut validation = examples(&config);
+    validation.truncate(3);
+    let (mut sum, mut tokens) = (0.0, 0);
+    for batch in sflllm::data::pass(&validation, BATCH, config.positions).unwrap() {
+        let counted = block_on(whole.loss(&batch.tokens, &batch.targets, batch.seq)).unwrap();
+        sum += counted.loss_sum;
+        tokens += counted.tokens;
+    }
+    assert!(
+        (sum / tokens as f64 - valid).abs() < 1e-9 * valid,
+        "{} and {valid}",
+        sum / tokens as f64
+    );
+    assert!(
+        valid < mixed.lines("round")[0]["valid_loss"].as_f64().unwrap(),
+        "it learns"
+    );
+
+    // The same again, to the bit: who joins first makes no difference to sums, but for their order.
+    let largest = exported
+        .values
+        .iter()
+        .fold(0.0_f32, |largest, value| largest.max(value.abs()));
+    let again = ran(own(1, &[2, 1, 3]));
+    for (found, expected) in again.adapter().values.iter().zip(&exported.values) {
+        assert!((found - expected).abs() <= 1e-5 * largest, "{found}, not {expected}");
+    }
+}
+
+#[test]
+fn equal_cuts_of_their_own_are_one_cut_for_all() {
+    let config = config();
+    let initial = adapter(&config);
+    let ran = |planner: Fixed| run(1, 2, initial.clone(), Some(planner), vec![examples(&config)]);
+    let (one, own) = (ran(Fixed::cuts(&[2])), ran(own(2, &[2])));
+    assert_eq!(own.losses(), one.losses());
+    assert_eq!(own.adapter(), one.adapter());
+}
+
+#[test]
+fn cuts_of_their_own_that_cannot_be_end_the_run_with_a_sentence() {
+    for (cut, cuts, words) in [
+        (1, &[4][..], "leaves one side"),
+        (1, &[0], "leaves one side"),
+        (2, &[3], "the smallest of its clients'"),
+    ] {
+        let error = run_to_error(own(cut, cuts));
+        assert!(error.contains(words), "{cuts:?}: {error}");
+    }
 }
 
 #[test]

@@ -3,6 +3,7 @@
 //! The first half talks to one session frame by frame, as a peer that need not be honest. The second half runs whole
 //! training runs in virtual time, over networks that lose, repeat and reorder.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use proptest::prelude::*;
@@ -85,6 +86,7 @@ fn main_config(clients: u32) -> MainConfig {
             assignment: assignment(run),
             adapter: ADAPTER.to_vec(),
             moments: None,
+            cuts: BTreeMap::new(),
         },
         largest_update: ADAPTER.len() as u64,
         plans: false,
@@ -1036,6 +1038,7 @@ fn placement() -> Placement {
         assignment: reassignment(),
         adapter: vec![0.25; 8],
         moments: None,
+        cuts: BTreeMap::new(),
     }
 }
 
@@ -1185,6 +1188,11 @@ fn a_plan_or_placement_that_does_not_fit_is_the_drivers_error() {
         placement.assignment.adapter_len = 202;
     });
     assert_eq!(long, Some(MainError::UpdateTooLong { len: 202, largest: 100 }));
+    for cut in [0, 3] {
+        let wrong = with(&|placement| placement.cuts = [(ClientId(1), cut)].into());
+        let (client, largest) = (ClientId(1), 2);
+        assert_eq!(wrong, Some(MainError::Cut { client, cut, largest }));
+    }
     main.planned(Duration::ZERO, None).unwrap();
     assert_eq!(main.status().phase, RunPhase::Gathering);
     assert_eq!(
@@ -1194,7 +1202,73 @@ fn a_plan_or_placement_that_does_not_fit_is_the_drivers_error() {
     );
 }
 
+#[test]
+fn clients_with_cuts_of_their_own_get_the_beginning_of_the_assignment_and_keep_it() {
+    let (mut main, mut peers) = planning();
+    let blob = |name: &str| Blob {
+        name: name.to_owned(),
+        sha256: Digest([0; 32]),
+        bytes: 1,
+    };
+    let mut mixed = Placement {
+        cuts: [(ClientId(1), 1), (ClientId(2), 2)].into(),
+        ..placement()
+    };
+    mixed.assignment.weights = ["embedding", "block.0", "block.1"].map(blob).to_vec();
+    main.place(Duration::ZERO, mixed).unwrap();
+    main.planned(Duration::ZERO, None).unwrap();
+    let mut assigned = BTreeMap::new();
+    while let Some(transmit) = main.poll_transmit() {
+        if let Transmit::Frame { to, bytes } = transmit
+            && let Ok(Frame::Message { kind, body, .. }) = decode_frame(&bytes)
+            && let Ok(Message::Assignment(assignment)) = decode_message(kind, body)
+        {
+            peers[to.0 as usize - 1].received += 1;
+            let parts = assignment.weights.len();
+            assigned.insert(to.0, (assignment.config.split, assignment.adapter_len, parts));
+        }
+    }
+    assert_eq!(assigned, [(1, (1, 4, 2)), (2, (2, 8, 3))].into());
+    let loaded = Message::Ready(Ready {
+        assignment: 1,
+        speed: None,
+    });
+    let [mut first, mut second] = peers;
+    first.send(&mut main, &loaded);
+    second.send(&mut main, &loaded);
+    assert_eq!(main.status().phase, RunPhase::Gathering);
+    let opened = std::iter::from_fn(|| main.poll_control()).last();
+    let Some(Control::OpenRound {
+        members, adapter_len, ..
+    }) = opened
+    else {
+        panic!("{opened:?}")
+    };
+    let lengths: Vec<u64> = members.iter().map(|member| member.adapter_len).collect();
+    assert_eq!((lengths.as_slice(), adapter_len), (&[4, 8][..], 8));
+    let base = |length: usize| Digest::of_values(&[0.25; 8][..length]);
+    assert_eq!([members[0].base, members[1].base], [base(4), base(8)]);
+    // Activations of another cut than the client's own.
+    let said = first.send(
+        &mut main,
+        &Message::Activations(Activations {
+            split: 2,
+            ..good_activations()
+        }),
+    );
+    assert_eq!(stop_reason(&said), Some(StopReason::Unexpected));
+}
+
 // The federated service, frame by frame.
+
+/// A member with the whole adapter.
+fn member(client: u64) -> Member {
+    Member {
+        client: ClientId(client),
+        base: Digest::of_values(&ADAPTER),
+        adapter_len: 4,
+    }
+}
 
 /// A federated service with an open round of two connected members, who have been asked for their adapters.
 fn collecting() -> (FederatedServerSession, [Peer; 2]) {
@@ -1217,13 +1291,13 @@ fn collecting_from<const MEMBERS: usize>(moments: Option<Leaving>) -> (Federated
     let round = KEY.round;
     let open = Control::OpenRound {
         round,
-        members: (1..=MEMBERS as u64).map(ClientId).collect(),
-        base: Digest::of_values(&ADAPTER),
+        members: (1..=MEMBERS as u64).map(member).collect(),
         adapter_len: 4,
         max_examples: 4,
     };
     federated.handle_control(Duration::ZERO, open);
-    federated.handle_control(Duration::ZERO, Control::Collect { round, moments });
+    let copy = Vec::new();
+    federated.handle_control(Duration::ZERO, Control::Collect { round, moments, copy });
     (federated, peers)
 }
 
@@ -1289,6 +1363,180 @@ fn the_average_goes_to_its_members_and_to_the_main_server() {
     let said = first.send(&mut federated, &Message::AdapterUpdate(update([9.0; 4], 1)));
     assert_eq!(said.messages, [average]);
     assert_eq!(replies(&mut federated), []);
+}
+
+/// A federated service with an open round of three members, whose cuts are after one, two and three blocks of one value.
+fn collecting_prefixes(control: ControlAccess) -> (FederatedServerSession, [Peer; 3]) {
+    let mut main = MainServerSession::new(main_config(9), Duration::ZERO).unwrap();
+    let mut federated = FederatedServerSession::new(FederatedConfig {
+        control,
+        ..federated_config()
+    });
+    while let Some(control) = main.poll_control() {
+        federated.handle_control(Duration::ZERO, control);
+    }
+    let peers = [1, 2, 3].map(|number| {
+        let (_, welcome) = Peer::join(&mut main, number, &hello(Service::Main, secret()));
+        let credential = Credential::Ticket(welcome.federated_ticket.unwrap());
+        Peer::join(&mut federated, number, &hello(Service::Federated, credential)).0
+    });
+    federated.handle_control(Duration::ZERO, open_prefixes([1, 2, 3], 3));
+    (federated, peers)
+}
+
+fn open_prefixes(lengths: [u64; 3], adapter_len: u64) -> Control {
+    Control::OpenRound {
+        round: KEY.round,
+        members: (lengths.into_iter().zip(1..))
+            .map(|(length, client)| Member {
+                client: ClientId(client),
+                base: Digest::of_values(&ADAPTER[..length as usize]),
+                adapter_len: length,
+            })
+            .collect(),
+        adapter_len,
+        max_examples: 8,
+    }
+}
+
+fn collect(copy: &[f32]) -> Control {
+    Control::Collect {
+        round: KEY.round,
+        moments: None,
+        copy: copy.to_vec(),
+    }
+}
+
+fn prefix(values: &[f32], examples: u64) -> Message {
+    Message::AdapterUpdate(AdapterUpdate {
+        base: Digest::of_values(&ADAPTER[..values.len()]),
+        values: values.to_vec(),
+        ..update(ADAPTER, examples)
+    })
+}
+
+#[test]
+fn each_block_is_averaged_over_whoever_trained_it_and_each_member_gets_its_own() {
+    let (mut federated, [mut first, mut second, mut third]) = collecting_prefixes(ControlAccess::Local);
+    // What comes before the main server's copy is not lost, and closes nothing.
+    let early = third.send(&mut federated, &prefix(&[4.0, 2.0, 1.0], 5));
+    assert_eq!((early.messages.as_slice(), early.closed), ([].as_slice(), false));
+    federated.handle_control(Duration::ZERO, collect(&[10.0, -3.0]));
+    first.send(&mut federated, &prefix(&[0.0], 1));
+    second.send(&mut federated, &prefix(&[8.0, 4.0], 2));
+    // (1·0 + 2·8 + 5·4) / 8; (1·10 + 2·4 + 5·2) / 8; ((1 + 2)·(−3) + 5·1) / 8.
+    let values = vec![4.5, 3.5, -0.5];
+    let said = replies(&mut federated);
+    let [ControlReply::RoundClosed(closed)] = said.as_slice() else {
+        panic!("{said:?}")
+    };
+    let average = closed.average.as_ref().unwrap();
+    assert_eq!((&average.values, average.digest), (&values, Digest::of_values(&values)));
+    let mut got = BTreeMap::new();
+    while let Some(transmit) = federated.poll_transmit() {
+        if let Transmit::Frame { to, bytes } = transmit
+            && let Ok(Frame::Message { kind, body, .. }) = decode_frame(&bytes)
+            && let Ok(Message::Average(average)) = decode_message(kind, body)
+        {
+            assert_eq!(average.digest, Digest::of_values(&average.values));
+            got.insert(to.0, average.values);
+        }
+    }
+    for (number, own) in &got {
+        assert_eq!(own, &values[..*number as usize]);
+    }
+    // Whoever did not hear of it gets its own part again.
+    for (number, peer) in [(1, &mut first), (2, &mut second), (3, &mut third)] {
+        let said = peer.send(&mut federated, &prefix(&ADAPTER[..number], 1));
+        let [Message::Average(average)] = said.messages.as_slice() else {
+            panic!("{said:?}")
+        };
+        assert_eq!(average.values, values[..number]);
+    }
+}
+
+#[test]
+fn who_departs_leaves_its_blocks_to_the_copy_or_the_copy_without_weight() {
+    // Without the deepest, the copy is all there is of the last block.
+    let (mut federated, [mut first, mut second, _]) = collecting_prefixes(ControlAccess::Local);
+    federated.handle_control(Duration::ZERO, collect(&[10.0, -3.0]));
+    first.send(&mut federated, &prefix(&[0.0], 1));
+    second.send(&mut federated, &prefix(&[8.0, 4.0], 3));
+    let departed = |client| Control::Departed {
+        round: KEY.round,
+        client: ClientId(client),
+    };
+    federated.handle_control(Duration::ZERO, departed(3));
+    let average = |federated: &mut FederatedServerSession| match replies(federated).pop() {
+        Some(ControlReply::RoundClosed(closed)) => closed.average.map(|mean| mean.values),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(average(&mut federated), Some(vec![6.0, 5.5, -3.0]));
+    // Without those that lack blocks, the copy has no say.
+    let (mut federated, [_, _, mut third]) = collecting_prefixes(ControlAccess::Local);
+    federated.handle_control(Duration::ZERO, collect(&[10.0, -3.0]));
+    third.send(&mut federated, &prefix(&[4.0, 2.0, 1.0], 5));
+    federated.handle_control(Duration::ZERO, departed(1));
+    federated.handle_control(Duration::ZERO, departed(2));
+    assert_eq!(average(&mut federated), Some(vec![4.0, 2.0, 1.0]));
+}
+
+#[test]
+fn lengths_that_cannot_be_end_their_senders_session() {
+    // Of a member: another prefix than its own, by the right base or not.
+    for values in [&[][..], &[1.0], &[1.0, 2.0, 3.0], &[1.0, 2.0, 3.0, 4.0]] {
+        let (mut federated, [_, mut second, _]) = collecting_prefixes(ControlAccess::Local);
+        federated.handle_control(Duration::ZERO, collect(&[10.0, -3.0]));
+        let hostile = AdapterUpdate {
+            base: Digest::of_values(&ADAPTER[..2]),
+            values: values.to_vec(),
+            ..update(ADAPTER, 1)
+        };
+        let said = second.send(&mut federated, &Message::AdapterUpdate(hostile));
+        assert_eq!(stop_reason(&said), Some(StopReason::BadUpdate), "{values:?}");
+        let excluded = replies(&mut federated);
+        assert!(
+            matches!(
+                excluded.as_slice(),
+                [ControlReply::Excluded {
+                    exclusion: Exclusion {
+                        reason: ExclusionReason::WrongLength,
+                        ..
+                    },
+                    ..
+                }]
+            ),
+            "{excluded:?}"
+        );
+    }
+    // Of a main server elsewhere.
+    let secret_of = || ControlAccess::Remote {
+        secret: Some(SECRET.to_owned()),
+    };
+    let hostile: [&[Control]; 6] = [
+        &[open_prefixes([1, 2, 4], 3)],
+        &[open_prefixes([1, 2, 3], 3), collect(&[])],
+        &[open_prefixes([1, 2, 3], 3), collect(&[1.0])],
+        &[open_prefixes([1, 2, 3], 3), collect(&[1.0; 4])],
+        &[open_prefixes([1, 2, 3], 3), collect(&[1.0, f32::NAN])],
+        &[open_prefixes([1, 2, 3], u64::MAX), collect(&[1.0, 2.0])],
+    ];
+    for controls in hostile {
+        let mut main = MainServerSession::new(main_config(9), Duration::ZERO).unwrap();
+        let config = FederatedConfig {
+            control: secret_of(),
+            ..federated_config()
+        };
+        let mut federated = FederatedServerSession::new(config);
+        let (mut link, _) = Peer::join(&mut federated, 9, &hello(Service::Control, secret()));
+        let open = main.poll_control().unwrap();
+        let mut said = link.send(&mut federated, &Message::Control(open));
+        for control in controls {
+            assert_eq!(stop_reason(&said), None);
+            said = link.send(&mut federated, &Message::Control(control.clone()));
+        }
+        assert_eq!(stop_reason(&said), Some(StopReason::Unexpected), "{controls:?}");
+    }
 }
 
 /// Moments of the last two values as after 6 steps.
@@ -1529,12 +1777,10 @@ fn a_round_that_nobody_is_left_in_closes_without_an_average() {
 #[test]
 fn an_adapter_for_a_round_that_is_over_is_declined_with_the_round_that_is_open() {
     let (mut federated, [mut first, _]) = collecting();
-    let base = Digest::of_values(&ADAPTER);
     let round = RoundKey { round: 0, attempt: 1 };
     let open = Control::OpenRound {
         round,
-        members: vec![ClientId(1)],
-        base,
+        members: vec![member(1)],
         adapter_len: 4,
         max_examples: 4,
     };
@@ -1550,7 +1796,6 @@ fn an_adapter_for_a_round_that_is_over_is_declined_with_the_round_that_is_open()
 #[test]
 fn an_adapter_that_overtakes_the_opening_of_its_round_is_in_the_average() {
     let (mut federated, [mut first, second]) = collecting();
-    let base = Digest::of_values(&ADAPTER);
     let round = RoundKey { round: 0, attempt: 1 };
     let early = AdapterUpdate {
         round,
@@ -1561,13 +1806,17 @@ fn an_adapter_that_overtakes_the_opening_of_its_round_is_in_the_average() {
     let open = |members| Control::OpenRound {
         round,
         members,
-        base,
         adapter_len: 4,
         max_examples: 4,
     };
-    federated.handle_control(Duration::ZERO, open(vec![ClientId(1)]));
+    federated.handle_control(Duration::ZERO, open(vec![member(1)]));
     assert_eq!(replies(&mut federated), [], "nobody has been asked for an adapter");
-    federated.handle_control(Duration::ZERO, Control::Collect { round, moments: None });
+    let collect = Control::Collect {
+        round,
+        moments: None,
+        copy: Vec::new(),
+    };
+    federated.handle_control(Duration::ZERO, collect);
     let said = replies(&mut federated);
     let [ControlReply::RoundClosed(closed)] = said.as_slice() else {
         panic!("{said:?}")
@@ -2522,6 +2771,113 @@ fn whoever_comes_or_goes_while_the_cut_moves_does_not_hold_up_the_run() {
     }
 }
 
+fn mixed(cuts: &[u32]) -> Scenario {
+    Scenario {
+        cuts: cuts.to_vec(),
+        ..Scenario::calm(cuts.len(), 4, 3)
+    }
+}
+
+#[test]
+fn equal_cuts_of_their_own_are_one_cut_for_all() {
+    for cut in [1, 2, 3] {
+        let uniform = Scenario {
+            splits: vec![cut],
+            ..Scenario::calm(3, 4, 3)
+        };
+        let (own, one) = (simulate(&mixed(&[cut; 3])), simulate(&uniform));
+        assert_sound(&own, &uniform);
+        assert_eq!((own.end.as_ref(), own.steps), (Some(&RunEnd::Completed), 12));
+        assert_eq!(own.model, one.model, "cut {cut}");
+        assert_eq!((own.server, &own.adapter), (one.server, &one.adapter), "cut {cut}");
+    }
+}
+
+#[test]
+fn clients_with_cuts_of_their_own_end_with_the_beginning_of_the_last_average() {
+    for cuts in [&[1, 2, 3][..], &[3, 1, 1], &[2, 3, 2], &[3, 1]] {
+        for remote_control in [false, true] {
+            let scenario = Scenario {
+                remote_control,
+                ..mixed(cuts)
+            };
+            let outcome = simulate(&scenario);
+            assert_sound(&outcome, &scenario);
+            assert_eq!((outcome.end.as_ref(), outcome.steps), (Some(&RunEnd::Completed), 12));
+            assert_eq!(outcome.rounds.len(), 4);
+            for round in &outcome.rounds {
+                assert_eq!(round.included.len(), cuts.len());
+                assert_eq!(round.average.len(), 8 * *cuts.iter().max().unwrap() as usize);
+            }
+            for (client, cut) in outcome.clients.iter().zip(cuts) {
+                assert_eq!(client.finished, Some(FinishReason::Completed));
+                let len = 8 * *cut as usize;
+                assert_eq!(client.adapter, outcome.adapter[..len], "{cuts:?}");
+                let averages = outcome.rounds.iter().map(|round| &round.average[..len]);
+                assert!(averages.eq(client.installed[1..].iter()), "{cuts:?}");
+            }
+            assert!(
+                outcome.model.starts_with(&outcome.adapter),
+                "the main server's copy too"
+            );
+            assert_eq!(outcome.model.len(), 32);
+            assert_eq!(outcome, simulate(&scenario), "a function of its scenario");
+        }
+    }
+}
+
+/// What one client computes does not depend on where its own cut is, alone or beside others.
+#[test]
+fn whose_cut_is_deepest_makes_no_difference_to_one_clients_run() {
+    let alone = |cuts: &[u32]| {
+        simulate(&Scenario {
+            cuts: cuts.to_vec(),
+            ..Scenario::calm(1, 4, 3)
+        })
+    };
+    let (shallow, deep) = (alone(&[1]), alone(&[3]));
+    assert_eq!(shallow.model, deep.model);
+}
+
+#[test]
+fn the_deepest_and_the_shallowest_may_go_in_any_weather() {
+    let base = |moment: u32| Scenario {
+        seed: u64::from(moment),
+        needed: 2,
+        remote_control: moment % 2 == 1,
+        time_limit: seconds(7200),
+        wait_for_client: seconds(400),
+        ..mixed(&[1, 2, 3])
+    };
+    let total = simulate(&base(0)).elapsed;
+    for weather in [Weather::CALM, Weather::STORM] {
+        for client in [0, 2] {
+            let ways = [
+                Fault::Leave(client),
+                Fault::Kill(client),
+                Fault::Crash(client),
+                Fault::Cut(client, Endpoint::Main),
+                Fault::Cut(client, Endpoint::Federated),
+                Fault::CutControl,
+            ];
+            for way in ways {
+                for moment in 0..30 {
+                    let back = (total * moment / 30 + seconds(20), Fault::Start(client));
+                    let scenario = Scenario {
+                        weather,
+                        faults: vec![(Duration::ZERO, Fault::Start(client)), (total * moment / 30, way), back],
+                        ..base(moment)
+                    };
+                    let outcome = simulate(&scenario);
+                    assert_sound(&outcome, &scenario);
+                    assert_eq!(outcome.end, Some(RunEnd::Completed), "{scenario:#?}");
+                    assert_eq!(outcome.rounds.len(), 4);
+                }
+            }
+        }
+    }
+}
+
 fn fault(clients: usize) -> impl Strategy<Value = Fault> {
     let client = 0..clients;
     let endpoint = prop_oneof![Just(Endpoint::Main), Just(Endpoint::Federated)];
@@ -2540,6 +2896,7 @@ fn scenario() -> impl Strategy<Value = Scenario> {
     let weather = prop_oneof![3 => Just(Weather::CALM), 1 => Just(Weather::STORM)];
     let plan = (
         prop::collection::vec(1_u32..4, 0..4),
+        prop_oneof![2 => Just(Vec::new()), 1 => prop::collection::vec(1_u32..4, 1..5)],
         prop::option::of((1e4..1e7_f64, 1e4..1e7_f64)),
     );
     (
@@ -2552,7 +2909,7 @@ fn scenario() -> impl Strategy<Value = Scenario> {
         plan,
     )
         .prop_flat_map(
-            |(seed, weather, clients, rounds, local_steps, remote_control, (splits, rates))| {
+            |(seed, weather, clients, rounds, local_steps, remote_control, (splits, cuts, rates))| {
                 let moment = (0_u64..60_000).prop_map(Duration::from_millis);
                 (
                     1..=clients as u32,
@@ -2571,6 +2928,7 @@ fn scenario() -> impl Strategy<Value = Scenario> {
                             remote_control,
                             faults,
                             splits: splits.clone(),
+                            cuts: cuts.clone(),
                             rates: rates.and_then(|(main, federated)| LinkRates::new(main, federated)),
                             wait_for_client: seconds(400),
                             time_limit: seconds(3600),

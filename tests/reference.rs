@@ -395,6 +395,72 @@ fn the_server_steps_on_the_concatenated_batch() {
     );
 }
 
+/// Clients at cuts of their own each get the loss and the gradient that they get at a server cut where they are, and are so trained
+/// as an unsplit model on their data; the server's blocks have the sum of what the parts at single cuts have of them.
+#[test]
+fn contributions_enter_the_server_where_their_clients_cut_is() {
+    let mut fixture = Fixture::load("legacy");
+    let blocks = fixture.config.blocks;
+    for engine in engines() {
+        let training = fixture.training(2, Wire::F32);
+        let batches = fixture.pass(2);
+        let cuts = [1, 3, 2];
+        let mut clients = Vec::new();
+        let mut activations = Vec::new();
+        for (cut, batch) in cuts.into_iter().zip(&batches) {
+            let Parts { mut client, .. } = fixture.parts(&engine, cut, &training);
+            activations.push(block_on(client.forward(&batch.tokens, batch.seq)).unwrap());
+            clients.push(client);
+        }
+        let contributions: Vec<Contribution<'_>> = (cuts.into_iter().zip(&activations).zip(&batches))
+            .map(|((cut, activations), batch)| Contribution {
+                cut,
+                activations,
+                targets: &batch.targets,
+            })
+            .collect();
+        assert_eq!(contributions.len(), 3, "the fixture has three batches");
+        let Parts { mut server, .. } = fixture.parts(&engine, 1, &training);
+        let (loss, replies) = block_on(server.accumulate(&contributions)).unwrap();
+        let gradient = block_on(server.adapter_gradient()).unwrap();
+
+        let total: usize = replies.iter().map(|reply| reply.tokens).sum();
+        let block = gradient.len() / (blocks - 1);
+        let mut sum = vec![0.0_f32; gradient.len()];
+        let mut weighted = 0.0;
+        for (contribution, reply) in contributions.iter().zip(&replies) {
+            let cut = contribution.cut;
+            let Parts { mut server, .. } = fixture.parts(&engine, cut, &training);
+            let (alone, own) = block_on(server.accumulate(&[*contribution])).unwrap();
+            assert_eq!(reply.loss, alone, "cut {cut}");
+            assert_eq!(reply.gradient, own[0].gradient, "cut {cut}");
+            let weight = reply.tokens as f64 / total as f64;
+            weighted += weight * alone;
+            let own = block_on(server.adapter_gradient()).unwrap();
+            for (sum, value) in sum[block * (cut - 1)..].iter_mut().zip(own) {
+                *sum += weight as f32 * value;
+            }
+        }
+        assert_close(loss, weighted, 1e-12, "the server's loss");
+        assert_tensor_close(&gradient, &sum, 1e-5, "the server's gradient");
+
+        for ((client, reply), batch) in clients.iter_mut().zip(&replies).zip(&batches) {
+            block_on(client.backward(&reply.gradient)).unwrap();
+            let mut whole = fixture.central(&engine, 2, true, Some(training.optimizer));
+            let counted = block_on(whole.step(&batch.tokens, &batch.targets, batch.seq)).unwrap();
+            assert_close(
+                reply.loss,
+                counted.loss_sum / counted.tokens as f64,
+                1e-6,
+                "the unsplit loss",
+            );
+            let own = block_on(client.adapter()).unwrap();
+            let unsplit = block_on(whole.adapter()).unwrap();
+            assert_tensor_close(&own, &unsplit[..own.len()], 1e-5, "the unsplit model's adapter");
+        }
+    }
+}
+
 /// Time that goes on by a millisecond whenever it is looked at.
 fn clock() -> Duration {
     static LOOKS: AtomicU64 = AtomicU64::new(0);
@@ -475,7 +541,7 @@ fn a_part_takes_what_is_of_its_cut_only() {
     );
     assert!(matches!(
         server.check(&contribution(1)),
-        Err(split::Error::OtherCut { cut: 3, found: 1 })
+        Err(split::Error::OtherCut { cut: 3, found: 1, .. })
     ));
     server.check(&contribution(3)).unwrap();
     for (cut, client, moments) in [

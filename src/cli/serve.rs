@@ -68,6 +68,10 @@ pub struct Options {
     /// Blocks on the clients; auto chooses by what the clients measure, and again as the run goes
     #[arg(long, value_name = "N|auto", default_value = "auto")]
     pub split: Choice,
+    /// Let every client have a cut of its own: fast devices take more blocks, slow ones fewer. Chosen once, before the first
+    /// round; the server's copy of the blocks that only some clients have is averaged with theirs (not with --split N)
+    #[arg(long)]
+    pub per_client_split: bool,
     /// Emulate the radio links of this scenario (TOML or JSON, or the name of a preset): each client has a place in it, and its
     /// uplinks are as fast as the plan makes them
     #[arg(long, value_name = "FILE")]
@@ -256,8 +260,14 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
     };
     let cut = match options.split {
         Choice::Auto => FIRST_SPLIT,
+        Choice::Value(cut) if options.per_client_split => {
+            bail!("--per-client-split chooses the cuts, and --split {cut} says them; leave one of the two out")
+        }
         Choice::Value(cut) => cut,
     };
+    if options.per_client_split && options.plan_method != Method::Best {
+        bail!("--per-client-split needs --plan-method best; the others have one cut for all clients");
+    }
     let read = |path: &PathBuf| source.data(path, seq, skip_bad_lines, options.output.quiet);
     let valid = options.valid.as_ref().map(read).transpose()?;
     let data = options.data.iter().map(read).collect::<anyhow::Result<Vec<_>>>()?;
@@ -304,6 +314,7 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
         method: options.plan_method,
         seed: options.plan_seed,
         split: fixed(options.split),
+        per_client_split: options.per_client_split,
         rank: match options.lora.init_adapter {
             Some(_) => Some(training.spec.rank),
             None => fixed(options.lora.rank),
@@ -430,7 +441,7 @@ async fn host_here(
     let shown = Shown {
         console: console.clone(),
         steps,
-        plan: Mutex::new(None),
+        plan: Mutex::new(String::new()),
     };
     let is_page = !matches!(role, Role::Federated);
     let settings = Settings {
@@ -639,7 +650,7 @@ struct Shown {
     console: Console,
     steps: u64,
     /// Cut and rank of the last plan that was shown.
-    plan: Mutex<Option<(usize, usize)>>,
+    plan: Mutex<String>,
 }
 
 impl Shown {
@@ -675,15 +686,20 @@ impl Shown {
             Report::Planned {
                 round,
                 cut,
+                cuts,
                 rank,
                 reason,
             } => {
+                let deepest = cuts.values().copied().max().unwrap_or(cut);
+                let text = match deepest == cut {
+                    true => format!("cut after {cut} block{}", plural(cut)),
+                    false => format!("clients' own cuts, after {cut} to {deepest} blocks"),
+                };
+                let plan = format!("{text}, rank {rank}");
                 let mut shown = self.plan.lock().unwrap_or_else(PoisonError::into_inner);
-                if shown.replace((cut, rank)) != Some((cut, rank)) {
-                    console.line(format!(
-                        "plan from round {round}: cut after {cut} block{}, rank {rank}; {reason}",
-                        plural(cut)
-                    ));
+                if *shown != plan {
+                    console.line(format!("plan from round {round}: {plan}; {reason}"));
+                    *shown = plan;
                 }
             }
             Report::Round(round) => {

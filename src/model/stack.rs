@@ -89,7 +89,7 @@ pub struct Stack {
     scalars: Buffer,
     scalar_values: [f32; scalar::COUNT],
     step: u64,
-    prepared: HashMap<(&'static str, usize), Prepared>,
+    prepared: HashMap<(&'static str, usize, usize), Prepared>,
 }
 
 impl Stack {
@@ -222,6 +222,14 @@ impl Stack {
         &self.activations[0].x
     }
 
+    /// The input of the block at `position` of this stack (batch·seq, width).
+    ///
+    /// # Panics
+    /// If the stack has no such block.
+    pub fn input_of(&self, position: usize) -> &Buffer {
+        &self.activations[position].x
+    }
+
     /// The output of the last block (batch·seq, width).
     pub fn output(&self) -> &Buffer {
         &self.activations[self.activations.len() - 1].out
@@ -276,7 +284,12 @@ impl Stack {
 
     /// Records the blocks' forward passes.
     pub fn record_blocks(&self, recording: &mut Recording, seq: usize) {
-        for position in 0..self.activations.len() {
+        self.record_blocks_from(recording, seq, 0);
+    }
+
+    /// The same from the block at `position` of this stack on.
+    pub fn record_blocks_from(&self, recording: &mut Recording, seq: usize, position: usize) {
+        for position in position..self.activations.len() {
             self.block(position, seq).record_forward(recording);
         }
     }
@@ -290,13 +303,23 @@ impl Stack {
     /// Records the backward passes from [`Stack::d_x`]. `to_input` leaves the gradient of [`Stack::input`] there; without it the
     /// lowest block stops at its lowest adapted map.
     pub fn record_backward(&self, recording: &mut Recording, seq: usize, to_input: bool) {
+        let lowest = if to_input {
+            BackwardTo::Input
+        } else {
+            BackwardTo::LowestAdapter
+        };
+        self.record_backward_until(recording, seq, 0, lowest);
+    }
+
+    /// The same down to the block at `position` of this stack, the gradient of whose input is left.
+    pub fn record_backward_to(&self, recording: &mut Recording, seq: usize, position: usize) {
+        self.record_backward_until(recording, seq, position, BackwardTo::Input);
+    }
+
+    fn record_backward_until(&self, recording: &mut Recording, seq: usize, lowest: usize, to: BackwardTo) {
         let scratch = self.scratch.as_ref().expect("a training stack");
-        for position in (0..self.activations.len()).rev() {
-            let to = if position > 0 || to_input {
-                BackwardTo::Input
-            } else {
-                BackwardTo::LowestAdapter
-            };
+        for position in (lowest..self.activations.len()).rev() {
+            let to = if position > lowest { BackwardTo::Input } else { to };
             self.block(position, seq).record_backward(recording, scratch, to);
         }
     }
@@ -331,18 +354,29 @@ impl Stack {
         seq: usize,
         record: impl FnOnce(&Self, &mut Recording),
     ) -> Result<(), Error> {
-        if !self.prepared.contains_key(&(name, seq)) {
+        self.run_from((name, 0), seq, record)
+    }
+
+    /// The same for a recording of which there is one for each position in the stack.
+    pub fn run_from(
+        &mut self,
+        (name, position): (&'static str, usize),
+        seq: usize,
+        record: impl FnOnce(&Self, &mut Recording),
+    ) -> Result<(), Error> {
+        let key = (name, position, seq);
+        if !self.prepared.contains_key(&key) {
             let mut recording = self.engine.recording();
             record(self, &mut recording);
             let prepared = self.engine.prepare(recording);
-            self.prepared.insert((name, seq), prepared);
+            self.prepared.insert(key, prepared);
         }
-        self.engine.run(&self.prepared[&(name, seq)])
+        self.engine.run(&self.prepared[&key])
     }
 
     /// The arithmetic and traffic of the recording called `name` for sequences of `seq`, once it has run.
     pub fn cost(&self, name: &'static str, seq: usize) -> Option<Cost> {
-        self.prepared.get(&(name, seq)).map(Prepared::cost)
+        self.prepared.get(&(name, 0, seq)).map(Prepared::cost)
     }
 
     /// Uploads token ids (batch, seq).

@@ -289,7 +289,7 @@ macro_rules! wire_list {
     )*};
 }
 
-wire_list!(String, Blob, WireDtype, ClientId, Exclusion, Inclusion);
+wire_list!(String, Blob, WireDtype, Member, Exclusion, Inclusion);
 
 impl Wire for Vec<u8> {
     const MIN_BYTES: usize = 4;
@@ -580,6 +580,11 @@ wire_struct!(Inclusion {
 });
 
 wire_struct!(Leaving { len: u64, steps: u64 });
+wire_struct!(Member {
+    client: ClientId,
+    base: Digest,
+    adapter_len: u64
+});
 wire_struct!(Mean { digest: Digest, values: Vec<f32>, moments: Option<Moments> });
 wire_struct!(RoundClosed {
     round: RoundKey,
@@ -614,21 +619,20 @@ impl Wire for Control {
             Control::OpenRound {
                 round,
                 members,
-                base,
                 adapter_len,
                 max_examples,
             } => {
                 out.push(1);
                 round.put(out);
                 members.put(out);
-                base.put(out);
                 adapter_len.put(out);
                 max_examples.put(out);
             }
-            Control::Collect { round, moments } => {
+            Control::Collect { round, moments, copy } => {
                 out.push(2);
                 round.put(out);
                 moments.put(out);
+                copy.put(out);
             }
             Control::Departed { round, client } => {
                 out.push(3);
@@ -653,13 +657,13 @@ impl Wire for Control {
             1 => Ok(Control::OpenRound {
                 round: Wire::take(reader)?,
                 members: Wire::take(reader)?,
-                base: Wire::take(reader)?,
                 adapter_len: Wire::take(reader)?,
                 max_examples: Wire::take(reader)?,
             }),
             2 => Ok(Control::Collect {
                 round: Wire::take(reader)?,
                 moments: Wire::take(reader)?,
+                copy: Wire::take(reader)?,
             }),
             3 => Ok(Control::Departed {
                 round: Wire::take(reader)?,

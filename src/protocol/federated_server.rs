@@ -2,7 +2,8 @@
 //!
 //! One object for the run and all its connections. The main server says over `Control` who is in a round; clients send
 //! their adapters here and nowhere else, with the moments of the blocks that are about to leave them, which are averaged
-//! alike. A round closes when every member has sent an adapter or is left out, tested again on every change of membership.
+//! alike. Members may have cuts of their own: their adapters are prefixes of the average, and for what the shorter ones lack the
+//! main server's copy stands in. A round closes when every member has sent an adapter or is left out, tested again on every change of membership.
 //! Tokens, labels and activations never come here.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -15,7 +16,7 @@ use super::link::silence_limit;
 use super::main_server::adapter_frame_bytes;
 use super::message::*;
 use super::{ConnectionId, DepartureReason, MAX_FRAME_BYTES, Transmit, display_name, earlier};
-use crate::federated::weighted_mean;
+use crate::federated::{mean_of_prefixes, weighted_mean};
 
 /// Where the main server is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -111,29 +112,78 @@ struct Update {
     moments: Option<Moments>,
 }
 
+/// What a member of the open round starts from, and what has come of it.
+struct Participant {
+    base: Digest,
+    adapter_len: u64,
+    update: Option<Update>,
+}
+
+/// What comes with the adapters, and stands in for what some lack.
+struct Asked {
+    moments: Option<Leaving>,
+    copy: Vec<f32>,
+}
+
+/// The last round, for members that did not hear of it.
+struct Closed {
+    told: RoundClosed,
+    /// Numbers in the adapters of those who are in the average.
+    lengths: BTreeMap<ClientId, usize>,
+}
+
 /// A round that adapters may come for.
 struct OpenRound {
     round: RoundKey,
-    base: Digest,
+    /// Of the average.
     adapter_len: u64,
     max_examples: u64,
-    /// What comes with the adapters, once members have been asked for them.
-    asked: Option<Option<Leaving>>,
+    /// Once members have been asked for their adapters.
+    asked: Option<Asked>,
     opened: Duration,
-    members: BTreeMap<ClientId, Option<Update>>,
+    members: BTreeMap<ClientId, Participant>,
     excluded: Vec<Exclusion>,
 }
 
 impl OpenRound {
+    /// Why the main server cannot mean this round, if it cannot: members' adapters are prefixes of the average.
+    fn contradiction(&self) -> Option<String> {
+        let longer = |(_, member): &(&ClientId, &Participant)| member.adapter_len > self.adapter_len;
+        let (client, member) = self.members.iter().find(longer)?;
+        Some(format!(
+            "{client} has an adapter of {} values, longer than the average of {}",
+            member.adapter_len, self.adapter_len
+        ))
+    }
+
+    /// Why the main server's copy cannot be meant, if it cannot: it fills up every member's adapter, and is finite.
+    fn copy_fault(&self, copy: &[f32]) -> Option<String> {
+        let shortest = (self.members.values().map(|member| member.adapter_len).min()).unwrap_or(self.adapter_len);
+        let (len, whole) = (copy.len() as u64, self.adapter_len);
+        if len > whole || whole - len > shortest {
+            Some(format!(
+                "a copy of {len} values, where an average of {whole} is made of adapters of {shortest} and more"
+            ))
+        } else {
+            let position = copy.iter().position(|value| !value.is_finite())?;
+            Some(format!("value {position} of the copy is not finite"))
+        }
+    }
+
     /// Why an update cannot be used, if it cannot.
-    fn fault(&self, update: &AdapterUpdate, asked: Option<Leaving>) -> Option<(ExclusionReason, String)> {
+    fn fault(
+        &self,
+        member: &Participant,
+        update: &AdapterUpdate,
+        asked: Option<Leaving>,
+    ) -> Option<(ExclusionReason, String)> {
         let (values, moments) = (&update.values, &update.moments);
         let length = |len: u64| usize::try_from(len).unwrap_or(usize::MAX);
-        if update.base != self.base {
-            let detail = format!("an adapter that started from {}, not {}", update.base, self.base);
+        if update.base != member.base {
+            let detail = format!("an adapter that started from {}, not {}", update.base, member.base);
             Some((ExclusionReason::WrongBase, detail))
-        } else if values.len() != length(self.adapter_len) {
-            let detail = format!("an adapter of {} values, not {}", values.len(), self.adapter_len);
+        } else if values.len() != length(member.adapter_len) {
+            let detail = format!("an adapter of {} values, not {}", values.len(), member.adapter_len);
             Some((ExclusionReason::WrongLength, detail))
         } else if let Some(position) = values.iter().position(|value| !value.is_finite()) {
             let detail = format!("value {position} of the adapter is not finite");
@@ -159,13 +209,11 @@ impl OpenRound {
     }
 }
 
-/// The mean over members of what `part` takes from each update, weighted by examples.
-fn mean(updates: &[(ClientId, Update)], part: impl Fn(&Update) -> Option<&Vec<f32>>) -> Option<Vec<f32>> {
-    let weighted: Option<Vec<(u64, &[f32])>> = updates
-        .iter()
+/// What `part` takes from each update, weighted by examples.
+fn weighted(updates: &[(ClientId, Update)], part: impl Fn(&Update) -> Option<&Vec<f32>>) -> Option<Vec<(u64, &[f32])>> {
+    (updates.iter())
         .map(|(_, update)| Some((update.examples, part(update)?.as_slice())))
-        .collect();
-    weighted_mean(&weighted?).ok()
+        .collect()
 }
 
 /// The federated server's state machine.
@@ -177,7 +225,7 @@ pub struct FederatedServerSession {
     clients: BTreeMap<ClientId, Client>,
     open: Option<OpenRound>,
     /// Kept until the next round closes, for members that did not hear of it.
-    last: Option<RoundClosed>,
+    last: Option<Closed>,
     /// Adapters, with the bytes of their frames, that the main server, whose word travels another way, has not asked for yet:
     /// one a client at most.
     early: BTreeMap<ClientId, (AdapterUpdate, u64)>,
@@ -304,28 +352,49 @@ impl FederatedServerSession {
             Control::OpenRound {
                 round,
                 members,
-                base,
                 adapter_len,
                 max_examples,
             } => {
+                let participant = |member: Member| {
+                    let Member {
+                        client,
+                        base,
+                        adapter_len,
+                    } = member;
+                    let participant = Participant {
+                        base,
+                        adapter_len,
+                        update: None,
+                    };
+                    (client, participant)
+                };
                 let opening = OpenRound {
                     round,
-                    base,
                     adapter_len,
                     max_examples,
                     asked: None,
                     opened: now,
-                    members: members.into_iter().map(|client| (client, None)).collect(),
+                    members: members.into_iter().map(participant).collect(),
                     excluded: Vec::new(),
                 };
-                self.open_round(opening);
+                match opening.contradiction() {
+                    Some(detail) => self.expel(Guest::Control, StopReason::Unexpected, detail, now),
+                    None => self.open_round(opening),
+                }
             }
-            Control::Collect { round, moments } => {
+            Control::Collect { round, moments, copy } => {
                 if let Some(open) = &mut self.open
                     && open.round == round
+                    // A repetition after a lost link changes nothing.
+                    && open.asked.is_none()
                 {
-                    open.asked = Some(moments);
-                    self.take_early(round, now);
+                    match open.copy_fault(&copy) {
+                        Some(detail) => self.expel(Guest::Control, StopReason::Unexpected, detail, now),
+                        None => {
+                            open.asked = Some(Asked { moments, copy });
+                            self.take_early(round, now);
+                        }
+                    }
                 }
             }
             Control::Departed { round, client } => {
@@ -584,7 +653,7 @@ impl FederatedServerSession {
             .filter(|open| open.round == round && open.members.contains_key(&client))
         else {
             return match &self.last {
-                Some(last) if last.round == round && last.included.iter().any(|member| member.client == client) => {
+                Some(last) if last.told.round == round && last.lengths.contains_key(&client) => {
                     // It did not hear of the average.
                     self.send_average(&[client]);
                 }
@@ -594,15 +663,18 @@ impl FederatedServerSession {
                 _ => self.decline(client, round, "not a member of an open round"),
             };
         };
-        let Some(asked) = open.asked else {
+        let (Some(asked), Some(member)) = (&open.asked, open.members.get(&client)) else {
             self.early.insert(client, (update, bytes));
             return;
         };
-        if let Some((reason, detail)) = open.fault(&update, asked) {
+        if let Some((reason, detail)) = open.fault(member, &update, asked.moments) {
             return self.refuse_update(client, reason, detail, now);
         }
         // A repetition after a reconnection changes nothing.
-        if let Some(slot @ None) = open.members.get_mut(&client) {
+        if let Some(Participant {
+            update: slot @ None, ..
+        }) = open.members.get_mut(&client)
+        {
             let AdapterUpdate {
                 examples,
                 values,
@@ -626,7 +698,7 @@ impl FederatedServerSession {
     /// Whether the main server may still open this round.
     fn is_ahead(&self, round: RoundKey) -> bool {
         let open = self.open.as_ref().map(|open| open.round);
-        let last = self.last.as_ref().map(|last| last.round);
+        let last = self.last.as_ref().map(|last| last.told.round);
         open.max(last).is_none_or(|known| known < round)
     }
 
@@ -653,10 +725,10 @@ impl FederatedServerSession {
         }
         let round = opening.round;
         if let Some(last) = &self.last
-            && last.round == round
+            && last.told.round == round
         {
             // The main server did not hear of it.
-            return self.reply(ControlReply::RoundClosed(last.clone()));
+            return self.reply(ControlReply::RoundClosed(last.told.clone()));
         }
         match &self.open {
             Some(open) if open.round == round => {
@@ -697,23 +769,31 @@ impl FederatedServerSession {
 
     /// Closes the round when every member has sent its adapter. Called after every change, of membership above all.
     fn retest(&mut self) {
-        let Some(open) = self.open.take_if(|open| open.members.values().all(Option::is_some)) else {
+        let complete = |open: &mut OpenRound| open.members.values().all(|member| member.update.is_some());
+        let Some(open) = self.open.take_if(complete) else {
             return;
         };
         let updates: Vec<(ClientId, Update)> = open
             .members
             .into_iter()
-            .filter_map(|(client, update)| Some((client, update?)))
+            .filter_map(|(client, member)| Some((client, member.update?)))
             .collect();
-        // Every update was checked on arrival, so the only error left is that there is none.
-        let average = mean(&updates, |update| Some(&update.values)).map(|values| Mean {
+        let (leaving, copy) = (open.asked).map_or((None, Vec::new()), |asked| (asked.moments, asked.copy));
+        let moments = |part: fn(&Moments) -> &Vec<f32>| {
+            weighted_mean(&weighted(&updates, |update| update.moments.as_ref().map(part))?).ok()
+        };
+        let whole = usize::try_from(open.adapter_len).unwrap_or(usize::MAX);
+        // All was checked on arrival, so the only error left is that there is no update.
+        let values = weighted(&updates, |update| Some(&update.values))
+            .and_then(|weighted| mean_of_prefixes(&weighted, whole, &copy).ok());
+        let average = values.map(|values| Mean {
             digest: Digest::of_values(&values),
             values,
-            moments: open.asked.flatten().and_then(|Leaving { steps, .. }| {
+            moments: leaving.and_then(|Leaving { steps, .. }| {
                 Some(Moments {
                     steps,
-                    first: mean(&updates, |update| Some(&update.moments.as_ref()?.first))?,
-                    second: mean(&updates, |update| Some(&update.moments.as_ref()?.second))?,
+                    first: moments(|moments| &moments.first)?,
+                    second: moments(|moments| &moments.second)?,
                 })
             }),
         });
@@ -735,30 +815,47 @@ impl FederatedServerSession {
             included: closed.included.clone(),
             excluded: closed.excluded.clone(),
         });
-        let members: Vec<ClientId> = closed.included.iter().map(|member| member.client).collect();
+        let lengths: BTreeMap<ClientId, usize> = (updates.iter())
+            .map(|(client, update)| (*client, update.values.len()))
+            .collect();
+        let members: Vec<ClientId> = lengths.keys().copied().collect();
         self.reply(ControlReply::RoundClosed(closed.clone()));
-        self.last = Some(closed);
+        self.last = Some(Closed { told: closed, lengths });
         self.send_average(&members);
     }
 
     fn send_average(&mut self, clients: &[ClientId]) {
-        let Some(RoundClosed {
-            round,
-            average: Some(Mean { digest, values, .. }),
-            ..
+        let Some(Closed {
+            told:
+                RoundClosed {
+                    round,
+                    average: Some(Mean { digest, values, .. }),
+                    ..
+                },
+            lengths,
         }) = &self.last
         else {
             return;
         };
-        let average = Message::Average(Average {
-            round: *round,
-            digest: *digest,
-            values: values.clone(),
-        });
+        let mut averages: BTreeMap<usize, Message> = BTreeMap::new();
         for client in clients {
-            if let Some(connection) = self.connection_of(Guest::Client(*client)) {
-                self.door.send(connection, &average);
-            }
+            let (Some(connection), Some(length)) = (self.connection_of(Guest::Client(*client)), lengths.get(client))
+            else {
+                continue;
+            };
+            let own = values.get(..*length).unwrap_or(values);
+            let average = averages.entry(own.len()).or_insert_with(|| {
+                let digest = match own.len() == values.len() {
+                    true => *digest,
+                    false => Digest::of_values(own),
+                };
+                Message::Average(Average {
+                    round: *round,
+                    digest,
+                    values: own.to_vec(),
+                })
+            });
+            self.door.send(connection, average);
         }
     }
 

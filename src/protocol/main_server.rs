@@ -8,6 +8,9 @@
 //! the driver is asked what is to hold for the next round (`PlanWanted`) before clients are asked for their adapters, so that
 //! they know which moments go with them. A round starts when everybody who was there has loaded the latest assignment.
 //!
+//! Clients may have cuts of their own, from before the first round to the end of the run. The main server then holds the blocks
+//! from the smallest cut on, and its copy of those up to the largest is averaged with the clients' (`CopyWanted`).
+//!
 //! Membership is frozen when a round starts and can only shrink within it; a client that joins meanwhile waits for the
 //! next boundary. Every change of membership goes through `retest`, so no step waits for somebody who has left.
 
@@ -57,18 +60,21 @@ pub struct MainConfig {
 /// Who holds which blocks, and in which state they come to the clients.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Placement {
-    /// What clients get; its number is set by the session.
+    /// What clients at the largest cut get, and others the beginning of; its number is set by the session.
     pub assignment: Assignment,
     /// The client side's adapter, flat.
     pub adapter: Vec<f32>,
     /// Moments of the blocks that clients did not hold before, the last of theirs; `None` where they start anew.
     pub moments: Option<Moments>,
+    /// Clients' own cuts, up to the assignment's. Without any that is everybody's; else who has none gets the smallest.
+    pub cuts: BTreeMap<ClientId, u32>,
 }
 
 /// What is to hold from the next round on.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RoundPlan {
-    /// Blocks of the client, if it is to be another number than now: possible where `PlanWanted` says so.
+    /// Blocks of the client, if it is to be another number than now: possible where `PlanWanted` says so, and clients have
+    /// no cuts of their own.
     pub split: Option<u32>,
     /// Of the emulated uplinks; a client without a rate has none.
     pub rates: BTreeMap<ClientId, LinkRates>,
@@ -128,6 +134,12 @@ pub enum MainError {
     Split { found: u32, expected: u32 },
     #[error("the placement's moments are not those of blocks that clients gain")]
     Moments,
+    #[error("{client} is to have {cut} blocks, where the assignment has {largest}")]
+    Cut { client: ClientId, cut: u32, largest: u32 },
+    #[error("a copy of {given} values, where the clients' cuts differ by {expected}")]
+    CopyLength { given: usize, expected: usize },
+    #[error("the main server's copy has a value that is not finite")]
+    CopyNotFinite,
     #[error("another placement would change more than cut and rank")]
     Fixed,
     #[error("the assignment says {assigned} adapter values, the initial adapter has {given}")]
@@ -257,8 +269,13 @@ pub enum MainEvent {
     PlanWanted {
         occasion: Occasion,
     },
-    /// Validate, save, and answer with `validated`. If `split` is another number than that of the placement, the answer
-    /// brings the placement for it.
+    /// The round's adapters are collected: answer with `copy`, the main server's values of the blocks that some clients have
+    /// and others do not.
+    CopyWanted {
+        round: RoundKey,
+    },
+    /// Take the average, which goes as far as the largest cut, validate, save, and answer with `validated`. If `split` is
+    /// another number than that of the placement, the answer brings the placement for it.
     RoundClosed {
         round: RoundKey,
         average: Vec<f32>,
@@ -395,6 +412,8 @@ enum Phase {
         members: BTreeSet<ClientId>,
         /// Blocks at the clients afterwards.
         split: u32,
+        /// What stands in for the blocks that some members lack; `None` until the driver has given it.
+        copy: Option<Vec<f32>>,
         /// When they were asked for their adapters.
         asked: Duration,
         collected: Vec<CollectTime>,
@@ -422,7 +441,8 @@ pub struct MainServerSession {
     phase: Phase,
     /// The client side of the model as it is now; its adapter is the base of the next round.
     placement: Placement,
-    base_digest: Digest,
+    /// Digests of the adapters that clients start the next round from, by cut.
+    bases: BTreeMap<u32, Digest>,
     /// Steps computed in the run.
     steps: u64,
     clocks: BTreeMap<ClientId, Clock>,
@@ -461,9 +481,58 @@ pub(super) fn adapter_frame_bytes(adapter_len: u64) -> Option<usize> {
 }
 
 impl Placement {
+    /// Blocks below the main server's: the smallest cut.
+    pub fn split(&self) -> u32 {
+        self.cuts
+            .values()
+            .copied()
+            .min()
+            .unwrap_or(self.assignment.config.split)
+    }
+
+    /// Blocks of this client.
+    pub fn split_of(&self, client: ClientId) -> u32 {
+        self.cuts.get(&client).copied().unwrap_or_else(|| self.split())
+    }
+
     /// Values of one block's adapter.
     fn block_len(&self) -> u64 {
         self.assignment.adapter_len / u64::from(self.assignment.config.split.max(1))
+    }
+
+    /// Values in the adapter of a client with so many blocks.
+    fn len_at(&self, split: u32) -> u64 {
+        u64::from(split) * self.block_len()
+    }
+
+    /// Values of the blocks that some clients may have and the main server has too.
+    fn copy_len(&self) -> usize {
+        let len = usize::try_from(self.len_at(self.split())).unwrap_or(usize::MAX);
+        self.adapter.len().saturating_sub(len)
+    }
+
+    /// The adapter of a client with so many blocks.
+    fn adapter_at(&self, split: u32) -> &[f32] {
+        let len = usize::try_from(self.len_at(split)).unwrap_or(usize::MAX);
+        self.adapter.get(..len).unwrap_or(&self.adapter)
+    }
+
+    fn assignment_of(&self, client: ClientId) -> Assignment {
+        let split = self.split_of(client);
+        let mut assignment = self.assignment.clone();
+        // The embedding comes before the blocks.
+        assignment.weights.truncate(split as usize + 1);
+        assignment.adapter_len = self.len_at(split);
+        assignment.config.split = split;
+        assignment
+    }
+
+    /// Digests of the clients' adapters, by cut.
+    fn bases(&self) -> BTreeMap<u32, Digest> {
+        let splits: BTreeSet<u32> = self.cuts.values().copied().chain([self.split()]).collect();
+        (splits.into_iter())
+            .map(|split| (split, Digest::of_values(self.adapter_at(split))))
+            .collect()
     }
 }
 
@@ -502,6 +571,10 @@ impl MainConfig {
         };
         if !placement.moments.as_ref().is_none_or(fits) {
             return Err(MainError::Moments);
+        }
+        let largest = config.split;
+        if let Some((&client, &cut)) = placement.cuts.iter().find(|(_, cut)| !(1..=largest).contains(*cut)) {
+            return Err(MainError::Cut { client, cut, largest });
         }
         // Frames, steps and rounds stay as they were announced.
         let first = &self.placement.assignment;
@@ -562,7 +635,7 @@ impl MainServerSession {
             has_started: false,
             round: RoundKey { round: 0, attempt: 0 },
             phase: Phase::Waiting { until: None },
-            base_digest: Digest::of_values(&config.placement.adapter),
+            bases: config.placement.bases(),
             placement: config.placement.clone(),
             steps: 0,
             clocks: BTreeMap::new(),
@@ -672,9 +745,7 @@ impl MainServerSession {
         if !members.is_empty() {
             self.open_round(members);
         }
-        if let Phase::Averaging { split, .. } = self.phase {
-            self.collect(split);
-        }
+        self.collect();
         if matches!(self.phase, Phase::Finished { .. }) {
             self.controls.push_back(Control::CloseRun);
         }
@@ -834,10 +905,7 @@ impl MainServerSession {
         if current != round {
             return Ok(());
         }
-        let now_split = self.placement.assignment.config.split;
-        let found = placement
-            .as_ref()
-            .map_or(now_split, |placement| placement.assignment.config.split);
+        let found = placement.as_ref().unwrap_or(&self.placement).split();
         if found != split {
             return Err(MainError::Split { found, expected: split });
         }
@@ -899,13 +967,12 @@ impl MainServerSession {
         let Some(occasion) = self.planning else {
             return Ok(());
         };
-        let current = self.placement.assignment.config.split;
+        let current = self.placement.split();
         let split = plan.as_ref().and_then(|plan| plan.split).unwrap_or(current);
-        let boundary = matches!(occasion, Occasion::Boundary(_));
+        let movable = matches!(occasion, Occasion::Boundary(_)) && self.placement.copy_len() == 0;
         let moved = split.abs_diff(current);
         let largest = u64::from(split.max(current)) + 2 * u64::from(moved);
-        if split == 0 || moved != 0 && (!boundary || largest * self.placement.block_len() > self.config.largest_update)
-        {
+        if split == 0 || moved != 0 && (!movable || largest * self.placement.block_len() > self.config.largest_update) {
             return Err(MainError::Split {
                 found: split,
                 expected: current,
@@ -922,6 +989,33 @@ impl MainServerSession {
             let members = members.clone();
             self.ask_for_adapters(members, split, now);
         }
+        self.retest(now);
+        Ok(())
+    }
+
+    /// The driver's answer to `CopyWanted`. An answer for a round that has been lost is dropped.
+    ///
+    /// # Errors
+    /// When the values are not those that some clients have and others do not; the question stands.
+    pub fn copy(&mut self, now: Duration, round: RoundKey, values: Vec<f32>) -> Result<(), MainError> {
+        let expected = self.placement.copy_len();
+        let Phase::Averaging { copy: copy @ None, .. } = &mut self.phase else {
+            return Ok(());
+        };
+        if self.round != round {
+            return Ok(());
+        }
+        if values.len() != expected {
+            return Err(MainError::CopyLength {
+                given: values.len(),
+                expected,
+            });
+        }
+        if !values.iter().all(|value| value.is_finite()) {
+            return Err(MainError::CopyNotFinite);
+        }
+        *copy = Some(values);
+        self.collect();
         self.retest(now);
         Ok(())
     }
@@ -1112,7 +1206,7 @@ impl MainServerSession {
         self.door.welcome(connection, id, welcome, now, self.frame_limit);
         self.door.send(
             connection,
-            &Message::Assignment(Box::new(self.placement.assignment.clone())),
+            &Message::Assignment(Box::new(self.placement.assignment_of(id))),
         );
         self.events.push_back(MainEvent::ClientJoined {
             connection,
@@ -1343,11 +1437,9 @@ impl MainServerSession {
                 config.batch, config.seq, config.width, config.wire
             ));
         }
-        if split != config.split {
-            return Err(format!(
-                "activations of {split} blocks, where the cut is after {}",
-                config.split
-            ));
+        let cut = self.placement.split_of(client);
+        if split != cut {
+            return Err(format!("activations of {split} blocks, where the cut is after {cut}"));
         }
         // Within the agreed sizes, whose product is known to fit.
         let rows = batch as usize * seq as usize;
@@ -1432,12 +1524,10 @@ impl MainServerSession {
             }
             Phase::Boundary { members } if self.finishing.is_none() && self.planning.is_none() => {
                 let members = members.clone();
-                let config = &self.placement.assignment.config;
-                if self.config.plans && self.round.round + 1 < config.rounds {
+                if self.config.plans && self.round.round + 1 < self.placement.assignment.config.rounds {
                     self.want_plan(Occasion::Boundary(self.round));
                 } else {
-                    let split = config.split;
-                    self.ask_for_adapters(members, split, now);
+                    self.ask_for_adapters(members, self.placement.split(), now);
                 }
             }
             Phase::Finished { drained, .. } if !*drained && !self.door.has_guests() => {
@@ -1458,45 +1548,71 @@ impl MainServerSession {
     /// Ends the steps of the round.
     fn ask_for_adapters(&mut self, members: BTreeSet<ClientId>, split: u32, now: Duration) {
         let (round, steps) = (self.round, self.steps);
-        self.send_to_all(&members, |_| Message::RoundEnd(RoundEnd { round, split, steps }));
+        let is_mixed = self.placement.copy_len() > 0;
+        for id in &members {
+            let kept = match is_mixed {
+                true => self.placement.split_of(*id),
+                false => split,
+            };
+            if let Some(connection) = self.clients.get(id).and_then(|client| client.connection) {
+                let end = RoundEnd {
+                    round,
+                    split: kept,
+                    steps,
+                };
+                self.door.send(connection, &Message::RoundEnd(end));
+            }
+        }
         self.phase = Phase::Averaging {
             members,
             split,
+            copy: (!is_mixed).then(Vec::new),
             asked: now,
             collected: Vec::new(),
         };
-        self.collect(split);
+        if is_mixed {
+            self.events.push_back(MainEvent::CopyWanted { round });
+        }
+        self.collect();
     }
 
-    /// Tells the federated server what comes with the adapters.
-    fn collect(&mut self, split: u32) {
-        let steps = self.steps;
-        let moments = self.leaving(split).map(|len| Leaving { len, steps });
-        self.controls.push_back(Control::Collect {
-            round: self.round,
-            moments,
-        });
+    /// Tells the federated server, as soon as that is known, what comes with the adapters and beside them.
+    fn collect(&mut self) {
+        if let Phase::Averaging {
+            split,
+            copy: Some(copy),
+            ..
+        } = &self.phase
+        {
+            let steps = self.steps;
+            let moments = self.leaving(*split).map(|len| Leaving { len, steps });
+            self.controls.push_back(Control::Collect {
+                round: self.round,
+                moments,
+                copy: copy.clone(),
+            });
+        }
     }
 
     /// Values of the blocks that leave the clients when they keep `split`.
     fn leaving(&self, split: u32) -> Option<u64> {
-        let current = self.placement.assignment.config.split;
-        (split < current).then(|| u64::from(current - split) * self.placement.block_len())
+        let current = self.placement.split();
+        (split < current).then(|| self.placement.len_at(current - split))
     }
 
     /// Makes a checked placement the current one and hands it to everybody.
     fn adopt(&mut self, mut placement: Placement) {
         placement.assignment.number = self.placement.assignment.number.wrapping_add(1);
-        self.base_digest = Digest::of_values(&placement.adapter);
+        self.bases = placement.bases();
         self.placement = placement;
         self.expected = self.ready();
-        let assignment = Message::Assignment(Box::new(self.placement.assignment.clone()));
-        for client in self.clients.values_mut() {
+        for (id, client) in &mut self.clients {
             client.carries = client.ready;
             client.ready = false;
             client.holds = None;
             if let Some(connection) = client.connection {
-                self.door.send(connection, &assignment);
+                let assignment = self.placement.assignment_of(*id);
+                self.door.send(connection, &Message::Assignment(Box::new(assignment)));
             }
         }
     }
@@ -1529,16 +1645,17 @@ impl MainServerSession {
             members: ready.iter().copied().collect(),
         });
         for id in &ready {
-            let Some(client) = self.clients.get_mut(id) else {
+            let split = self.placement.split_of(*id);
+            let (Some(client), Some(&base)) = (self.clients.get_mut(id), self.bases.get(&split)) else {
                 continue;
             };
-            let holds = client.holds.replace(self.base_digest);
-            let adapter = (holds != Some(self.base_digest)).then(|| self.placement.adapter.clone());
+            let holds = client.holds.replace(base);
+            let adapter = (holds != Some(base)).then(|| self.placement.adapter_at(split).to_vec());
             let carries = std::mem::take(&mut client.carries);
             if let Some(connection) = client.connection {
                 let start = RoundStart {
                     round,
-                    base: self.base_digest,
+                    base,
                     members: count,
                     adapter,
                     moments: self.placement.moments.clone().filter(|_| carries),
@@ -1641,15 +1758,15 @@ impl MainServerSession {
         for exclusion in &closed.excluded {
             self.exclude(exclusion);
         }
+        self.placement.adapter.clone_from(&values);
+        self.bases = self.placement.bases();
         for inclusion in &closed.included {
             if let Some(client) = self.clients.get_mut(&inclusion.client)
                 && client.ready
             {
-                client.holds = Some(digest);
+                client.holds = self.bases.get(&self.placement.split_of(inclusion.client)).copied();
             }
         }
-        self.placement.adapter.clone_from(&values);
-        self.base_digest = digest;
         let round = closed.round;
         self.phase = Phase::Validating {
             round,
@@ -1703,10 +1820,17 @@ impl MainServerSession {
 
     fn open_round(&mut self, members: BTreeSet<ClientId>) {
         let config = &self.placement.assignment.config;
+        let member = |client: ClientId| {
+            let split = self.placement.split_of(client);
+            Some(Member {
+                client,
+                base: *self.bases.get(&split)?,
+                adapter_len: self.placement.len_at(split),
+            })
+        };
         self.controls.push_back(Control::OpenRound {
             round: self.round,
-            members: members.into_iter().collect(),
-            base: self.base_digest,
+            members: members.into_iter().filter_map(member).collect(),
             adapter_len: self.placement.adapter.len() as u64,
             max_examples: u64::from(config.batch) * u64::from(config.local_steps),
         });

@@ -10,7 +10,7 @@ use std::time::Duration;
 use sha2::{Digest as _, Sha256};
 
 /// The protocol this crate speaks. Peers with another major version are refused; of two minors the lower is used.
-pub const PROTOCOL_VERSION: Version = Version { major: 2, minor: 0 };
+pub const PROTOCOL_VERSION: Version = Version { major: 3, minor: 0 };
 
 /// Label of a target that takes no part in the loss.
 pub const IGNORED_TARGET: i32 = -100;
@@ -608,7 +608,7 @@ pub struct AdapterUpdate {
     pub moments: Option<Moments>,
 }
 
-/// Federated → client: the average of the round's adapters.
+/// Federated → client: the average of the round's adapters, as far as the client's blocks go.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Average {
     pub round: RoundKey,
@@ -685,6 +685,15 @@ pub struct Leaving {
     pub steps: u64,
 }
 
+/// A member of a round that opens, and the adapter it starts from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Member {
+    pub client: ClientId,
+    pub base: Digest,
+    /// Numbers in its adapter, which are the first of the round's.
+    pub adapter_len: u64,
+}
+
 /// Main → federated server. In one process the driver hands these over as values.
 #[derive(Clone, PartialEq)]
 pub enum Control {
@@ -704,9 +713,8 @@ pub enum Control {
     },
     OpenRound {
         round: RoundKey,
-        members: Vec<ClientId>,
-        base: Digest,
-        /// Numbers in a member's adapter.
+        members: Vec<Member>,
+        /// Numbers in the average: in the adapter of the deepest cut of the run.
         adapter_len: u64,
         /// Most examples one member can have used in the round.
         max_examples: u64,
@@ -716,6 +724,8 @@ pub enum Control {
         round: RoundKey,
         /// What comes with the adapter.
         moments: Option<Leaving>,
+        /// The main server's copy of the last of the average's values: of the blocks that not all members have.
+        copy: Vec<f32>,
     },
     /// A member left the open round.
     Departed { round: RoundKey, client: ClientId },
@@ -729,10 +739,10 @@ impl fmt::Debug for Control {
             Control::OpenRun {
                 run, largest_update, ..
             } => write!(f, "OpenRun({run}, at most {largest_update} numbers)"),
-            Control::OpenRound {
-                round, members, base, ..
-            } => write!(f, "OpenRound({round}, {members:?}, {base})"),
-            Control::Collect { round, moments } => write!(f, "Collect({round}, {moments:?})"),
+            Control::OpenRound { round, members, .. } => write!(f, "OpenRound({round}, {members:?})"),
+            Control::Collect { round, moments, copy } => {
+                write!(f, "Collect({round}, {moments:?}, a copy of {} values)", copy.len())
+            }
             Control::Departed { round, client } => write!(f, "Departed({round}, {client})"),
             Control::CloseRun => write!(f, "CloseRun"),
         }
@@ -797,7 +807,7 @@ pub enum ControlReply {
         client: ClientId,
         bytes: u64,
     },
-    /// The round is averaged. No individual adapter is in here, unless one client was alone.
+    /// The round is averaged. No individual adapter is in here, unless one client was alone, or alone with its last blocks.
     RoundClosed(RoundClosed),
 }
 

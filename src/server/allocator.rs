@@ -2,15 +2,15 @@
 //!
 //! With a scenario every client has a place in it, the plan's rate on each of its links, and the run's own model, batch and
 //! measured speeds for the rest. Without one, cut and rank follow from what the clients measured when they joined, and the cut
-//! again from every round's measured phases.
+//! again from every round's measured phases. At the start it may give every client a cut of its own, for the whole run.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::planner::{
     ClientFacts, ClientRound, Decision, PhasePrediction, Planner, RoundFacts, RoundPrediction, StartFacts,
 };
 use crate::allocation::scenario::{CellCosts, Scenario, Speeds};
-use crate::allocation::{self, Method, Phases, Problem, SolveOptions};
+use crate::allocation::{self, Cell, Method, Phases, Problem, SolveOptions};
 use crate::model::config::Config;
 use crate::model::cost::{Convention, CutFormat, Workload};
 use crate::model::rounds::RoundsTable;
@@ -27,6 +27,10 @@ const SUPPOSED_FLOPS_PER_S: f64 = 1e9;
 /// An uplink's and a downlink's throughput before any was measured, in bit/s: that of a modest Wi-Fi.
 const SUPPOSED_BITS_PER_S: f64 = 20e6;
 
+/// Moves of single clients' cuts at most, and the relative difference below which two totals are the same.
+const MOVES: usize = 1000;
+const SAME: f64 = 1e-12;
+
 /// What is asked of the allocator.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -37,6 +41,8 @@ pub struct Settings {
     pub seed: u64,
     /// The cut, if it is not to be chosen.
     pub split: Option<usize>,
+    /// Whether every client may have a cut of its own; for [`Method::Best`].
+    pub per_client_split: bool,
     /// The rank, if it is not to be chosen.
     pub rank: Option<usize>,
     /// Rounds to the target loss at each rank, when the scenario does not have them.
@@ -54,6 +60,13 @@ pub struct Allocator {
     /// What is known of each client by now.
     known: BTreeMap<ClientId, Known>,
     server_flops_per_s: f64,
+}
+
+/// Cuts in the clients' order and a rank, and what a run would take.
+struct Found {
+    total_s: f64,
+    cuts: Vec<usize>,
+    rank: usize,
 }
 
 /// What does not change during a run.
@@ -131,7 +144,6 @@ impl Allocator {
     /// Candidate ranks with E(r); a rank that is not chosen needs none.
     fn ranks(&self, current: usize) -> Result<Vec<(u32, f64)>, String> {
         let settings = &self.settings;
-        let number = |rank: usize| u32::try_from(rank).unwrap_or(u32::MAX);
         if let Some(rank) = settings.rank {
             return Ok(vec![(number(rank), 1.0)]);
         }
@@ -222,12 +234,13 @@ impl Allocator {
         clients: &[ClientId],
         splits: &[u32],
         ranks: &[(u32, f64)],
+        per_client_split: bool,
     ) -> Result<(Problem, allocation::Plan), String> {
         let scenario = (self.settings.scenario.as_ref()).ok_or_else(|| "there is no scenario".to_owned())?;
         let problem = self.problem(scenario, clients, splits, ranks)?;
         let options = SolveOptions {
             seed: self.settings.seed,
-            per_client_split: false,
+            per_client_split,
         };
         let plan = allocation::solve(&problem, self.settings.method, &options).map_err(|error| error.to_string())?;
         Ok((problem, plan))
@@ -260,8 +273,8 @@ impl Allocator {
             .collect()
     }
 
-    /// What a round would take at `cut` and `rank`, per client, at the rates that are emulated or measured.
-    fn phases(&self, clients: &[ClientFacts], cut: usize, rank: usize) -> Result<Phases, String> {
+    /// What a round would take at the clients' `cuts`, in their order, and `rank`, at the rates that are emulated or measured.
+    fn phases(&self, clients: &[ClientFacts], cuts: &[usize], rank: usize) -> Result<Phases, String> {
         let run = self.run()?;
         let ids: Vec<ClientId> = clients.iter().map(|facts| facts.id).collect();
         let workload = run.workload();
@@ -272,21 +285,25 @@ impl Allocator {
             weights: WeightDtype::F16,
             joules_per_flop: vec![0.0; ids.len()],
         };
-        let number = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
-        let cells = costs.cells(&[number(cut)], &[number(rank)]);
-        let cell = &cells[0][0];
+        let distinct: BTreeSet<usize> = cuts.iter().copied().collect();
+        let splits: Vec<u32> = distinct.iter().copied().map(number).collect();
+        let rows = costs.cells(&splits, &[number(rank)]);
+        let by_cut: BTreeMap<usize, &Cell> = (distinct.into_iter().zip(&rows))
+            .filter_map(|(cut, row)| Some((cut, row.first()?)))
+            .collect();
+        let cells: Vec<&Cell> = cuts.iter().filter_map(|cut| by_cut.get(cut).copied()).collect();
         let emulated = self.rates_of(clients);
         let rate = |id: &ClientId, emulated_part: fn(&LinkRates) -> f64, measured: fn(&Known) -> f64| {
             let known = self.known.get(id).map_or(SUPPOSED_BITS_PER_S, measured);
             emulated.get(id).map_or(known, emulated_part)
         };
-        let upload_s = |id: &ClientId| {
+        let upload_s = |(id, cell): (&ClientId, &&Cell)| {
             let bits = (self.known.get(id))
                 .and_then(|known| known.upload_bits)
                 .unwrap_or(cell.upload_bits);
             bits / rate(id, |rates| rates.main_bits_per_s, |known| known.uplink_bits_per_s)
         };
-        let adapter_s = |id: &ClientId| {
+        let adapter_s = |(id, cell): (&ClientId, &&Cell)| {
             cell.adapter_bits
                 / rate(
                     id,
@@ -295,7 +312,7 @@ impl Allocator {
                 )
         };
         // Emulated links send their gradients down for free, as in the paper; real ones take their time.
-        let download_s = |id: &ClientId| match self.settings.scenario {
+        let download_s = |(id, cell): (&ClientId, &&Cell)| match self.settings.scenario {
             Some(_) => 0.0,
             None => {
                 let known = self.known.get(id);
@@ -303,31 +320,156 @@ impl Allocator {
                 bits / known.map_or(SUPPOSED_BITS_PER_S, |known| known.downlink_bits_per_s)
             }
         };
+        let per_client = |part: fn(&Cell) -> &Vec<f64>| {
+            let seconds = |(client, cell): (usize, &&Cell)| part(cell).get(client).copied();
+            cells.iter().enumerate().filter_map(seconds).collect()
+        };
         Ok(Phases {
-            forward_s: cell.client_forward_s.clone(),
-            upload_s: ids.iter().map(upload_s).collect(),
-            server_s: cell.server_s,
-            download_s: ids.iter().map(download_s).collect(),
-            backward_s: cell.client_backward_s.clone(),
-            adapter_s: ids.iter().map(adapter_s).collect(),
+            forward_s: per_client(|cell| &cell.client_forward_s),
+            upload_s: ids.iter().zip(&cells).map(upload_s).collect(),
+            server_s: cells.iter().map(|cell| cell.server_s).sum::<f64>() / cells.len().max(1) as f64,
+            download_s: ids.iter().zip(&cells).map(download_s).collect(),
+            backward_s: per_client(|cell| &cell.client_backward_s),
+            adapter_s: ids.iter().zip(&cells).map(adapter_s).collect(),
             broadcast_s: 0.0,
         })
     }
 
-    /// The cut and rank with the shortest run at the rates there are.
-    fn shortest(&self, clients: &[ClientFacts], ranks: &[(u32, f64)]) -> Result<(usize, usize), String> {
+    /// What a run of so many rounds would take.
+    fn total_s(&self, clients: &[ClientFacts], cuts: &[usize], (rank, rounds): (usize, f64)) -> Result<f64, String> {
+        Ok(rounds * self.phases(clients, cuts, rank)?.round_s(self.run()?.local_steps))
+    }
+
+    /// Cuts that a client's memory allows, shallowest first.
+    fn fitting(&self, client: &ClientFacts, rank: usize) -> Result<Vec<usize>, String> {
         let run = self.run()?;
         let workload = run.workload();
+        let fits = |split: &usize| {
+            let needed = workload.client_memory_bytes(*split, rank, WeightDtype::F16, run.format());
+            client.memory_bytes == 0 || needed <= client.memory_bytes as f64
+        };
+        let mut splits: Vec<usize> = (self.splits(run.blocks()).into_iter())
+            .map(|split| split as usize)
+            .filter(fits)
+            .collect();
+        splits.sort_unstable();
+        Ok(splits)
+    }
+
+    /// Every client's cut and the rank with the shortest run that is found: from the best cut for all, and the deepest cuts
+    /// within any limit on the backward pass, client by client to what is better.
+    fn shortest_per_client(
+        &self,
+        clients: &[ClientFacts],
+        ranks: &[(u32, f64)],
+    ) -> Result<(Vec<usize>, usize), String> {
+        let mut best: Option<Found> = None;
+        for &(rank, rounds) in ranks {
+            let rank = rank as usize;
+            let fitting = (clients.iter())
+                .map(|client| self.fitting(client, rank))
+                .collect::<Result<Vec<_>, _>>()?;
+            // Of equals the first is taken: one cut for all.
+            let one = self.shortest(clients, &[(number(rank), rounds)]);
+            let mut candidates: Vec<Vec<usize>> = (one.into_iter()).map(|(cut, _)| vec![cut; clients.len()]).collect();
+            candidates.extend(self.thresholds(clients, &fitting, rank)?);
+            let mut found: Option<Found> = None;
+            for cuts in candidates {
+                let total_s = self.total_s(clients, &cuts, (rank, rounds))?;
+                if found.as_ref().is_none_or(|found| total_s < found.total_s) {
+                    found = Some(Found { total_s, cuts, rank });
+                }
+            }
+            let Some(found) = found else { continue };
+            let found = self.refined(clients, &fitting, found, rounds)?;
+            if best.as_ref().is_none_or(|best| found.total_s < best.total_s) {
+                best = Some(found);
+            }
+        }
+        let Found { cuts, rank, .. } = best.ok_or_else(|| {
+            "no cut fits the memory of some client; leave the smallest device out, or choose a smaller model".to_owned()
+        })?;
+        Ok((cuts, rank))
+    }
+
+    /// The deepest cut of every client within a limit on its backward pass, for every limit that matters.
+    fn thresholds(
+        &self,
+        clients: &[ClientFacts],
+        fitting: &[Vec<usize>],
+        rank: usize,
+    ) -> Result<Vec<Vec<usize>>, String> {
+        let mut backward: Vec<BTreeMap<usize, f64>> = vec![BTreeMap::new(); clients.len()];
+        for split in self.splits(self.run()?.blocks()) {
+            let split = split as usize;
+            let phases = self.phases(clients, &vec![split; clients.len()], rank)?;
+            for (of_client, seconds) in backward.iter_mut().zip(phases.backward_s) {
+                of_client.insert(split, seconds);
+            }
+        }
+        let mut limits: Vec<f64> = backward
+            .iter()
+            .flat_map(|of_client| of_client.values().copied())
+            .collect();
+        limits.sort_by(f64::total_cmp);
+        limits.dedup();
+        let within = |limit: f64| -> Option<Vec<usize>> {
+            (fitting.iter().zip(&backward))
+                .map(|(fitting, backward)| {
+                    let quick = |split: &usize| backward.get(split).is_some_and(|seconds| *seconds <= limit);
+                    fitting.iter().copied().filter(quick).max()
+                })
+                .collect()
+        };
+        Ok(limits.into_iter().filter_map(within).collect())
+    }
+
+    /// Moves one client's cut by one or two places as long as that shortens the run.
+    fn refined(
+        &self,
+        clients: &[ClientFacts],
+        fitting: &[Vec<usize>],
+        mut best: Found,
+        rounds: f64,
+    ) -> Result<Found, String> {
+        'moved: for _ in 0..MOVES {
+            for (client, fitting) in fitting.iter().enumerate() {
+                let Some(place) = fitting.iter().position(|split| *split == best.cuts[client]) else {
+                    continue;
+                };
+                for change in [-1_isize, 1, -2, 2] {
+                    let Some(&split) = place.checked_add_signed(change).and_then(|place| fitting.get(place)) else {
+                        continue;
+                    };
+                    let mut cuts = best.cuts.clone();
+                    cuts[client] = split;
+                    let total_s = self.total_s(clients, &cuts, (best.rank, rounds))?;
+                    if total_s < best.total_s * (1.0 - SAME) {
+                        (best.total_s, best.cuts) = (total_s, cuts);
+                        continue 'moved;
+                    }
+                }
+            }
+            break;
+        }
+        Ok(best)
+    }
+
+    /// The cut and rank with the shortest run at the rates there are.
+    fn shortest(&self, clients: &[ClientFacts], ranks: &[(u32, f64)]) -> Result<(usize, usize), String> {
+        let mut fitting = Vec::with_capacity(ranks.len());
+        for &(rank, rounds) in ranks {
+            let of_clients = clients.iter().map(|client| self.fitting(client, rank as usize));
+            fitting.push((rank as usize, rounds, of_clients.collect::<Result<Vec<_>, _>>()?));
+        }
         let mut best: Option<(f64, usize, usize)> = None;
-        for split in self.splits(run.blocks()) {
-            for &(rank, rounds) in ranks {
-                let (split, rank) = (split as usize, rank as usize);
-                let needed = workload.client_memory_bytes(split, rank, WeightDtype::F16, run.format());
-                let fits = |facts: &ClientFacts| facts.memory_bytes == 0 || needed <= facts.memory_bytes as f64;
-                if !clients.iter().all(fits) {
+        for split in self.splits(self.run()?.blocks()) {
+            for &(rank, rounds, ref fitting) in &fitting {
+                let split = split as usize;
+                if !fitting.iter().all(|fitting| fitting.contains(&split)) {
                     continue;
                 }
-                let total = rounds * self.phases(clients, split, rank)?.round_s(run.local_steps);
+                let total = self.total_s(clients, &vec![split; clients.len()], (rank, rounds))?;
                 if best.is_none_or(|(least, ..)| total < least) {
                     best = Some((total, split, rank));
                 }
@@ -339,14 +481,15 @@ impl Allocator {
         Ok((split, rank))
     }
 
+    /// Everything at these cuts, in the clients' order, the smallest of the run being `cut`.
     fn decision(
         &self,
         clients: &[ClientFacts],
-        cut: usize,
+        (cut, cuts): (usize, &[usize]),
         rank: usize,
         reason: String,
     ) -> Result<Option<Decision>, String> {
-        let phases = self.phases(clients, cut, rank)?;
+        let phases = self.phases(clients, cuts, rank)?;
         let of_client = |(position, facts): (usize, &ClientFacts)| {
             let prediction = PhasePrediction {
                 forward_s: phases.forward_s[position],
@@ -358,6 +501,7 @@ impl Allocator {
         };
         Ok(Some(Decision {
             cut,
+            cuts: BTreeMap::new(),
             rank,
             rates: self.rates_of(clients),
             prediction: Some(RoundPrediction {
@@ -367,6 +511,24 @@ impl Allocator {
             }),
             reason,
         }))
+    }
+
+    /// The same at the start, where clients may be given cuts of their own.
+    fn opening(
+        &self,
+        clients: &[ClientFacts],
+        cuts: &[usize],
+        rank: usize,
+        reason: String,
+    ) -> Result<Option<Decision>, String> {
+        let cut = cuts.iter().copied().min().unwrap_or(1);
+        let mut decision = self.decision(clients, (cut, cuts), rank, reason)?;
+        if let Some(decision) = &mut decision
+            && cuts.iter().any(|&own| own != cut)
+        {
+            decision.cuts = clients.iter().map(|facts| facts.id).zip(cuts.iter().copied()).collect();
+        }
+        Ok(decision)
     }
 
     /// Takes the links' rates from a plan, for the places in order.
@@ -388,12 +550,13 @@ impl Allocator {
     fn learn(&mut self, facts: &RoundFacts) -> Result<(), String> {
         let run = self.run()?.clone();
         let workload = run.workload();
-        let forward = workload.client_forward_flops(facts.cut, facts.rank);
-        let backward = workload.client_backward_flops(facts.cut, facts.rank);
         for measured in &facts.measured {
             let Some(known) = self.known.get_mut(&measured.id) else {
                 continue;
             };
+            let cut = facts.cut_of(measured.id);
+            let forward = workload.client_forward_flops(cut, facts.rank);
+            let backward = workload.client_backward_flops(cut, facts.rank);
             if let Some(speed) = Speed::new(forward / measured.forward_s, backward / measured.backward_s) {
                 known.speed = Some(speed);
             }
@@ -426,7 +589,8 @@ impl Allocator {
             }
         }
         if let Some(server_s) = facts.server_s {
-            let flops = facts.measured.len() as f64 * workload.server_flops(facts.cut, facts.rank);
+            let of_member = |measured: &ClientRound| workload.server_flops(facts.cut_of(measured.id), facts.rank);
+            let flops: f64 = facts.measured.iter().map(of_member).sum();
             if server_s > 0.0 && flops > 0.0 {
                 self.server_flops_per_s = flops / server_s;
             }
@@ -452,10 +616,16 @@ impl Planner for Allocator {
         let ranks = self.ranks(facts.rank)?;
         let blocks = u32::try_from(facts.config.blocks).unwrap_or(u32::MAX);
         let Some(scenario) = &self.settings.scenario else {
-            let (cut, rank) = self.shortest(&facts.clients, &ranks)?;
-            return self.decision(
+            let (cuts, rank) = match self.settings.per_client_split {
+                true => self.shortest_per_client(&facts.clients, &ranks)?,
+                false => {
+                    let (cut, rank) = self.shortest(&facts.clients, &ranks)?;
+                    (vec![cut; facts.clients.len()], rank)
+                }
+            };
+            return self.opening(
                 &facts.clients,
-                cut,
+                &cuts,
                 rank,
                 "by the speeds measured at the start".to_owned(),
             );
@@ -468,10 +638,13 @@ impl Planner for Allocator {
             ));
         }
         let ids: Vec<ClientId> = facts.clients.iter().map(|facts| facts.id).collect();
-        let (problem, plan) = self.solve(&ids, &self.splits(blocks), &ranks)?;
+        let (problem, plan) = self.solve(&ids, &self.splits(blocks), &ranks, self.settings.per_client_split)?;
         self.take_rates(&problem, &plan)?;
         self.settle(&facts.clients);
-        let split = plan.split_index.first().map_or(1, |&index| problem.splits[index]);
+        // Clients were given their places in the order of the facts.
+        let cuts: Vec<usize> = (plan.split_index.iter())
+            .map(|&index| problem.splits[index] as usize)
+            .collect();
         let reason = format!(
             "method {}, {:.1} s to the target by the model, {}",
             plan.method,
@@ -479,13 +652,14 @@ impl Planner for Allocator {
             certificate(&plan)
         );
         let rank = problem.ranks[plan.rank_index] as usize;
-        self.decision(&facts.clients, split as usize, rank, reason)
+        self.opening(&facts.clients, &cuts, rank, reason)
     }
 
     fn boundary(&mut self, facts: &RoundFacts) -> Result<Option<Decision>, String> {
         self.learn(facts)?;
         self.settle(&facts.clients);
-        let stay = |this: &Self, reason: String| this.decision(&facts.clients, facts.cut, facts.rank, reason);
+        let cuts: Vec<usize> = facts.clients.iter().map(|client| facts.cut_of(client.id)).collect();
+        let stay = |this: &Self, reason: String| this.decision(&facts.clients, (facts.cut, &cuts), facts.rank, reason);
         let fixed = self.settings.split.is_some() || !facts.can_recut || facts.round >= facts.rounds;
         // A random plan, and the paper's, are carried out as they were made.
         if fixed || self.settings.method != Method::Best {
@@ -494,7 +668,8 @@ impl Planner for Allocator {
         let run = self.run()?;
         let (local_steps, blocks) = (run.local_steps, run.blocks());
         let rank = [(u32::try_from(facts.rank).unwrap_or(u32::MAX), 1.0)];
-        let now_s = self.phases(&facts.clients, facts.cut, facts.rank)?.round_s(local_steps);
+        let now_s = self.phases(&facts.clients, &cuts, facts.rank)?.round_s(local_steps);
+        let uniform = |cut: usize| vec![cut; facts.clients.len()];
         let (cut, then_s, plan) = match &self.settings.scenario {
             // Without somebody at every place there is no problem to solve: links stay as they are.
             Some(scenario)
@@ -507,13 +682,15 @@ impl Planner for Allocator {
                     self.places.iter().map(|(&client, &place)| (place, client)).collect();
                 by_place.sort_unstable();
                 let ids: Vec<ClientId> = by_place.into_iter().map(|(_, client)| client).collect();
-                let (problem, plan) = self.solve(&ids, &self.splits(blocks), &rank)?;
+                let (problem, plan) = self.solve(&ids, &self.splits(blocks), &rank, false)?;
                 let cut = plan.split_index.first().map_or(1, |&index| problem.splits[index]);
                 (cut as usize, plan.total_s, Some((problem, plan)))
             }
             None => {
                 let (cut, _) = self.shortest(&facts.clients, &rank)?;
-                let then_s = self.phases(&facts.clients, cut, facts.rank)?.round_s(local_steps);
+                let then_s = self
+                    .phases(&facts.clients, &uniform(cut), facts.rank)?
+                    .round_s(local_steps);
                 (cut, then_s, None)
             }
         };
@@ -524,8 +701,12 @@ impl Planner for Allocator {
             self.take_rates(problem, plan)?;
         }
         let reason = format!("a round of {then_s:.2} s instead of {now_s:.2} s by the phases measured");
-        self.decision(&facts.clients, cut, facts.rank, reason)
+        self.decision(&facts.clients, (cut, &uniform(cut)), facts.rank, reason)
     }
+}
+
+fn number(value: usize) -> u32 {
+    u32::try_from(value).unwrap_or(u32::MAX)
 }
 
 /// How good a plan is, in words.
@@ -595,6 +776,7 @@ mod tests {
             method: Method::Best,
             seed: 0,
             split: None,
+            per_client_split: false,
             rank: None,
             rounds: None,
         }
@@ -619,6 +801,7 @@ mod tests {
             round: 1,
             rounds: 10,
             cut,
+            cuts: BTreeMap::new(),
             rank: 4,
             can_recut: true,
             clients: speeds.iter().map(|&(id, speed)| client(id, speed)).collect(),
@@ -638,6 +821,77 @@ mod tests {
         let shallow = decided(Allocator::new(settings()).start(&start(clients(), 1e11)));
         assert_eq!((deep.cut, shallow.cut), (5, 1));
         assert_eq!((deep.rank, shallow.rank), (4, 4));
+    }
+
+    fn per_client() -> Settings {
+        Settings {
+            per_client_split: true,
+            ..settings()
+        }
+    }
+
+    #[test]
+    fn a_slow_and_a_fast_client_of_a_slow_server_get_cuts_of_their_own() {
+        let clients = || vec![client(1, 1e7), client(2, 1e9)];
+        let one = decided(Allocator::new(settings()).start(&start(clients(), 2e8)));
+        let mut allocator = Allocator::new(per_client());
+        let own = decided(allocator.start(&start(clients(), 2e8)));
+        assert!(one.cuts.is_empty());
+        let cut = |id| own.cuts[&ClientId(id)];
+        assert!(cut(1) < cut(2), "{:?}", own.cuts);
+        assert_eq!(own.cut, cut(1), "the smallest");
+        let total = |decision: &Decision| decision.prediction.as_ref().unwrap().total_s;
+        assert!(total(&own) < total(&one), "{} and {}", total(&own), total(&one));
+        // No other cuts are predicted to be faster: all of them are few enough to try.
+        let facts = clients();
+        for first in 1..6 {
+            for second in 1..6 {
+                let other = allocator.phases(&facts, &[first, second], 4).unwrap().round_s(5);
+                assert!(total(&own) <= other * (1.0 + 1e-9), "{first}, {second}: {other}");
+            }
+        }
+        // While cuts differ nothing moves, and what is learned is of each client's own blocks.
+        let workload = allocator.run().unwrap().workload();
+        let mut facts = round(&allocator, own.cut, &[(1, 1e7), (2, 1e9)], 2e8);
+        facts.cuts = own.cuts.clone();
+        facts.can_recut = false;
+        facts.measured[1].forward_s = workload.client_forward_flops(cut(2), 4) / 3e9;
+        facts.measured[1].backward_s = workload.client_backward_flops(cut(2), 4) / 3e9;
+        let then = decided(allocator.boundary(&facts));
+        assert_eq!((then.cut, then.cuts.len()), (own.cut, 0));
+        let learned = allocator.known[&ClientId(2)].speed.unwrap();
+        assert!((learned.forward_flops_per_s / 3e9 - 1.0).abs() < 1e-9);
+        let (before, after) = (own.prediction.unwrap(), then.prediction.unwrap());
+        assert!(after.clients[&ClientId(2)].forward_s < before.clients[&ClientId(2)].forward_s);
+    }
+
+    #[test]
+    fn equal_clients_have_one_cut_for_all() {
+        for server in [1e8, 1e11] {
+            let clients = vec![client(1, 1e9), client(2, 1e9)];
+            let one = decided(Allocator::new(settings()).start(&start(clients.clone(), server)));
+            let own = decided(Allocator::new(per_client()).start(&start(clients, server)));
+            assert_eq!(own, one);
+        }
+    }
+
+    #[test]
+    fn a_scenario_gives_clients_cuts_of_their_own() {
+        let settings = Settings {
+            scenario: Some(radio(3)),
+            ..per_client()
+        };
+        let clients = vec![client(1, 1e7), client(2, 1e9), client(3, 1e9)];
+        let one = Settings {
+            scenario: Some(radio(3)),
+            ..self::settings()
+        };
+        let own = decided(Allocator::new(settings).start(&start(clients.clone(), 2e8)));
+        let one = decided(Allocator::new(one).start(&start(clients, 2e8)));
+        assert_eq!((own.cuts.len(), own.rates.len()), (3, 3));
+        assert_eq!(own.cuts.values().min(), Some(&own.cut));
+        assert!(own.cuts[&ClientId(1)] < own.cuts[&ClientId(2)], "{:?}", own.cuts);
+        assert!(own.prediction.unwrap().total_s < one.prediction.unwrap().total_s);
     }
 
     #[test]

@@ -82,6 +82,8 @@ pub enum Report {
     Planned {
         round: u32,
         cut: usize,
+        /// Clients' own cuts, by client; empty where `cut` is everybody's.
+        cuts: BTreeMap<u64, usize>,
         rank: usize,
         reason: String,
     },
@@ -135,8 +137,9 @@ pub struct MainRun {
     session: MainServerSession,
     work: std::sync::mpsc::Sender<Work>,
     about: About,
-    /// Blocks of the client, and rank, as they are now.
+    /// Blocks of the client, clients' own cuts where they differ, and rank, as they are now.
     cut: usize,
+    cuts: BTreeMap<ClientId, usize>,
     rank: usize,
     /// When the current round, its current step, and the step's last arrival were.
     round_started: Instant,
@@ -167,6 +170,7 @@ impl MainRun {
             session,
             work,
             cut,
+            cuts: BTreeMap::new(),
             rank: about.training.spec.rank,
             about,
             round_started: now,
@@ -225,8 +229,9 @@ impl MainRun {
                 round: self.measured.round,
                 rounds: *rounds,
                 cut: self.cut,
+                cuts: self.cuts.clone(),
                 rank: self.rank,
-                can_recut: occasion != Occasion::Membership,
+                can_recut: occasion != Occasion::Membership && self.cuts.is_empty(),
                 clients,
                 measured: self.measured.clients(&self.measured.collected),
                 server_s: self.measured.server_s(),
@@ -682,13 +687,14 @@ impl Coordinator {
             Done::Planned { decision, placement } => {
                 self.planned(now, decision, placement.map(|placement| *placement))?
             }
+            Done::Copied { round, values } => main.session.copy(now, round, values)?,
             Done::Closed {
                 round,
                 evaluation,
                 placement,
             } => {
                 if let Some(placement) = &placement {
-                    main.cut = placement.assignment.config.split as usize;
+                    main.cut = placement.split() as usize;
                 }
                 let loss = evaluation.map(|evaluation| evaluation.loss);
                 main.session
@@ -730,14 +736,21 @@ impl Coordinator {
             round += u32::from(matches!(occasion, Occasion::Boundary(_)));
         }
         if let Some(placement) = placement {
-            let RunConfig { split, rank, alpha, .. } = placement.assignment.config;
+            let RunConfig { rank, alpha, .. } = placement.assignment.config;
+            let split = placement.split();
             (main.cut, main.rank) = (split as usize, rank as usize);
+            main.cuts = (placement.cuts.iter())
+                .map(|(client, cut)| (*client, *cut as usize))
+                .collect();
+            let cuts: Vec<Value> = (placement.cuts.iter())
+                .map(|(client, cut)| json!({ "client": client.0, "split": cut }))
+                .collect();
             main.session.place(now, placement)?;
             let About {
                 rounds, local_steps, ..
             } = main.about;
             let plan = json!({
-                "split": split, "rank": rank, "alpha": alpha, "rounds": rounds, "local_steps": local_steps,
+                "split": split, "splits": cuts, "rank": rank, "alpha": alpha, "rounds": rounds, "local_steps": local_steps,
             });
             self.parts.directory.note(json!({ "plan": plan }))?;
         }
@@ -748,6 +761,7 @@ impl Coordinator {
         main.session.planned(now, plan)?;
         let Some(Decision {
             cut,
+            cuts,
             rank,
             rates,
             prediction,
@@ -766,14 +780,19 @@ impl Coordinator {
                 })
             })
             .collect();
+        let own_cuts: Vec<Value> = (cuts.iter())
+            .map(|(client, cut)| json!({ "client": client.0, "cut": cut }))
+            .collect();
         let predicted_s = prediction.as_ref().map(|prediction| prediction.total_s);
         let fields = json!({
-            "round": round, "cut": cut, "rank": rank, "reason": reason, "rates": rates, "predicted_s": predicted_s,
+            "round": round, "cut": cut, "cuts": own_cuts, "rank": rank, "reason": reason, "rates": rates,
+            "predicted_s": predicted_s,
         });
         self.parts.metrics.event(at, "plan", fields)?;
         (self.parts.report)(Report::Planned {
             round,
             cut,
+            cuts: cuts.into_iter().map(|(client, cut)| (client.0, cut)).collect(),
             rank,
             reason,
         });
@@ -937,6 +956,7 @@ impl Coordinator {
                 report(Report::RoundLost { round: round.round + 1 });
                 main.compute(Work::Restore)?;
             }
+            MainEvent::CopyWanted { round } => main.compute(Work::Copy { round })?,
             MainEvent::Waiting { until } => {
                 let limit = until.saturating_sub(self.parts.origin.elapsed());
                 metrics.event(at, "waiting", json!({ "seconds": limit.as_secs_f64() }))?;

@@ -21,7 +21,7 @@ pub mod store;
 mod tls;
 mod worker;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -498,6 +498,7 @@ fn prepare(
                 assignment: assignment.clone(),
                 adapter: initial_adapter,
                 moments: None,
+                cuts: BTreeMap::new(),
             },
             largest_update: match planner {
                 Some(_) => largest_update(&config, &training.spec),

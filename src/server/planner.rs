@@ -81,10 +81,12 @@ pub struct RoundFacts {
     /// Counted from 1: the round that was measured; 0 when none has been.
     pub round: u32,
     pub rounds: u32,
-    /// Blocks of the client.
+    /// Blocks of the client; of those with the fewest, where clients have cuts of their own.
     pub cut: usize,
+    /// Clients' own cuts, where they differ; who has none has `cut`.
+    pub cuts: BTreeMap<ClientId, usize>,
     pub rank: usize,
-    /// Whether a decision may move the cut.
+    /// Whether a decision may move the cut. It may not where clients have cuts of their own.
     pub can_recut: bool,
     /// Everybody who is to take part in the next round, as it seems now.
     pub clients: Vec<ClientFacts>,
@@ -94,11 +96,20 @@ pub struct RoundFacts {
     pub server_s: Option<f64>,
 }
 
+impl RoundFacts {
+    /// Blocks of this client.
+    pub fn cut_of(&self, client: ClientId) -> usize {
+        self.cuts.get(&client).copied().unwrap_or(self.cut)
+    }
+}
+
 /// What is to hold from the next round on.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Decision {
     /// Blocks of the client.
     pub cut: usize,
+    /// Clients' own cuts, the smallest of which is `cut`: at the start only, for the whole run. Empty: `cut` is everybody's.
+    pub cuts: BTreeMap<ClientId, usize>,
     /// Another one than now only at the start; α/rank stays.
     pub rank: usize,
     /// Of the clients' emulated uplinks; a client without has none.
@@ -153,11 +164,22 @@ impl Facts {
             Facts::Round(facts) => (facts.cut, facts.rank),
         };
         let fixed_cut = matches!(self, Facts::Round(facts) if !facts.can_recut);
-        if decision.cut == 0 || decision.cut >= blocks {
+        let mut cuts = std::iter::once(decision.cut).chain(decision.cuts.values().copied());
+        if let Some(cut) = cuts.find(|&cut| cut == 0 || cut >= blocks) {
             return Err(format!(
-                "the plan cuts after {} blocks, which leaves one side without any",
-                decision.cut
+                "the plan cuts after {cut} blocks, which leaves one side without any"
             ));
+        }
+        if let Some(&smallest) = decision.cuts.values().min() {
+            if matches!(self, Facts::Round(_)) {
+                return Err("the plan gives clients cuts of their own after the start".to_owned());
+            }
+            if smallest != decision.cut {
+                return Err(format!(
+                    "the plan's cut is after {} blocks, the smallest of its clients' after {smallest}",
+                    decision.cut
+                ));
+            }
         }
         if decision.cut != cut && fixed_cut {
             return Err(format!(

@@ -2,7 +2,7 @@
 //!
 //! It is separate from the coordinator, and a thread of its own, so that a slow step never keeps a ping unanswered.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::{Arc, LazyLock, mpsc};
 use std::time::{Duration, Instant};
@@ -17,7 +17,7 @@ use crate::model::adapter::{Adapter, LoraSpec};
 use crate::model::config::Config;
 use crate::model::optimizer::Moments;
 use crate::model::weights::{Unit, UnitData, WeightDtype, Weights, WeightsError};
-use crate::protocol::message::{self, Assignment, Blob, RoundKey, RunConfig, StepKey};
+use crate::protocol::message::{self, Assignment, Blob, ClientId, RoundKey, RunConfig, StepKey};
 use crate::protocol::{Contribution, GradientOutput, Placement};
 use crate::split::{self, Cut, Evaluation, Moved, ServerPart, Training};
 
@@ -56,7 +56,9 @@ pub enum Work {
     Restore,
     /// Asks the planner what is to hold next, and at the start puts it into effect.
     Plan(Box<Facts>),
-    /// Takes the clients' average into the whole model's adapter, saves and validates it, and moves the cut to `split`.
+    /// Gives this side's values of the blocks that some clients have and others do not.
+    Copy { round: RoundKey },
+    /// Takes the clients' average, which goes as far as the largest cut, into the whole model's adapter, saves and validates it, and moves the cut to `split`.
     /// `moments` are those of the blocks that come here.
     Close {
         round: RoundKey,
@@ -85,6 +87,10 @@ pub enum Done {
         decision: Option<Decision>,
         /// Where cut or rank are others than before.
         placement: Option<Box<Placement>>,
+    },
+    Copied {
+        round: RoundKey,
+        values: Vec<f32>,
     },
     Closed {
         round: RoundKey,
@@ -135,6 +141,11 @@ async fn run(
                 let done;
                 (worker, done) = worker.plan(*facts).await?;
                 done
+            }
+            Work::Copy { round } => {
+                let mut values = worker.part.adapter().await?;
+                values.truncate(worker.shared);
+                Done::Copied { round, values }
             }
             Work::Close {
                 round,
@@ -193,9 +204,13 @@ pub fn parts(
 struct Worker {
     part: ServerPart,
     settings: WorkerSettings,
-    /// The adapter at the end of the last closed round.
+    /// The adapter at the end of the last closed round: below this side's blocks, and of them.
     client_values: Vec<f32>,
     server_values: Vec<f32>,
+    /// Clients' own cuts, where they differ.
+    cuts: BTreeMap<ClientId, usize>,
+    /// How many of this side's values some clients have too: they are the first.
+    shared: usize,
     saved: bool,
 }
 
@@ -220,6 +235,8 @@ impl Worker {
             settings,
             client_values,
             server_values,
+            cuts: BTreeMap::new(),
+            shared: 0,
             saved: false,
         })
     }
@@ -273,8 +290,15 @@ impl Worker {
         })
     }
 
-    async fn close(&mut self, average: Vec<f32>) -> Result<Option<Evaluation>, Error> {
+    async fn close(&mut self, mut average: Vec<f32>) -> Result<Option<Evaluation>, Error> {
         self.server_values = self.part.adapter().await?;
+        if self.shared > 0 {
+            let above = average.split_off(self.client_values.len().min(average.len()));
+            for (own, averaged) in self.server_values.iter_mut().zip(above) {
+                *own = averaged;
+            }
+            self.part.set_adapter(&self.server_values)?;
+        }
         self.client_values = average;
         self.saved = false;
         self.save()?;
@@ -295,7 +319,7 @@ impl Worker {
         let placement = match (&facts, &decision) {
             (Facts::Start(_), Some(decision)) => {
                 let placement;
-                (self, placement) = self.place(decision.cut, decision.rank)?;
+                (self, placement) = self.place(decision)?;
                 placement
             }
             _ => None,
@@ -304,8 +328,14 @@ impl Worker {
         Ok((self, Done::Planned { decision, placement }))
     }
 
-    /// Another cut and rank, from the beginning.
-    fn place(mut self, cut: usize, rank: usize) -> Result<(Self, Option<Placement>), Error> {
+    /// Other cuts and rank, from the beginning.
+    fn place(mut self, decision: &Decision) -> Result<(Self, Option<Placement>), Error> {
+        let (cut, rank) = (decision.cut, decision.rank);
+        let mut cuts = decision.cuts.clone();
+        let largest = cuts.values().copied().max().unwrap_or(cut);
+        if largest == cut {
+            cuts.clear();
+        }
         let WorkerSettings {
             config,
             training,
@@ -315,7 +345,7 @@ impl Worker {
             dtype,
             ..
         } = &mut self.settings;
-        if (cut, rank) == (self.part.cut(), training.spec.rank) {
+        if (cut, rank) == (self.part.cut(), training.spec.rank) && cuts.is_empty() {
             return Ok((self, None));
         }
         if rank != training.spec.rank {
@@ -333,6 +363,8 @@ impl Worker {
         }
         self.client_values = initial.slice(config, 0..cut)?.values;
         self.server_values = initial.slice(config, cut..config.blocks)?.values;
+        self.shared = initial.slice(config, cut..largest)?.values.len();
+        self.cuts = cuts;
         let mut units = |unit: Unit| -> Result<UnitData, WeightsError> { weights.unit(unit, *dtype) };
         self.part = self.part.replaced(&mut units, cut, training, &self.server_values)?;
         self.saved = false;
@@ -364,7 +396,7 @@ impl Worker {
 
     /// What clients get of the model as it is now cut.
     fn placement(&mut self, moments: Option<message::Moments>) -> Result<Placement, Error> {
-        let cut = self.part.cut();
+        let largest = self.cuts.values().copied().max().unwrap_or_else(|| self.part.cut());
         let WorkerSettings {
             training,
             assignment,
@@ -374,22 +406,26 @@ impl Worker {
             parts: known,
             ..
         } = &mut self.settings;
-        let parts = parts(weights, *dtype, blobs, known, cut)?;
+        let parts = parts(weights, *dtype, blobs, known, largest)?;
         known.extend(parts.iter().skip(known.len()).cloned());
+        let size = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
+        let shared = self.server_values.iter().take(self.shared);
+        let adapter: Vec<f32> = self.client_values.iter().chain(shared).copied().collect();
         Ok(Placement {
             assignment: Assignment {
                 config: RunConfig {
-                    split: u32::try_from(cut).unwrap_or(u32::MAX),
-                    rank: u32::try_from(training.spec.rank).unwrap_or(u32::MAX),
+                    split: size(largest),
+                    rank: size(training.spec.rank),
                     alpha: training.spec.alpha,
                     ..assignment.config.clone()
                 },
                 weights: parts,
-                adapter_len: self.client_values.len() as u64,
+                adapter_len: adapter.len() as u64,
                 ..assignment.clone()
             },
-            adapter: self.client_values.clone(),
+            adapter,
             moments,
+            cuts: self.cuts.iter().map(|(client, cut)| (*client, size(*cut))).collect(),
         })
     }
 

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::network::{Arrival, End, Happening, Network, SocketId, Traffic, Weather};
-use crate::federated::weighted_mean;
+use crate::federated::{mean_of_prefixes, weighted_mean};
 use crate::protocol::message::*;
 use crate::protocol::{
     ActivationsInput, AdapterInput, ClientConfig, ClientEvent, ClientFailure, ClientSession, CollectTime, ConnectionId,
@@ -69,6 +69,9 @@ pub struct Scenario {
     /// Blocks of the client in each round, from 1 to 3; the last holds for the rounds after it. Without any the cut stays after
     /// the first block and nobody plans.
     pub splits: Vec<u32>,
+    /// Blocks of each client that is there when the first round is planned, by its number; the cut then stays. Without any
+    /// `splits` says.
+    pub cuts: Vec<u32>,
     /// Of every client's emulated uplinks, where there is a plan.
     pub rates: Option<LinkRates>,
     pub faults: Vec<(Duration, Fault)>,
@@ -90,6 +93,7 @@ impl Scenario {
             compute: (Duration::from_millis(50), Duration::from_millis(200)),
             wait_for_client: Duration::from_secs(60),
             splits: Vec::new(),
+            cuts: Vec::new(),
             rates: None,
             faults: Vec::new(),
             time_limit: Duration::from_secs(24 * 3600),
@@ -125,6 +129,8 @@ pub struct ClientOutcome {
     pub finished: Option<FinishReason>,
     pub failed: Option<ClientFailure>,
     pub adapter: Vec<f32>,
+    /// Adapters that all its processes were given.
+    pub installed: Vec<Vec<f32>>,
     /// Forward passes of all its processes.
     pub forwards: u64,
     /// Backward passes of all its processes.
@@ -202,9 +208,13 @@ enum Own {
         blocks: Trained,
     },
     Planned(Occasion),
+    Copied {
+        round: RoundKey,
+        values: Vec<f32>,
+    },
     Validated {
         round: RoundKey,
-        placement: Option<Placement>,
+        placement: Option<Box<Placement>>,
     },
 }
 
@@ -227,17 +237,18 @@ impl Trained {
     }
 
     /// Moves every block by the gradient of its output.
-    fn step(&mut self, d_out: &[f32]) {
+    fn step(&mut self, d_out: impl Fn(usize) -> f32) {
         for index in 0..self.values.len() {
-            let d_value = SHARE * d_out[index % NUMBERS];
+            let d_value = SHARE * d_out(index);
             self.first[index] = 0.5 * self.first[index] + d_value;
             self.second[index] += d_value * d_value;
             self.values[index] -= 0.4 * self.first[index];
         }
     }
 
-    fn run(&self, x: &mut [f32]) {
-        for (index, value) in self.values.iter().enumerate() {
+    /// Runs the blocks from this value on.
+    fn run(&self, from: usize, x: &mut [f32]) {
+        for (index, value) in self.values.iter().enumerate().skip(from) {
             x[index % NUMBERS] += SHARE * value;
         }
     }
@@ -305,6 +316,13 @@ struct World {
     departed: BTreeSet<ClientId>,
     members: Vec<ClientId>,
     uploads: BTreeMap<(RoundKey, usize), AdapterInput>,
+    /// What the main server gave to the averages.
+    copies: BTreeMap<RoundKey, Vec<f32>>,
+    /// Blocks below the main server's.
+    split: u32,
+    /// Clients' own cuts.
+    cuts: BTreeMap<ClientId, u32>,
+    /// Of the blocks that some client has.
     average: Vec<f32>,
     /// The main server's blocks.
     blocks: Trained,
@@ -317,7 +335,8 @@ pub fn simulate(scenario: &Scenario) -> Outcome {
     let mut world = World::new(scenario.clone());
     world.run();
     world.outcome.elapsed = world.network.now;
-    world.outcome.model = [world.average.as_slice(), &world.blocks.values].concat();
+    let below = &world.average[..world.split as usize * NUMBERS];
+    world.outcome.model = [below, &world.blocks.values].concat();
     world.outcome.adapter = world.average;
     world.outcome.server = world.server;
     world.outcome.traffic = world.network.traffic;
@@ -412,9 +431,10 @@ impl World {
                     assignment: assignment(&scenario, 1),
                     adapter: initial_adapter()[..NUMBERS].to_vec(),
                     moments: None,
+                    cuts: BTreeMap::new(),
                 },
                 largest_update: (3 * BLOCKS * NUMBERS) as u64,
-                plans: !scenario.splits.is_empty(),
+                plans: !(scenario.splits.is_empty() && scenario.cuts.is_empty()),
                 model: digest("model"),
                 tokenizer: digest("tokenizer"),
                 federated_url: None,
@@ -459,6 +479,7 @@ impl World {
                     finished: None,
                     failed: None,
                     adapter: Vec::new(),
+                    installed: Vec::new(),
                     forwards: 0,
                     backwards: 0,
                     assigned: 0,
@@ -489,6 +510,9 @@ impl World {
             departed: BTreeSet::new(),
             members: Vec::new(),
             uploads: BTreeMap::new(),
+            copies: BTreeMap::new(),
+            split: 1,
+            cuts: BTreeMap::new(),
             average: initial_adapter()[..NUMBERS].to_vec(),
             blocks: Trained::new(initial_adapter()[NUMBERS..].to_vec()),
             server: 1.0,
@@ -619,6 +643,12 @@ impl World {
                 self.backward(client, process, key, took, &payload);
             }
             Own::Planned(occasion) => self.plan(occasion),
+            Own::Copied { round, values } => {
+                let now = self.now(Node::Main);
+                if let Err(error) = self.main.copy(now, round, values) {
+                    self.violation(error.to_string());
+                }
+            }
             Own::Stepped {
                 key,
                 outputs,
@@ -636,7 +666,10 @@ impl World {
             Own::Validated { round, placement } => {
                 let now = self.now(Node::Main);
                 let loss = Some(f64::from(self.average[0]));
-                if let Err(error) = self.main.validated(now, round, loss, placement) {
+                if let Err(error) = self
+                    .main
+                    .validated(now, round, loss, placement.map(|placement| *placement))
+                {
                     self.violation(error.to_string());
                 }
             }
@@ -648,16 +681,19 @@ impl World {
         let now = self.now(Node::Main);
         let split = match occasion {
             Occasion::Start => {
-                let split = self.scenario.split(0);
-                if let Some(placement) = self.recut(split, None)
+                let placement = match self.scenario.cuts.is_empty() {
+                    true => self.recut(self.scenario.split(0), None),
+                    false => Some(self.place()),
+                };
+                if let Some(placement) = placement
                     && let Err(error) = self.main.place(now, placement)
                 {
                     self.violation(error.to_string());
                 }
                 None
             }
-            Occasion::Boundary(round) => Some(self.scenario.split(round.round + 1)),
-            Occasion::Membership => None,
+            Occasion::Boundary(round) if self.scenario.cuts.is_empty() => Some(self.scenario.split(round.round + 1)),
+            Occasion::Boundary(_) | Occasion::Membership => None,
         };
         let status = self.main.status();
         let rates = status
@@ -673,8 +709,34 @@ impl World {
         }
     }
 
+    /// Gives the clients that are there their own cuts.
+    fn place(&mut self) -> Placement {
+        let status = self.main.status();
+        let ready = status.clients.iter().filter(|client| client.ready);
+        self.cuts = ready
+            .filter_map(|client| {
+                let number = self.numbers.get(&client.client)?;
+                Some((client.client, *self.scenario.cuts.get(*number)?))
+            })
+            .collect();
+        self.split = self.cuts.values().copied().min().unwrap_or(1);
+        let largest = self.cuts.values().copied().max().unwrap_or(1);
+        self.average = initial_adapter()[..largest as usize * NUMBERS].to_vec();
+        self.blocks = Trained::new(initial_adapter()[self.split as usize * NUMBERS..].to_vec());
+        Placement {
+            assignment: assignment(&self.scenario, largest),
+            adapter: self.average.clone(),
+            moments: None,
+            cuts: self.cuts.clone(),
+        }
+    }
+
     /// Moves the cut. `moments` are those of the blocks that come to the main server.
     fn recut(&mut self, split: u32, moments: Option<Moments>) -> Option<Placement> {
+        if split == self.split {
+            return None;
+        }
+        self.split = split;
         let (old, new) = (self.average.len(), split as usize * NUMBERS);
         let mut going = None;
         if new < old {
@@ -687,13 +749,14 @@ impl World {
         } else {
             let kept = self.blocks.split_off(new - old);
             let given = std::mem::replace(&mut self.blocks, kept);
-            going = (new > old).then(|| given.moments(0, self.outcome.steps));
+            going = Some(given.moments(0, self.outcome.steps));
             self.average.extend(given.values);
         }
-        (new != old).then(|| Placement {
+        Some(Placement {
             assignment: assignment(&self.scenario, split),
             adapter: self.average.clone(),
             moments: going,
+            cuts: BTreeMap::new(),
         })
     }
 
@@ -827,7 +890,7 @@ impl World {
         toy.outcome.forwards += 1;
         let datum = ((client as u64 + 1) * 31 + toy.cursor * 7) % 11;
         let mut payload = vec![0.05 * datum as f32; NUMBERS];
-        toy.trained.run(&mut payload);
+        toy.trained.run(0, &mut payload);
         // Every third batch of the second client has no target in the loss.
         let ignored = client == 1 && toy.cursor.is_multiple_of(3);
         let target = |row: u32| {
@@ -858,7 +921,8 @@ impl World {
             return;
         }
         toy.outcome.backwards += 1;
-        toy.trained.step(&from_bytes(payload));
+        let d_out = from_bytes(payload);
+        toy.trained.step(|index| d_out[index % NUMBERS]);
         if let Some(session) = &mut toy.session {
             session.step_done(now, key, took);
         }
@@ -897,6 +961,7 @@ impl World {
             }
             ClientEvent::InstallAdapter { values, moments, .. } => {
                 let toy = &mut self.toys[client];
+                toy.outcome.installed.push(values.clone());
                 let trained = &mut toy.trained;
                 let gained = moments.as_ref().map_or(0, |moments| moments.first.len());
                 for own in [&mut trained.first, &mut trained.second] {
@@ -987,6 +1052,13 @@ impl World {
                 let at = at + self.network.pause(self.scenario.compute);
                 self.network.schedule(at, Own::Planned(occasion));
             }
+            MainEvent::CopyWanted { round } => {
+                let shared = self.average.len() - self.split as usize * NUMBERS;
+                let values = self.blocks.values[..shared].to_vec();
+                self.copies.insert(round, values.clone());
+                let at = at + self.network.pause(self.scenario.compute);
+                self.network.schedule(at, Own::Copied { round, values });
+            }
             MainEvent::RoundClosed {
                 round,
                 average,
@@ -1007,8 +1079,10 @@ impl World {
                     collected,
                 };
                 self.check_round(record, &included, &excluded);
+                let shared = &average[self.split as usize * NUMBERS..];
+                self.blocks.values[..shared.len()].copy_from_slice(shared);
                 self.average = average;
-                let placement = self.recut(split, moments);
+                let placement = self.recut(split, moments).map(Box::new);
                 let at = at + self.network.pause(self.scenario.compute);
                 self.network.schedule(at, Own::Validated { round, placement });
             }
@@ -1045,21 +1119,23 @@ impl World {
         }
         let mut server = self.server;
         let mut blocks = self.blocks.clone();
-        let mut d_mean = vec![0.0; NUMBERS];
+        let mut d_blocks = vec![0.0; blocks.values.len()];
         let mut outputs = Vec::new();
         for contribution in contributions {
-            if contribution.split as usize * NUMBERS != self.average.len() {
+            let split = self.cuts.get(&contribution.client).copied().unwrap_or(self.split);
+            if contribution.split != split {
                 self.violation(format!(
                     "{} contributes at a cut after {}",
                     contribution.client, contribution.split
                 ));
             }
             let mut activations = from_bytes(&contribution.payload);
-            self.blocks.run(&mut activations);
+            let entry = (split - self.split) as usize * NUMBERS;
+            self.blocks.run(entry, &mut activations);
             let mean = activations.iter().map(|value| f64::from(*value)).sum::<f64>() / activations.len() as f64;
             server -= 0.01 * contribution.weight * mean;
             let d_activations: Vec<f32> = activations.iter().map(|value| 0.5 * value).collect();
-            for (sum, value) in d_mean.iter_mut().zip(&d_activations) {
+            for (sum, value) in d_blocks[entry..].iter_mut().zip(d_activations.iter().cycle()) {
                 *sum += contribution.weight as f32 * value;
             }
             outputs.push(GradientOutput {
@@ -1068,7 +1144,7 @@ impl World {
                 payload: to_bytes(&d_activations),
             });
         }
-        blocks.step(&d_mean);
+        blocks.step(|index| d_blocks[index]);
         let at = self.network.now + self.network.pause(self.scenario.compute);
         let own = Own::Stepped {
             key,
@@ -1109,6 +1185,10 @@ impl World {
         match uploads {
             None => found.push(format!("{round} has an adapter that was never sent")),
             Some(uploads) => {
+                let copy = self.copies.get(&round).map_or(&[][..], Vec::as_slice);
+                let values: Vec<(u64, &[f32])> = (uploads.iter())
+                    .map(|input| (input.examples, input.values.as_slice()))
+                    .collect();
                 let mean = |part: &dyn Fn(&AdapterInput) -> Option<Vec<f32>>| {
                     let parts: Option<Vec<(u64, Vec<f32>)>> = uploads
                         .iter()
@@ -1122,7 +1202,7 @@ impl World {
                     weighted_mean(&weighted).ok()
                 };
                 let expected = [
-                    mean(&|input| Some(input.values.clone())),
+                    mean_of_prefixes(&values, self.average.len(), copy).ok(),
                     mean(&|input| Some(input.moments.as_ref()?.first.clone())),
                     mean(&|input| Some(input.moments.as_ref()?.second.clone())),
                 ];

@@ -12,6 +12,9 @@
 //! Gradient clipping is by the norm of each side's own adapter gradient, since neither side sees the other's: with a clip the
 //! split run differs from the centralised one by that, and by nothing else.
 //!
+//! Clients may have cuts of their own. The server then holds the blocks above the smallest one; what a client sends enters its
+//! stack at the client's cut and its gradient leaves there, so a block has the gradient of the contributions that pass it.
+//!
 //! The cut can move between steps: blocks go from one side to the other with their adapter and its optimiser's moments, and
 //! training goes on as if they had always been there.
 //!
@@ -44,8 +47,8 @@ pub enum Error {
     Adapter(#[from] AdapterError),
     #[error("the cut must leave a block on each side: 1 to {} of {blocks} blocks, not {cut}", .blocks - 1)]
     Split { cut: usize, blocks: usize },
-    #[error("activations of {found} blocks, where the cut is after {cut}")]
-    OtherCut { cut: usize, found: usize },
+    #[error("activations of {found} blocks, where the server has blocks {cut} to {}", .blocks - 1)]
+    OtherCut { cut: usize, blocks: usize, found: usize },
     #[error("{what} has {found} values, expected {expected}")]
     Length {
         what: &'static str,

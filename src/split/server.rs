@@ -17,7 +17,8 @@ use super::{Cut, Error, Training, check_adapter, check_length, check_targets};
 /// One client's part in a step.
 #[derive(Clone, Copy, Debug)]
 pub struct Contribution<'a> {
-    /// Blocks the client ran.
+    /// Blocks the client ran; no fewer than are below this part. The contribution enters at that block, and its gradient leaves
+    /// there.
     pub cut: usize,
     pub activations: &'a Cut,
     /// (batch, seq), -100 where there is nothing to predict.
@@ -187,9 +188,11 @@ impl ServerPart {
 
     /// That the server can use a contribution.
     pub fn check(&self, contribution: &Contribution<'_>) -> Result<(), Error> {
-        if contribution.cut != self.cut {
+        let blocks = self.stack.config().blocks;
+        if !(self.cut..blocks).contains(&contribution.cut) {
             return Err(Error::OtherCut {
                 cut: self.cut,
+                blocks,
                 found: contribution.cut,
             });
         }
@@ -202,8 +205,18 @@ impl ServerPart {
     }
 
     /// Forward and backward of every contribution and one optimiser step on `Σ w_k loss_k`, `w_k = tokens_k / Σ tokens`. Returns
-    /// that loss and the replies in the order of the contributions.
+    /// that loss and the replies in the order of the contributions. A block has the gradient of the contributions that passed it.
     pub async fn step(&mut self, contributions: &[Contribution<'_>]) -> Result<(f64, Vec<Reply>), Error> {
+        let (total_loss, replies) = self.accumulate(contributions).await?;
+        let step = self.stack.steps();
+        self.stack.begin_update(&self.training.optimizer, step, 1.0);
+        self.stack
+            .run("update", 0, |stack, recording| stack.record_update(recording))?;
+        Ok((total_loss, replies))
+    }
+
+    /// [`ServerPart::step`] without the optimiser's part: the adapter's gradient stays accumulated.
+    pub async fn accumulate(&mut self, contributions: &[Contribution<'_>]) -> Result<(f64, Vec<Reply>), Error> {
         contributions.iter().try_for_each(|c| self.check(c))?;
         let count = |c: &Contribution<'_>| c.targets.iter().filter(|&&target| target >= 0).count();
         let total: usize = contributions.iter().map(count).sum();
@@ -213,14 +226,16 @@ impl ServerPart {
             let cut = contribution.activations;
             let (batch, seq) = (cut.batch, cut.seq);
             let weight = count(contribution) as f64 / total.max(1) as f64;
-            self.activations.upload(self.stack.engine(), cut, self.stack.input())?;
+            let entry = contribution.cut - self.cut;
+            self.activations
+                .upload(self.stack.engine(), cut, self.stack.input_of(entry))?;
             let tokens = self.stack.upload_targets(contribution.targets, weight as f32);
             let (activations, gradient) = (&self.activations, &self.gradient);
-            self.stack.run("contribution", seq, |stack, recording| {
-                activations.record_unpack(recording, batch * seq, stack.input());
-                stack.record_blocks(recording, seq);
+            self.stack.run_from(("contribution", entry), seq, |stack, recording| {
+                activations.record_unpack(recording, batch * seq, stack.input_of(entry));
+                stack.record_blocks_from(recording, seq, entry);
                 stack.record_loss(recording, seq, true);
-                stack.record_backward(recording, seq, true);
+                stack.record_backward_to(recording, seq, entry);
                 gradient.record_pack(recording, batch * seq, stack.d_x());
             })?;
             let loss = self.stack.mean_loss(seq, tokens).await?;
@@ -240,14 +255,15 @@ impl ServerPart {
                 tokens,
             });
         }
-        let step = self.stack.steps();
-        self.stack.begin_update(&self.training.optimizer, step, 1.0);
-        self.stack
-            .run("update", 0, |stack, recording| stack.record_update(recording))?;
         Ok((total_loss, replies))
     }
 
-    /// Blocks on the client's side.
+    /// The accumulated gradient of the adapter, flat.
+    pub async fn adapter_gradient(&self) -> Result<Vec<f32>, Error> {
+        Ok(self.stack.adapter_gradient().await?)
+    }
+
+    /// Blocks below this part.
     pub fn cut(&self) -> usize {
         self.cut
     }
