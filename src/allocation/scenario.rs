@@ -9,7 +9,7 @@
 //! | `paper` | 5 clients within 20 m, 20 subchannels on 500 kHz, 41.76 dBm each and 46.99 dBm together, GPT-2 small at batch 16 and 512 tokens (arXiv 2504.14667, as far as it is known) |
 //! | `cell` | the same clients within 500 m on 10 MHz, 23 dBm each and 30 dBm together |
 //! | `selective` | `cell` with Rayleigh fading on every subchannel |
-//! | `slow-server` | `cell` with clients of 0.3 to 10 GHz and a server of a hundredth of the speed: where each client should have its own cut |
+//! | `slow-server` | `cell` on 100 MHz with activations in f16, clients of 0.3 to 10 GHz and a server of a tenth of the speed: computation is what counts, and each client should have its own cut |
 
 use std::collections::BTreeMap;
 
@@ -298,7 +298,13 @@ fn preset(name: &str) -> Option<Value> {
         "selective" => merge(cell, json!({ "channel": { "fading": "rayleigh" } })),
         "slow-server" => merge(
             cell,
-            json!({ "clients": { "compute_hz": [0.3e9, 10e9] }, "server": { "compute_hz": 0.05e9 } }),
+            json!({
+                "clients": { "compute_hz": [0.3e9, 10e9] },
+                "server": { "compute_hz": 0.5e9 },
+                "main": { "bandwidth_hz": 100e6 },
+                "federated": { "bandwidth_hz": 100e6 },
+                "training": { "wire": "f16" },
+            }),
         ),
         _ => cell,
     })
