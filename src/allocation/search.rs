@@ -582,7 +582,7 @@ mod tests {
         let rng = &mut ChaCha8Rng::seed_from_u64(seed);
         // Sometimes there is nothing to wait for or to send.
         let zero = |rng: &mut ChaCha8Rng, scale: f64| scale * rng.random_range(-0.3..1.0_f64).max(0.0);
-        let nothing = seed % 5 == 0;
+        let nothing = seed.is_multiple_of(5);
         let cells = (0..SPLITS).map(|_| {
             vec![Cell {
                 client_forward_s: (0..CLIENTS)
@@ -602,14 +602,14 @@ mod tests {
             local_steps: 3,
             main: channel(rng),
             federated: channel(rng),
-            download: (seed % 3 == 0).then(|| channel(rng)),
+            download: (seed.is_multiple_of(3)).then(|| channel(rng)),
             broadcast: None,
             splits: (1..=SPLITS as u32).collect(),
             ranks: vec![4],
             rounds: vec![10.0],
             cells,
-            memory_max_bytes: (seed % 4 == 0).then(|| vec![0.8; CLIENTS]),
-            energy_weight_s_per_j: if seed % 2 == 0 { 0.0 } else { 0.1 },
+            memory_max_bytes: (seed.is_multiple_of(4)).then(|| vec![0.8; CLIENTS]),
+            energy_weight_s_per_j: if seed.is_multiple_of(2) { 0.0 } else { 0.1 },
         }
     }
 
