@@ -102,9 +102,14 @@ impl<'a> Links<'a> {
 
     /// The same from the count bounds of its links.
     pub fn count_bound_s(&self, choice: &Choice) -> f64 {
+        let demand = self.problem.main_demand(&choice.split_index, choice.rank);
+        self.bound_with_main_s(choice, self.main.lower_bound_s(&demand))
+    }
+
+    /// The same when the upload phase is known to take `main` at least.
+    fn bound_with_main_s(&self, choice: &Choice, main: f64) -> f64 {
         let problem = self.problem;
         let Choice { split_index, rank } = choice;
-        let main = (self.main).lower_bound_s(&problem.main_demand(split_index, *rank));
         let download = match &self.download {
             Some(download) => download.lower_bound_s(&problem.download_demand(split_index, *rank)),
             None => problem.backward_s(split_index, *rank),
@@ -286,6 +291,29 @@ impl Ord for Open {
     }
 }
 
+/// What the count bound said of one demand on the main link, and so of every other with as much to send: when nobody waits
+/// less than `d` longer, no phase is less than `d` longer.
+struct Seen {
+    demand: Demand,
+    main_s: f64,
+}
+
+impl Seen {
+    fn main_bound_s(&self, demand: &Demand) -> f64 {
+        let sends_less = (demand.payload_bits.iter())
+            .zip(&self.demand.payload_bits)
+            .any(|(bits, seen)| bits < seen);
+        if sends_less {
+            return 0.0;
+        }
+        let later_s = (demand.wait_s.iter().zip(&self.demand.wait_s)).map(|(wait, seen)| wait - seen);
+        (self.main_s + later_s.fold(f64::INFINITY, f64::min)) * (1.0 - SAME)
+    }
+}
+
+/// Count bounds that are kept for other choices.
+const SEEN: usize = 64;
+
 /// The best plan that is found, and a bound that no plan in `choices` beats.
 fn best_first(
     links: &Links<'_>,
@@ -301,6 +329,7 @@ fn best_first(
         return Err(Error::NothingFits);
     }
     let mut lower_s = f64::INFINITY;
+    let mut seen: Vec<Seen> = Vec::new();
     while let Some(Open { bound_s, stage, choice }) = open.pop() {
         if let Some(best) = &best
             && bound_s >= best.total_s * (1.0 - SAME)
@@ -310,7 +339,21 @@ fn best_first(
         }
         match stage {
             Stage::Quick => {
-                let bound_s = links.count_bound_s(&choice).max(bound_s);
+                let demand = links.problem.main_demand(&choice.split_index, choice.rank);
+                let known_s = seen.iter().map(|seen| seen.main_bound_s(&demand)).fold(0.0, f64::max);
+                let inferred_s = match known_s > 0.0 && choice.is_uniform() {
+                    true => links.bound_with_main_s(&choice, known_s),
+                    false => 0.0,
+                };
+                if inferred_s > bound_s * (1.0 + SAME) {
+                    open.push(Open::new(inferred_s, Stage::Quick, choice));
+                    continue;
+                }
+                let main_s = links.main.lower_bound_s(&demand);
+                let bound_s = links.bound_with_main_s(&choice, main_s).max(bound_s);
+                if seen.len() < SEEN {
+                    seen.push(Seen { demand, main_s });
+                }
                 open.push(Open::new(bound_s, Stage::Counted, choice));
             }
             Stage::Counted if solves == 0 => {

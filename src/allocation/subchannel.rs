@@ -1,7 +1,7 @@
 //! Who gets which subchannel, for the shortest phase: exact on flat channels and on small ones, a target-deadline local search
 //! with a certified distance to the optimum elsewhere.
 //!
-//! On a flat channel subchannels are alike, so only counts matter, and [`Ladders::counts`] is exact for a given deadline: the
+//! On a flat channel subchannels are alike, so only counts matter, and giving them out greedily is exact for a given deadline: the
 //! shortest deadline is found by bisection, sharpened by the exact power control of the counts it meets. With gains that differ
 //! by subchannel the problem is NP-hard. There the greedy assignment of the paper is a start; then a deadline between the bound
 //! and the best so far is chosen and subchannels are moved and exchanged until the powers it needs are allowed.
