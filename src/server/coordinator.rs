@@ -761,11 +761,11 @@ impl Coordinator {
         main.session.planned(now, plan)?;
         let Some(Decision {
             cut,
-            cuts,
             rank,
             rates,
             prediction,
             reason,
+            ..
         }) = decision
         else {
             return Ok(());
@@ -780,8 +780,10 @@ impl Coordinator {
                 })
             })
             .collect();
+        // Those that hold: a later decision does not repeat them.
+        let cuts: BTreeMap<u64, usize> = main.cuts.iter().map(|(client, cut)| (client.0, *cut)).collect();
         let own_cuts: Vec<Value> = (cuts.iter())
-            .map(|(client, cut)| json!({ "client": client.0, "cut": cut }))
+            .map(|(client, cut)| json!({ "client": client, "cut": cut }))
             .collect();
         let predicted_s = prediction.as_ref().map(|prediction| prediction.total_s);
         let fields = json!({
@@ -792,7 +794,7 @@ impl Coordinator {
         (self.parts.report)(Report::Planned {
             round,
             cut,
-            cuts: cuts.into_iter().map(|(client, cut)| (client.0, cut)).collect(),
+            cuts,
             rank,
             reason,
         });
