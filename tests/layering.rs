@@ -18,7 +18,7 @@ const MODULES: &[(&str, &[&str])] = &[
     ("model", &["kernels", "compute"]),
     ("split", &["model", "kernels", "compute"]),
     ("allocation", &["model"]),
-    ("simulation", &["protocol", "federated", "allocation"]),
+    ("simulation", &["protocol", "federated"]),
     (
         "client",
         &["split", "model", "protocol", "data", "compute", "transport"],

@@ -1,8 +1,8 @@
 //! Who gets which subchannel, for the shortest phase: exact on flat channels and on small ones, a target-deadline local search
 //! with a certified distance to the optimum elsewhere.
 //!
-//! On a flat channel subchannels are alike, so only counts matter, and giving them out greedily is exact for a given deadline: the
-//! shortest deadline is found by bisection, sharpened by the exact power control of the counts it meets. With gains that differ
+//! On a flat channel subchannels are alike, so only counts matter, and the bound of clients that share subchannels is reached: its
+//! counts are an ownership (see [`bound`](super::bound)). With gains that differ
 //! by subchannel the problem is NP-hard. There the greedy assignment of the paper is a start; then a deadline between the bound
 //! and the best so far is chosen and subchannels are moved and exchanged until the powers it needs are allowed.
 
@@ -102,16 +102,16 @@ fn selective(ladders: &Ladders<'_>, demand: &Demand, options: &LinkOptions<'_>) 
     };
     let time = |owner: &[usize]| fastest_s(channel, demand, &Holdings::new(channel, owner));
     found.upper_s = time(&found.owner)?;
+    let mut search = Search::new(ladders, demand);
     let start = match options.start {
         Some(start) => start.to_vec(),
-        None => auction(channel, demand, &found.owner, 0.5 * (found.upper_s + found.lower_s)),
+        None => search.auction(&found.owner, 0.5 * (found.upper_s + found.lower_s)),
     };
     if let Some(reached) = time(&start)
         && reached < found.upper_s
     {
         (found.owner, found.upper_s) = (start, reached);
     }
-    let mut search = Search::new(ladders, demand);
     let hopeful = match options.useful_below_s {
         // Whether there is anything useful at all comes first.
         Some(limit_s) if limit_s > found.lower_s && limit_s < found.upper_s => {
@@ -154,63 +154,6 @@ impl Found {
 
 /// Rounds of [`auction`].
 const AUCTION_ROUNDS: usize = 24;
-
-/// An ownership by prices: each subchannel goes to whoever it saves most power, `λ(u - 1 + e^-u)` with `u = ln(λ γ)` and `λ` the
-/// client's water level, and the levels follow what the clients got. (The dual of the time-sharing relaxation, rounded.)
-fn auction(channel: &Channel, demand: &Demand, start: &[usize], deadline_s: f64) -> Vec<usize> {
-    let (clients, subchannels) = (channel.clients(), channel.subchannels);
-    let ln_gain: Vec<Vec<f64>> = (0..clients)
-        .map(|client| (0..subchannels).map(|i| channel.snr_per_watt(client, i).ln()).collect())
-        .collect();
-    let nats: Vec<f64> = (0..clients)
-        .map(|client| demand.nats(client, channel.bandwidth_hz, deadline_s))
-        .collect();
-    let mut owner = start.to_vec();
-    let mut best = (f64::INFINITY, owner.clone());
-    let mut ln_level = vec![0.0; clients];
-    let mut own: Vec<Vec<f64>> = vec![Vec::new(); clients];
-    for round in 0..AUCTION_ROUNDS {
-        own.iter_mut().for_each(Vec::clear);
-        for (subchannel, &client) in owner.iter().enumerate() {
-            own[client].push(ln_gain[client][subchannel]);
-        }
-        let mut excess = 0.0;
-        let mut total_w = 0.0;
-        let step = if round == 0 { 1.0 } else { 0.5 };
-        for client in 0..clients {
-            own[client].sort_by(|a, b| b.total_cmp(a));
-            let reached = match own[client].is_empty() {
-                // Nothing was cheap enough: it bids more.
-                true => ln_level[client] + 2.0,
-                false => ln_water_level(&own[client], nats[client]),
-            };
-            ln_level[client] += step * (reached - ln_level[client]);
-            let ln_power = ln_least_power(&own[client], nats[client]);
-            let ln_cap = channel.power_max_w[client].ln();
-            excess += (ln_power - ln_cap).max(0.0);
-            total_w += ln_power.min(ln_cap).exp();
-        }
-        let violation = excess + (total_w / channel.power_total_w).ln();
-        if violation < best.0 {
-            best = (violation, owner.clone());
-        }
-        let level: Vec<f64> = ln_level.iter().map(|level| level.exp()).collect();
-        for (subchannel, owner) in owner.iter_mut().enumerate() {
-            let mut most = (0.0, *owner);
-            for client in 0..clients {
-                let reach = ln_level[client] + ln_gain[client][subchannel];
-                if reach > 0.0 {
-                    let saved = level[client] * (reach - 1.0) + (-ln_gain[client][subchannel]).exp();
-                    if saved > most.0 {
-                        most = (saved, client);
-                    }
-                }
-            }
-            *owner = most.1;
-        }
-    }
-    best.1
-}
 
 /// The paper's greedy assignment: the client with the longest wait first takes its best subchannel, then the others; after that
 /// whoever is slowest takes its best one of those left. Powers meanwhile are equal shares: each subchannel's of the link's total,
@@ -481,6 +424,66 @@ impl<'a> Search<'a> {
             patience: 4_000 + 3 * clients * subchannels,
             random: 0x9e37_79b9_7f4a_7c15,
         }
+    }
+
+    /// An ownership by prices: each subchannel goes to whoever it saves most power, `λ(u - 1 + e^-u)` with `u = ln(λ γ)` and `λ` the
+    /// client's water level, and the levels follow what the clients got. (The dual of the time-sharing relaxation, rounded.)
+    fn auction(&self, start: &[usize], deadline_s: f64) -> Vec<usize> {
+        let Self {
+            channel,
+            demand,
+            ln_gain,
+            ..
+        } = self;
+        let clients = channel.clients();
+        let nats: Vec<f64> = (0..clients)
+            .map(|client| demand.nats(client, channel.bandwidth_hz, deadline_s))
+            .collect();
+        let mut owner = start.to_vec();
+        let mut best = (f64::INFINITY, owner.clone());
+        let mut ln_level = vec![0.0; clients];
+        let mut own: Vec<Vec<f64>> = vec![Vec::new(); clients];
+        for round in 0..AUCTION_ROUNDS {
+            own.iter_mut().for_each(Vec::clear);
+            for (subchannel, &client) in owner.iter().enumerate() {
+                own[client].push(ln_gain[client][subchannel]);
+            }
+            let mut excess = 0.0;
+            let mut total_w = 0.0;
+            let step = if round == 0 { 1.0 } else { 0.5 };
+            for client in 0..clients {
+                own[client].sort_by(|a, b| b.total_cmp(a));
+                let reached = match own[client].is_empty() {
+                    // Nothing was cheap enough: it bids more.
+                    true => ln_level[client] + 2.0,
+                    false => ln_water_level(&own[client], nats[client]),
+                };
+                ln_level[client] += step * (reached - ln_level[client]);
+                let ln_power = ln_least_power(&own[client], nats[client]);
+                let ln_cap = channel.power_max_w[client].ln();
+                excess += (ln_power - ln_cap).max(0.0);
+                total_w += ln_power.min(ln_cap).exp();
+            }
+            let violation = excess + (total_w / channel.power_total_w).ln();
+            if violation < best.0 {
+                best = (violation, owner.clone());
+            }
+            let level: Vec<f64> = ln_level.iter().map(|level| level.exp()).collect();
+            for (subchannel, owner) in owner.iter_mut().enumerate() {
+                let mut most = (0.0, *owner);
+                for client in 0..clients {
+                    let reach = ln_level[client] + ln_gain[client][subchannel];
+                    if reach > 0.0 {
+                        let saved = level[client] * (reach - 1.0) + (-ln_gain[client][subchannel]).exp();
+                        if saved > most.0 {
+                            most = (saved, client);
+                        }
+                    }
+                }
+                *owner = most.1;
+            }
+        }
+        best.1
     }
 
     /// Shortens the time until deadlines below it bring nothing any more.

@@ -52,6 +52,20 @@ fn for_every_cell(problem: &mut Problem, change: impl FnMut(&mut Cell)) {
     problem.cells.iter_mut().flatten().for_each(change);
 }
 
+/// That `best` is brute force's optimum, with a true bound, and comes to what it says.
+fn assert_optimal(problem: &Problem, seed: u64) {
+    let found = best(problem);
+    let optimum = brute::uniform_s(problem);
+    assert_near(found.total_s, optimum, 1e-9, &format!("seed {seed}"));
+    assert_at_most(found.lower_bound_s, optimum, 1e-9, &format!("seed {seed}: lower bound"));
+    assert_near(
+        reevaluated_s(problem, &found),
+        found.total_s,
+        1e-9,
+        &format!("seed {seed}"),
+    );
+}
+
 #[test]
 fn a_download_of_nothing_costs_nothing() {
     for seed in 0..40 {
@@ -87,16 +101,7 @@ fn a_download_ends_with_its_backward_pass_as_brute_force_has_it() {
     for seed in 0..60 {
         let mut problem = plain(seed);
         problem.download = Some(download(&mut generator(seed + 1000), regime(seed), shape(seed)));
-        let found = best(&problem);
-        let optimum = brute::uniform_s(&problem);
-        assert_near(found.total_s, optimum, 1e-9, &format!("seed {seed}"));
-        assert_at_most(found.lower_bound_s, optimum, 1e-9, &format!("seed {seed}: lower bound"));
-        assert_near(
-            reevaluated_s(&problem, &found),
-            found.total_s,
-            1e-9,
-            &format!("seed {seed}"),
-        );
+        assert_optimal(&problem, seed);
     }
 }
 
@@ -119,14 +124,7 @@ fn a_broadcast_is_added_to_a_round_as_brute_force_has_it() {
         problem.broadcast = Some(Broadcast {
             rate_bits_per_s: problem.cells[0][0].adapter_bits / 2.0,
         });
-        let found = best(&problem);
-        assert_near(found.total_s, brute::uniform_s(&problem), 1e-9, &format!("seed {seed}"));
-        assert_near(
-            reevaluated_s(&problem, &found),
-            found.total_s,
-            1e-9,
-            &format!("seed {seed}"),
-        );
+        assert_optimal(&problem, seed);
     }
 }
 

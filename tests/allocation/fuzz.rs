@@ -137,15 +137,10 @@ fn damages() -> impl Strategy<Value = Vec<(usize, usize)>> {
 }
 
 fn small_instance(flat: bool) -> Value {
-    let shape = Shape {
-        clients: 2,
-        main: 4,
-        federated: 3,
-        splits: 2,
-        ranks: 2,
-        flat,
-    };
-    instance("damaged", &problem(&mut generator(5), Regime::Ordinary, shape))
+    instance(
+        "damaged",
+        &problem(&mut generator(5), Regime::Ordinary, Shape::small(flat)),
+    )
 }
 
 fn small_scenario(preset: &str) -> Value {

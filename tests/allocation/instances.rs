@@ -52,6 +52,20 @@ pub struct Shape {
     pub flat: bool,
 }
 
+impl Shape {
+    /// 2 clients with 4 and 3 subchannels, 2 splits and 2 ranks.
+    pub fn small(flat: bool) -> Self {
+        Self {
+            clients: 2,
+            main: 4,
+            federated: 3,
+            splits: 2,
+            ranks: 2,
+            flat,
+        }
+    }
+}
+
 pub fn generator(seed: u64) -> ChaCha8Rng {
     ChaCha8Rng::seed_from_u64(seed)
 }

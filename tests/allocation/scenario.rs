@@ -22,17 +22,12 @@ fn assert_refused(changes: Value, parts: &[&str]) {
     }
 }
 
-/// An instance of 2 clients with 4 and 3 subchannels, 2 splits and 2 ranks.
+/// A small instance as a file has it.
 fn file(flat: bool) -> Value {
-    let shape = Shape {
-        clients: 2,
-        main: 4,
-        federated: 3,
-        splits: 2,
-        ranks: 2,
-        flat,
-    };
-    instance("file", &problem(&mut generator(1), Regime::Ordinary, shape))
+    instance(
+        "file",
+        &problem(&mut generator(1), Regime::Ordinary, Shape::small(flat)),
+    )
 }
 
 #[track_caller]
