@@ -295,6 +295,7 @@ fn finish(problem: &Problem, iterate: Iterate, choice: Choice) -> Solved {
         ),
         lower_s: 0.0,
         main,
+        main_prices: None,
         federated,
         download,
         choice,

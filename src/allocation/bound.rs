@@ -30,7 +30,27 @@ enum Ladder {
         threshold: Vec<f64>,
         /// Subchannels, best first.
         order: Vec<u32>,
+        /// `[n - 1]`: ln γ and 1/γ of the `n`-th.
+        ln_gain: Vec<f64>,
+        inverse: Vec<f64>,
     },
+}
+
+/// A client's subchannels from best to worst, with the logarithms of their gains and their inverses.
+#[derive(Clone, Copy)]
+pub(super) struct Rungs<'a> {
+    pub order: &'a [u32],
+    pub ln_gain: &'a [f64],
+    pub inverse: &'a [f64],
+    best: f64,
+    behind: &'a [f64],
+}
+
+impl Rungs<'_> {
+    /// Natural logarithm of the water level, in ln W, that carries `nats` over the `n` best, all in use.
+    pub fn ln_level(&self, n: usize, nats: f64) -> f64 {
+        (nats + self.behind[n]) / n as f64 - self.best
+    }
 }
 
 /// The clients' ladders on a channel, made once for every deadline.
@@ -106,8 +126,29 @@ impl<'a> Ladders<'a> {
         }
     }
 
+    /// `None` on a flat channel.
+    pub(super) fn rungs(&self, client: usize) -> Option<Rungs<'_>> {
+        match &*self.ladders[client] {
+            Ladder::Equal(_) => None,
+            Ladder::Sorted {
+                best,
+                behind,
+                order,
+                ln_gain,
+                inverse,
+                ..
+            } => Some(Rungs {
+                order,
+                ln_gain,
+                inverse,
+                best: *best,
+                behind,
+            }),
+        }
+    }
+
     /// How many of its best subchannels `client` would send on if it had them all.
-    fn useful(&self, client: usize, nats: f64) -> usize {
+    pub(super) fn useful(&self, client: usize, nats: f64) -> usize {
         match &*self.ladders[client] {
             Ladder::Equal(_) => self.channel.subchannels,
             Ladder::Sorted { threshold, .. } => threshold.partition_point(|&from| from < nats).max(1),
@@ -130,7 +171,7 @@ impl<'a> Ladders<'a> {
     }
 
     /// The least count of `client` within its own power cap; `None` when no count is.
-    fn least_count(&self, client: usize, nats: f64) -> Option<usize> {
+    pub(super) fn least_count(&self, client: usize, nats: f64) -> Option<usize> {
         if nats <= 0.0 {
             return Some(0);
         }
@@ -470,6 +511,14 @@ fn rungs(gains: &[f64], order: Vec<u32>) -> Option<Ladder> {
         behind,
         hurdles,
         threshold,
+        ln_gain: order
+            .iter()
+            .map(|&subchannel| gains[subchannel as usize].ln())
+            .collect(),
+        inverse: order
+            .iter()
+            .map(|&subchannel| gains[subchannel as usize].recip())
+            .collect(),
         order,
     })
 }

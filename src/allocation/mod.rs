@@ -7,15 +7,19 @@
 //!
 //! * [`scenario`]: what a person writes down: geometry, radio, devices, model; [`instance`]: the same as bare numbers.
 //! * [`channel`]: a link; [`delay`]: the objective; [`power`]: exact power control for given owners.
-//! * [`bound`]: the count bound; [`subchannel`]: owners for one link; [`search`]: cut and rank over it all.
+//! * [`bound`]: the count bound; [`prices`]: one that knows of contention; [`subchannel`]: owners for one link, with `local` search and,
+//!   on small links, `exhaustive`ly; [`search`]: cut and rank over it all.
 //! * [`baselines`]: the paper's algorithm and what it is compared with.
 
 pub mod baselines;
 pub mod bound;
 pub mod channel;
 pub mod delay;
+mod exhaustive;
 pub mod instance;
+mod local;
 pub mod power;
+pub mod prices;
 pub mod scenario;
 pub mod search;
 pub mod subchannel;

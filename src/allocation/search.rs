@@ -10,7 +10,8 @@ use std::collections::BinaryHeap;
 use super::bound::Ladders;
 use super::delay::Problem;
 use super::power::{Demand, LinkPlan};
-use super::subchannel::{self, LinkOptions, LinkSolution};
+use super::prices::{Market, Prices};
+use super::subchannel::{self, LinkOptions, LinkSolution, Start};
 use super::{Choice, Error};
 
 /// Relative width below which two totals are the same.
@@ -73,6 +74,7 @@ impl<'a> Links<'a> {
                 ..unit.plan.clone()
             },
             lower_s: unit.lower_s * bits,
+            prices: None,
         }
     }
 
@@ -142,15 +144,25 @@ impl<'a> Links<'a> {
         Some((total_s - others) / (problem.rounds[*rank] * f64::from(problem.local_steps)))
     }
 
+    /// Whether the prices that bound `best` prove that `choice` is no better.
+    fn cannot_beat(&self, choice: &Choice, best: &Solved) -> bool {
+        let Some(prices) = &best.main_prices else { return false };
+        let Choice { split_index, rank } = choice;
+        let per_second = self.problem.rounds[*rank] * f64::from(self.problem.local_steps);
+        let limit_s = (best.total_s * (1.0 - SAME) - self.bound_with_main_s(choice, 0.0)) / per_second;
+        let demand = self.problem.main_demand(split_index, *rank);
+        limit_s <= 0.0 || Market::new(&self.main, &demand, Some(prices)).is_impossible(limit_s)
+    }
+
     /// `choice` with the best links that are found.
     pub fn solve(&self, choice: &Choice, start: Option<&Solved>) -> Option<Solved> {
         let problem = self.problem;
         let Choice { split_index, rank } = choice;
         let weight = problem.energy_weight_s_per_j;
-        let link = |ladders: &Ladders<'_>, demand: &Demand, start: Option<&LinkPlan>, useful_below_s: Option<f64>| {
+        let link = |ladders: &Ladders<'_>, demand: &Demand, start: Option<Start<'_>>, useful_below_s: Option<f64>| {
             let options = LinkOptions {
                 energy_weight_s_per_j: weight,
-                start: start.map(|plan| &plan.owner[..]),
+                start,
                 useful_below_s,
             };
             subchannel::solve(ladders, demand, &options)
@@ -158,19 +170,27 @@ impl<'a> Links<'a> {
         let main = link(
             &self.main,
             &problem.main_demand(split_index, *rank),
-            start.map(|start| &start.main),
+            start.map(|start| Start {
+                prices: start.main_prices.as_ref(),
+                ..Start::from(&start.main)
+            }),
             start.and_then(|start| self.main_limit_s(choice, start.total_s)),
         )?;
         let demand = problem.federated_demand(split_index, *rank);
         let federated = match choice.is_uniform() {
             true => self.federated(demand.payload_bits[0]),
-            false => link(&self.federated, &demand, start.map(|start| &start.federated), None)?,
+            false => link(
+                &self.federated,
+                &demand,
+                start.map(|start| Start::from(&start.federated)),
+                None,
+            )?,
         };
         let download = match &self.download {
             Some(download) => Some(link(
                 download,
                 &problem.download_demand(split_index, *rank),
-                start.and_then(|start| start.download.as_ref()),
+                start.and_then(|start| start.download.as_ref()).map(Start::from),
                 None,
             )?),
             None => None,
@@ -198,6 +218,7 @@ impl<'a> Links<'a> {
                 ),
             ),
             main: main.plan,
+            main_prices: main.prices,
             federated: federated.plan,
             download: download.map(|download| download.plan),
         })
@@ -248,6 +269,7 @@ pub(super) struct Solved {
     pub total_s: f64,
     pub lower_s: f64,
     pub main: LinkPlan,
+    pub main_prices: Option<Prices>,
     pub federated: LinkPlan,
     pub download: Option<LinkPlan>,
 }
@@ -360,6 +382,9 @@ fn best_first(
                 lower_s = lower_s.min(bound_s);
                 break;
             }
+            Stage::Counted if best.as_ref().is_some_and(|best| links.cannot_beat(&choice, best)) => {
+                lower_s = lower_s.min(best.as_ref().map_or(f64::INFINITY, |best| best.total_s));
+            }
             Stage::Counted => {
                 solves -= 1;
                 let Some(solved) = links.solve(&choice, best.as_ref()) else {
@@ -454,6 +479,9 @@ fn improve(links: &Links<'_>, best: &mut Option<Solved>, choice: &Choice) -> boo
 /// [`improve`] for choices whose bound leaves hope, counting those that are solved.
 fn improve_counted(links: &Links<'_>, best: &mut Option<Solved>, choice: &Choice, left: &mut usize) -> bool {
     if (best.as_ref()).is_some_and(|best| links.count_bound_s(choice) >= best.total_s * (1.0 - SAME)) {
+        return false;
+    }
+    if best.as_ref().is_some_and(|best| links.cannot_beat(choice, best)) {
         return false;
     }
     *left -= 1;
