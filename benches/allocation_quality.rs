@@ -35,6 +35,12 @@ fn cases() -> Vec<Case> {
             1.0,
         ),
         case("selective", "selective", json!({}), 1.0),
+        case(
+            "selective, K=20 M=64",
+            "selective",
+            json!({ "clients": { "count": 20 }, "main": { "subchannels": 64 }, "federated": { "subchannels": 64 } }),
+            1.0,
+        ),
         case("cell, K=100 M=256", "cell", large.clone(), 0.25),
         case("selective, K=100 M=256", "selective", large, 0.25),
     ]

@@ -148,7 +148,7 @@ impl<'a> Ladders<'a> {
     }
 
     /// How many of its best subchannels `client` would send on if it had them all.
-    pub(super) fn useful(&self, client: usize, nats: f64) -> usize {
+    fn useful(&self, client: usize, nats: f64) -> usize {
         match &*self.ladders[client] {
             Ladder::Equal(_) => self.channel.subchannels,
             Ladder::Sorted { threshold, .. } => threshold.partition_point(|&from| from < nats).max(1),

@@ -63,15 +63,13 @@ impl Bid {
         self.wants.len()
     }
 
-    /// Whether it could pay less with fewer subchannels: what it wants least is not worth its price. Otherwise any fewer cost more at
-    /// the same level.
-    fn could_be_fewer(&self) -> bool {
-        self.wants.last().is_some_and(|&(score, _)| score < 0.0)
-    }
-
-    /// Whether it could pay less with more of them.
-    fn could_be_more(&self) -> bool {
-        self.following.is_some_and(|(score, _)| score > 0.0)
+    /// Whether it could pay less with fewer subchannels, what it wants least not being worth its price, or with more, the next one being
+    /// worth it. Otherwise any fewer, or any more, cost more at the same level.
+    fn could_be(&self, way: Way) -> bool {
+        match way {
+            Way::Fewer => self.wants.last().is_some_and(|&(score, _)| score < 0.0),
+            Way::More => self.following.is_some_and(|(score, _)| score > 0.0),
+        }
     }
 
     fn level_with_fewer(&self, rungs: Rungs<'_>) -> f64 {
@@ -89,6 +87,21 @@ impl Bid {
             .following
             .map_or(0.0, |(_, position)| rungs.ln_gain[position as usize]);
         (count * self.ln_settled - got) / (count + 1.0)
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Fewer,
+    More,
+}
+
+impl Way {
+    fn back(self) -> Self {
+        match self {
+            Way::Fewer => Way::More,
+            Way::More => Way::Fewer,
+        }
     }
 }
 
@@ -155,33 +168,69 @@ impl<'a> Market<'a> {
         if nats == f64::INFINITY {
             return None;
         }
-        let (least, useful) = (
-            self.ladders.least_count(client, nats)?,
-            self.ladders.useful(client, nats),
-        );
+        let least = self.ladders.least_count(client, nats)?;
+        let channel = self.ladders.channel();
         let before = &self.bids[client];
-        let start = before.count().clamp(least, useful);
+        let start = match before.count() {
+            0 => channel.subchannels / channel.clients(),
+            count => count,
+        };
+        let start = start.max(least);
         let ln_level = match before.count() == start {
             true => before.ln_level,
             false => rungs.ln_level(start, nats),
         };
-        let mut best = self.bid_for(rungs, (start, ln_level), nats, cheapest, f64::INFINITY);
-        let (mut fewer, mut more) = (best.clone(), best.clone());
-        while fewer.could_be_fewer() && fewer.count() > least {
-            let next = (fewer.count() - 1, fewer.level_with_fewer(rungs));
-            fewer = self.bid_for(rungs, next, nats, cheapest, best.paid);
-            if fewer.paid < best.paid {
-                best.clone_from(&fewer);
-            }
-        }
-        while more.could_be_more() && more.count() < useful {
-            let next = (more.count() + 1, more.level_with_more(rungs));
-            more = self.bid_for(rungs, next, nats, cheapest, best.paid);
-            if more.paid < best.paid {
-                best.clone_from(&more);
-            }
-        }
+        let first = self.bid_for(rungs, (start, ln_level), nats, cheapest, f64::INFINITY);
+        let mut best = first.clone();
+        self.gallop(rungs, Way::Fewer, first.clone(), (nats, cheapest, least), &mut best);
+        self.gallop(
+            rungs,
+            Way::More,
+            first,
+            (nats, cheapest, channel.subchannels),
+            &mut best,
+        );
         Some(best)
+    }
+
+    /// Tries fewer or more subchannels than `edge` has, up to `end`, as long as that could cost less, in longer and longer steps. A count
+    /// that is stepped over needs no look where the one after it is worth all of its subchannels: without some it costs more.
+    fn gallop(
+        &mut self,
+        rungs: Rungs<'_>,
+        way: Way,
+        mut edge: Bid,
+        (nats, cheapest, end): (f64, f64, usize),
+        best: &mut Bid,
+    ) {
+        let mut left = edge.count().abs_diff(end);
+        let mut stride = 1;
+        while edge.could_be(way) && left > 0 {
+            let step = stride.min(left);
+            let (count, ln_level) = match (way, step) {
+                (Way::Fewer, 1) => (edge.count() - 1, edge.level_with_fewer(rungs)),
+                (Way::More, 1) => (edge.count() + 1, edge.level_with_more(rungs)),
+                (Way::Fewer, _) => (edge.count() - step, rungs.ln_level(edge.count() - step, nats)),
+                (Way::More, _) => (edge.count() + step, rungs.ln_level(edge.count() + step, nats)),
+            };
+            // What is far away must be known well, to know what is before it.
+            let enough = if step == 1 { best.paid } else { f64::INFINITY };
+            let bid = self.bid_for(rungs, (count, ln_level), nats, cheapest, enough);
+            if bid.paid < best.paid {
+                best.clone_from(&bid);
+            }
+            if step > 1 && bid.could_be(way.back()) {
+                // Too far. Nothing beyond it is better, unless it could be that too: then all between are looked at, and on.
+                if !bid.could_be(way) {
+                    left = step - 1;
+                }
+                stride = 1;
+                continue;
+            }
+            left -= step;
+            stride *= 2;
+            edge = bid;
+        }
     }
 
     /// What `count` subchannels cost least: the level at which that is most, as far as a few steps find it and while it is below
@@ -465,9 +514,10 @@ mod tests {
     fn no_prices_prove_a_possible_deadline_impossible() {
         let mut rng = ChaCha8Rng::seed_from_u64(1);
         let mut sharper = 0;
-        for _ in 0..300 {
-            let channel = channel(&mut rng, 3, 6);
-            let demand = demand(&mut rng, 3);
+        for turn in 0..400 {
+            let (clients, subchannels) = [(3, 6), (2, 10)][turn % 2];
+            let channel = channel(&mut rng, clients, subchannels);
+            let demand = demand(&mut rng, clients);
             let ladders = Ladders::new(&channel);
             let optimum_s = shortest_s(&channel, &demand);
             let counted_s = ladders.lower_bound_s(&demand);
@@ -478,8 +528,17 @@ mod tests {
                     market.ascend(optimum_s, 60);
                 } else {
                     market.prices.power = rng.random_range(-0.5..1.0_f64).max(0.0);
-                    for price in &mut market.prices.subchannel {
-                        *price = rng.random_range(-0.2..1.0_f64).max(0.0) + 1e-3;
+                    // Some of what is best is out of reach: then clients want more of the rest than they would of all.
+                    let dear = rng.random_range(0.0..20.0);
+                    for (subchannel, price) in market.prices.subchannel.iter_mut().enumerate() {
+                        let position = ladders
+                            .order(0)
+                            .unwrap()
+                            .iter()
+                            .position(|&i| i as usize == subchannel)
+                            .unwrap();
+                        let scale = if position < case { dear } else { 1.0 };
+                        *price = scale * rng.random_range(-0.2..1.0_f64).max(0.0) + 1e-3;
                     }
                     market.prices.normalise();
                 }

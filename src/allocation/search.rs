@@ -244,21 +244,7 @@ impl<'a> Links<'a> {
 
     /// A lower bound on every plan with one cut for all clients.
     pub fn uniform_bound_s(&self) -> f64 {
-        let mut open: BinaryHeap<Open> = self
-            .uniform()
-            .into_iter()
-            .map(|choice| Open::new(self.quick_bound_s(&choice), Stage::Quick, choice))
-            .collect();
-        while let Some(Open { bound_s, stage, choice }) = open.pop() {
-            match stage {
-                Stage::Quick => {
-                    let bound_s = self.count_bound_s(&choice).max(bound_s);
-                    open.push(Open::new(bound_s, Stage::Counted, choice));
-                }
-                Stage::Counted => return bound_s,
-            }
-        }
-        f64::INFINITY
+        best_first(self, self.uniform(), None, Effort::Bound).1
     }
 }
 
@@ -336,20 +322,25 @@ impl Seen {
 /// Count bounds that are kept for other choices.
 const SEEN: usize = 64;
 
-/// The best plan that is found, and a bound that no plan in `choices` beats.
+/// What [`best_first`] is for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Effort {
+    /// The count bounds alone.
+    Bound,
+    Plan,
+}
+
+/// The best plan that is found, if any can be heard, and a bound that no plan in `choices` beats.
 fn best_first(
     links: &Links<'_>,
     choices: Vec<Choice>,
     mut best: Option<Solved>,
-    mut solves: usize,
-) -> Result<(Solved, f64), Error> {
+    effort: Effort,
+) -> (Option<Solved>, f64) {
     let mut open: BinaryHeap<Open> = choices
         .into_iter()
         .map(|choice| Open::new(links.quick_bound_s(&choice), Stage::Quick, choice))
         .collect();
-    if open.is_empty() && best.is_none() {
-        return Err(Error::NothingFits);
-    }
     let mut lower_s = f64::INFINITY;
     let mut seen: Vec<Seen> = Vec::new();
     while let Some(Open { bound_s, stage, choice }) = open.pop() {
@@ -378,7 +369,7 @@ fn best_first(
                 }
                 open.push(Open::new(bound_s, Stage::Counted, choice));
             }
-            Stage::Counted if solves == 0 => {
+            Stage::Counted if effort == Effort::Bound => {
                 lower_s = lower_s.min(bound_s);
                 break;
             }
@@ -386,7 +377,6 @@ fn best_first(
                 lower_s = lower_s.min(best.as_ref().map_or(f64::INFINITY, |best| best.total_s));
             }
             Stage::Counted => {
-                solves -= 1;
                 let Some(solved) = links.solve(&choice, best.as_ref()) else {
                     continue;
                 };
@@ -397,16 +387,21 @@ fn best_first(
             }
         }
     }
-    let best = best.ok_or(Error::Unreachable {
-        link: super::LinkName::Main,
-    })?;
-    let lower_s = lower_s.min(best.total_s);
-    Ok((best, lower_s))
+    let lower_s = best.as_ref().map_or(lower_s, |best| lower_s.min(best.total_s));
+    (best, lower_s)
 }
 
 /// One cut and one rank for all clients.
 pub(super) fn uniform(links: &Links<'_>) -> Result<(Solved, f64), Error> {
-    best_first(links, links.uniform(), None, usize::MAX)
+    let choices = links.uniform();
+    if choices.is_empty() {
+        return Err(Error::NothingFits);
+    }
+    let (best, lower_s) = best_first(links, choices, None, Effort::Plan);
+    let unreachable = Error::Unreachable {
+        link: super::LinkName::Main,
+    };
+    Ok((best.ok_or(unreachable)?, lower_s))
 }
 
 /// Assignments of cuts to clients that are all opened.
@@ -458,7 +453,8 @@ pub(super) fn per_client(links: &Links<'_>) -> Result<(Solved, f64), Error> {
         break;
     }
     if (splits as f64).powi(clients as i32) * ranks as f64 <= ENUMERATED_CUTS {
-        return best_first(links, every_choice(problem), best, usize::MAX);
+        let (best, lower_s) = best_first(links, every_choice(problem), best, Effort::Plan);
+        return Ok((best.ok_or(Error::NothingFits)?, lower_s));
     }
     let best = best.ok_or(Error::NothingFits)?;
     let lower_s = per_client_bound_s(links).min(best.lower_s);
