@@ -66,6 +66,10 @@ struct Move {
     back: Option<usize>,
 }
 
+/// Evaluations after which the best move of a client so far will do.
+const MANY: usize = 4_000;
+/// Times the patience after which moves are left untried.
+const IMPATIENCE: usize = 4;
 /// Violations that are rounding, in nepers.
 const MET: f64 = 1e-13;
 
@@ -455,7 +459,7 @@ impl<'a> Search<'a> {
     fn improve(&mut self) {
         while let Some(client) = self.pending.pop() {
             self.is_pending[client] = false;
-            if self.violation() <= MET {
+            if self.violation() <= MET || self.evaluations > IMPATIENCE * self.patience {
                 continue;
             }
             if let Some(change) = self.best_move(client) {
@@ -476,8 +480,13 @@ impl<'a> Search<'a> {
             if donor == client {
                 continue;
             }
+            if evaluations > MANY && best.1.is_some() {
+                break;
+            }
+            // Long sums take longer.
+            let effort = 1 + (own.subchannels.len() + self.holdings[donor].subchannels.len()) / 64;
             if self.holdings[donor].subchannels.len() > 1 {
-                evaluations += 1;
+                evaluations += effort;
                 let change = Move {
                     subchannel,
                     receiver: client,
@@ -492,7 +501,7 @@ impl<'a> Search<'a> {
                 {
                     continue;
                 }
-                evaluations += 1;
+                evaluations += effort;
                 let change = Move {
                     subchannel,
                     receiver: client,

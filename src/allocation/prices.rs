@@ -6,7 +6,8 @@
 //! `L_k = min over sets S on which its cap suffices of  w P_k(S) + Σ_S π_i`,
 //!
 //! and clients that all end in time have bought no more than there is: where `Σ L_k` is more than `Σ π_i + w P_total`, the deadline
-//! is impossible. That holds at any prices; a proof is one pass over the gains.
+//! is impossible. That holds at any prices; a proof is one pass over the gains. The cap has a price `μ_k` too: with `w + μ_k` for `w`, less
+//! `μ_k P_max,k`, it is a bound on `L_k`, whatever `μ_k` is.
 //!
 //! Water-filling has the dual `P_k(S) = max over λ of λ n - Σ_S h_i(λ)` with `h_i(λ) = λ (u - 1 + e^-u)`, `u = ln(λ γ_i)⁺`. So whatever the
 //! level `λ`, sets of `m` subchannels cost at least `w λ n` less the `m` largest of `w h_i(λ) - π_i`, and `L_k` is bounded by the least
@@ -46,7 +47,7 @@ impl Prices {
 #[derive(Clone, Debug, Default)]
 struct Bid {
     paid: f64,
-    /// `w h_i(λ) - π_i` and the position of subchannel `i` on the client's ladder, most wanted first.
+    /// `w h_i(λ) - π_i` and the position of subchannel `i` on the client's ladder; the least wanted is last.
     wants: Vec<(f64, u32)>,
     /// The next one: neither bought nor far from it.
     following: Option<(f64, u32)>,
@@ -56,6 +57,8 @@ struct Bid {
     ln_settled: f64,
     /// What it pays for, in W.
     power_w: f64,
+    /// How what it pays grows with what it must send, per neper.
+    per_nat: f64,
 }
 
 impl Bid {
@@ -105,8 +108,21 @@ impl Way {
     }
 }
 
+/// What a client must send and what that costs.
+#[derive(Clone, Copy, Debug)]
+struct Offer {
+    nats: f64,
+    /// The least price of a subchannel.
+    cheapest: f64,
+    per_watt: f64,
+}
+
+/// Prices of a client's own power that are tried in a round.
+const OWN_PRICES: usize = 3;
 /// Levels that are tried for as many subchannels.
 const LEVELS: usize = 4;
+/// Subchannels up to which the most wanted are kept in order.
+const FEW: usize = 32;
 /// Levels in ln that are as good as the same.
 const SAME_LEVEL: f64 = 1e-3;
 
@@ -115,6 +131,8 @@ pub(super) struct Market<'a> {
     ladders: &'a Ladders<'a>,
     demand: &'a Demand,
     prices: Prices,
+    /// `[client]`: price of a watt of its own cap, besides the link's.
+    own: Vec<f64>,
     bids: Vec<Bid>,
     /// Of [`Market::bid_at`]: the most wanted subchannels.
     wanted: Vec<(f64, u32)>,
@@ -130,6 +148,7 @@ impl<'a> Market<'a> {
             prices: prices
                 .cloned()
                 .unwrap_or_else(|| Prices::uniform(channel.subchannels, 0.0)),
+            own: vec![0.0; channel.clients()],
             bids: vec![Bid::default(); channel.clients()],
             wanted: Vec::new(),
         }
@@ -144,7 +163,6 @@ impl<'a> Market<'a> {
     fn paid(&mut self, deadline_s: f64) -> (f64, f64) {
         let channel = self.ladders.channel();
         let cheapest = self.prices.subchannel.iter().copied().fold(f64::INFINITY, f64::min);
-        let per_watt = self.prices.power / channel.power_total_w;
         let (mut paid, mut slope) = (0.0, 0.0);
         for client in 0..channel.clients() {
             let nats = self.demand.nats(client, channel.bandwidth_hz, deadline_s);
@@ -156,19 +174,66 @@ impl<'a> Market<'a> {
                 return (f64::INFINITY, 0.0);
             };
             paid += bid.paid;
-            slope -= per_watt * bid.ln_level.exp() * nats / (deadline_s - self.demand.wait_s[client]);
+            slope -= bid.per_nat * nats / (deadline_s - self.demand.wait_s[client]);
             self.bids[client] = bid;
         }
         (paid, slope)
     }
 
-    /// What `client` pays least for; `None` when no count of subchannels is enough.
+    /// What `client` pays least for; `None` when no count of subchannels is enough. Where that takes more power than the client may use, a
+    /// price `μ` on its power makes it more: all of it for nothing, `- μ P_max`, is what it then has.
     fn bid(&mut self, client: usize, nats: f64, cheapest: f64) -> Option<Bid> {
-        let rungs = self.ladders.rungs(client)?;
         if nats == f64::INFINITY {
             return None;
         }
+        let rungs = self.ladders.rungs(client)?;
         let least = self.ladders.least_count(client, nats)?;
+        let channel = self.ladders.channel();
+        let cap_w = channel.power_max_w[client];
+        let shared = self.prices.power / channel.power_total_w;
+        let mut best = self.bid_at_price(client, rungs, nats, (least, cheapest, shared + self.own[client]));
+        if cap_w.is_finite() {
+            best.paid -= self.own[client] * cap_w;
+            let mut own = self.own[client];
+            let mut power_w = best.power_w;
+            for _ in 0..OWN_PRICES {
+                if (power_w / cap_w - 1.0).abs() < 1e-2 || (own <= 0.0 && power_w <= cap_w) {
+                    break;
+                }
+                own = match shared + own > 0.0 {
+                    true => (shared + own) * (power_w / cap_w).clamp(0.25, 4.0) - shared,
+                    false => self.first_price(rungs, nats, least),
+                };
+                own = own.max(0.0);
+                let mut bid = self.bid_at_price(client, rungs, nats, (least, cheapest, shared + own));
+                bid.paid -= own * cap_w;
+                power_w = bid.power_w;
+                if bid.paid > best.paid {
+                    best = bid;
+                    self.own[client] = own;
+                }
+            }
+        }
+        Some(best)
+    }
+
+    /// A price of a watt at which subchannels of average price begin to be worth theirs.
+    fn first_price(&self, rungs: Rungs<'_>, nats: f64, least: usize) -> f64 {
+        let mean = self.prices.subchannel.iter().sum::<f64>() / self.prices.subchannel.len() as f64;
+        let ln_level = rungs.ln_level(least, nats);
+        let position = least - 1;
+        let hurdle_w = ln_level.exp() * (ln_level + rungs.ln_gain[position] - 1.0) + rungs.inverse[position];
+        mean / hurdle_w
+    }
+
+    /// What `client` pays least for at this price of a watt, of `least` subchannels or more.
+    fn bid_at_price(
+        &mut self,
+        client: usize,
+        rungs: Rungs<'_>,
+        nats: f64,
+        (least, cheapest, per_watt): (usize, f64, f64),
+    ) -> Bid {
         let channel = self.ladders.channel();
         let before = &self.bids[client];
         let start = match before.count() {
@@ -180,29 +245,21 @@ impl<'a> Market<'a> {
             true => before.ln_level,
             false => rungs.ln_level(start, nats),
         };
-        let first = self.bid_for(rungs, (start, ln_level), nats, cheapest, f64::INFINITY);
+        let offer = Offer {
+            nats,
+            cheapest,
+            per_watt,
+        };
+        let first = self.bid_for(rungs, (start, ln_level), offer, f64::INFINITY);
         let mut best = first.clone();
-        self.gallop(rungs, Way::Fewer, first.clone(), (nats, cheapest, least), &mut best);
-        self.gallop(
-            rungs,
-            Way::More,
-            first,
-            (nats, cheapest, channel.subchannels),
-            &mut best,
-        );
-        Some(best)
+        self.gallop(rungs, Way::Fewer, first.clone(), (offer, least), &mut best);
+        self.gallop(rungs, Way::More, first, (offer, channel.subchannels), &mut best);
+        best
     }
 
     /// Tries fewer or more subchannels than `edge` has, up to `end`, as long as that could cost less, in longer and longer steps. A count
     /// that is stepped over needs no look where the one after it is worth all of its subchannels: without some it costs more.
-    fn gallop(
-        &mut self,
-        rungs: Rungs<'_>,
-        way: Way,
-        mut edge: Bid,
-        (nats, cheapest, end): (f64, f64, usize),
-        best: &mut Bid,
-    ) {
+    fn gallop(&mut self, rungs: Rungs<'_>, way: Way, mut edge: Bid, (offer, end): (Offer, usize), best: &mut Bid) {
         let mut left = edge.count().abs_diff(end);
         let mut stride = 1;
         while edge.could_be(way) && left > 0 {
@@ -210,12 +267,12 @@ impl<'a> Market<'a> {
             let (count, ln_level) = match (way, step) {
                 (Way::Fewer, 1) => (edge.count() - 1, edge.level_with_fewer(rungs)),
                 (Way::More, 1) => (edge.count() + 1, edge.level_with_more(rungs)),
-                (Way::Fewer, _) => (edge.count() - step, rungs.ln_level(edge.count() - step, nats)),
-                (Way::More, _) => (edge.count() + step, rungs.ln_level(edge.count() + step, nats)),
+                (Way::Fewer, _) => (edge.count() - step, rungs.ln_level(edge.count() - step, offer.nats)),
+                (Way::More, _) => (edge.count() + step, rungs.ln_level(edge.count() + step, offer.nats)),
             };
             // What is far away must be known well, to know what is before it.
             let enough = if step == 1 { best.paid } else { f64::INFINITY };
-            let bid = self.bid_for(rungs, (count, ln_level), nats, cheapest, enough);
+            let bid = self.bid_for(rungs, (count, ln_level), offer, enough);
             if bid.paid < best.paid {
                 best.clone_from(&bid);
             }
@@ -235,21 +292,14 @@ impl<'a> Market<'a> {
 
     /// What `count` subchannels cost least: the level at which that is most, as far as a few steps find it and while it is below
     /// `enough`. Every level is a bound.
-    fn bid_for(
-        &mut self,
-        rungs: Rungs<'_>,
-        (count, mut ln_level): (usize, f64),
-        nats: f64,
-        cheapest: f64,
-        enough: f64,
-    ) -> Bid {
+    fn bid_for(&mut self, rungs: Rungs<'_>, (count, mut ln_level): (usize, f64), offer: Offer, enough: f64) -> Bid {
         let mut best = Bid {
             paid: f64::NEG_INFINITY,
             ..Bid::default()
         };
         let (mut low, mut high) = (f64::NEG_INFINITY, f64::INFINITY);
         for _ in 0..LEVELS {
-            let bid = self.bid_at(rungs, (count, ln_level), nats, cheapest);
+            let bid = self.bid_at(rungs, (count, ln_level), offer);
             let ln_settled = bid.ln_settled;
             if bid.paid > best.paid {
                 best = bid;
@@ -275,8 +325,12 @@ impl<'a> Market<'a> {
     }
 
     /// What `count` subchannels cost at least by one level. What is wanted, and the next after it, are left in `wanted`.
-    fn bid_at(&mut self, rungs: Rungs<'_>, (count, ln_level): (usize, f64), nats: f64, cheapest: f64) -> Bid {
-        let per_watt = self.prices.power / self.ladders.channel().power_total_w;
+    fn bid_at(&mut self, rungs: Rungs<'_>, (count, ln_level): (usize, f64), offer: Offer) -> Bid {
+        let Offer {
+            nats,
+            cheapest,
+            per_watt,
+        } = offer;
         let level_w = ln_level.exp();
         let hurdle_w = |position: usize| {
             let reach = ln_level + rungs.ln_gain[position];
@@ -288,31 +342,46 @@ impl<'a> Market<'a> {
         let keep = count + 1;
         let wanted = &mut self.wanted;
         wanted.clear();
-        let mut floor = f64::NEG_INFINITY;
-        for (position, &subchannel) in rungs.order.iter().enumerate() {
-            let value = per_watt * hurdle_w(position);
-            // It only gets less.
-            if value - cheapest <= floor {
-                break;
+        if keep > FEW {
+            wanted.extend(rungs.order.iter().enumerate().map(|(position, &subchannel)| {
+                let value = per_watt * hurdle_w(position);
+                (value - self.prices.subchannel[subchannel as usize], position as u32)
+            }));
+            let most_first = |a: &(f64, u32), b: &(f64, u32)| b.0.total_cmp(&a.0);
+            if wanted.len() > keep {
+                wanted.select_nth_unstable_by(keep - 1, most_first);
+                wanted.truncate(keep);
             }
-            let score = value - self.prices.subchannel[subchannel as usize];
-            if score <= floor {
-                continue;
-            }
-            if wanted.len() == keep {
-                wanted.pop();
-            }
-            // Scores come almost in order.
-            let place = (wanted.iter().rposition(|&(other, _)| other >= score)).map_or(0, |place| place + 1);
-            wanted.insert(place, (score, position as u32));
-            if wanted.len() == keep {
-                floor = wanted[keep - 1].0;
+            let (_, _, rest) = wanted.select_nth_unstable_by(count - 1, most_first);
+            debug_assert!(rest.len() <= 1);
+        } else {
+            let mut floor = f64::NEG_INFINITY;
+            for (position, &subchannel) in rungs.order.iter().enumerate() {
+                let value = per_watt * hurdle_w(position);
+                // It only gets less.
+                if value - cheapest <= floor {
+                    break;
+                }
+                let score = value - self.prices.subchannel[subchannel as usize];
+                if score <= floor {
+                    continue;
+                }
+                if wanted.len() == keep {
+                    wanted.pop();
+                }
+                // Scores come almost in order.
+                let place = (wanted.iter().rposition(|&(other, _)| other >= score)).map_or(0, |place| place + 1);
+                wanted.insert(place, (score, position as u32));
+                if wanted.len() == keep {
+                    floor = wanted[keep - 1].0;
+                }
             }
         }
         let mut bid = Bid {
             paid: per_watt * level_w * nats,
             power_w: level_w * nats,
             ln_level,
+            per_nat: per_watt * level_w,
             ..Bid::default()
         };
         let (mut ln_gains, mut active) = (0.0, 0);
