@@ -42,14 +42,13 @@ pub(super) struct Rungs<'a> {
     pub order: &'a [u32],
     pub ln_gain: &'a [f64],
     pub inverse: &'a [f64],
-    best: f64,
     behind: &'a [f64],
 }
 
 impl Rungs<'_> {
     /// Natural logarithm of the water level, in ln W, that carries `nats` over the `n` best, all in use.
     pub fn ln_level(&self, n: usize, nats: f64) -> f64 {
-        (nats + self.behind[n]) / n as f64 - self.best
+        (nats + self.behind[n]) / n as f64 - self.ln_gain[0]
     }
 }
 
@@ -131,7 +130,6 @@ impl<'a> Ladders<'a> {
         match &*self.ladders[client] {
             Ladder::Equal(_) => None,
             Ladder::Sorted {
-                best,
                 behind,
                 order,
                 ln_gain,
@@ -141,7 +139,6 @@ impl<'a> Ladders<'a> {
                 order,
                 ln_gain,
                 inverse,
-                best: *best,
                 behind,
             }),
         }

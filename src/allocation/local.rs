@@ -6,7 +6,7 @@ use super::channel::Channel;
 use super::power::{Demand, Holdings, fastest_s, ln_least_power, ln_water_level};
 use super::subchannel::Found;
 
-/// Rounds of [`auction`].
+/// Rounds of [`Search::auction`].
 const AUCTION_ROUNDS: usize = 24;
 
 /// The state of a search.

@@ -1,4 +1,4 @@
-//! A bound that knows of contention, by prices, and ownerships to start from.
+//! A bound that knows of contention, by prices.
 //!
 //! The count bound lets clients share their best subchannels. Here everything a link has to give is for sale: each subchannel at
 //! a price `π_i`, and watts at a price `w`. A client that must end by a deadline pays at least
@@ -75,21 +75,15 @@ impl Bid {
         }
     }
 
-    fn level_with_fewer(&self, rungs: Rungs<'_>) -> f64 {
+    /// Where the level would be with one subchannel fewer or more.
+    fn level_beside(&self, way: Way, rungs: Rungs<'_>) -> f64 {
+        let (other, change) = match way {
+            Way::Fewer => (self.wants.last().copied(), -1.0),
+            Way::More => (self.following, 1.0),
+        };
+        let ln_gain = other.map_or(0.0, |(_, position)| rungs.ln_gain[position as usize]);
         let count = self.count() as f64;
-        let lost = self
-            .wants
-            .last()
-            .map_or(0.0, |&(_, position)| rungs.ln_gain[position as usize]);
-        (count * self.ln_settled + lost) / (count - 1.0)
-    }
-
-    fn level_with_more(&self, rungs: Rungs<'_>) -> f64 {
-        let count = self.count() as f64;
-        let got = self
-            .following
-            .map_or(0.0, |(_, position)| rungs.ln_gain[position as usize]);
-        (count * self.ln_settled - got) / (count + 1.0)
+        (count * self.ln_settled - change * ln_gain) / (count + change)
     }
 }
 
@@ -125,6 +119,17 @@ const LEVELS: usize = 4;
 const FEW: usize = 32;
 /// Levels in ln that are as good as the same.
 const SAME_LEVEL: f64 = 1e-3;
+/// Shares of the power's price that are tried for equal prices.
+const OPENING: usize = 8;
+/// Rounds without more being paid after which steps become shorter.
+const STALE: usize = 5;
+/// What is kept of the last direction.
+const MOMENTUM: f64 = 0.3;
+/// Deadlines that are tried for the longest impossible one, and how near to it is near enough.
+const PROBES: usize = 8;
+const NEAR: f64 = 1e-6;
+/// How much more must be paid than everything costs, so that rounding proves nothing.
+const MARGIN: f64 = 1e-10;
 
 /// Clients that buy what they need to end by a deadline.
 pub(super) struct Market<'a> {
@@ -191,7 +196,12 @@ impl<'a> Market<'a> {
         let channel = self.ladders.channel();
         let cap_w = channel.power_max_w[client];
         let shared = self.prices.power / channel.power_total_w;
-        let mut best = self.bid_at_price(client, rungs, nats, (least, cheapest, shared + self.own[client]));
+        let offer = |own: f64| Offer {
+            nats,
+            cheapest,
+            per_watt: shared + own,
+        };
+        let mut best = self.bid_at_price(client, rungs, least, offer(self.own[client]));
         if cap_w.is_finite() {
             best.paid -= self.own[client] * cap_w;
             let mut own = self.own[client];
@@ -205,7 +215,7 @@ impl<'a> Market<'a> {
                     false => self.first_price(rungs, nats, least),
                 };
                 own = own.max(0.0);
-                let mut bid = self.bid_at_price(client, rungs, nats, (least, cheapest, shared + own));
+                let mut bid = self.bid_at_price(client, rungs, least, offer(own));
                 bid.paid -= own * cap_w;
                 power_w = bid.power_w;
                 if bid.paid > best.paid {
@@ -227,13 +237,7 @@ impl<'a> Market<'a> {
     }
 
     /// What `client` pays least for at this price of a watt, of `least` subchannels or more.
-    fn bid_at_price(
-        &mut self,
-        client: usize,
-        rungs: Rungs<'_>,
-        nats: f64,
-        (least, cheapest, per_watt): (usize, f64, f64),
-    ) -> Bid {
+    fn bid_at_price(&mut self, client: usize, rungs: Rungs<'_>, least: usize, offer: Offer) -> Bid {
         let channel = self.ladders.channel();
         let before = &self.bids[client];
         let start = match before.count() {
@@ -243,12 +247,7 @@ impl<'a> Market<'a> {
         let start = start.max(least);
         let ln_level = match before.count() == start {
             true => before.ln_level,
-            false => rungs.ln_level(start, nats),
-        };
-        let offer = Offer {
-            nats,
-            cheapest,
-            per_watt,
+            false => rungs.ln_level(start, offer.nats),
         };
         let first = self.bid_for(rungs, (start, ln_level), offer, f64::INFINITY);
         let mut best = first.clone();
@@ -264,11 +263,13 @@ impl<'a> Market<'a> {
         let mut stride = 1;
         while edge.could_be(way) && left > 0 {
             let step = stride.min(left);
-            let (count, ln_level) = match (way, step) {
-                (Way::Fewer, 1) => (edge.count() - 1, edge.level_with_fewer(rungs)),
-                (Way::More, 1) => (edge.count() + 1, edge.level_with_more(rungs)),
-                (Way::Fewer, _) => (edge.count() - step, rungs.ln_level(edge.count() - step, offer.nats)),
-                (Way::More, _) => (edge.count() + step, rungs.ln_level(edge.count() + step, offer.nats)),
+            let count = match way {
+                Way::Fewer => edge.count() - step,
+                Way::More => edge.count() + step,
+            };
+            let ln_level = match step {
+                1 => edge.level_beside(way, rungs),
+                _ => rungs.ln_level(count, offer.nats),
             };
             // What is far away must be known well, to know what is before it.
             let enough = if step == 1 { best.paid } else { f64::INFINITY };
@@ -339,44 +340,12 @@ impl<'a> Market<'a> {
                 false => 0.0,
             }
         };
-        let keep = count + 1;
+        let values = (rungs.order.iter().enumerate()).map(|(position, &subchannel)| {
+            let price = self.prices.subchannel[subchannel as usize];
+            (per_watt * hurdle_w(position), price, position as u32)
+        });
         let wanted = &mut self.wanted;
-        wanted.clear();
-        if keep > FEW {
-            wanted.extend(rungs.order.iter().enumerate().map(|(position, &subchannel)| {
-                let value = per_watt * hurdle_w(position);
-                (value - self.prices.subchannel[subchannel as usize], position as u32)
-            }));
-            let most_first = |a: &(f64, u32), b: &(f64, u32)| b.0.total_cmp(&a.0);
-            if wanted.len() > keep {
-                wanted.select_nth_unstable_by(keep - 1, most_first);
-                wanted.truncate(keep);
-            }
-            let (_, _, rest) = wanted.select_nth_unstable_by(count - 1, most_first);
-            debug_assert!(rest.len() <= 1);
-        } else {
-            let mut floor = f64::NEG_INFINITY;
-            for (position, &subchannel) in rungs.order.iter().enumerate() {
-                let value = per_watt * hurdle_w(position);
-                // It only gets less.
-                if value - cheapest <= floor {
-                    break;
-                }
-                let score = value - self.prices.subchannel[subchannel as usize];
-                if score <= floor {
-                    continue;
-                }
-                if wanted.len() == keep {
-                    wanted.pop();
-                }
-                // Scores come almost in order.
-                let place = (wanted.iter().rposition(|&(other, _)| other >= score)).map_or(0, |place| place + 1);
-                wanted.insert(place, (score, position as u32));
-                if wanted.len() == keep {
-                    floor = wanted[keep - 1].0;
-                }
-            }
-        }
+        most_wanted(wanted, values, cheapest, count);
         let mut bid = Bid {
             paid: per_watt * level_w * nats,
             power_w: level_w * nats,
@@ -517,17 +486,46 @@ impl<'a> Market<'a> {
     }
 }
 
-/// Shares of the power's price that are tried for equal prices.
-const OPENING: usize = 8;
-/// Rounds without more being paid after which steps become shorter.
-const STALE: usize = 5;
-/// What is kept of the last direction.
-const MOMENTUM: f64 = 0.3;
-/// Deadlines that are tried for the longest impossible one, and how near to it is near enough.
-const PROBES: usize = 8;
-const NEAR: f64 = 1e-6;
-/// How much more must be paid than everything costs, so that rounding proves nothing.
-const MARGIN: f64 = 1e-10;
+/// Leaves in `wanted` what is worth most over its price, with its position: `count` of them, the least wanted last, and the next one
+/// after that. `values` fall: worth, price, position; no price is below `cheapest`.
+fn most_wanted(
+    wanted: &mut Vec<(f64, u32)>,
+    values: impl Iterator<Item = (f64, f64, u32)>,
+    cheapest: f64,
+    count: usize,
+) {
+    let keep = count + 1;
+    wanted.clear();
+    if keep > FEW {
+        wanted.extend(values.map(|(value, price, position)| (value - price, position)));
+        let most_first = |a: &(f64, u32), b: &(f64, u32)| b.0.total_cmp(&a.0);
+        if wanted.len() > keep {
+            wanted.select_nth_unstable_by(keep - 1, most_first);
+            wanted.truncate(keep);
+        }
+        wanted.select_nth_unstable_by(count - 1, most_first);
+        return;
+    }
+    let mut floor = f64::NEG_INFINITY;
+    for (value, price, position) in values {
+        if value - cheapest <= floor {
+            break;
+        }
+        let score = value - price;
+        if score <= floor {
+            continue;
+        }
+        if wanted.len() == keep {
+            wanted.pop();
+        }
+        // Scores come almost in order.
+        let place = (wanted.iter().rposition(|&(other, _)| other >= score)).map_or(0, |place| place + 1);
+        wanted.insert(place, (score, position));
+        if wanted.len() == keep {
+            floor = wanted[keep - 1].0;
+        }
+    }
+}
 
 #[cfg(test)]
 mod tests {

@@ -373,10 +373,13 @@ fn best_first(
                 lower_s = lower_s.min(bound_s);
                 break;
             }
-            Stage::Counted if best.as_ref().is_some_and(|best| links.cannot_beat(&choice, best)) => {
-                lower_s = lower_s.min(best.as_ref().map_or(f64::INFINITY, |best| best.total_s));
-            }
             Stage::Counted => {
+                if let Some(best) = &best
+                    && links.cannot_beat(&choice, best)
+                {
+                    lower_s = lower_s.min(best.total_s);
+                    continue;
+                }
                 let Some(solved) = links.solve(&choice, best.as_ref()) else {
                     continue;
                 };
@@ -474,10 +477,9 @@ fn improve(links: &Links<'_>, best: &mut Option<Solved>, choice: &Choice) -> boo
 
 /// [`improve`] for choices whose bound leaves hope, counting those that are solved.
 fn improve_counted(links: &Links<'_>, best: &mut Option<Solved>, choice: &Choice, left: &mut usize) -> bool {
-    if (best.as_ref()).is_some_and(|best| links.count_bound_s(choice) >= best.total_s * (1.0 - SAME)) {
-        return false;
-    }
-    if best.as_ref().is_some_and(|best| links.cannot_beat(choice, best)) {
+    if let Some(best) = best
+        && (links.count_bound_s(choice) >= best.total_s * (1.0 - SAME) || links.cannot_beat(choice, best))
+    {
         return false;
     }
     *left -= 1;

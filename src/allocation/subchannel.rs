@@ -55,11 +55,16 @@ pub struct LinkOptions<'a> {
 /// The best plan that is found for one link. `None` when a client with a payload cannot be heard at all.
 pub fn solve(ladders: &Ladders<'_>, demand: &Demand, options: &LinkOptions<'_>) -> Option<LinkSolution> {
     let channel = ladders.channel();
-    let (found, prices) = match channel.is_flat() {
-        true => (flat(ladders, demand)?, None),
-        false => selective(ladders, demand, options)?,
+    let (owner, lower_s, prices) = match channel.is_flat() {
+        true => {
+            let (owner, lower_s) = flat(ladders, demand)?;
+            (owner, lower_s, None)
+        }
+        false => {
+            let (found, prices) = selective(ladders, demand, options)?;
+            (found.owner, found.lower_s, prices)
+        }
     };
-    let Found { owner, lower_s, .. } = found;
     let weight = options.energy_weight_s_per_j;
     let plan = control(channel, demand, &owner, weight)?;
     if weight <= 0.0 {
@@ -112,13 +117,10 @@ fn owner_of(counts: &[usize], subchannels: usize) -> Vec<usize> {
 }
 
 /// The optimum on a flat channel, where clients that share subchannels need not: only counts matter.
-fn flat(ladders: &Ladders<'_>, demand: &Demand) -> Option<Found> {
+fn flat(ladders: &Ladders<'_>, demand: &Demand) -> Option<(Vec<usize>, f64)> {
     let relaxation = ladders.relax(demand)?;
-    Some(Found {
-        owner: owner_of(&relaxation.counts, ladders.channel().subchannels),
-        upper_s: relaxation.lower_s,
-        lower_s: relaxation.lower_s,
-    })
+    let owner = owner_of(&relaxation.counts, ladders.channel().subchannels);
+    Some((owner, relaxation.lower_s))
 }
 
 fn selective(ladders: &Ladders<'_>, demand: &Demand, options: &LinkOptions<'_>) -> Option<(Found, Option<Prices>)> {
