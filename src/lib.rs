@@ -9,7 +9,8 @@
 //! # The modules, and who may use whom
 //!
 //! ```text
-//! compute, data, federated             use nothing of ours
+//! terms                                uses nothing of ours; all that follow may use it
+//! compute, data, federated             nothing else
 //! transport (native)                   nothing of ours
 //! protocol                             federated
 //! kernels                              compute
@@ -22,6 +23,7 @@
 //! cli (native)                         all of them
 //! ```
 //!
+//! * [`terms`]: the words that all layers share: wire form, weight format, optimiser settings, moments, speed, phases, ids.
 //! * [`compute`]: buffers, recordings, and the GPU and CPU engines that replay them; the only module that names wgpu.
 //! * [`kernels`]: one file per shader: params, launchers, CPU references.
 //! * [`model`]: configuration, files, LoRA, the recording of a transformer's passes, the optimiser; what a step costs, and how many
@@ -58,6 +60,7 @@ pub mod model;
 pub mod protocol;
 pub mod simulation;
 pub mod split;
+pub mod terms;
 
 #[cfg(not(target_arch = "wasm32"))]
 pub mod cli;

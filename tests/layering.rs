@@ -9,23 +9,25 @@ use std::process::Command;
 
 /// A module, and the modules of ours that it may name.
 const MODULES: &[(&str, &[&str])] = &[
-    ("compute", &[]),
-    ("data", &[]),
-    ("federated", &[]),
+    ("terms", &[]),
+    ("compute", &["terms"]),
+    ("data", &["terms"]),
+    ("federated", &["terms"]),
     ("transport", &[]),
-    ("protocol", &["federated"]),
-    ("kernels", &["compute"]),
-    ("model", &["kernels", "compute"]),
-    ("split", &["model", "kernels", "compute"]),
-    ("allocation", &["model"]),
-    ("simulation", &["protocol", "federated"]),
+    ("protocol", &["terms", "federated"]),
+    ("kernels", &["terms", "compute"]),
+    ("model", &["terms", "kernels", "compute"]),
+    ("split", &["terms", "model", "kernels", "compute"]),
+    ("allocation", &["terms", "model"]),
+    ("simulation", &["terms", "protocol", "federated"]),
     (
         "client",
-        &["split", "model", "protocol", "data", "compute", "transport"],
+        &["terms", "split", "model", "protocol", "data", "compute", "transport"],
     ),
     (
         "server",
         &[
+            "terms",
             "split",
             "model",
             "protocol",
