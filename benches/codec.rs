@@ -7,42 +7,43 @@ use std::time::Duration;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use sflllm::federated::weighted_mean;
 use sflllm::protocol::codec::{Frame, decode_frame, decode_message, encode_message_frame};
-use sflllm::protocol::message::{Activations, Digest, IGNORED_TARGET, Message, RoundKey, StepKey, WireDtype};
+use sflllm::protocol::message::{Activations, Digest, IGNORED_TARGET, Message};
+use sflllm::terms::ids::{RoundKey, StepKey};
+use sflllm::terms::tensor::{WireForm, WireLayout, WireTensor};
 
 const WIDTH: usize = 768;
 
-fn activations(batch: usize, seq: usize, dtype: WireDtype) -> Message {
+fn activations(batch: usize, seq: usize, form: WireForm) -> Message {
     let rows = batch * seq;
-    let payload = dtype.payload_bytes(rows, WIDTH).expect("small sizes");
+    let layout = WireLayout {
+        form,
+        batch: batch as u32,
+        seq: seq as u32,
+        width: WIDTH as u32,
+    };
+    let bytes = layout.bytes().expect("small sizes");
+    let bytes = (0..bytes).map(|index| (index % 251) as u8).collect();
     Message::Activations(Activations {
         key: StepKey {
             round: RoundKey { round: 3, attempt: 0 },
             step: 7,
         },
         split: 3,
-        batch: batch as u32,
-        seq: seq as u32,
-        width: WIDTH as u32,
-        dtype,
         examples: batch as u32,
         forward: Duration::from_millis(30),
         targets: (0..rows as i32)
             .map(|row| if row % 3 == 0 { IGNORED_TARGET } else { row })
             .collect(),
-        payload: (0..payload).map(|index| (index % 251) as u8).collect(),
+        tensor: WireTensor::new(layout, bytes).expect("as many bytes as the layout has"),
     })
 }
 
 fn codec(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("codec");
-    for (batch, seq, dtype) in [
-        (4, 512, WireDtype::F32),
-        (4, 54, WireDtype::F16),
-        (4, 54, WireDtype::Int8),
-    ] {
-        let message = activations(batch, seq, dtype);
+    for (batch, seq, form) in [(4, 512, WireForm::F32), (4, 54, WireForm::F16), (4, 54, WireForm::Int8)] {
+        let message = activations(batch, seq, form);
         let bytes = encode_message_frame(1, 1, &message);
-        let id = format!("{batch}x{seq}x{WIDTH}/{dtype:?}").to_lowercase();
+        let id = format!("{batch}x{seq}x{WIDTH}/{form}");
         group.throughput(Throughput::Bytes(bytes.len() as u64));
         group.bench_function(BenchmarkId::new("encode", &id), |bencher| {
             bencher.iter(|| encode_message_frame(1, 1, black_box(&message)));

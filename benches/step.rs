@@ -7,10 +7,12 @@ use sflllm::compute::Engine;
 use sflllm::data::{Batch, Dataset, pass};
 use sflllm::model::adapter::{Adapter, LoraSpec, Target};
 use sflllm::model::central::Central;
-use sflllm::model::optimizer::OptimizerSettings;
 use sflllm::model::stack::Extent;
-use sflllm::model::weights::{Unit, WeightDtype};
-use sflllm::split::{ClientPart, Contribution, ServerPart, Training, Wire};
+use sflllm::model::weights::Unit;
+use sflllm::split::{ClientPart, Contribution, ServerPart, Training};
+use sflllm::terms::format::Format;
+use sflllm::terms::optimizer::OptimizerSettings;
+use sflllm::terms::tensor::WireForm;
 
 const BATCH: usize = 4;
 const CUT: usize = 1;
@@ -26,7 +28,7 @@ fn first_batch(source: &Source) -> Batch {
 
 fn steps(criterion: &mut Criterion) {
     for engine in std::iter::once(Engine::cpu()).chain(Engine::gpu_for_tests()) {
-        let mut source = Source::open("demo", WeightDtype::F16).unwrap();
+        let mut source = Source::open("demo", Format::F16).unwrap();
         let batch = first_batch(&source);
         let config = source.config.clone();
         let spec = LoraSpec::new(8, 16.0, [Target::AttnQkv]).unwrap();
@@ -36,7 +38,7 @@ fn steps(criterion: &mut Criterion) {
             optimizer: OptimizerSettings::default(),
             batch: BATCH,
             seq: batch.seq,
-            wire: Wire::F16,
+            wire: WireForm::F16,
         };
         let mut group = criterion.benchmark_group(format!("step/{}", engine.name()));
         group.sample_size(10);
@@ -60,7 +62,7 @@ fn steps(criterion: &mut Criterion) {
             bencher.iter(|| block_on(central.step(&batch.tokens, &batch.targets, batch.seq)).unwrap())
         });
 
-        let unit = &mut |unit: Unit| source.weights.unit(unit, WeightDtype::F16);
+        let unit = &mut |unit: Unit| source.weights.unit(unit, Format::F16);
         let embedding = unit(Unit::Embedding).unwrap();
         let blocks = [unit(Unit::Block(0)).unwrap()];
         let side = |range| adapter.slice(&config, range).unwrap().values;

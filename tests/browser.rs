@@ -19,13 +19,15 @@ use sflllm::compute::Engine;
 use sflllm::data::{Tokenize, Tokenizer};
 use sflllm::model::adapter::{Adapter, LoraSpec, Target};
 use sflllm::model::config::Config;
-use sflllm::model::optimizer::OptimizerSettings;
-use sflllm::model::weights::{WeightDtype, Weights};
+use sflllm::model::weights::Weights;
 use sflllm::protocol::message::{Digest, LinkRates};
 use sflllm::server::planner::{Decision, Planner, RoundFacts, StartFacts};
 use sflllm::server::store::RunDirectory;
 use sflllm::server::{self, Model, Role, Run, Settings};
-use sflllm::split::{Training, Wire};
+use sflllm::split::Training;
+use sflllm::terms::format::Format;
+use sflllm::terms::optimizer::OptimizerSettings;
+use sflllm::terms::tensor::WireForm;
 
 const PATIENCE: Duration = Duration::from_secs(240);
 const TOKEN: &str = "paper-boat";
@@ -153,7 +155,7 @@ fn a_tab_whose_blocks_come_and_go_trains_to_the_end() {
             name: "demo".to_owned(),
             digest: Digest([0; 32]),
             weights: Weights::open(&assets, &config).unwrap(),
-            dtype: WeightDtype::F16,
+            dtype: Format::F16,
             tokenizer: Some(fs::read(assets.join("tokenizer.json")).unwrap()),
             config: config.clone(),
         },
@@ -163,7 +165,7 @@ fn a_tab_whose_blocks_come_and_go_trains_to_the_end() {
             optimizer: OptimizerSettings::default(),
             batch: 2,
             seq: 64,
-            wire: Wire::F16,
+            wire: WireForm::F16,
         },
         cut: 1,
         initial: Adapter::init(&config, &spec, 0..config.blocks, 1).unwrap(),

@@ -11,6 +11,12 @@ use sflllm::protocol::codec::{
     encode_answer, encode_frame, encode_hello, encode_message, encode_message_frame,
 };
 use sflllm::protocol::message::*;
+use sflllm::terms::format::Format;
+use sflllm::terms::ids::{ClientId, RoundKey, RunId, StepKey};
+use sflllm::terms::moments::{MomentPolicy, Moments};
+use sflllm::terms::optimizer::{OptimizerSettings, Schedule};
+use sflllm::terms::speed::Speed;
+use sflllm::terms::tensor::{WireForm, WireLayout, WireTensor, WireTensorError};
 
 fn digest() -> impl Strategy<Value = Digest> {
     any::<[u8; 32]>().prop_map(Digest)
@@ -48,8 +54,20 @@ fn step() -> impl Strategy<Value = StepKey> {
     (round(), any::<u32>()).prop_map(|(round, step)| round.step(step))
 }
 
-fn dtype() -> impl Strategy<Value = WireDtype> {
-    prop::sample::select(vec![WireDtype::F32, WireDtype::F16, WireDtype::Int8])
+fn form() -> impl Strategy<Value = WireForm> {
+    prop::sample::select(WireForm::ALL)
+}
+
+fn tensor() -> impl Strategy<Value = WireTensor> {
+    let layout = (form(), 0..3_u32, 0..3_u32, 0..6_u32).prop_map(|(form, batch, seq, width)| WireLayout {
+        form,
+        batch,
+        seq,
+        width,
+    });
+    layout.prop_flat_map(|layout| {
+        vec(any::<u8>(), layout.bytes().unwrap()).prop_map(move |bytes| WireTensor::new(layout, bytes).unwrap())
+    })
 }
 
 fn version() -> impl Strategy<Value = Version> {
@@ -63,22 +81,20 @@ fn blobs() -> impl Strategy<Value = Vec<Blob>> {
     )
 }
 
-fn optimizer() -> impl Strategy<Value = OptimizerConfig> {
+fn optimizer() -> impl Strategy<Value = OptimizerSettings> {
     (
         (number(), number(), option::of(number())),
-        prop::sample::select(vec![Schedule::Constant, Schedule::Linear]),
+        prop::sample::select(Schedule::ALL),
         any::<(u32, u32)>(),
-        prop::sample::select(vec![MomentPolicy::Keep, MomentPolicy::Reset]),
     )
         .prop_map(
-            |((lr, weight_decay, clip), schedule, (warmup, total_steps), moments)| OptimizerConfig {
+            |((lr, weight_decay, clip), schedule, (warmup, total_steps))| OptimizerSettings {
                 lr,
                 weight_decay,
                 schedule,
-                warmup,
-                total_steps,
+                warmup: warmup.into(),
+                total_steps: total_steps.into(),
                 clip,
-                moments,
             },
         )
 }
@@ -87,12 +103,12 @@ fn config() -> impl Strategy<Value = RunConfig> {
     (
         any::<(u32, u32, u32, u32, u32, u32, u32, u32)>(),
         (any::<(u64, bool)>(), number(), vec(text(), 0..4)),
-        prop::sample::select(vec![WeightFormat::F16, WeightFormat::F32]),
-        dtype(),
-        optimizer(),
+        prop::sample::select(Format::ALL),
+        form(),
+        (optimizer(), prop::sample::select(MomentPolicy::ALL)),
     )
         .prop_map(
-            |(sizes, ((seed, shuffle), alpha, targets), weights, wire, optimizer)| RunConfig {
+            |(sizes, ((seed, shuffle), alpha, targets), weights, wire, (optimizer, moments))| RunConfig {
                 split: sizes.0,
                 rank: sizes.1,
                 alpha,
@@ -108,6 +124,7 @@ fn config() -> impl Strategy<Value = RunConfig> {
                 local_steps: sizes.6,
                 rounds: sizes.7,
                 optimizer,
+                moments,
             },
         )
 }
@@ -277,48 +294,33 @@ fn message() -> impl Strategy<Value = Message> {
         (step(), any::<u32>()).prop_map(|(key, members)| Message::StepStart(StepStart { key, members })),
         (
             step(),
-            any::<(u32, u32, u32, u32, u32)>(),
-            dtype(),
+            any::<(u32, u32)>(),
             duration(),
             vec(any::<i32>(), 0..9),
-            vec(any::<u8>(), 0..40)
+            tensor()
         )
-            .prop_map(
-                |(key, (split, batch, seq, width, examples), dtype, forward, targets, payload)| {
-                    Message::Activations(Activations {
-                        key,
-                        split,
-                        batch,
-                        seq,
-                        width,
-                        dtype,
-                        examples,
-                        forward,
-                        targets,
-                        payload,
-                    })
-                }
-            ),
-        (
-            (step(), any::<(u32, u32, u32, u64)>(), dtype()),
-            (digest(), number(), number(), vec(any::<u8>(), 0..40))
-        )
-            .prop_map(
-                |((key, (batch, seq, width, tokens), dtype), (activations, loss, mean_loss, payload))| {
-                    Message::Gradient(Gradient {
-                        key,
-                        batch,
-                        seq,
-                        width,
-                        dtype,
-                        activations,
-                        loss,
-                        tokens,
-                        mean_loss,
-                        payload,
-                    })
-                }
-            ),
+            .prop_map(|(key, (split, examples), forward, targets, tensor)| {
+                Message::Activations(Activations {
+                    key,
+                    split,
+                    examples,
+                    forward,
+                    targets,
+                    tensor,
+                })
+            }),
+        (step(), any::<u64>(), digest(), number(), number(), tensor()).prop_map(
+            |(key, tokens, activations, loss, mean_loss, tensor)| {
+                Message::Gradient(Gradient {
+                    key,
+                    activations,
+                    loss,
+                    tokens,
+                    mean_loss,
+                    tensor,
+                })
+            }
+        ),
         (run(), round(), digest(), any::<u64>(), numbers(), option::of(moments())).prop_map(
             |(run, round, base, examples, values, moments)| {
                 Message::AdapterUpdate(AdapterUpdate {
@@ -365,8 +367,8 @@ fn hello() -> impl Strategy<Value = Hello> {
     ];
     let services = vec![Service::Main, Service::Federated, Service::Control];
     let capabilities =
-        (vec(dtype(), 0..4), any::<u64>(), text()).prop_map(|(dtypes, memory_bytes, device)| Capabilities {
-            dtypes,
+        (vec(form(), 0..4), any::<u64>(), text()).prop_map(|(forms, memory_bytes, device)| Capabilities {
+            forms,
             memory_bytes,
             device,
         });
@@ -426,7 +428,7 @@ fn answer() -> impl Strategy<Value = Answer> {
         RefusalReason::TicketOtherRun,
         RefusalReason::Model,
         RefusalReason::Tokenizer,
-        RefusalReason::WireDtype,
+        RefusalReason::WireForm,
         RefusalReason::NoRun,
         RefusalReason::Full,
         RefusalReason::Other,
@@ -646,30 +648,134 @@ fn a_welcome_in_a_version_nobody_agreed_to_is_refused() {
     );
 }
 
+/// What travels, byte by byte: a tensor's layout stands where its fields stood one by one, its bytes at the end.
 #[test]
-fn payload_sizes_are_as_documented_and_do_not_overflow() {
-    assert_eq!(WireDtype::F32.payload_bytes(3, 5), Some(60));
-    // 15 halves are 8 words.
-    assert_eq!(WireDtype::F16.payload_bytes(3, 5), Some(32));
-    // 3 scales, 3 rows of 5 bytes in 2 words.
-    assert_eq!(WireDtype::Int8.payload_bytes(3, 5), Some(36));
-    for dtype in [WireDtype::F32, WireDtype::F16, WireDtype::Int8] {
-        assert_eq!(dtype.payload_bytes(usize::MAX, 3), None);
-        assert_eq!(dtype.payload_bytes(0, 5), Some(0));
-    }
+fn the_bytes_of_a_step_and_of_an_assignment_are_those_of_this_version() {
+    let key = StepKey {
+        round: RoundKey { round: 7, attempt: 1 },
+        step: 3,
+    };
+    let layout = WireLayout {
+        form: WireForm::Int8,
+        batch: 1,
+        seq: 2,
+        width: 3,
+    };
+    let payload: Vec<u8> = (0..16).collect();
+    let tensor = WireTensor::new(layout, payload.clone()).unwrap();
+    let words = |words: &[u32]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
+    let bulk = |bytes: &[u8]| [&words(&[bytes.len() as u32])[..], bytes].concat();
+
+    let activations = Activations {
+        key,
+        split: 5,
+        examples: 1,
+        forward: Duration::from_micros(9),
+        targets: vec![-100, 4],
+        tensor: tensor.clone(),
+    };
+    let expected = [
+        words(&[7, 1, 3, 5, 1, 2, 3]),
+        vec![2],
+        words(&[1, 9, 0, 2, (-100_i32).cast_unsigned(), 4]),
+        bulk(&payload),
+    ];
+    assert_eq!(
+        encode_message(&Message::Activations(activations)),
+        (20, expected.concat())
+    );
+
+    let gradient = Gradient {
+        key,
+        activations: Digest([6; 32]),
+        loss: 1.5,
+        tokens: 8,
+        mean_loss: 2.5,
+        tensor,
+    };
+    let expected = [
+        words(&[7, 1, 3, 1, 2, 3]),
+        vec![2],
+        vec![6; 32],
+        words(&[1.5_f32.to_bits(), 8, 0, 2.5_f32.to_bits()]),
+        bulk(&payload),
+    ];
+    assert_eq!(encode_message(&Message::Gradient(gradient)), (21, expected.concat()));
+
+    let assignment = Assignment {
+        run: RunId([4; 16]),
+        number: 2,
+        config: RunConfig {
+            split: 1,
+            rank: 8,
+            alpha: 16.0,
+            targets: vec!["c_fc".to_owned()],
+            weights: Format::F32,
+            wire: WireForm::F16,
+            batch: 3,
+            seq: 4,
+            width: 5,
+            vocab: 6,
+            seed: 7,
+            shuffle: true,
+            local_steps: 10,
+            rounds: 11,
+            optimizer: OptimizerSettings {
+                lr: 0.5,
+                weight_decay: 0.25,
+                schedule: Schedule::Linear,
+                warmup: 12,
+                total_steps: 1 << 40,
+                clip: Some(1.0),
+            },
+            moments: MomentPolicy::Reset,
+        },
+        model_config: "{}".to_owned(),
+        weights: Vec::new(),
+        tokenizer: Vec::new(),
+        adapter_len: 13,
+    };
+    let expected = [
+        vec![4; 16],
+        words(&[2, 1, 8, 16_f32.to_bits(), 1]),
+        bulk(b"c_fc"),
+        vec![1, 1],
+        words(&[3, 4, 5, 6, 7, 0]),
+        vec![1],
+        words(&[10, 11, 0.5_f32.to_bits(), 0.25_f32.to_bits()]),
+        vec![1],
+        // A step count past 32 bits is as large as fits.
+        words(&[12, u32::MAX]),
+        vec![1],
+        words(&[1_f32.to_bits()]),
+        vec![1],
+        bulk(b"{}"),
+        words(&[0, 0, 13, 0]),
+    ];
+    let (kind, body) = encode_message(&Message::Assignment(Box::new(assignment)));
+    assert_eq!((kind, body), (16, expected.concat()));
 }
 
 #[test]
-fn values_that_are_not_finite_are_found_in_every_wire_type() {
-    let f32s = |values: [f32; 2]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
-    assert!(WireDtype::F32.is_finite(&f32s([1.0, f32::MAX]), 1));
-    assert!(!WireDtype::F32.is_finite(&f32s([1.0, f32::NAN]), 1));
-    // 65504 is the largest half; 0x7c00 is infinity, 0x7e01 not a number.
-    assert!(WireDtype::F16.is_finite(&[0xff, 0x7b, 0xff, 0xfb], 1));
-    assert!(!WireDtype::F16.is_finite(&[0, 0, 0x00, 0x7c], 1));
-    assert!(!WireDtype::F16.is_finite(&[0x01, 0x7e, 0, 0], 1));
-    // One scale, then four bytes that would be NaN as f32 but are not one.
-    let scale = |scale: f32| [scale.to_le_bytes(), [0xff; 4]].concat();
-    assert!(WireDtype::Int8.is_finite(&scale(0.5), 1));
-    assert!(!WireDtype::Int8.is_finite(&scale(f32::INFINITY), 1));
+fn a_tensor_whose_bytes_are_not_those_of_its_layout_is_refused() {
+    let layout = WireLayout {
+        form: WireForm::F32,
+        batch: 1,
+        seq: 1,
+        width: 2,
+    };
+    let activations = Activations {
+        key: RoundKey { round: 0, attempt: 0 }.step(0),
+        split: 1,
+        examples: 1,
+        forward: Duration::ZERO,
+        targets: vec![1],
+        tensor: WireTensor::new(layout, vec![0; 8]).unwrap(),
+    };
+    let (kind, mut body) = encode_message(&Message::Activations(activations));
+    // The width follows key, split, batch and seq.
+    body[24] = 3;
+    let layout = WireLayout { width: 3, ..layout };
+    let error = WireTensorError { layout, found: 8 };
+    assert_eq!(decode_message(kind, &body), Err(DecodeError::Tensor(error)));
 }

@@ -8,12 +8,12 @@ use sflllm::compute::{Buffer, Command, Engine, Recording};
 use sflllm::model::adapter::{Adapter, LoraSpec, Target};
 use sflllm::model::block::BlockWeights;
 use sflllm::model::config::Config;
-use sflllm::model::cost::{Convention, CutFormat, Workload};
+use sflllm::model::cost::{Convention, Workload};
 use sflllm::model::ends::{EmbeddingWeights, HeadWeights};
 use sflllm::model::stack::{Extent, Stack, StackWeights};
-use sflllm::model::weights::{Tensor, TensorData, Unit, UnitData, WeightDtype};
-use sflllm::protocol::message::WireDtype;
-use sflllm::split::{Cut, Wire};
+use sflllm::model::weights::{Tensor, TensorData, Unit, UnitData};
+use sflllm::terms::format::Format;
+use sflllm::terms::tensor::WireForm;
 
 /// Kernels that are matrix products; all others are element-wise, or add up what products left in parts.
 const PRODUCTS: [&str; 9] = [
@@ -90,11 +90,11 @@ fn target_sets() -> [Vec<Target>; 5] {
     ]
 }
 
-fn zeros(config: &Config, unit: Unit, dtype: WeightDtype) -> UnitData {
+fn zeros(config: &Config, unit: Unit, dtype: Format) -> UnitData {
     let tensor = |(name, shape): (&str, Vec<usize>)| {
         let elements: usize = shape.iter().product();
         let data = match dtype {
-            WeightDtype::F16 if shape.len() == 2 => TensorData::F16(vec![0; elements.div_ceil(2)]),
+            Format::F16 if shape.len() == 2 => TensorData::F16(vec![0; elements.div_ceil(2)]),
             _ => TensorData::F32(vec![0.0; elements]),
         };
         Tensor {
@@ -111,7 +111,7 @@ fn zeros(config: &Config, unit: Unit, dtype: WeightDtype) -> UnitData {
 
 impl Case {
     /// Blocks `range` for training, with the embedding, and with the head where they are the last.
-    fn stack(&self, range: Range<usize>, targets: &[Target], dtype: WeightDtype) -> Stack {
+    fn stack(&self, range: Range<usize>, targets: &[Target], dtype: Format) -> Stack {
         let (engine, config) = (Engine::cpu(), &self.config);
         let block = |block| BlockWeights::upload(&engine, config, &zeros(config, Unit::Block(block), dtype)).unwrap();
         let head = || HeadWeights::upload(&engine, &zeros(config, Unit::Final, dtype)).unwrap();
@@ -194,7 +194,7 @@ fn the_closed_forms_count_every_product_that_a_split_step_records() {
             let (cut, rank) = (case.cut, case.rank);
             let what = |pass: &str| format!("{pass}, {targets:?}, width {}", case.config.width);
 
-            let client = case.stack(0..cut, &targets, WeightDtype::F16);
+            let client = case.stack(0..cut, &targets, Format::F16);
             let forward = case.record(|recording| {
                 client.record_embedding(recording, seq);
                 client.record_blocks(recording, seq);
@@ -216,7 +216,7 @@ fn the_closed_forms_count_every_product_that_a_split_step_records() {
                 what("client backward")
             );
 
-            let server = case.stack(cut..case.config.blocks, &targets, WeightDtype::F16);
+            let server = case.stack(cut..case.config.blocks, &targets, Format::F16);
             let step = case.record(|recording| {
                 server.record_blocks(recording, seq);
                 server.record_loss(recording, seq, true);
@@ -254,7 +254,7 @@ fn a_centralised_step_is_a_cut_above_all_blocks() {
     let case = odd();
     let (seq, blocks) = (case.extent.seq, case.config.blocks);
     for targets in target_sets() {
-        let stack = case.stack(0..blocks, &targets, WeightDtype::F32);
+        let stack = case.stack(0..blocks, &targets, Format::F32);
         let step = case.record(|recording| {
             stack.record_embedding(recording, seq);
             stack.record_blocks(recording, seq);
@@ -276,8 +276,8 @@ fn element_wise_work_is_a_small_share() {
         let seq = case.extent.seq;
         let targets = Target::ALL;
         let (config, rows) = (&case.config, (case.extent.batch * seq) as f64);
-        let client = case.stack(0..case.cut, &targets, WeightDtype::F16);
-        let server = case.stack(case.cut..config.blocks, &targets, WeightDtype::F16);
+        let client = case.stack(0..case.cut, &targets, Format::F16);
+        let server = case.stack(case.cut..config.blocks, &targets, Format::F16);
         let client = case.record(|recording| {
             client.record_embedding(recording, seq);
             client.record_blocks(recording, seq);
@@ -336,7 +336,7 @@ fn the_textbook_forms_hold_for_gpt2_small() {
     assert_eq!(workload.adapter_values(5, 8), 5.0 * 8.0 * 4.0 * width);
     assert_eq!(workload.adapter_bits(5, 8), 32.0 * workload.adapter_values(5, 8));
     assert_eq!(workload.label_bits(), 32.0 * rows);
-    assert_eq!(workload.activation_bits(CutFormat::F16), 16.0 * rows * width);
+    assert_eq!(workload.activation_bits(WireForm::F16), 16.0 * rows * width);
 
     // Causal attention is about half of dense attention, and its backward pass 7 products for 4.
     let issued = Workload::new(&config, &[Target::AttnQkv], extent, Convention::Issued);
@@ -362,27 +362,17 @@ fn adapter_values_are_those_of_the_layout() {
 
 #[test]
 fn activation_bits_are_those_of_the_wire() {
-    let forms = [
-        (CutFormat::F32, WireDtype::F32, Wire::F32),
-        (CutFormat::F16, WireDtype::F16, Wire::F16),
-        (CutFormat::Int8, WireDtype::Int8, Wire::Int8),
-    ];
     for (rows, seq, width) in [(1, 1, 1), (3, 5, 7), (1, 45, 70), (4, 128, 768)] {
-        for (format, dtype, wire) in forms {
-            let bits = format.bits(rows * seq, width);
-            assert_eq!(bits, 8.0 * dtype.payload_bytes(rows * seq, width).unwrap() as f64);
-            assert_eq!(bits, 8.0 * Cut::byte_length(wire, rows, seq, width) as f64);
+        for &form in WireForm::ALL {
+            let bytes = form.bytes(rows * seq, width).unwrap();
+            assert_eq!(form.bits(rows * seq, width), 8.0 * bytes as f64);
         }
     }
 }
 
 #[test]
 fn client_memory_is_what_the_stack_allocates() {
-    for (case, dtype) in [
-        (odd(), WeightDtype::F16),
-        (odd(), WeightDtype::F32),
-        (demo(), WeightDtype::F16),
-    ] {
+    for (case, dtype) in [(odd(), Format::F16), (odd(), Format::F32), (demo(), Format::F16)] {
         let seq = case.extent.seq;
         for targets in target_sets() {
             for cut in 1..case.config.blocks {
@@ -398,12 +388,14 @@ fn client_memory_is_what_the_stack_allocates() {
                 });
                 let workload = case.workload(&targets);
                 assert_eq!(
-                    workload.client_memory_bytes(cut, case.rank, dtype, CutFormat::F32),
+                    workload.client_memory_bytes(cut, case.rank, dtype, WireForm::F32),
                     buffer_bytes(&[&forward, &backward]) as f64,
                     "cut {cut}, {targets:?}, {dtype:?}"
                 );
-                let packed = workload.client_memory_bytes(cut, case.rank, dtype, CutFormat::Int8);
-                let wire = 2 * Cut::byte_length(Wire::Int8, case.extent.batch, seq, case.config.width);
+                let packed = workload.client_memory_bytes(cut, case.rank, dtype, WireForm::Int8);
+                let wire = 2 * WireForm::Int8
+                    .bytes(case.extent.batch * seq, case.config.width)
+                    .unwrap();
                 assert_eq!(packed, (buffer_bytes(&[&forward, &backward]) + wire) as f64);
             }
         }

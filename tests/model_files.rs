@@ -8,7 +8,8 @@ use serde_json::{Value, json};
 use sflllm::model::adapter::{Adapter, AdapterError, AdapterLayout, LoraSpec, Target};
 use sflllm::model::archive::{Archive, ArchiveError};
 use sflllm::model::config::{Config, ConfigError};
-use sflllm::model::weights::{TensorData, Unit, UnitData, WeightDtype, Weights, WeightsError};
+use sflllm::model::weights::{TensorData, Unit, UnitData, Weights, WeightsError};
+use sflllm::terms::format::Format;
 
 /// Width 6 and vocabulary 7 with an odd number of ffn columns: nothing divides 4.
 fn config_json() -> Value {
@@ -221,7 +222,7 @@ fn refused(tensors: &[Stored]) -> String {
 }
 
 /// All units as f32 values, with the names of their tensors.
-fn all_values(weights: &mut Weights, dtype: WeightDtype) -> Vec<(String, Vec<f32>)> {
+fn all_values(weights: &mut Weights, dtype: Format) -> Vec<(String, Vec<f32>)> {
     Unit::all(&config())
         .flat_map(|unit| weights.unit(unit, dtype).unwrap().tensors)
         .map(|tensor| (tensor.name.clone(), tensor.to_f32()))
@@ -243,7 +244,7 @@ fn every_stored_dtype_prefix_and_held_dtype_gives_the_same_values() {
     for prefix in ["", "transformer."] {
         let tensors = stored_model(&config(), prefix);
         for stored in [tensors.clone(), in_dtype(&tensors, "F16"), in_dtype(&tensors, "BF16")] {
-            for dtype in [WeightDtype::F16, WeightDtype::F32] {
+            for dtype in [Format::F16, Format::F32] {
                 let values = all_values(&mut open(&stored).unwrap(), dtype);
                 assert_eq!(
                     values.iter().map(|(_, values)| values.clone()).collect::<Vec<_>>(),
@@ -257,10 +258,10 @@ fn every_stored_dtype_prefix_and_held_dtype_gives_the_same_values() {
 #[test]
 fn matrices_are_packed_two_halves_a_word_and_vectors_stay_f32() {
     let mut weights = open(&stored_model(&config(), "")).unwrap();
-    let block = weights.unit(Unit::Block(1), WeightDtype::F16).unwrap();
+    let block = weights.unit(Unit::Block(1), Format::F16).unwrap();
     for tensor in &block.tensors {
         assert_eq!(
-            tensor.data.dtype() == WeightDtype::F16,
+            tensor.data.dtype() == Format::F16,
             tensor.shape.len() == 2,
             "{}",
             tensor.name
@@ -275,7 +276,7 @@ fn matrices_are_packed_two_halves_a_word_and_vectors_stay_f32() {
         ..config()
     };
     let mut weights = Weights::from_bytes(safetensors(&stored_model(&odd, "")), &odd).unwrap();
-    let embedding = weights.unit(Unit::Embedding, WeightDtype::F16).unwrap();
+    let embedding = weights.unit(Unit::Embedding, Format::F16).unwrap();
     let TensorData::F16(words) = &embedding.tensor("wte.weight").unwrap().data else {
         panic!("wte is a matrix")
     };
@@ -298,7 +299,7 @@ fn f16_rounds_to_nearest_even() {
     let mut values = [0.0; 42];
     values[..4].copy_from_slice(&[2049.0, 2051.0, -2049.0, 1e-9]);
     tensors[0] = f32_tensor("wte.weight", &[7, 6], &values);
-    let embedding = open(&tensors).unwrap().unit(Unit::Embedding, WeightDtype::F16).unwrap();
+    let embedding = open(&tensors).unwrap().unit(Unit::Embedding, Format::F16).unwrap();
     assert_eq!(
         embedding.tensor("wte.weight").unwrap().to_f32()[..4],
         [2048.0, 2052.0, -2048.0, 0.0]
@@ -312,18 +313,15 @@ fn a_value_beyond_f16_names_the_tensor_and_the_remedy() {
     values[17] = 70000.0;
     tensors[0] = f32_tensor("wte.weight", &[7, 6], &values);
     let mut weights = open(&tensors).unwrap();
-    let error = weights.unit(Unit::Embedding, WeightDtype::F16).unwrap_err().to_string();
+    let error = weights.unit(Unit::Embedding, Format::F16).unwrap_err().to_string();
     assert!(
         error.contains("wte.weight") && error.contains("70000") && error.contains("--weights f32"),
         "{error}"
     );
-    assert!(weights.unit(Unit::Embedding, WeightDtype::F32).is_ok());
+    assert!(weights.unit(Unit::Embedding, Format::F32).is_ok());
     values[17] = f32::NAN;
     tensors[0] = f32_tensor("wte.weight", &[7, 6], &values);
-    let error = open(&tensors)
-        .unwrap()
-        .unit(Unit::Embedding, WeightDtype::F32)
-        .unwrap_err();
+    let error = open(&tensors).unwrap().unit(Unit::Embedding, Format::F32).unwrap_err();
     assert!(
         matches!(error, WeightsError::Archive(ArchiveError::NotFinite { .. })),
         "{error}"
@@ -441,10 +439,10 @@ fn shards_and_single_files_load_from_a_directory() {
     }
     let index = dir.path().join("model.safetensors.index.json");
     std::fs::write(&index, json!({ "weight_map": map }).to_string()).unwrap();
-    let sharded = all_values(&mut Weights::open(dir.path(), &config()).unwrap(), WeightDtype::F32);
+    let sharded = all_values(&mut Weights::open(dir.path(), &config()).unwrap(), Format::F32);
 
     std::fs::write(dir.path().join("model.safetensors"), safetensors(&tensors)).unwrap();
-    let single = all_values(&mut Weights::open(dir.path(), &config()).unwrap(), WeightDtype::F32);
+    let single = all_values(&mut Weights::open(dir.path(), &config()).unwrap(), Format::F32);
     assert_eq!(sharded, single);
 
     std::fs::remove_file(dir.path().join("model.safetensors")).unwrap();
@@ -467,7 +465,7 @@ proptest! {
         file.truncate(file.len() - cut.min(file.len()).saturating_sub(1500));
         if let Ok(mut weights) = Weights::from_bytes(file, &config()) {
             for unit in Unit::all(&config()) {
-                let _ = weights.unit(unit, WeightDtype::F16);
+                let _ = weights.unit(unit, Format::F16);
             }
         }
     }
@@ -492,7 +490,7 @@ fn a_unit_decoded_is_the_unit_encoded() {
     let odd = Config { width: 9, ..config() };
     let mut weights = Weights::from_bytes(safetensors(&stored_model(&odd, "")), &odd).unwrap();
     for unit in Unit::all(&odd) {
-        for dtype in [WeightDtype::F16, WeightDtype::F32] {
+        for dtype in [Format::F16, Format::F32] {
             let data = weights.unit(unit, dtype).unwrap();
             let bytes = encoded(&data);
             assert_eq!(bytes.len() as u64, data.encoded_length());
@@ -511,7 +509,7 @@ fn a_unit_decoded_is_the_unit_encoded() {
 #[test]
 fn bytes_of_another_unit_or_model_are_refused() {
     let mut weights = open(&stored_model(&config(), "")).unwrap();
-    let bytes = encoded(&weights.unit(Unit::Block(0), WeightDtype::F16).unwrap());
+    let bytes = encoded(&weights.unit(Unit::Block(0), Format::F16).unwrap());
     assert!(UnitData::decode(&bytes, Unit::Block(1), &config()).is_err());
     assert!(UnitData::decode(&bytes, Unit::Final, &config()).is_err());
     assert!(UnitData::decode(&bytes, Unit::Block(0), &Config { ffn: 6, ..config() }).is_err());
@@ -520,7 +518,7 @@ fn bytes_of_another_unit_or_model_are_refused() {
         Err(WeightsError::NoSuchBlock { block: 3, blocks: 3 })
     ));
     assert!(matches!(
-        weights.unit(Unit::Block(3), WeightDtype::F16),
+        weights.unit(Unit::Block(3), Format::F16),
         Err(WeightsError::NoSuchBlock { .. })
     ));
     for length in [0, 3, 20, bytes.len() - 4, bytes.len() - 1] {
@@ -570,7 +568,7 @@ proptest! {
     #[test]
     fn a_unit_with_changed_bytes_is_the_same_unit_or_refused(at in 0usize..1000, byte: u8) {
         let mut weights = open(&stored_model(&config(), "")).unwrap();
-        let mut bytes = encoded(&weights.unit(Unit::Block(0), WeightDtype::F16).unwrap());
+        let mut bytes = encoded(&weights.unit(Unit::Block(0), Format::F16).unwrap());
         let at = at % bytes.len();
         bytes[at] = byte;
         if let Ok(unit) = UnitData::decode(&bytes, Unit::Block(0), &config()) {

@@ -77,7 +77,7 @@ fn evaluated_s(problem: &Problem, answer: &Value) -> f64 {
         total_s: 0.0,
         lower_bound_s: 0.0,
     };
-    problem.rounds[plan.rank_index] * problem.phases(&plan).unwrap().round_s(problem.local_steps)
+    problem.rounds[plan.rank_index] * problem.times(&plan).unwrap().round_s(problem.local_steps)
 }
 
 fn assert_is_answer(problem: &Problem, answer: &Value, method: Method) {

@@ -13,17 +13,20 @@ use sflllm::data::{Batches, Dataset, Example, Options};
 use sflllm::model::adapter::{Adapter, AdapterLayout, LoraSpec, Target};
 use sflllm::model::central::{self, Central};
 use sflllm::model::config::Config;
-use sflllm::model::optimizer::{OptimizerSettings, Schedule};
 use sflllm::model::stack::Extent;
-use sflllm::model::weights::{Unit, WeightDtype, Weights};
+use sflllm::model::weights::{Unit, Weights};
 use sflllm::protocol::FinishReason;
-use sflllm::protocol::message::{
-    self, Assignment, Blob, Digest, LinkRates, MomentPolicy, OptimizerConfig, RunConfig, RunId, WeightFormat, WireDtype,
-};
-use sflllm::server::planner::{Decision, PhasePrediction, Planner, RoundFacts, RoundPrediction, StartFacts};
+use sflllm::protocol::message::{Assignment, Blob, Digest, LinkRates, RunConfig};
+use sflllm::server::planner::{ClientPrediction, Decision, Planner, RoundFacts, RoundPrediction, StartFacts};
 use sflllm::server::store::RunDirectory;
 use sflllm::server::{Model, Role, Run, Server, Settings, Summary};
-use sflllm::split::{Training, Wire};
+use sflllm::split::Training;
+use sflllm::terms::format::Format;
+use sflllm::terms::ids::RunId;
+use sflllm::terms::moments::MomentPolicy;
+use sflllm::terms::optimizer::{OptimizerSettings, Schedule};
+use sflllm::terms::phases::Phases;
+use sflllm::terms::tensor::WireForm;
 use sflllm::transport::{Dialer, JoinLink, Trust};
 use tokio::sync::watch;
 
@@ -71,7 +74,7 @@ fn training(config: &Config, spec: &LoraSpec, rounds: u32) -> Training {
         },
         batch: BATCH,
         seq: config.positions,
-        wire: Wire::F32,
+        wire: WireForm::F32,
     }
 }
 
@@ -115,11 +118,14 @@ impl Planner for Fixed {
             clients: clients
                 .clone()
                 .map(|id| {
-                    let phases = PhasePrediction {
-                        forward_s: 0.5,
-                        ..PhasePrediction::default()
+                    let prediction = ClientPrediction {
+                        step: Phases {
+                            forward: 0.5,
+                            ..Phases::default()
+                        },
+                        federated_s: 0.0,
                     };
-                    (id, phases)
+                    (id, prediction)
                 })
                 .collect(),
             server_s: 0.25,
@@ -218,7 +224,7 @@ fn run_on(
             digest: Digest([0; 32]),
             config: config.clone(),
             weights: weights(&config),
-            dtype: WeightDtype::F32,
+            dtype: Format::F32,
             tokenizer: None,
         },
         engine: engine.clone(),
@@ -307,7 +313,7 @@ fn centralised(engine: &Engine, initial: &Adapter, rounds: u32) -> (Vec<f64>, Ve
     let config = config();
     let training = training(&config, &initial.spec, rounds);
     let mut source = weights(&config);
-    let loaded = central::load(engine, &config, &mut |unit| source.unit(unit, WeightDtype::F32)).unwrap();
+    let loaded = central::load(engine, &config, &mut |unit| source.unit(unit, Format::F32)).unwrap();
     let extent = Extent {
         batch: BATCH,
         seq: config.positions,
@@ -451,7 +457,7 @@ fn assign(cut: usize) -> (Assignment, Vec<Vec<u8>>) {
     let (blobs, files) = units
         .map(|unit| {
             let mut bytes = Vec::new();
-            source.unit(unit, WeightDtype::F32).unwrap().encode(&mut bytes).unwrap();
+            source.unit(unit, Format::F32).unwrap().encode(&mut bytes).unwrap();
             let blob = Blob {
                 name: unit.to_string(),
                 sha256: Digest::of(&bytes),
@@ -468,8 +474,8 @@ fn assign(cut: usize) -> (Assignment, Vec<Vec<u8>>) {
             rank: spec.rank as u32,
             alpha: spec.alpha,
             targets: spec.targets.iter().map(|target| target.module().to_owned()).collect(),
-            weights: WeightFormat::F32,
-            wire: WireDtype::F32,
+            weights: Format::F32,
+            wire: WireForm::F32,
             batch: 2,
             seq: 8,
             width: config.width as u32,
@@ -478,15 +484,15 @@ fn assign(cut: usize) -> (Assignment, Vec<Vec<u8>>) {
             shuffle: false,
             local_steps: LOCAL_STEPS,
             rounds: 2,
-            optimizer: OptimizerConfig {
+            optimizer: OptimizerSettings {
                 lr: 1e-3,
                 weight_decay: 0.0,
-                schedule: message::Schedule::Constant,
+                schedule: Schedule::Constant,
                 warmup: 0,
                 total_steps: 6,
                 clip: None,
-                moments: MomentPolicy::Keep,
             },
+            moments: MomentPolicy::Keep,
         },
         model_config: config.to_json(),
         weights: blobs,
@@ -652,7 +658,7 @@ fn clients_with_cuts_of_their_own_train_one_model() {
     let valid = mixed.lines("round").last().unwrap()["valid_loss"].as_f64().unwrap();
     let mut source = weights(&config);
     let engine = Engine::cpu();
-    let loaded = central::load(&engine, &config, &mut |unit| source.unit(unit, WeightDtype::F32)).unwrap();
+    let loaded = central::load(&engine, &config, &mut |unit| source.unit(unit, Format::F32)).unwrap();
     let extent = Extent {
         batch: BATCH,
         seq: config.positions,

@@ -14,6 +14,12 @@ use sflllm::protocol::codec::{
 use sflllm::protocol::message::*;
 use sflllm::protocol::*;
 use sflllm::simulation::{Fault, Outcome, Phase, Scenario, Weather, simulate};
+use sflllm::terms::format::Format;
+use sflllm::terms::ids::{ClientId, RoundKey, RunId, StepKey};
+use sflllm::terms::moments::{MomentPolicy, Moments};
+use sflllm::terms::optimizer::{OptimizerSettings, Schedule};
+use sflllm::terms::speed::Speed;
+use sflllm::terms::tensor::{WireForm, WireLayout, WireTensor};
 
 const SECRET: &str = "open sesame";
 const ADAPTER: [f32; 4] = [0.5, -0.25, 2.0, 0.0];
@@ -29,7 +35,7 @@ fn seconds(seconds: u64) -> Duration {
 
 fn capabilities() -> Capabilities {
     Capabilities {
-        dtypes: vec![WireDtype::F32],
+        forms: vec![WireForm::F32],
         memory_bytes: 1 << 30,
         device: "test".to_owned(),
     }
@@ -45,8 +51,8 @@ fn assignment(run: RunId) -> Assignment {
             rank: 1,
             alpha: 2.0,
             targets: vec!["c_attn".to_owned()],
-            weights: WeightFormat::F16,
-            wire: WireDtype::F32,
+            weights: Format::F16,
+            wire: WireForm::F32,
             batch: 2,
             seq: 3,
             width: 2,
@@ -55,15 +61,15 @@ fn assignment(run: RunId) -> Assignment {
             shuffle: true,
             local_steps: 2,
             rounds: 2,
-            optimizer: OptimizerConfig {
+            optimizer: OptimizerSettings {
                 lr: 1e-3,
                 weight_decay: 0.01,
                 schedule: Schedule::Linear,
                 warmup: 1,
                 total_steps: 4,
                 clip: Some(1.0),
-                moments: MomentPolicy::Keep,
             },
+            moments: MomentPolicy::Keep,
         },
         model_config: "{}".to_owned(),
         weights: Vec::new(),
@@ -246,11 +252,15 @@ impl Peer {
 
     fn send(&mut self, server: &mut impl Server, message: &Message) -> Said {
         let (kind, body) = encode_message(message);
+        self.send_body(server, kind, &body)
+    }
+
+    fn send_body(&mut self, server: &mut impl Server, kind: u8, body: &[u8]) -> Said {
         let frame = Frame::Message {
             number: self.sent,
             acknowledged: self.received,
             kind,
-            body: &body,
+            body,
         };
         self.sent += 1;
         server.hear(self.connection, Duration::ZERO, &encode_frame(frame));
@@ -289,15 +299,49 @@ fn good_activations() -> Activations {
     Activations {
         key: KEY,
         split: 1,
-        batch: 2,
-        seq: 2,
-        width: 2,
-        dtype: WireDtype::F32,
         examples: 2,
         forward: Duration::ZERO,
         targets: vec![1, 2, 9, IGNORED_TARGET],
-        payload: vec![0; 32],
+        tensor: zeros(2, 2, 2),
     }
+}
+
+fn tensor(batch: u32, seq: u32, width: u32, bytes: Vec<u8>) -> WireTensor {
+    let layout = WireLayout {
+        form: WireForm::F32,
+        batch,
+        seq,
+        width,
+    };
+    WireTensor::new(layout, bytes).unwrap()
+}
+
+fn zeros(batch: u32, seq: u32, width: u32) -> WireTensor {
+    tensor(batch, seq, width, vec![0; 4 * (batch * seq * width) as usize])
+}
+
+/// Zeros of the same layout, but in halves.
+fn halves(batch: u32, seq: u32, width: u32) -> WireTensor {
+    let layout = WireLayout {
+        form: WireForm::F16,
+        batch,
+        seq,
+        width,
+    };
+    WireTensor::new(layout, vec![0; layout.bytes().unwrap()]).unwrap()
+}
+
+/// A message with a tensor of f32 that no [`WireTensor`] can be: one of this layout and so many bytes. The layout stands at `at`, and
+/// the tensor's bytes, of which the message has so many, at the end.
+fn misfit(message: &Message, (at, len): (usize, usize), layout: [u32; 3], bytes: usize) -> (u8, Vec<u8>) {
+    let (kind, mut body) = encode_message(message);
+    for (place, size) in body[at..].chunks_exact_mut(4).zip(layout) {
+        place.copy_from_slice(&size.to_le_bytes());
+    }
+    body.truncate(body.len() - len - 4);
+    body.extend((bytes as u32).to_le_bytes());
+    body.resize(body.len() + bytes, 0);
+    (kind, body)
 }
 
 // 1. The handshake.
@@ -409,7 +453,7 @@ fn a_client_that_does_not_fit_the_run_is_told_why() {
     let other = Some(Digest::of(b"other"));
     let base = || hello(Service::Main, secret());
     let weak = Capabilities {
-        dtypes: vec![WireDtype::Int8],
+        forms: vec![WireForm::Int8],
         ..capabilities()
     };
     for (hello, reason) in [
@@ -426,7 +470,7 @@ fn a_client_that_does_not_fit_the_run_is_told_why() {
                 capabilities: weak,
                 ..base()
             },
-            RefusalReason::WireDtype,
+            RefusalReason::WireForm,
         ),
         (
             Hello {
@@ -672,73 +716,45 @@ fn activations_that_cannot_be_used_end_their_senders_session_and_the_step_goes_o
         round: RoundKey { round: 0, attempt: 1 },
         step: 0,
     };
-    let nan = f32::NAN.to_le_bytes().repeat(8);
+    let nan = tensor(2, 2, 2, f32::NAN.to_le_bytes().repeat(8));
     let bad = [
         ("another step", Activations { key: later, ..good() }),
         ("another attempt", Activations { key: other, ..good() }),
         (
             "no batch",
             Activations {
-                batch: 0,
                 targets: vec![],
-                payload: vec![],
+                tensor: zeros(0, 2, 2),
                 ..good()
             },
         ),
         (
             "too many rows",
             Activations {
-                batch: 3,
                 targets: vec![1; 6],
-                payload: vec![0; 48],
+                tensor: zeros(3, 2, 2),
                 ..good()
             },
         ),
         (
             "too long",
             Activations {
-                seq: 4,
                 targets: vec![1; 8],
-                payload: vec![0; 64],
+                tensor: zeros(2, 4, 2),
                 ..good()
             },
         ),
         (
             "another width",
             Activations {
-                width: 3,
-                payload: vec![0; 48],
+                tensor: zeros(2, 2, 3),
                 ..good()
             },
         ),
         (
-            "a huge shape",
+            "another form",
             Activations {
-                batch: u32::MAX,
-                seq: u32::MAX,
-                width: u32::MAX,
-                ..good()
-            },
-        ),
-        (
-            "another type",
-            Activations {
-                dtype: WireDtype::F16,
-                payload: vec![0; 16],
-                ..good()
-            },
-        ),
-        (
-            "a short payload",
-            Activations {
-                payload: vec![0; 31],
-                ..good()
-            },
-        ),
-        (
-            "a long payload",
-            Activations {
-                payload: vec![0; 36],
+                tensor: halves(2, 2, 2),
                 ..good()
             },
         ),
@@ -766,11 +782,22 @@ fn activations_that_cannot_be_used_end_their_senders_session_and_the_step_goes_o
         ("another cut", Activations { split: 2, ..good() }),
         ("no examples", Activations { examples: 0, ..good() }),
         ("more examples than rows", Activations { examples: 3, ..good() }),
-        ("a value that is not finite", Activations { payload: nan, ..good() }),
+        ("a value that is not finite", Activations { tensor: nan, ..good() }),
     ];
-    for (what, activations) in bad {
+    let bad = bad.map(|(what, activations)| (what, encode_message(&Message::Activations(activations))));
+    let misfits = [
+        ("a huge shape", [u32::MAX; 3], 32),
+        ("a short payload", [2, 2, 2], 31),
+        ("a long payload", [2, 2, 2], 36),
+    ];
+    let misfits = misfits.map(|(what, layout, bytes)| {
+        // Behind the key and the cut.
+        let good = Message::Activations(good());
+        (what, misfit(&good, (16, 32), layout, bytes))
+    });
+    for (what, (kind, body)) in bad.into_iter().chain(misfits) {
         let (mut main, [mut honest, mut liar]) = gathering();
-        let said = liar.send(&mut main, &Message::Activations(activations));
+        let said = liar.send_body(&mut main, kind, &body);
         assert_eq!(stop_reason(&said), Some(StopReason::Unexpected), "{what}");
         let left = events(&mut main);
         assert!(
@@ -882,7 +909,7 @@ fn output(client: u64, loss: f32, value: f32) -> GradientOutput {
     GradientOutput {
         client: ClientId(client),
         loss,
-        payload: value.to_le_bytes().repeat(8),
+        gradient: tensor(2, 2, 2, value.to_le_bytes().repeat(8)),
     }
 }
 
@@ -911,10 +938,9 @@ fn who_leaves_while_the_server_computes_gets_no_gradient_and_has_no_part_in_the_
         key: start.key,
         ..good_activations()
     };
-    again.batch = 1;
     again.examples = 1;
     again.targets.truncate(2);
-    again.payload.truncate(16);
+    again.tensor = zeros(1, 2, 2);
     peers[0].received += 2;
     let done = StepDone {
         key: KEY,
@@ -932,7 +958,7 @@ fn who_leaves_while_the_server_computes_gets_no_gradient_and_has_no_part_in_the_
     };
     assert_eq!((clients.len(), contributions.len()), (1, 1));
     assert_eq!(
-        clients[0].backward,
+        clients[0].phases.backward,
         Duration::ZERO,
         "no part takes longer than the whole"
     );
@@ -979,15 +1005,15 @@ fn a_member_whose_loss_or_gradient_is_not_finite_is_dropped_and_the_rest_go_on()
     let short = GradientOutput {
         client: ClientId(1),
         loss: 1.0,
-        payload: vec![0; 4],
+        gradient: zeros(1, 1, 2),
     };
     let error = main.step_result(Duration::ZERO, KEY, vec![short]).unwrap_err();
     assert_eq!(
         error,
-        MainError::GradientLength {
+        MainError::GradientLayout {
             client: ClientId(1),
-            given: 4,
-            expected: 32
+            given: zeros(1, 1, 2).layout(),
+            expected: zeros(2, 2, 2).layout(),
         }
     );
 }
@@ -1873,12 +1899,10 @@ impl Puppet {
         assert!(asked.contains(&ClientEvent::ComputeForward { key: KEY }), "{asked:?}");
         let input = ActivationsInput {
             key: KEY,
-            batch: 1,
-            seq: 2,
             examples: 1,
             forward: Duration::ZERO,
             targets: vec![1, 2],
-            payload: vec![3; 16],
+            tensor: tensor(1, 2, 2, vec![3; 16]),
         };
         puppet.client.activations(Duration::ZERO, input).unwrap();
         puppet
@@ -1893,12 +1917,10 @@ impl Puppet {
         puppet.send(&Message::StepStart(StepStart { key: next, members: 1 }));
         let input = ActivationsInput {
             key: next,
-            batch: 1,
-            seq: 2,
             examples: 1,
             forward: Duration::ZERO,
             targets: vec![1, 2],
-            payload: vec![3; 16],
+            tensor: tensor(1, 2, 2, vec![3; 16]),
         };
         puppet.client.activations(Duration::ZERO, input).unwrap();
         puppet.send(&Message::Gradient(Gradient {
@@ -1929,11 +1951,15 @@ impl Puppet {
 
     fn send(&mut self, message: &Message) {
         let (kind, body) = encode_message(message);
+        self.send_body(kind, &body);
+    }
+
+    fn send_body(&mut self, kind: u8, body: &[u8]) {
         let frame = Frame::Message {
             number: self.sent,
             acknowledged: 0,
             kind,
-            body: &body,
+            body,
         };
         self.sent += 1;
         self.client
@@ -1948,15 +1974,11 @@ impl Puppet {
 fn good_gradient() -> Gradient {
     Gradient {
         key: KEY,
-        batch: 1,
-        seq: 2,
-        width: 2,
-        dtype: WireDtype::F32,
         activations: Digest::of(&[3; 16]),
         loss: 1.0,
         tokens: 2,
         mean_loss: 1.0,
-        payload: vec![0; 16],
+        tensor: zeros(1, 2, 2),
     }
 }
 
@@ -1988,22 +2010,19 @@ fn a_gradient_is_applied_only_to_the_activations_it_belongs_to() {
             ..good()
         },
         Gradient {
-            batch: 2,
-            seq: 1,
-            ..good()
-        },
-        Gradient { width: 1, ..good() },
-        Gradient {
-            dtype: WireDtype::F16,
-            payload: vec![0; 8],
+            tensor: zeros(2, 1, 2),
             ..good()
         },
         Gradient {
-            payload: vec![0; 12],
+            tensor: zeros(1, 2, 1),
             ..good()
         },
         Gradient {
-            payload: f32::NAN.to_le_bytes().repeat(4),
+            tensor: halves(1, 2, 2),
+            ..good()
+        },
+        Gradient {
+            tensor: tensor(1, 2, 2, f32::NAN.to_le_bytes().repeat(4)),
             ..good()
         },
     ] {
@@ -2013,6 +2032,20 @@ fn a_gradient_is_applied_only_to_the_activations_it_belongs_to() {
         assert!(
             matches!(events.as_slice(), [ClientEvent::Failed(ClientFailure::Protocol { .. })]),
             "{bad:?}: {events:?}"
+        );
+    }
+    for (layout, bytes) in [([1, 2, 2], 12), ([1, 2, 1], 16), ([u32::MAX; 3], 16)] {
+        let mut puppet = Puppet::awaiting_gradient();
+        // Behind the key.
+        let (kind, body) = misfit(&Message::Gradient(good()), (12, 16), layout, bytes);
+        puppet.send_body(kind, &body);
+        let events = puppet.events();
+        assert!(
+            matches!(
+                events.as_slice(),
+                [ClientEvent::Failed(ClientFailure::Connection { .. })]
+            ),
+            "{layout:?}: {events:?}"
         );
     }
 }
@@ -2244,12 +2277,10 @@ fn answers_to_superseded_requests_are_dropped_and_wrong_shapes_are_the_drivers_e
     let mut puppet = Puppet::awaiting_gradient();
     let stale = ActivationsInput {
         key: KEY,
-        batch: 1,
-        seq: 1,
         examples: 1,
         forward: Duration::ZERO,
         targets: vec![1],
-        payload: vec![0; 8],
+        tensor: zeros(1, 1, 2),
     };
     while puppet.client.poll_transmit().is_some() {}
     assert_eq!(puppet.client.activations(Duration::ZERO, stale.clone()), Ok(()));
@@ -2269,20 +2300,20 @@ fn answers_to_superseded_requests_are_dropped_and_wrong_shapes_are_the_drivers_e
     puppet.client.step_done(Duration::ZERO, KEY, Duration::ZERO);
     let fits = ActivationsInput { key: next, ..stale };
     let wide = ActivationsInput {
-        batch: 3,
+        tensor: zeros(3, 1, 2),
         ..fits.clone()
     };
     assert!(matches!(
         puppet.client.activations(Duration::ZERO, wide),
-        Err(ClientError::Shape { .. })
+        Err(ClientError::Layout { .. })
     ));
     let short = ActivationsInput {
-        payload: vec![0; 4],
+        targets: Vec::new(),
         ..fits.clone()
     };
     assert!(matches!(
         puppet.client.activations(Duration::ZERO, short),
-        Err(ClientError::Size { .. })
+        Err(ClientError::Targets { .. })
     ));
     assert_eq!(
         puppet.client.activations(Duration::ZERO, fits),
@@ -2630,12 +2661,12 @@ fn an_upload_takes_its_bits_over_the_rate() {
             for times in clients {
                 let bytes = u32::try_from(times.bytes_up).unwrap();
                 assert_eq!(
-                    times.upload,
+                    times.phases.upload,
                     bytes * Duration::from_millis(millis_per_byte.into()),
                     "{key}: {times:?}"
                 );
-                assert_eq!((times.forward, times.backward), (pass, pass), "{key}");
-                assert_eq!(times.download, Duration::ZERO, "only uplinks are emulated");
+                assert_eq!((times.phases.forward, times.phases.backward), (pass, pass), "{key}");
+                assert_eq!(times.phases.download, Duration::ZERO, "only uplinks are emulated");
             }
         }
         for round in &outcome.rounds {
@@ -2661,7 +2692,7 @@ fn a_run_without_rates_is_not_paced() {
     let outcome = simulate(&scenario);
     assert_sound(&outcome, &scenario);
     let uploads = outcome.measured.iter().flat_map(|(_, clients)| clients);
-    assert!(uploads.clone().count() == 18 && uploads.clone().all(|times| times.upload.is_zero()));
+    assert!(uploads.clone().count() == 18 && uploads.clone().all(|times| times.phases.upload.is_zero()));
 }
 
 #[test]

@@ -11,10 +11,13 @@ use sflllm::data::{Batch, Batches, Dataset, Options, pass};
 use sflllm::model::adapter::Adapter;
 use sflllm::model::central::{self, Central, Counted};
 use sflllm::model::config::Config;
-use sflllm::model::optimizer::{Moments, OptimizerSettings};
 use sflllm::model::stack::Extent;
-use sflllm::model::weights::{Unit, UnitData, WeightDtype, Weights};
-use sflllm::split::{self, ClientPart, Contribution, Cut, ServerPart, Training, Wire};
+use sflllm::model::weights::{Unit, UnitData, Weights};
+use sflllm::split::{self, ClientPart, Contribution, ServerPart, Training};
+use sflllm::terms::format::Format;
+use sflllm::terms::moments::Moments;
+use sflllm::terms::optimizer::OptimizerSettings;
+use sflllm::terms::tensor::{WireForm, WireTensor};
 
 const CASES: [&str; 2] = ["narrow", "legacy"];
 
@@ -59,7 +62,7 @@ impl Fixture {
     }
 
     fn unit(&mut self, unit: Unit) -> UnitData {
-        self.weights.unit(unit, WeightDtype::F32).unwrap()
+        self.weights.unit(unit, Format::F32).unwrap()
     }
 
     fn central(
@@ -71,7 +74,7 @@ impl Fixture {
     ) -> Central {
         let weights = {
             let source = &mut self.weights;
-            central::load(engine, &self.config, &mut |unit| source.unit(unit, WeightDtype::F32)).unwrap()
+            central::load(engine, &self.config, &mut |unit| source.unit(unit, Format::F32)).unwrap()
         };
         let extent = Extent {
             batch,
@@ -230,7 +233,7 @@ struct Parts {
 }
 
 impl Fixture {
-    fn training(&self, batch: usize, wire: Wire) -> Training {
+    fn training(&self, batch: usize, wire: WireForm) -> Training {
         Training {
             spec: self.adapter.spec.clone(),
             optimizer: OptimizerSettings {
@@ -259,7 +262,7 @@ impl Fixture {
             server: ServerPart::new(
                 engine,
                 &self.config,
-                &mut |unit| source.unit(unit, WeightDtype::F32),
+                &mut |unit| source.unit(unit, Format::F32),
                 cut,
                 training,
                 &server_values,
@@ -274,7 +277,7 @@ fn split_step_equals_unsplit_step_at_every_cut() {
     for case in CASES {
         let mut fixture = Fixture::load(case);
         for engine in engines() {
-            let training = fixture.training(2, Wire::F32);
+            let training = fixture.training(2, WireForm::F32);
             let mut whole = fixture.central(&engine, 2, true, Some(training.optimizer));
             let examples = fixture.data.examples.clone();
             let positions = fixture.config.positions;
@@ -317,10 +320,10 @@ fn split_step_equals_unsplit_step_at_every_cut() {
 fn a_client_gets_the_gradient_of_its_own_loss() {
     let mut fixture = Fixture::load("narrow");
     for engine in engines() {
-        let training = fixture.training(2, Wire::F32);
+        let training = fixture.training(2, WireForm::F32);
         let batches = fixture.pass(2);
         let Parts { mut client, .. } = fixture.parts(&engine, 1, &training);
-        let forwards: Vec<Cut> = batches
+        let forwards: Vec<WireTensor> = batches
             .iter()
             .map(|batch| block_on(client.forward(&batch.tokens, batch.seq)).unwrap())
             .collect();
@@ -355,10 +358,10 @@ fn a_client_gets_the_gradient_of_its_own_loss() {
 fn the_server_steps_on_the_concatenated_batch() {
     let mut fixture = Fixture::load("narrow");
     let engine = Engine::cpu();
-    let training = fixture.training(2, Wire::F32);
+    let training = fixture.training(2, WireForm::F32);
     let batches = fixture.pass(2);
     let Parts { mut client, mut server } = fixture.parts(&engine, 1, &training);
-    let forwards: Vec<Cut> = batches
+    let forwards: Vec<WireTensor> = batches
         .iter()
         .map(|batch| block_on(client.forward(&batch.tokens, batch.seq)).unwrap())
         .collect();
@@ -402,7 +405,7 @@ fn contributions_enter_the_server_where_their_clients_cut_is() {
     let mut fixture = Fixture::load("legacy");
     let blocks = fixture.config.blocks;
     for engine in engines() {
-        let training = fixture.training(2, Wire::F32);
+        let training = fixture.training(2, WireForm::F32);
         let batches = fixture.pass(2);
         let cuts = [1, 3, 2];
         let mut clients = Vec::new();
@@ -472,7 +475,7 @@ fn clock() -> Duration {
 fn measuring_a_part_changes_nothing_it_is_trained_by() {
     let mut fixture = Fixture::load("narrow");
     for engine in engines() {
-        let training = fixture.training(2, Wire::F16);
+        let training = fixture.training(2, WireForm::F16);
         let batches = fixture.pass(2);
         let mut results = Vec::new();
         for measured in [false, true] {
@@ -507,7 +510,7 @@ fn measuring_a_part_changes_nothing_it_is_trained_by() {
 #[test]
 fn a_clock_that_stands_still_measures_nothing() {
     let mut fixture = Fixture::load("narrow");
-    let training = fixture.training(2, Wire::F32);
+    let training = fixture.training(2, WireForm::F32);
     let Parts { mut client, mut server } = fixture.parts(&Engine::cpu(), 1, &training);
     assert_eq!(block_on(client.measure(|| Duration::ZERO)).unwrap(), None);
     assert_eq!(block_on(server.measure(|| Duration::ZERO)).unwrap(), None);
@@ -517,7 +520,7 @@ fn a_clock_that_stands_still_measures_nothing() {
 #[test]
 fn a_part_takes_what_is_of_its_cut_only() {
     let mut fixture = Fixture::load("legacy");
-    let training = fixture.training(2, Wire::F32);
+    let training = fixture.training(2, WireForm::F32);
     let batch = fixture.pass(2).remove(0);
     let Parts { mut client, server } = fixture.parts(&Engine::cpu(), 1, &training);
     let client_values = block_on(client.adapter()).unwrap();
@@ -528,7 +531,7 @@ fn a_part_takes_what_is_of_its_cut_only() {
         targets: &batch.targets,
     };
     let source = &mut fixture.weights;
-    let mut units = |unit| source.unit(unit, WeightDtype::F32);
+    let mut units = |unit| source.unit(unit, Format::F32);
     let (server, moved) = block_on(server.recut(&mut units, 3, &client_values, None)).unwrap();
     assert_eq!(server.cut(), 3);
     assert_eq!(
@@ -553,7 +556,7 @@ fn a_part_takes_what_is_of_its_cut_only() {
     ] {
         let Parts { server, .. } = fixture.parts(&Engine::cpu(), 3, &training);
         let source = &mut fixture.weights;
-        let mut units = |unit| source.unit(unit, WeightDtype::F32);
+        let mut units = |unit| source.unit(unit, Format::F32);
         let refused = block_on(server.recut(&mut units, cut, client, moments));
         assert!(
             matches!(refused, Err(split::Error::Split { .. } | split::Error::Length { .. })),
@@ -569,13 +572,12 @@ fn wire_forms_change_the_loss_by_their_rounding_only() {
     for engine in engines() {
         let batch = fixture.pass(2).remove(0);
         let mut losses = Vec::new();
-        for wire in [Wire::F32, Wire::F16, Wire::Int8] {
+        for wire in [WireForm::F32, WireForm::F16, WireForm::Int8] {
             let training = fixture.training(2, wire);
             let Parts { mut client, mut server } = fixture.parts(&engine, 1, &training);
             let activations = block_on(client.forward(&batch.tokens, batch.seq)).unwrap();
-            assert_eq!(activations.bytes.len(), {
-                Cut::byte_length(wire, 2, batch.seq, fixture.config.width)
-            });
+            let bytes = wire.bytes(2 * batch.seq, fixture.config.width);
+            assert_eq!(Some(activations.bytes().len()), bytes);
             let contribution = Contribution {
                 cut: 1,
                 activations: &activations,

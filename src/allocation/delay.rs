@@ -13,6 +13,7 @@
 use super::channel::{Channel, LinkName};
 use super::power::{Demand, LinkPlan};
 use super::{Error, Plan};
+use crate::terms::phases::Phases;
 
 /// One (cut, rank) and what it costs.
 #[derive(Clone, Debug, PartialEq)]
@@ -68,27 +69,28 @@ pub struct Problem {
 
 /// Where the time of one round goes under a plan, in s. Per client; the phases end with the slowest.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
-pub struct Phases {
-    /// `[client]`: forward pass of a local step.
-    pub forward_s: Vec<f64>,
-    /// `[client]`: activation upload of a local step.
-    pub upload_s: Vec<f64>,
+pub struct RoundTimes {
+    /// `[client]`: of a local step. The download is 0 where it does not count.
+    #[serde(flatten)]
+    pub phases: Phases<Vec<f64>>,
     /// The server's part of a local step.
     pub server_s: f64,
-    /// `[client]`: gradient download of a local step; 0 where it does not count.
-    pub download_s: Vec<f64>,
-    /// `[client]`: backward pass of a local step.
-    pub backward_s: Vec<f64>,
     /// `[client]`: adapter upload of a round.
     pub adapter_s: Vec<f64>,
     /// Adapter broadcast of a round; 0 where it does not count.
     pub broadcast_s: f64,
 }
 
-impl Phases {
+impl RoundTimes {
     /// One local step: forward and upload end with the slowest client, so do download and backward.
     pub fn step_s(&self) -> f64 {
-        longest_sum(&self.forward_s, &self.upload_s) + self.server_s + longest_sum(&self.download_s, &self.backward_s)
+        let Phases {
+            forward,
+            upload,
+            download,
+            backward,
+        } = &self.phases;
+        longest_sum(forward, upload) + self.server_s + longest_sum(download, backward)
     }
 
     /// One round of `local_steps` and an aggregation.
@@ -309,7 +311,7 @@ impl Problem {
     ///
     /// # Errors
     /// [`Error::Plan`] when it breaks a constraint.
-    pub fn phases(&self, plan: &Plan) -> Result<Phases, Error> {
+    pub fn times(&self, plan: &Plan) -> Result<RoundTimes, Error> {
         let broken = |reason: String| Err(Error::Plan { reason });
         let clients = self.clients();
         let (rank, split_index) = (plan.rank_index, &plan.split_index);
@@ -345,20 +347,22 @@ impl Problem {
         let main = self.main_demand(split_index, rank);
         let federated = self.federated_demand(split_index, rank);
         let down = self.download_demand(split_index, rank);
-        Ok(Phases {
-            upload_s: transmit(LinkName::Main, &self.main, &plan.main, &main)?,
-            forward_s: main.wait_s,
-            server_s: self.server_s(split_index, rank),
-            download_s: match (&self.download, &plan.download) {
-                (Some(channel), Some(plan)) => transmit(LinkName::Download, channel, plan, &down)?,
-                (None, _) => vec![0.0; clients],
-                (Some(_), None) => {
-                    return Err(Error::Plan {
-                        reason: "there is no plan for the download link".to_owned(),
-                    });
-                }
+        Ok(RoundTimes {
+            phases: Phases {
+                upload: transmit(LinkName::Main, &self.main, &plan.main, &main)?,
+                forward: main.wait_s,
+                download: match (&self.download, &plan.download) {
+                    (Some(channel), Some(plan)) => transmit(LinkName::Download, channel, plan, &down)?,
+                    (None, _) => vec![0.0; clients],
+                    (Some(_), None) => {
+                        return Err(Error::Plan {
+                            reason: "there is no plan for the download link".to_owned(),
+                        });
+                    }
+                },
+                backward: down.wait_s,
             },
-            backward_s: down.wait_s,
+            server_s: self.server_s(split_index, rank),
             adapter_s: transmit(LinkName::Federated, &self.federated, &plan.federated, &federated)?,
             broadcast_s: self.broadcast_s(split_index, rank),
         })

@@ -2,8 +2,8 @@
 
 use super::bound::{EXACT, Ladders};
 use super::channel::Channel;
+use super::ownership::Found;
 use super::power::{Demand, Holdings, fastest_s, ln_least_power};
-use super::subchannel::Found;
 
 /// Tries every ownership that gives each client a subchannel, against the best so far.
 pub(super) fn enumerate(channel: &Channel, demand: &Demand, owner: &mut Vec<usize>, upper_s: &mut f64) {

@@ -3,8 +3,8 @@
 
 use super::bound::{EXACT, Ladders};
 use super::channel::Channel;
+use super::ownership::Found;
 use super::power::{Demand, Holdings, fastest_s, ln_least_power, ln_water_level};
-use super::subchannel::Found;
 
 /// Rounds of [`Search::auction`].
 const AUCTION_ROUNDS: usize = 24;

@@ -8,7 +8,7 @@
 //! * [`scenario`]: what a person writes down: geometry, radio, devices, model; [`instance`]: the same as bare numbers.
 //! * [`channel`]: a link; [`delay`]: the objective; [`power`]: exact power control for given owners.
 //! * [`bound`]: the count bound; [`prices`]: one that knows of contention; [`subchannel`]: owners for one link, with `local` search and,
-//!   on small links, `exhaustive`ly; [`search`]: cut and rank over it all.
+//!   on small links, `exhaustive`ly, all of which improve an `ownership`; [`search`]: cut and rank over it all.
 //! * [`baselines`]: the paper's algorithm and what it is compared with.
 
 pub mod baselines;
@@ -18,6 +18,7 @@ pub mod delay;
 mod exhaustive;
 pub mod instance;
 mod local;
+mod ownership;
 pub mod power;
 pub mod prices;
 pub mod scenario;
@@ -28,7 +29,7 @@ use std::fmt;
 use std::str::FromStr;
 
 pub use channel::{Channel, LinkName, SnrPerWatt};
-pub use delay::{Broadcast, Cell, Phases, Problem};
+pub use delay::{Broadcast, Cell, Problem, RoundTimes};
 pub use power::{Demand, LinkPlan};
 
 use search::{Links, Solved};

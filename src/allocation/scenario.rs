@@ -23,10 +23,11 @@ use super::delay::{Broadcast, Cell, Problem};
 use super::{Error, LinkName};
 use crate::model::adapter::LoraSpec;
 use crate::model::config::{Config, ConfigError};
-use crate::model::cost::{Convention, CutFormat, Workload};
+use crate::model::cost::{Convention, Workload};
 use crate::model::rounds::{RoundsError, RoundsTable};
 use crate::model::stack::Extent;
-use crate::model::weights::WeightDtype;
+use crate::terms::format::Format;
+use crate::terms::tensor::WireForm;
 
 /// Why a scenario cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -167,7 +168,7 @@ pub struct TrainingShape {
     /// Local steps in a round.
     pub local_steps: u32,
     /// How activations and gradients travel: `f32`, `f16` or `int8`.
-    pub wire: String,
+    pub wire: WireForm,
     /// Adapted matrices.
     pub targets: Vec<String>,
     /// Candidate cuts; absent, all.
@@ -204,8 +205,8 @@ pub struct Speeds {
 pub struct CellCosts<'a> {
     pub workload: &'a Workload,
     pub speeds: &'a Speeds,
-    pub format: CutFormat,
-    pub weights: WeightDtype,
+    pub format: WireForm,
+    pub weights: Format,
     /// `[client]`: joules for a floating-point operation.
     pub joules_per_flop: Vec<f64>,
 }
@@ -456,19 +457,6 @@ impl Scenario {
             Extent { batch, seq },
             Convention::Dense,
         ))
-    }
-
-    /// How activations and gradients travel.
-    ///
-    /// # Errors
-    /// [`ScenarioError::Field`].
-    pub fn format(&self) -> Result<CutFormat, ScenarioError> {
-        match self.training.wire.as_str() {
-            "f32" => Ok(CutFormat::F32),
-            "f16" => Ok(CutFormat::F16),
-            "int8" => Ok(CutFormat::Int8),
-            other => Err(field("training.wire", format!("`{other}` is none of f32, f16, int8"))),
-        }
     }
 
     /// Candidate cuts.
@@ -775,8 +763,8 @@ impl Scenario {
         let costs = CellCosts {
             workload,
             speeds,
-            format: self.format()?,
-            weights: WeightDtype::F16,
+            format: self.training.wire,
+            weights: Format::F16,
             joules_per_flop,
         };
         let problem = Problem {

@@ -9,6 +9,7 @@
 use super::bound::{EXACT, Ladders};
 use super::exhaustive::{branch, enumerate};
 use super::local::Search;
+use super::ownership::Found;
 use super::power::{Demand, Holdings, LinkPlan, control, fastest_s};
 use super::prices::{Market, Prices};
 
@@ -198,24 +199,6 @@ fn selective(ladders: &Ladders<'_>, demand: &Demand, options: &LinkOptions<'_>) 
 const SELLING: f64 = 0.8;
 /// Rounds of making prices.
 const ROUNDS: usize = 20;
-
-/// An ownership, the time it takes, and the time that none can beat.
-#[derive(Clone, Debug)]
-pub(super) struct Found {
-    pub owner: Vec<usize>,
-    pub upper_s: f64,
-    pub lower_s: f64,
-}
-
-impl Found {
-    fn between(&self, share: f64) -> f64 {
-        self.lower_s + share * (self.upper_s - self.lower_s)
-    }
-
-    pub fn is_open(&self) -> bool {
-        self.lower_s < self.upper_s * (1.0 - 2.0 * EXACT)
-    }
-}
 
 /// The paper's greedy assignment: the client with the longest wait first takes its best subchannel, then the others; after that
 /// whoever is slowest takes its best one of those left. Powers meanwhile are equal shares: each subchannel's of the link's total,

@@ -12,12 +12,12 @@ use crate::data::{Dataset, pass};
 use crate::kernels::case::{self, Sizes, Spec};
 use crate::model::adapter::{Adapter, LoraSpec, Target};
 use crate::model::central::Central;
-use crate::model::optimizer::OptimizerSettings;
 use crate::model::stack::Extent;
-use crate::model::weights::WeightDtype;
 
 use super::options::{DeviceOptions, OutputOptions};
 use super::source::{DEMO_TRAIN, Source};
+use crate::terms::format::Format;
+use crate::terms::optimizer::OptimizerSettings;
 
 /// Check every kernel against its CPU reference and time it at GPT-2-small shapes, then time training steps of the demo model.
 #[derive(Args, Debug)]
@@ -125,7 +125,7 @@ fn bench_kernel(engine: &Engine, spec: &Spec, sizes: Sizes) -> anyhow::Result<Ro
 const STEPS: [(&str, usize); 2] = [("step/demo.central/4", 4), ("step/demo.central/8", 8)];
 
 fn bench_step(engine: &Engine, id: &str, batch: usize) -> anyhow::Result<Row> {
-    let mut source = Source::open("demo", WeightDtype::F16)?;
+    let mut source = Source::open("demo", Format::F16)?;
     let options = source.data_options(source.config.positions, false);
     let data = Dataset::read(DEMO_TRAIN, "demo", source.tokenize(), &options)?;
     let batch = pass(&data.examples, batch, source.config.positions)?

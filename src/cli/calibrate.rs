@@ -16,18 +16,18 @@ use crate::federated;
 use crate::model::adapter::{Adapter, LoraSpec, Target};
 use crate::model::central::{Central, Counted};
 use crate::model::config::Config;
-use crate::model::optimizer::OptimizerSettings;
 use crate::model::rounds::RoundsTable;
 use crate::model::stack::{Extent, StackWeights};
-use crate::model::weights::WeightDtype;
-use crate::split::{ClientPart, Contribution, ServerPart, Training, Wire};
+use crate::split::{ClientPart, Contribution, ServerPart, Training};
 
 use super::options::{
     BatchOptions, DeviceOptions, ModelOptions, OptimizerOptions, OutputOptions, TargetList, parse_targets,
 };
-use super::serve::WireName;
 use super::source::{DEMO_TRAIN, DEMO_VALID, Source};
 use super::{interrupt, progress};
+use crate::terms::format::Format;
+use crate::terms::optimizer::OptimizerSettings;
+use crate::terms::tensor::WireForm;
 
 /// Measure how many rounds of training each LoRA rank needs to reach a target loss.
 ///
@@ -78,8 +78,8 @@ pub struct Options {
     #[arg(long, value_name = "N")]
     pub split: Option<usize>,
     /// How activations and gradients cross the cut
-    #[arg(long, value_enum, default_value_t = WireName::F16)]
-    pub wire: WireName,
+    #[arg(long, default_value_t, value_name = "f32|f16|int8")]
+    pub wire: WireForm,
     /// Optimiser steps in a round
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
     pub local_steps: u32,
@@ -106,7 +106,7 @@ const DEFAULT_SPLIT: usize = 1;
 #[derive(Serialize)]
 struct Settings<'a> {
     model: String,
-    weights: WeightDtype,
+    weights: Format,
     data: &'a str,
     valid: &'a str,
     valid_examples: usize,
@@ -121,7 +121,7 @@ struct Settings<'a> {
     clients: usize,
     /// `None` trains centralised.
     split: Option<usize>,
-    wire: Option<Wire>,
+    wire: Option<WireForm>,
     local_steps: u32,
     max_rounds: u32,
     batch: usize,
@@ -146,7 +146,7 @@ struct Setup<'a> {
     valid: &'a [Batch],
     /// `None` trains centralised.
     cut: Option<usize>,
-    wire: Wire,
+    wire: WireForm,
     extent: Extent,
     optimizer: OptimizerSettings,
     local_steps: u32,
@@ -414,7 +414,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         .collect::<Result<Vec<_>, _>>()?;
     anyhow::ensure!(!ranks.is_empty(), "--ranks needs at least one rank");
 
-    let mut source = Source::open(&options.model.model, options.model.weights.into())?;
+    let mut source = Source::open(&options.model.model, options.model.weights)?;
     let blocks = source.config.blocks;
     let cut = match options.split {
         None if options.clients == 1 => None,
@@ -434,7 +434,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     valid.examples.truncate(options.valid_examples as usize);
     let steps = u64::from(options.max_rounds) * u64::from(options.local_steps);
     let optimizer = options.optimizer.settings(steps)?;
-    let wire = Wire::from(options.wire);
+    let wire = options.wire;
     let settings = Settings {
         model: source.digest.iter().map(|byte| format!("{byte:02x}")).collect(),
         weights: source.dtype,

@@ -14,11 +14,12 @@ use super::source::{DEMO_TRAIN, DEMO_VALID, Source};
 use crate::compute::Engine;
 use crate::data::{Dataset, Sharding, Tokenize};
 use crate::model::adapter::{Adapter, LoraSpec, Target};
-use crate::model::optimizer::{OptimizerSettings, Schedule};
-use crate::model::weights::WeightDtype;
 use crate::server::store::RunDirectory;
 use crate::server::{self, Ending, Listen, Role, Run};
-use crate::split::{Training, Wire};
+use crate::split::Training;
+use crate::terms::format::Format;
+use crate::terms::optimizer::{OptimizerSettings, Schedule};
+use crate::terms::tensor::WireForm;
 
 const CLIENTS: usize = 2;
 const ROUNDS: u32 = 16;
@@ -100,7 +101,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         },
         batch: BATCH,
         seq: config.positions.min(128),
-        wire: Wire::F16,
+        wire: WireForm::F16,
     };
     let read = |bytes: &[u8], name: &str| {
         Dataset::read(
@@ -186,7 +187,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
 }
 
 fn open() -> anyhow::Result<Source> {
-    Source::open("demo", WeightDtype::F16)
+    Source::open("demo", Format::F16)
 }
 
 /// The address, on another port where that one is taken.

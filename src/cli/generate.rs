@@ -189,7 +189,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         "--temperature {} must be a number of at least 0",
         options.temperature
     );
-    let mut source = Source::open(&options.model.model, options.model.weights.into())?;
+    let mut source = Source::open(&options.model.model, options.model.weights)?;
     let prompt = prompt_ids(source.tokenizer()?, &options.prompt)?;
     let adapter = options.adapter.as_deref().map(|dir| source.adapter(dir)).transpose()?;
     let engine = options.device.engine()?;

@@ -1,5 +1,6 @@
 //! The command line: one file per subcommand, and the options they share.
 
+pub mod answer;
 pub mod bench;
 pub mod calibrate;
 pub mod charts;

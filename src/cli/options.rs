@@ -2,12 +2,12 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 
 use crate::compute::{Engine, Selection};
 use crate::model::adapter::{LoraSpec, Target};
-use crate::model::optimizer::{OptimizerSettings, Schedule};
-use crate::model::weights::WeightDtype;
+use crate::terms::format::Format;
+use crate::terms::optimizer::{OptimizerSettings, Schedule};
 
 /// A number, or `auto`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,31 +30,14 @@ impl std::str::FromStr for Choice {
     }
 }
 
-/// How frozen weights are held.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum Held {
-    #[default]
-    F16,
-    F32,
-}
-
-impl From<Held> for WeightDtype {
-    fn from(held: Held) -> Self {
-        match held {
-            Held::F16 => WeightDtype::F16,
-            Held::F32 => WeightDtype::F32,
-        }
-    }
-}
-
 #[derive(Args, Clone, Debug)]
 pub struct ModelOptions {
     /// A Hugging Face GPT-2 directory (config.json, model.safetensors, tokenizer.json or vocab.json + merges.txt), or `demo`
     #[arg(long, value_name = "DIR|demo", default_value = "demo")]
     pub model: String,
     /// How frozen weights are held on the device
-    #[arg(long, value_enum, default_value_t, value_name = "f16|f32")]
-    pub weights: Held,
+    #[arg(long, default_value_t, value_name = "f16|f32")]
+    pub weights: Format,
 }
 
 #[derive(Args, Clone, Debug)]
@@ -122,14 +105,6 @@ impl LoraOptions {
     }
 }
 
-/// How the learning rate goes over the run.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum ScheduleName {
-    #[default]
-    Constant,
-    Linear,
-}
-
 #[derive(Args, Clone, Debug)]
 pub struct OptimizerOptions {
     /// Learning rate of AdamW
@@ -142,8 +117,8 @@ pub struct OptimizerOptions {
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub warmup: u64,
     /// What the learning rate does after that
-    #[arg(long, value_enum, default_value_t, value_name = "constant|linear")]
-    pub schedule: ScheduleName,
+    #[arg(long, default_value_t, value_name = "constant|linear")]
+    pub schedule: Schedule,
     /// Scale gradients down to this global norm; in a split run each side takes the norm of its own
     #[arg(long, value_name = "F")]
     pub clip: Option<f32>,
@@ -168,10 +143,7 @@ impl OptimizerOptions {
         Ok(OptimizerSettings {
             lr: self.lr,
             weight_decay: self.weight_decay,
-            schedule: match self.schedule {
-                ScheduleName::Constant => Schedule::Constant,
-                ScheduleName::Linear => Schedule::Linear,
-            },
+            schedule: self.schedule,
             warmup: self.warmup,
             total_steps,
             clip: self.clip,

@@ -11,9 +11,9 @@ use rayon::iter::{IntoParallelIterator, ParallelIterator};
 use crate::allocation::scenario::Scenario;
 use crate::allocation::{LinkPlan, Method, Problem, SolveOptions, solve};
 
+use super::answer::{Answer, ClientRow, Share, power};
 use super::charts::{self, Hue, Line, Marker, Names, Part, Point, Stroke};
 use super::human::{certificate, digits, duration, percent, prefix, with_prefix};
-use super::plan::{Answer, ClientRow, Share, power};
 use super::sweep::{Axis, CSV_HEAD, Measured, csv, draws, measure};
 use super::{interrupt, progress};
 
@@ -150,7 +150,8 @@ fn plan_figures(answer: &Answer) -> anyhow::Result<Vec<Figure>> {
 
 /// Where the time of a round goes. Every bar is as long as the round: who is ready waits for the slowest.
 fn delay_figure(answer: &Answer) -> anyhow::Result<Figure> {
-    let (problem, phases) = (&answer.problem, &answer.phases);
+    let (problem, round) = (&answer.problem, &answer.times);
+    let phases = &round.phases;
     let clients = problem.clients();
     let steps = f64::from(problem.local_steps);
     let most = |values: &[f64]| values.iter().copied().fold(0.0, f64::max);
@@ -160,11 +161,11 @@ fn delay_figure(answer: &Answer) -> anyhow::Result<Figure> {
         values.iter().map(|value| (most - value) * factor).collect()
     };
     let times = |values: &[f64]| -> Vec<f64> { values.iter().map(|value| value * steps).collect() };
-    let up = sum(&phases.forward_s, &phases.upload_s);
-    let down = sum(&phases.download_s, &phases.backward_s);
+    let up = sum(&phases.forward, &phases.upload);
+    let down = sum(&phases.download, &phases.backward);
     let waiting: Vec<f64> = (behind(&up, steps).into_iter())
         .zip(behind(&down, steps))
-        .zip(behind(&phases.adapter_s, 1.0))
+        .zip(behind(&round.adapter_s, 1.0))
         .map(|((up, down), adapter)| up + down + adapter)
         .collect();
     let part = |name: &str, hue, values| Part {
@@ -173,17 +174,17 @@ fn delay_figure(answer: &Answer) -> anyhow::Result<Figure> {
         values,
     };
     let mut parts = vec![
-        part("forward", Hue::Sky, times(&phases.forward_s)),
-        part("upload", Hue::Blue, times(&phases.upload_s)),
-        part("server", Hue::Orange, vec![phases.server_s * steps; clients]),
-        part("download", Hue::Purple, times(&phases.download_s)),
-        part("backward", Hue::Green, times(&phases.backward_s)),
-        part("adapter upload", Hue::Vermillion, phases.adapter_s.clone()),
-        part("adapter broadcast", Hue::Grey, vec![phases.broadcast_s; clients]),
+        part("forward", Hue::Sky, times(&phases.forward)),
+        part("upload", Hue::Blue, times(&phases.upload)),
+        part("server", Hue::Orange, vec![round.server_s * steps; clients]),
+        part("download", Hue::Purple, times(&phases.download)),
+        part("backward", Hue::Green, times(&phases.backward)),
+        part("adapter upload", Hue::Vermillion, round.adapter_s.clone()),
+        part("adapter broadcast", Hue::Grey, vec![round.broadcast_s; clients]),
         part("waiting for others", Hue::Faint, waiting),
     ];
     parts.retain(|part| part.values.iter().any(|&value| value > 0.0));
-    let (scale, unit) = clock_unit(phases.round_s(problem.local_steps));
+    let (scale, unit) = clock_unit(round.round_s(problem.local_steps));
     let names: Vec<String> = (0..clients).map(|client| client.to_string()).collect();
     let axis = charts::Axis {
         label: format!("time in a round ({unit})"),
@@ -196,7 +197,7 @@ fn delay_figure(answer: &Answer) -> anyhow::Result<Figure> {
         caption: format!(
             "One round of {} local steps, {}. The phases of the steps are added up; the table has them for one step.",
             problem.local_steps,
-            duration(phases.round_s(problem.local_steps))
+            duration(round.round_s(problem.local_steps))
         ),
         svg: charts::stacked_bars(&names, "client", &parts, &axis)?,
     })
@@ -560,20 +561,20 @@ fn plan_table(text: &mut String, answer: &Answer) -> std::fmt::Result {
     type Column<'a> = (&'a str, Box<dyn Fn(&ClientRow) -> String>);
     let mut times: Vec<Column<'_>> = vec![
         ("cut", Box::new(|row| row.split.to_string())),
-        ("forward", Box::new(|row| duration(row.forward_s))),
-        ("upload", Box::new(|row| duration(row.upload_s))),
-        ("backward", Box::new(|row| duration(row.backward_s))),
+        ("forward", Box::new(|row| duration(row.phases.forward))),
+        ("upload", Box::new(|row| duration(row.phases.upload))),
+        ("backward", Box::new(|row| duration(row.phases.backward))),
         ("adapter, once a round", Box::new(|row| duration(row.adapter_s))),
     ];
     if downloads {
-        times.insert(3, ("download", Box::new(|row| duration(row.download_s))));
+        times.insert(3, ("download", Box::new(|row| duration(row.phases.download))));
     }
     text.push_str("<h2>The plan by client</h2>\n<p class=\"soft\">Times are for one local step. ");
     writeln!(
         text,
         "The server's work for all is {} a step; a step ends after {}.</p>",
-        duration(answer.phases.server_s),
-        duration(answer.phases.step_s())
+        duration(answer.times.server_s),
+        duration(answer.times.step_s())
     )?;
     let mut write_table = |caption: &str, head: Vec<&str>, rows: Vec<Vec<String>>| -> std::fmt::Result {
         write!(text, "<div class=\"wide\"><table>\n<caption>{caption}</caption>\n<tr>")?;

@@ -27,7 +27,8 @@ use crate::server::allocator::{self, Allocator};
 use crate::server::listen::{join_link, qr_code};
 use crate::server::store::RunDirectory;
 use crate::server::{self, Address, Ending, Listen, Report, Role, Run, Server, Settings, Summary};
-use crate::split::{Training, Wire};
+use crate::split::Training;
+use crate::terms::tensor::WireForm;
 use crate::transport::{self, Dialer, JoinLink, Trust};
 
 /// Serve a run: the main server, the federated server and the web page, on one port.
@@ -98,8 +99,8 @@ pub struct Options {
     #[arg(long, value_name = "FILE", requires = "local_clients")]
     pub data: Vec<PathBuf>,
     /// How activations and gradients travel
-    #[arg(long, value_enum, default_value_t = WireName::F16)]
-    pub wire: WireName,
+    #[arg(long, default_value_t, value_name = "f32|f16|int8")]
+    pub wire: WireForm,
     /// Seconds to wait for a client to return when all have left
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     pub wait: u32,
@@ -128,23 +129,6 @@ pub enum RoleName {
     Both,
     Main,
     Federated,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum WireName {
-    F32,
-    F16,
-    Int8,
-}
-
-impl From<WireName> for Wire {
-    fn from(name: WireName) -> Self {
-        match name {
-            WireName::F32 => Wire::F32,
-            WireName::F16 => Wire::F16,
-            WireName::Int8 => Wire::Int8,
-        }
-    }
 }
 
 /// Where `--split auto` begins, before anything was measured.
@@ -236,7 +220,7 @@ struct Prepared {
 
 /// Reads model and data, and writes down what they are.
 fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Prepared> {
-    let source = Source::open(&options.model.model, options.model.weights.into())?;
+    let source = Source::open(&options.model.model, options.model.weights)?;
     let BatchOptions {
         batch,
         seed,
@@ -256,7 +240,7 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
             .settings(u64::from(options.rounds) * u64::from(options.local_steps))?,
         batch: batch as usize,
         seq,
-        wire: options.wire.into(),
+        wire: options.wire,
     };
     let cut = match options.split {
         Choice::Auto => FIRST_SPLIT,

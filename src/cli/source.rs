@@ -11,7 +11,8 @@ use crate::model::adapter::Adapter;
 use crate::model::central;
 use crate::model::config::Config;
 use crate::model::stack::StackWeights;
-use crate::model::weights::{WeightDtype, Weights};
+use crate::model::weights::Weights;
+use crate::terms::format::Format;
 
 const DEMO_CONFIG: &str = include_str!("../../assets/demo/config.json");
 const DEMO_WEIGHTS: &[u8] = include_bytes!("../../assets/demo/model.safetensors");
@@ -29,7 +30,7 @@ pub struct Source {
     pub name: String,
     pub config: Config,
     pub weights: Weights,
-    pub dtype: WeightDtype,
+    pub dtype: Format,
     pub tokenizer: Option<Tokenizer>,
     /// SHA-256 over configuration, weights and how they are held.
     pub digest: [u8; 32],
@@ -56,9 +57,9 @@ impl std::io::Write for HashWriter<'_> {
 
 impl Source {
     /// Opens `model`: `demo`, or a directory.
-    pub fn open(model: &str, dtype: WeightDtype) -> anyhow::Result<Self> {
+    pub fn open(model: &str, dtype: Format) -> anyhow::Result<Self> {
         let mut digest = Sha256::new();
-        digest.update([u8::from(dtype == WeightDtype::F32)]);
+        digest.update([u8::from(dtype == Format::F32)]);
         if model == "demo" {
             let config = Config::from_json(DEMO_CONFIG)?;
             digest.update(DEMO_CONFIG);

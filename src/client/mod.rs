@@ -2,7 +2,7 @@
 //!
 //! Here is what a native process and a browser tab share, without threads, sockets and files: what an assignment means
 //! ([`Plan`]), loading the model part by part ([`Loader`]), and the answers to the session's events ([`Learner`]). A second
-//! assignment starts from what the first left on the device ([`Held`]). `native` and `web` move bytes and time.
+//! assignment starts from what the first left on the device ([`Format`]). `native` and `web` move bytes and time.
 
 #[cfg(not(target_arch = "wasm32"))]
 pub mod native;
@@ -19,15 +19,15 @@ use crate::model::adapter::{AdapterError, AdapterLayout, LoraSpec};
 use crate::model::block::BlockWeights;
 use crate::model::config::{Config, ConfigError};
 use crate::model::ends::EmbeddingWeights;
-use crate::model::optimizer::{self, Moments, OptimizerSettings};
 use crate::model::stack::StackWeights;
 use crate::model::weights::{Unit, UnitData, WeightsError};
-use crate::protocol::message::{
-    self, Assignment, Blob, Capabilities, Gradient, OptimizerConfig, RoundKey, RunConfig, RunId, Schedule, Speed,
-    StepKey, WireDtype,
-};
+use crate::protocol::message::{Assignment, Blob, Capabilities, Gradient, RunConfig};
 use crate::protocol::{ActivationsInput, AdapterInput};
-use crate::split::{self, ClientPart, Clock, Cut, Training, Wire};
+use crate::split::{self, ClientPart, Clock, Training};
+use crate::terms::ids::{RoundKey, RunId, StepKey};
+use crate::terms::moments::Moments;
+use crate::terms::speed::Speed;
+use crate::terms::tensor::WireForm;
 
 /// The largest `tokenizer.json` that is fetched.
 const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
@@ -60,7 +60,7 @@ pub enum Error {
 /// What this program can do on `device`, for the handshake.
 pub fn capabilities(device: &str, memory_bytes: u64) -> Capabilities {
     Capabilities {
-        dtypes: vec![WireDtype::F32, WireDtype::F16, WireDtype::Int8],
+        forms: WireForm::ALL.to_vec(),
         memory_bytes,
         device: device.to_owned(),
     }
@@ -201,40 +201,15 @@ fn units(cut: usize) -> impl Iterator<Item = Unit> {
 
 fn training(run: &RunConfig) -> Result<Training, Error> {
     let targets = LoraSpec::parse_targets(&run.targets.join(","))?;
+    if let Some((name, number)) = run.optimizer.impossible() {
+        return Err(Error::Assignment(format!("a {name} of {number}")));
+    }
     Ok(Training {
         spec: LoraSpec::new(run.rank as usize, run.alpha, targets)?,
-        optimizer: optimizer_settings(&run.optimizer)?,
+        optimizer: run.optimizer,
         batch: run.batch as usize,
         seq: run.seq as usize,
-        wire: match run.wire {
-            WireDtype::F32 => Wire::F32,
-            WireDtype::F16 => Wire::F16,
-            WireDtype::Int8 => Wire::Int8,
-        },
-    })
-}
-
-fn optimizer_settings(config: &OptimizerConfig) -> Result<OptimizerSettings, Error> {
-    let numbers = [
-        ("learning rate", Some(config.lr)),
-        ("weight decay", Some(config.weight_decay)),
-        ("clip", config.clip),
-    ];
-    for (name, number) in numbers {
-        if number.is_some_and(|number| !number.is_finite() || number < 0.0) {
-            return Err(Error::Assignment(format!("a {name} of {}", number.unwrap_or_default())));
-        }
-    }
-    Ok(OptimizerSettings {
-        lr: config.lr,
-        weight_decay: config.weight_decay,
-        schedule: match config.schedule {
-            Schedule::Constant => optimizer::Schedule::Constant,
-            Schedule::Linear => optimizer::Schedule::Linear,
-        },
-        warmup: config.warmup.into(),
-        total_steps: config.total_steps.into(),
-        clip: config.clip,
+        wire: run.wire,
     })
 }
 
@@ -253,7 +228,7 @@ pub fn verify(blob: &Blob, bytes: &[u8]) -> Result<(), Error> {
 }
 
 /// What an assignment leaves on a device for the next one.
-pub struct Held {
+pub struct Format {
     plan: Plan,
     weights: StackWeights,
     moments: Moments,
@@ -282,7 +257,7 @@ impl Loader {
     ///
     /// # Errors
     /// [`Error::Adapter`] for an assignment without an adapter's layout.
-    pub fn new(engine: &Engine, plan: &Plan, clock: Clock, held: Option<Held>) -> Result<Self, Error> {
+    pub fn new(engine: &Engine, plan: &Plan, clock: Clock, held: Option<Format>) -> Result<Self, Error> {
         let mut loader = Self {
             engine: engine.clone(),
             plan: plan.clone(),
@@ -427,8 +402,7 @@ impl Learner {
     /// [`Error::Split`].
     pub async fn speed(&mut self) -> Result<Option<Speed>, Error> {
         if self.speed.is_none() {
-            let measured = self.part.measure(self.clock).await?;
-            self.speed = measured.and_then(|speed| Speed::new(speed.forward_flops_per_s, speed.backward_flops_per_s));
+            self.speed = self.part.measure(self.clock).await?;
         }
         Ok(self.speed)
     }
@@ -437,8 +411,8 @@ impl Learner {
     ///
     /// # Errors
     /// [`Error::Split`].
-    pub async fn release(self) -> Result<Held, Error> {
-        Ok(Held {
+    pub async fn release(self) -> Result<Format, Error> {
+        Ok(Format {
             weights: self.part.weights().clone(),
             moments: self.part.moments().await?,
             cursor: self.batches.cursor(),
@@ -458,11 +432,10 @@ impl Learner {
     ///
     /// # Errors
     /// [`Error::Assignment`] for moments of other blocks, [`Error::Split`] for another length.
-    pub async fn install(&mut self, values: &[f32], moments: Option<message::Moments>) -> Result<(), Error> {
+    pub async fn install(&mut self, values: &[f32], moments: Option<Moments>) -> Result<(), Error> {
         self.part.set_adapter(values)?;
         match moments {
-            Some(message::Moments { steps, first, second }) => {
-                let gained = Moments { steps, first, second };
+            Some(gained) => {
                 let own = self.part.moments().await?;
                 let Some(kept) = own.len().checked_sub(gained.len()) else {
                     return Err(Error::Assignment("moments of more blocks than there are".to_owned()));
@@ -485,17 +458,15 @@ impl Learner {
         let batch = self.batches.next_batch();
         let rounds = u64::from(key.round.round) * u64::from(self.plan.local_steps);
         self.part.set_run_step(rounds + u64::from(key.step));
-        let cut = self.part.forward(&batch.tokens, batch.seq).await?;
+        let tensor = self.part.forward(&batch.tokens, batch.seq).await?;
         self.examples += batch.examples as u64;
         self.tokens = batch.target_count;
         Ok(ActivationsInput {
             key,
-            batch: cut.batch as u32,
-            seq: cut.seq as u32,
             examples: batch.examples as u32,
             forward: (self.clock)().saturating_sub(start),
             targets: batch.targets,
-            payload: cut.bytes,
+            tensor,
         })
     }
 
@@ -505,14 +476,7 @@ impl Learner {
     /// [`Error::Split`].
     pub async fn backward(&mut self, gradient: Gradient) -> Result<Duration, Error> {
         let start = (self.clock)();
-        let cut = Cut {
-            wire: self.plan.training.wire,
-            batch: gradient.batch as usize,
-            seq: gradient.seq as usize,
-            width: gradient.width as usize,
-            bytes: gradient.payload,
-        };
-        self.part.backward(&cut).await?;
+        self.part.backward(&gradient.tensor).await?;
         Ok((self.clock)().saturating_sub(start))
     }
 
@@ -525,8 +489,7 @@ impl Learner {
         let values = self.part.adapter().await?;
         let stays = values.len() / self.plan.cut * (split as usize).min(self.plan.cut);
         let moments = if stays < values.len() {
-            let Moments { steps, first, second } = self.part.moments().await?.slice(stays..values.len()).at(steps);
-            Some(message::Moments { steps, first, second })
+            Some(self.part.moments().await?.slice(stays..values.len()).at(steps))
         } else {
             None
         };

@@ -12,17 +12,18 @@ use sha2::{Digest as _, Sha256};
 use tokio::io::AsyncWriteExt;
 use tokio::sync::{mpsc, watch};
 
-use super::{Held, Learner, Loader, Plan, capabilities};
+use super::{Format, Learner, Loader, Plan, capabilities};
 use crate::compute::Engine;
 use crate::data::{Dataset, Example, Summary as DataSummary, Tokenize, Tokenizer};
 use crate::model::adapter::Adapter;
-use crate::protocol::message::{
-    Assignment, Blob, Gradient, Moments, PROTOCOL_VERSION, RoundKey, RoundResult, Speed, StepKey,
-};
+use crate::protocol::message::{Assignment, Blob, Gradient, PROTOCOL_VERSION, RoundResult};
 use crate::protocol::{
     ActivationsInput, AdapterInput, ClientConfig, ClientError, ClientEvent, ClientFailure, ClientSession, Endpoint,
     FinishReason, MAX_FRAME_BYTES, Transmit,
 };
+use crate::terms::ids::{RoundKey, StepKey};
+use crate::terms::moments::Moments;
+use crate::terms::speed::Speed;
 use crate::transport::{self, Dialer, JoinLink, Origin, SocketEvent};
 
 /// Failed connections in a row before a client gives up; the pauses between them grow.
@@ -318,7 +319,7 @@ fn load(
     engine: &Engine,
     plan: &Plan,
     source: &Source,
-    held: Option<Held>,
+    held: Option<Format>,
     units: &[PathBuf],
     tokenizer: Option<&Path>,
 ) -> Result<(Learner, Option<DataSummary>), Error> {

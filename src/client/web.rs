@@ -15,14 +15,15 @@ use super::{Error, Learner, Loader, Plan, capabilities, verify};
 use crate::compute::{self, Engine, Selection};
 use crate::data::reader::Document;
 use crate::data::{DataError, Example};
-use crate::protocol::message::{
-    Assignment, Blob, Gradient, Moments, PROTOCOL_VERSION, RefusalReason, RoundKey, RoundResult, Speed, StepKey,
-};
+use crate::protocol::message::{Assignment, Blob, Gradient, PROTOCOL_VERSION, RefusalReason, RoundResult};
 use crate::protocol::{
     ActivationsInput, AdapterInput, ClientConfig, ClientEvent, ClientFailure, ClientSession, Endpoint, FinishReason,
     Transmit,
 };
 use crate::split;
+use crate::terms::ids::{RoundKey, StepKey};
+use crate::terms::moments::Moments;
+use crate::terms::speed::Speed;
 
 /// Attempts to reach a server again before giving up.
 const RETRIES: u32 = 12;

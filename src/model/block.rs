@@ -12,7 +12,8 @@ use crate::kernels::{attention, gelu, layernorm, lora, matmul};
 use super::adapter::{AdapterEntry, Target};
 use super::config::Config;
 use super::stack::{Lora, Scratch};
-use super::weights::{TensorData, UnitData, WeightDtype};
+use super::weights::{TensorData, UnitData};
+use crate::terms::format::Format;
 
 /// A frozen linear map: `weight` (inputs, outputs), `bias` (outputs).
 #[derive(Clone)]
@@ -48,7 +49,7 @@ pub(super) fn upload(engine: &Engine, name: String, data: &TensorData) -> Result
 ///
 /// # Panics
 /// If the unit has no such tensor: units are checked where they are read.
-pub(super) fn upload_named(engine: &Engine, unit: &UnitData, name: &str) -> Result<(Buffer, WeightDtype), Error> {
+pub(super) fn upload_named(engine: &Engine, unit: &UnitData, name: &str) -> Result<(Buffer, Format), Error> {
     let tensor = unit
         .tensor(name)
         .unwrap_or_else(|| panic!("unit {} has no {name}", unit.unit));
@@ -74,7 +75,7 @@ impl BlockWeights {
                 bias: upload_named(engine, unit, &format!("{}.bias", target.module()))?.0,
                 inputs,
                 outputs,
-                f16: dtype == WeightDtype::F16,
+                f16: dtype == Format::F16,
             })
         };
         Ok(Self {

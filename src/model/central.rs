@@ -6,9 +6,9 @@ use super::adapter::{Adapter, AdapterError, AdapterLayout};
 use super::block::BlockWeights;
 use super::config::Config;
 use super::ends::{EmbeddingWeights, HeadWeights};
-use super::optimizer::OptimizerSettings;
 use super::stack::{Extent, Stack, StackWeights};
 use super::weights::{Unit, UnitData, WeightsError};
+use crate::terms::optimizer::OptimizerSettings;
 
 /// Summed token losses.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]

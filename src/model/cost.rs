@@ -23,7 +23,9 @@ use crate::kernels::{adamw, lora, scalar};
 use super::adapter::Target;
 use super::config::Config;
 use super::stack::Extent;
-use super::weights::{Unit, WeightDtype};
+use super::weights::Unit;
+use crate::terms::format::Format;
+use crate::terms::tensor::WireForm;
 
 /// How attention's products are counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -36,30 +38,6 @@ pub enum Convention {
     /// their gradient twice rather than keep them: 2·b·s·(s+1)·d forward, 7·b·s·(s+1)·d backward. Tiles that the mask cuts are
     /// counted by what is left of them.
     Issued,
-}
-
-/// How the cut's activations and their gradient are held on the network.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum CutFormat {
-    F32,
-    /// Two a 32-bit word.
-    #[default]
-    F16,
-    /// A 32-bit scale a row, and each row's bytes padded to whole words.
-    Int8,
-}
-
-impl CutFormat {
-    /// Bits of a tensor (rows, width).
-    pub fn bits(self, rows: usize, width: usize) -> f64 {
-        let (rows, width) = (rows as f64, width as f64);
-        let words = match self {
-            CutFormat::F32 => rows * width,
-            CutFormat::F16 => (rows * width / 2.0).ceil(),
-            CutFormat::Int8 => rows * (1.0 + (width / 4.0).ceil()),
-        };
-        32.0 * words
-    }
 }
 
 /// The work of split steps of one model on batches of one shape; cut ℓ and rank r are arguments, since they are what is chosen.
@@ -220,7 +198,7 @@ impl Workload {
     }
 
     /// The activations of one client's step, in bits; the gradient that comes back has as many. Neither depends on the cut.
-    pub fn activation_bits(&self, format: CutFormat) -> f64 {
+    pub fn activation_bits(&self, format: WireForm) -> f64 {
         format.bits(self.extent.batch * self.extent.seq, self.config.width)
     }
 
@@ -242,23 +220,23 @@ impl Workload {
     /// Device memory of a client at a cut, in bytes: frozen weights with the embedding, what the forward pass keeps, the gradients of
     /// the backward pass, the adapter with gradient and moments, and the wire forms both ways. The allocations of
     /// [`Stack::new`](super::stack::Stack::new) for training, at the largest batch; a program's own memory comes on top.
-    pub fn client_memory_bytes(&self, cut: usize, rank: usize, weights: WeightDtype, format: CutFormat) -> f64 {
+    pub fn client_memory_bytes(&self, cut: usize, rank: usize, weights: Format, format: WireForm) -> f64 {
         let blocks = self.client_blocks(cut);
         let units = std::iter::once(Unit::Embedding).chain((0..blocks).map(Unit::Block));
         let frozen: f64 = units.map(|unit| self.unit_bytes(unit, weights)).sum();
         let wire = match format {
-            CutFormat::F32 => 0.0,
+            WireForm::F32 => 0.0,
             packed => 2.0 * self.activation_bits(packed) / 8.0,
         };
         frozen + 4.0 * (self.activation_words(blocks, rank) + self.training_words(blocks, rank)) + wire
     }
 
     /// A unit's tensors on a device, in bytes.
-    fn unit_bytes(&self, unit: Unit, dtype: WeightDtype) -> f64 {
+    fn unit_bytes(&self, unit: Unit, dtype: Format) -> f64 {
         let words = |(_, shape): (&'static str, Vec<usize>)| {
             let elements: f64 = shape.iter().map(|&n| n as f64).product();
             match dtype {
-                WeightDtype::F16 if shape.len() == 2 => (elements / 2.0).ceil(),
+                Format::F16 if shape.len() == 2 => (elements / 2.0).ceil(),
                 _ => elements,
             }
         };

@@ -7,7 +7,8 @@ use crate::kernels::{cross_entropy, embedding, layernorm, matmul};
 
 use super::block::{Norm, upload_named, upload_norm};
 use super::config::Config;
-use super::weights::{TensorData, UnitData, WeightDtype};
+use super::weights::{TensorData, UnitData};
+use crate::terms::format::Format;
 
 /// Vocabulary rows `start..end` of the token embedding, (end - start, width).
 #[derive(Clone)]
@@ -32,7 +33,7 @@ impl EmbeddingWeights {
         let tensor = unit
             .tensor("wte.weight")
             .unwrap_or_else(|| panic!("unit {} has no wte.weight", unit.unit));
-        let f16 = dtype == WeightDtype::F16;
+        let f16 = dtype == Format::F16;
         let per_word = if f16 { 2 } else { 1 };
         // An even number of rows starts every chunk on a whole word.
         let rows = (engine.max_buffer_words() * per_word / config.width).min(config.vocab.next_multiple_of(2)) & !1;

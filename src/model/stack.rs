@@ -13,7 +13,9 @@ use super::adapter::{AdapterLayout, LoraSpec};
 use super::block::{Activations, BackwardTo, Block, BlockWeights, Keeping};
 use super::config::Config;
 use super::ends::{EmbeddingWeights, Head, HeadBuffers, HeadWeights};
-use super::optimizer::{Moments, OptimizerSettings};
+use super::optimizer::fill_scalars;
+use crate::terms::moments::Moments;
+use crate::terms::optimizer::OptimizerSettings;
 
 /// The frozen weights of a stack on a device. Cloning shares the buffers.
 #[derive(Clone)]
@@ -399,7 +401,7 @@ impl Stack {
     /// Sets the numbers of the next optimiser step and counts it; `run_step` chooses the learning rate, `weight` scales adapter
     /// gradients recorded after this.
     pub fn begin_update(&mut self, settings: &OptimizerSettings, run_step: u64, weight: f32) {
-        settings.fill_scalars(self.step, run_step, &mut self.scalar_values);
+        fill_scalars(settings, self.step, run_step, &mut self.scalar_values);
         self.scalar_values[scalar::WEIGHT] = weight;
         self.engine.upload(&self.scalars, 0, &self.scalar_values);
         self.step += 1;

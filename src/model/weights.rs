@@ -13,17 +13,10 @@ use sha2::{Digest, Sha256};
 
 use super::archive::{Archive, ArchiveError, Source};
 use super::config::Config;
+use crate::terms::format::Format;
 
 const MAGIC: [u8; 4] = *b"SFLU";
 const VERSION: u32 = 1;
-
-/// How frozen matrices are held. Biases and layer norms are always f32.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum WeightDtype {
-    F16,
-    F32,
-}
 
 /// A separately loaded part of the model. The head is tied to the embedding's `wte.weight`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -93,7 +86,7 @@ impl Unit {
             .chain([Unit::Final])
     }
 
-    /// Names and shapes of the unit's tensors; two-dimensional ones are matrices held as [`WeightDtype`] says.
+    /// Names and shapes of the unit's tensors; two-dimensional ones are matrices held as [`Format`] says.
     pub fn tensors(self, config: &Config) -> Vec<(&'static str, Vec<usize>)> {
         let (width, ffn) = (config.width, config.ffn);
         match self {
@@ -183,10 +176,10 @@ impl TryFrom<String> for Unit {
 }
 
 impl TensorData {
-    pub fn dtype(&self) -> WeightDtype {
+    pub fn dtype(&self) -> Format {
         match self {
-            TensorData::F16(_) => WeightDtype::F16,
-            TensorData::F32(_) => WeightDtype::F32,
+            TensorData::F16(_) => Format::F16,
+            TensorData::F32(_) => Format::F32,
         }
     }
 
@@ -304,13 +297,13 @@ impl Weights {
     /// # Errors
     /// [`WeightsError::Overflow`] when a value has no f16, [`WeightsError::Archive`] when reading fails or a
     /// value is not finite, [`WeightsError::NoSuchBlock`].
-    pub fn unit(&mut self, unit: Unit, dtype: WeightDtype) -> Result<UnitData, WeightsError> {
+    pub fn unit(&mut self, unit: Unit, dtype: Format) -> Result<UnitData, WeightsError> {
         unit.check(&self.config)?;
         let mut tensors = Vec::new();
         for (tensor, shape) in unit.tensors(&self.config) {
             let (archive, name) = self.find(&unit.file_name(tensor))?;
             let archive = &mut self.archives[archive];
-            let data = if shape.len() == 2 && dtype == WeightDtype::F16 {
+            let data = if shape.len() == 2 && dtype == Format::F16 {
                 TensorData::F16(read_f16(archive, &name, &shape)?)
             } else {
                 TensorData::F32(archive.read(&name, &shape)?)
@@ -427,15 +420,11 @@ impl UnitData {
     }
 
     /// How the matrices are held; f32 for the final norm, which has none.
-    pub fn dtype(&self) -> WeightDtype {
-        if self
-            .tensors
-            .iter()
-            .any(|tensor| tensor.data.dtype() == WeightDtype::F16)
-        {
-            WeightDtype::F16
+    pub fn dtype(&self) -> Format {
+        if self.tensors.iter().any(|tensor| tensor.data.dtype() == Format::F16) {
+            Format::F16
         } else {
-            WeightDtype::F32
+            Format::F32
         }
     }
 
@@ -497,20 +486,16 @@ impl UnitData {
         unit.check(config)?;
         let fail = |reason: String| WeightsError::Unit { unit, reason };
         let table = unit.tensors(config);
-        let header = |dtype: WeightDtype| {
+        let header = |dtype: Format| {
             encode_header(
                 unit,
-                table.iter().map(|(name, shape)| {
-                    (
-                        *name,
-                        &shape[..],
-                        if shape.len() == 2 { dtype } else { WeightDtype::F32 },
-                    )
-                }),
+                table
+                    .iter()
+                    .map(|(name, shape)| (*name, &shape[..], if shape.len() == 2 { dtype } else { Format::F32 })),
             )
         };
         // What the header must be is known from the configuration, so it is compared instead of parsed.
-        let Some((dtype, header)) = [WeightDtype::F16, WeightDtype::F32]
+        let Some((dtype, header)) = [Format::F16, Format::F32]
             .into_iter()
             .map(|dtype| (dtype, header(dtype)))
             .find(|(_, header)| bytes.starts_with(header))
@@ -528,7 +513,7 @@ impl UnitData {
             .iter()
             .map(|(_, shape)| {
                 let elements: usize = shape.iter().product();
-                if shape.len() == 2 && dtype == WeightDtype::F16 {
+                if shape.len() == 2 && dtype == Format::F16 {
                     elements.div_ceil(2)
                 } else {
                     elements
@@ -545,7 +530,7 @@ impl UnitData {
             let (data, after) = rest.split_at(4 * length);
             rest = after;
             let words = data.as_chunks::<4>().0.iter().copied();
-            let data = if shape.len() == 2 && dtype == WeightDtype::F16 {
+            let data = if shape.len() == 2 && dtype == Format::F16 {
                 let words: Vec<u32> = words.map(u32::from_le_bytes).collect();
                 let infinite = |bits: u32| bits & 0x7c00 == 0x7c00;
                 if words.iter().any(|&word| infinite(word) || infinite(word >> 16)) {
@@ -573,7 +558,7 @@ impl UnitData {
     }
 }
 
-fn encode_header<'a>(unit: Unit, tensors: impl Iterator<Item = (&'a str, &'a [usize], WeightDtype)>) -> Vec<u8> {
+fn encode_header<'a>(unit: Unit, tensors: impl Iterator<Item = (&'a str, &'a [usize], Format)>) -> Vec<u8> {
     let (kind, block) = match unit {
         Unit::Embedding => (0, 0),
         Unit::Block(block) => (1, block as u32),
@@ -586,7 +571,7 @@ fn encode_header<'a>(unit: Unit, tensors: impl Iterator<Item = (&'a str, &'a [us
         table.extend((name.len() as u32).to_le_bytes());
         table.extend(name.as_bytes());
         table.resize(table.len().next_multiple_of(4), 0);
-        table.extend(u32::from(dtype == WeightDtype::F16).to_le_bytes());
+        table.extend(u32::from(dtype == Format::F16).to_le_bytes());
         table.extend((shape.len() as u32).to_le_bytes());
         for &size in shape {
             table.extend((size as u32).to_le_bytes());

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
 
-use super::message::{ClientId, Credential, Digest, RefusalReason, RunId, Service, Ticket};
+use super::message::{Credential, Digest, RefusalReason, Service, Ticket};
+use crate::terms::ids::{ClientId, RunId};
 
 const BODY_BYTES: usize = 1 + 16 + 8 + 8 + 8;
 const TICKET_BYTES: usize = BODY_BYTES + 32;

@@ -14,6 +14,10 @@ use super::link::silence_limit;
 use super::main_server::{adapter_frame_bytes, step_frame_bytes};
 use super::message::*;
 use super::{Endpoint, PING_INTERVAL, Transmit, earlier};
+use crate::terms::ids::{ClientId, RoundKey, StepKey};
+use crate::terms::moments::Moments;
+use crate::terms::speed::Speed;
+use crate::terms::tensor::{WireLayout, WireTensor};
 
 /// The largest frame before an assignment says more.
 const UNASSIGNED_FRAME_BYTES: usize = 1 << 20;
@@ -35,19 +39,17 @@ pub struct ClientConfig {
     pub retries: u32,
 }
 
-/// The driver's answer to `ComputeForward`. The width and wire type are the assignment's.
+/// The driver's answer to `ComputeForward`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ActivationsInput {
     pub key: StepKey,
-    pub batch: u32,
-    pub seq: u32,
     pub examples: u32,
     /// What the forward pass took.
     pub forward: Duration,
     /// `(batch, seq)`; `IGNORED_TARGET` takes no part in the loss.
     pub targets: Vec<i32>,
-    /// `(batch, seq, width)` in the wire type.
-    pub payload: Vec<u8>,
+    /// `(batch, seq, width)`, of the assignment's width and form.
+    pub tensor: WireTensor,
 }
 
 /// The driver's answer to `UploadAdapter`.
@@ -65,20 +67,10 @@ pub struct AdapterInput {
 /// A mistake of the driver; nothing a server sends leads here.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ClientError {
-    #[error("activations of {batch} × {seq}, where 1 × 1 to {max_batch} × {max_seq} was agreed")]
-    Shape {
-        batch: u32,
-        seq: u32,
-        max_batch: u32,
-        max_seq: u32,
-    },
-    #[error("{given} bytes of activations and {targets} targets, where the shape needs {expected} and {rows}")]
-    Size {
-        given: usize,
-        expected: usize,
-        targets: usize,
-        rows: usize,
-    },
+    #[error("activations of {given}, where at most {largest} was agreed")]
+    Layout { given: WireLayout, largest: WireLayout },
+    #[error("{targets} targets for activations of {rows} rows")]
+    Targets { targets: usize, rows: usize },
     #[error("an adapter of {given} values, where {expected} were agreed")]
     Adapter { given: usize, expected: u64 },
     #[error("moments other than those of the blocks that leave")]
@@ -197,9 +189,7 @@ enum Work {
     Forward(StepKey),
     AwaitGradient {
         key: StepKey,
-        batch: u32,
-        seq: u32,
-        payload_bytes: usize,
+        layout: WireLayout,
         activations: Digest,
     },
     Backward(StepKey),
@@ -369,53 +359,36 @@ impl ClientSession {
         let config = &assigned.assignment.config;
         let ActivationsInput {
             key,
-            batch,
-            seq,
             examples,
             forward,
             targets,
-            payload,
+            tensor,
         } = input;
-        if !(1..=config.batch).contains(&batch) || !(1..=config.seq).contains(&seq) {
-            return Err(ClientError::Shape {
-                batch,
-                seq,
-                max_batch: config.batch,
-                max_seq: config.seq,
+        let layout = tensor.layout();
+        if !config.takes(layout) {
+            return Err(ClientError::Layout {
+                given: layout,
+                largest: config.largest_tensor(),
             });
         }
-        let rows = batch as usize * seq as usize;
-        let expected = config
-            .wire
-            .payload_bytes(rows, config.width as usize)
-            .unwrap_or(usize::MAX);
-        if payload.len() != expected || targets.len() != rows {
-            return Err(ClientError::Size {
-                given: payload.len(),
-                expected,
+        if targets.len() != tensor.rows() {
+            return Err(ClientError::Targets {
                 targets: targets.len(),
-                rows,
+                rows: tensor.rows(),
             });
         }
         self.work = Work::AwaitGradient {
             key,
-            batch,
-            seq,
-            payload_bytes: payload.len(),
-            activations: Digest::of(&payload),
+            layout,
+            activations: Digest::of(tensor.bytes()),
         };
-        let (split, width, dtype) = (config.split, config.width, config.wire);
         let message = Message::Activations(Activations {
             key,
-            split,
-            batch,
-            seq,
-            width,
-            dtype,
+            split: config.split,
             examples,
             forward,
             targets,
-            payload,
+            tensor,
         });
         self.send_paced(Endpoint::Main, now, &message);
         Ok(())
@@ -892,9 +865,7 @@ impl ClientSession {
     fn handle_gradient(&mut self, gradient: Gradient) {
         let Work::AwaitGradient {
             key,
-            batch,
-            seq,
-            payload_bytes,
+            layout,
             activations,
         } = self.work
         else {
@@ -905,26 +876,16 @@ impl ClientSession {
             );
             return self.protocol(Endpoint::Main, detail);
         };
-        let Some(config) = self.assigned.as_ref().map(|assigned| &assigned.assignment.config) else {
-            return;
-        };
-        let pairs = gradient.key == key
-            && gradient.activations == activations
-            && (gradient.batch, gradient.seq, gradient.width) == (batch, seq, config.width)
-            && gradient.dtype == config.wire
-            && gradient.payload.len() == payload_bytes;
-        if !pairs {
+        let found = gradient.tensor.layout();
+        if gradient.key != key || gradient.activations != activations || found != layout {
             let detail = format!(
-                "the gradient of {} ({} × {} × {}, for activations {}) does not belong to the activations of {key} \
-                 ({batch} × {seq} × {}, {activations})",
-                gradient.key, gradient.batch, gradient.seq, gradient.width, gradient.activations, config.width
+                "the gradient of {} ({found}, for activations {}) does not belong to the activations of {key} \
+                 ({layout}, {activations})",
+                gradient.key, gradient.activations
             );
             return self.protocol(Endpoint::Main, detail);
         }
-        if !gradient
-            .dtype
-            .is_finite(&gradient.payload, batch as usize * seq as usize)
-        {
+        if !gradient.tensor.is_finite() {
             return self.protocol(
                 Endpoint::Main,
                 format!("the gradient of {key} has a value that is not finite"),

@@ -11,6 +11,12 @@
 use std::time::Duration;
 
 use super::message::*;
+use crate::terms::format::Format;
+use crate::terms::ids::{ClientId, RoundKey, RunId, StepKey};
+use crate::terms::moments::{MomentPolicy, Moments};
+use crate::terms::optimizer::{OptimizerSettings, Schedule};
+use crate::terms::speed::Speed;
+use crate::terms::tensor::{WireForm, WireLayout, WireTensor, WireTensorError};
 
 /// The first bytes of a greeting and of its answer.
 pub const MAGIC: [u8; 4] = *b"SFLM";
@@ -41,6 +47,8 @@ pub enum DecodeError {
     Text,
     #[error("{0} is not a number that can be")]
     Range(&'static str),
+    #[error(transparent)]
+    Tensor(#[from] WireTensorError),
     #[error("a frame of {bytes} bytes is larger than the {limit} this connection takes")]
     TooLarge { bytes: usize, limit: usize },
 }
@@ -236,12 +244,16 @@ fn put_length(length: usize, out: &mut Vec<u8>) {
     length.put(out);
 }
 
+fn put_bytes(bytes: &[u8], out: &mut Vec<u8>) {
+    put_length(bytes.len(), out);
+    out.extend_from_slice(bytes);
+}
+
 impl Wire for String {
     const MIN_BYTES: usize = 4;
 
     fn put(&self, out: &mut Vec<u8>) {
-        put_length(self.len(), out);
-        out.extend_from_slice(self.as_bytes());
+        put_bytes(self.as_bytes(), out);
     }
 
     fn take(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
@@ -289,14 +301,13 @@ macro_rules! wire_list {
     )*};
 }
 
-wire_list!(String, Blob, WireDtype, Member, Exclusion, Inclusion);
+wire_list!(String, Blob, WireForm, Member, Exclusion, Inclusion);
 
 impl Wire for Vec<u8> {
     const MIN_BYTES: usize = 4;
 
     fn put(&self, out: &mut Vec<u8>) {
-        put_length(self.len(), out);
-        out.extend_from_slice(self);
+        put_bytes(self, out);
     }
 
     fn take(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
@@ -406,8 +417,8 @@ impl Wire for Credential {
     }
 }
 
-wire_enum!(WireDtype { F32 = 0, F16 = 1, Int8 = 2 });
-wire_enum!(WeightFormat { F16 = 0, F32 = 1 });
+wire_enum!(WireForm { F32 = 0, F16 = 1, Int8 = 2 });
+wire_enum!(Format { F16 = 0, F32 = 1 });
 wire_enum!(Schedule { Constant = 0, Linear = 1 });
 wire_enum!(MomentPolicy { Keep = 0, Reset = 1 });
 wire_enum!(Service { Main = 0, Federated = 1, Control = 2 });
@@ -436,22 +447,52 @@ wire_struct!(Blob {
     sha256: Digest,
     bytes: u64
 });
-wire_struct!(OptimizerConfig {
-    lr: f32,
-    weight_decay: f32,
-    schedule: Schedule,
-    warmup: u32,
-    total_steps: u32,
-    clip: Option<f32>,
-    moments: MomentPolicy,
-});
+/// Steps of a run as the wire has them: those past 32 bits are as many as fit.
+struct Steps(u64);
+
+impl Wire for Steps {
+    const MIN_BYTES: usize = 4;
+
+    fn put(&self, out: &mut Vec<u8>) {
+        u32::try_from(self.0).unwrap_or(u32::MAX).put(out);
+    }
+
+    fn take(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
+        Ok(Steps(u32::take(reader)?.into()))
+    }
+}
+
+impl Wire for OptimizerSettings {
+    const MIN_BYTES: usize = 4 + 4 + Schedule::MIN_BYTES + 2 * Steps::MIN_BYTES + Option::<f32>::MIN_BYTES;
+
+    fn put(&self, out: &mut Vec<u8>) {
+        self.lr.put(out);
+        self.weight_decay.put(out);
+        self.schedule.put(out);
+        Steps(self.warmup).put(out);
+        Steps(self.total_steps).put(out);
+        self.clip.put(out);
+    }
+
+    fn take(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
+        Ok(OptimizerSettings {
+            lr: Wire::take(reader)?,
+            weight_decay: Wire::take(reader)?,
+            schedule: Wire::take(reader)?,
+            warmup: Steps::take(reader)?.0,
+            total_steps: Steps::take(reader)?.0,
+            clip: Wire::take(reader)?,
+        })
+    }
+}
+
 wire_struct!(RunConfig {
     split: u32,
     rank: u32,
     alpha: f32,
     targets: Vec<String>,
-    weights: WeightFormat,
-    wire: WireDtype,
+    weights: Format,
+    wire: WireForm,
     batch: u32,
     seq: u32,
     width: u32,
@@ -460,7 +501,8 @@ wire_struct!(RunConfig {
     shuffle: bool,
     local_steps: u32,
     rounds: u32,
-    optimizer: OptimizerConfig,
+    optimizer: OptimizerSettings,
+    moments: MomentPolicy,
 });
 wire_struct!(Assignment {
     run: RunId,
@@ -472,7 +514,7 @@ wire_struct!(Assignment {
     adapter_len: u64,
 });
 wire_struct!(Capabilities {
-    dtypes: Vec<WireDtype>,
+    forms: Vec<WireForm>,
     memory_bytes: u64,
     device: String
 });
@@ -518,30 +560,83 @@ wire_struct!(StepStart {
     key: StepKey,
     members: u32
 });
-wire_struct!(Activations {
-    key: StepKey,
-    split: u32,
-    batch: u32,
-    seq: u32,
-    width: u32,
-    dtype: WireDtype,
-    examples: u32,
-    forward: Duration,
-    targets: Vec<i32>,
-    payload: Vec<u8>,
-});
-wire_struct!(Gradient {
-    key: StepKey,
-    batch: u32,
-    seq: u32,
-    width: u32,
-    dtype: WireDtype,
-    activations: Digest,
-    loss: f32,
-    tokens: u64,
-    mean_loss: f32,
-    payload: Vec<u8>,
-});
+/// The layout of a tensor, whose bytes come at the end of its message.
+impl Wire for WireLayout {
+    const MIN_BYTES: usize = 13;
+
+    fn put(&self, out: &mut Vec<u8>) {
+        self.batch.put(out);
+        self.seq.put(out);
+        self.width.put(out);
+        self.form.put(out);
+    }
+
+    fn take(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
+        Ok(WireLayout {
+            batch: Wire::take(reader)?,
+            seq: Wire::take(reader)?,
+            width: Wire::take(reader)?,
+            form: Wire::take(reader)?,
+        })
+    }
+}
+
+fn take_tensor(layout: WireLayout, reader: &mut Reader<'_>) -> Result<WireTensor, DecodeError> {
+    Ok(WireTensor::new(layout, Vec::<u8>::take(reader)?)?)
+}
+
+impl Wire for Activations {
+    const MIN_BYTES: usize = StepKey::MIN_BYTES + 4 + WireLayout::MIN_BYTES + 4 + Duration::MIN_BYTES + 4 + 4;
+
+    fn put(&self, out: &mut Vec<u8>) {
+        self.key.put(out);
+        self.split.put(out);
+        self.tensor.layout().put(out);
+        self.examples.put(out);
+        self.forward.put(out);
+        self.targets.put(out);
+        put_bytes(self.tensor.bytes(), out);
+    }
+
+    fn take(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
+        let (key, split, layout) = (Wire::take(reader)?, Wire::take(reader)?, Wire::take(reader)?);
+        Ok(Activations {
+            key,
+            split,
+            examples: Wire::take(reader)?,
+            forward: Wire::take(reader)?,
+            targets: Wire::take(reader)?,
+            tensor: take_tensor(layout, reader)?,
+        })
+    }
+}
+
+impl Wire for Gradient {
+    const MIN_BYTES: usize = StepKey::MIN_BYTES + WireLayout::MIN_BYTES + Digest::MIN_BYTES + 4 + 8 + 4 + 4;
+
+    fn put(&self, out: &mut Vec<u8>) {
+        self.key.put(out);
+        self.tensor.layout().put(out);
+        self.activations.put(out);
+        self.loss.put(out);
+        self.tokens.put(out);
+        self.mean_loss.put(out);
+        put_bytes(self.tensor.bytes(), out);
+    }
+
+    fn take(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
+        let (key, layout) = (Wire::take(reader)?, Wire::take(reader)?);
+        Ok(Gradient {
+            key,
+            activations: Wire::take(reader)?,
+            loss: Wire::take(reader)?,
+            tokens: Wire::take(reader)?,
+            mean_loss: Wire::take(reader)?,
+            tensor: take_tensor(layout, reader)?,
+        })
+    }
+}
+
 wire_struct!(StepDone {
     key: StepKey,
     backward: Duration
@@ -735,7 +830,7 @@ const fn refusal_code(reason: RefusalReason) -> u16 {
         RefusalReason::TicketOtherRun => 10,
         RefusalReason::Model => 11,
         RefusalReason::Tokenizer => 12,
-        RefusalReason::WireDtype => 13,
+        RefusalReason::WireForm => 13,
         RefusalReason::NoRun => 14,
         RefusalReason::Full => 15,
         RefusalReason::Other => u16::MAX,
@@ -756,7 +851,7 @@ const REFUSALS: [RefusalReason; 15] = [
     RefusalReason::TicketOtherRun,
     RefusalReason::Model,
     RefusalReason::Tokenizer,
-    RefusalReason::WireDtype,
+    RefusalReason::WireForm,
     RefusalReason::NoRun,
     RefusalReason::Full,
 ];
@@ -959,8 +1054,8 @@ pub fn encode_message(message: &Message) -> (u8, Vec<u8>) {
 /// The frame of a message, written in one go.
 pub fn encode_message_frame(number: u32, acknowledged: u32, message: &Message) -> Vec<u8> {
     let bulk = match message {
-        Message::Activations(Activations { targets, payload, .. }) => targets.len() * 4 + payload.len(),
-        Message::Gradient(Gradient { payload, .. }) => payload.len(),
+        Message::Activations(Activations { targets, tensor, .. }) => targets.len() * 4 + tensor.bytes().len(),
+        Message::Gradient(Gradient { tensor, .. }) => tensor.bytes().len(),
         Message::AdapterUpdate(AdapterUpdate { values, moments, .. }) => {
             let moments = moments.as_ref().map_or(0, |moments| moments.first.len() * 2);
             (values.len() + moments) * 4

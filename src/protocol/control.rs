@@ -81,7 +81,7 @@ impl ControlSession {
             model: None,
             tokenizer: None,
             capabilities: Capabilities {
-                dtypes: Vec::new(),
+                forms: Vec::new(),
                 memory_bytes: 0,
                 device: String::new(),
             },

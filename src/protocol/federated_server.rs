@@ -17,6 +17,8 @@ use super::main_server::adapter_frame_bytes;
 use super::message::*;
 use super::{ConnectionId, DepartureReason, MAX_FRAME_BYTES, Transmit, display_name, earlier};
 use crate::federated::{mean_of_prefixes, weighted_mean};
+use crate::terms::ids::{ClientId, RoundKey, RunId};
+use crate::terms::moments::Moments;
 
 /// Where the main server is.
 #[derive(Clone, Debug, PartialEq, Eq)]

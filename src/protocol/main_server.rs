@@ -23,6 +23,11 @@ use super::door::{Door, Heard};
 use super::link::silence_limit;
 use super::message::*;
 use super::{ConnectionId, MAX_FRAME_BYTES, Transmit, display_name, earlier};
+use crate::terms::ids::{ClientId, RoundKey, RunId, StepKey};
+use crate::terms::moments::Moments;
+use crate::terms::phases::Phases;
+use crate::terms::speed::Speed;
+use crate::terms::tensor::{WireLayout, WireTensor};
 
 /// Room for everything in a frame but its tensors.
 const FRAME_SLACK_BYTES: usize = 1024;
@@ -95,14 +100,10 @@ pub enum Occasion {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepTimes {
     pub client: ClientId,
-    /// As the client says.
-    pub forward: Duration,
-    /// From the time the client was free to start until its activations had come, less `forward`.
-    pub upload: Duration,
-    /// From the time the gradient went out until the client was done, less `backward`.
-    pub download: Duration,
-    /// With the optimiser step, as the client says.
-    pub backward: Duration,
+    /// Forward and backward as the client says; the upload from the time the client was free to start until its activations had
+    /// come, less the forward pass; the download from the time the gradient went out until the client was done, less the backward
+    /// pass.
+    pub phases: Phases<Duration>,
     /// Of the frames with activations and gradient.
     pub bytes_up: u64,
     pub bytes_down: u64,
@@ -146,25 +147,21 @@ pub enum MainError {
     AdapterLength { assigned: u64, given: usize },
     #[error("the initial adapter has a value that is not finite")]
     AdapterNotFinite,
-    #[error("the gradient for {client} has {given} bytes, its activations had {expected}")]
-    GradientLength {
+    #[error("the gradient for {client} is {given}, its activations were {expected}")]
+    GradientLayout {
         client: ClientId,
-        given: usize,
-        expected: usize,
+        given: WireLayout,
+        expected: WireLayout,
     },
 }
 
-/// One member's part of a step, as checked: `payload` is exactly `dtype`'s bytes for `(batch, seq, width)` and finite;
-/// targets are in the vocabulary or ignored; the shape is within the assignment.
+/// One member's part of a step, as checked: the tensor is finite and its layout is one of the assignment's; targets are in the
+/// vocabulary or ignored.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Contribution {
     pub client: ClientId,
     /// Blocks run at the client.
     pub split: u32,
-    pub batch: u32,
-    pub seq: u32,
-    pub width: u32,
-    pub dtype: WireDtype,
     pub examples: u32,
     /// Targets that take part in the loss. May be zero: such a member's loss and gradient are zero.
     pub tokens: u64,
@@ -173,7 +170,7 @@ pub struct Contribution {
     /// `(batch, seq)`
     pub targets: Vec<i32>,
     /// `(batch, seq, width)`
-    pub payload: Vec<u8>,
+    pub activations: WireTensor,
 }
 
 /// What the driver computed for one member.
@@ -182,8 +179,8 @@ pub struct GradientOutput {
     pub client: ClientId,
     /// Mean loss of its targets.
     pub loss: f32,
-    /// Gradient of that loss by its activations, in their shape and type.
-    pub payload: Vec<u8>,
+    /// Gradient of that loss by its activations, in their layout.
+    pub gradient: WireTensor,
 }
 
 /// Why a client is no longer in the run.
@@ -368,11 +365,9 @@ struct Client {
 
 /// What is kept of a contribution while the driver computes.
 struct Received {
-    batch: u32,
-    seq: u32,
+    layout: WireLayout,
     tokens: u64,
     activations: Digest,
-    expected_bytes: usize,
 }
 
 /// A member of the current step.
@@ -380,8 +375,8 @@ struct Received {
 struct Clock {
     /// When it was free to start.
     asked: Duration,
-    forward: Duration,
-    upload: Duration,
+    /// Forward and upload, once its activations have come.
+    phases: Phases<Duration>,
     bytes_up: u64,
 }
 
@@ -389,7 +384,7 @@ struct Clock {
 struct Finishing {
     key: StepKey,
     sent: Duration,
-    /// Members' times, once they are done; before that without `download` and `backward`.
+    /// Members' times, once they are done; before that without download and backward.
     members: BTreeMap<ClientId, (bool, StepTimes)>,
 }
 
@@ -460,13 +455,11 @@ pub struct MainServerSession {
 
 /// Bytes of the largest frame with activations or a gradient; `None` when it is larger than any frame may be.
 pub(super) fn step_frame_bytes(config: &RunConfig) -> Option<usize> {
-    let rows = usize::try_from(config.batch)
-        .ok()?
-        .checked_mul(usize::try_from(config.seq).ok()?)?;
-    let payload = config.wire.payload_bytes(rows, usize::try_from(config.width).ok()?)?;
-    let bytes = rows
+    let tensor = config.largest_tensor();
+    let bytes = tensor
+        .rows()?
         .checked_mul(4)?
-        .checked_add(payload)?
+        .checked_add(tensor.bytes()?)?
         .checked_add(HEADER_BYTES + FRAME_SLACK_BYTES)?;
     (bytes <= MAX_FRAME_BYTES).then_some(bytes)
 }
@@ -755,7 +748,7 @@ impl MainServerSession {
     /// is dropped. Outputs for clients that have left since are ignored, as is an answer to a step that has been lost.
     ///
     /// # Errors
-    /// When a gradient's bytes do not fit the activations it belongs to; nothing is changed then.
+    /// When a gradient is not of the layout of the activations it belongs to; nothing is changed then.
     pub fn step_result(
         &mut self,
         now: Duration,
@@ -770,22 +763,17 @@ impl MainServerSession {
         }
         for output in &outputs {
             if let Some(received) = members.get(&output.client)
-                && received.expected_bytes != output.payload.len()
+                && received.layout != output.gradient.layout()
             {
-                let (given, expected) = (output.payload.len(), received.expected_bytes);
-                return Err(MainError::GradientLength {
+                return Err(MainError::GradientLayout {
                     client: output.client,
-                    given,
-                    expected,
+                    given: output.gradient.layout(),
+                    expected: received.layout,
                 });
             }
         }
-        let wire = self.placement.assignment.config.wire;
         outputs.retain(|output| {
-            members.get(&output.client).is_some_and(|received| {
-                let rows = received.batch as usize * received.seq as usize;
-                output.loss.is_finite() && wire.is_finite(&output.payload, rows)
-            })
+            members.contains_key(&output.client) && output.loss.is_finite() && output.gradient.is_finite()
         });
         let weighted = |output: &GradientOutput| {
             members
@@ -812,21 +800,17 @@ impl MainServerSession {
         let config = &self.placement.assignment.config;
         let mut staying = BTreeSet::new();
         let mut finishing = BTreeMap::new();
-        for GradientOutput { client, loss, payload } in outputs {
+        for GradientOutput { client, loss, gradient } in outputs {
             let Some(received) = members.remove(&client) else {
                 continue;
             };
             let gradient = Gradient {
                 key,
-                batch: received.batch,
-                seq: received.seq,
-                width: config.width,
-                dtype: config.wire,
                 activations: received.activations,
                 loss,
                 tokens: received.tokens,
                 mean_loss,
-                payload,
+                tensor: gradient,
             };
             staying.insert(client);
             let bytes_down = match self.clients.get(&client).and_then(|client| client.connection) {
@@ -836,10 +820,7 @@ impl MainServerSession {
             if let Some(clock) = self.clocks.get(&client) {
                 let times = StepTimes {
                     client,
-                    forward: clock.forward,
-                    upload: clock.upload,
-                    download: Duration::ZERO,
-                    backward: Duration::ZERO,
+                    phases: clock.phases,
                     bytes_up: clock.bytes_up,
                     bytes_down: bytes_down as u64,
                 };
@@ -1135,8 +1116,8 @@ impl MainServerSession {
             ));
         }
         let wire = self.placement.assignment.config.wire;
-        if !hello.capabilities.dtypes.contains(&wire) {
-            return Err((RefusalReason::WireDtype, format!("this run's wire type is {wire:?}")));
+        if !hello.capabilities.forms.contains(&wire) {
+            return Err((RefusalReason::WireForm, format!("this run's wire form is {wire}")));
         }
         let replaces = match admission {
             Admission::Known(pass) => self
@@ -1386,8 +1367,12 @@ impl MainServerSession {
         if let Some(clock) = self.clocks.get_mut(&client) {
             // No part of the time is longer than the whole.
             let whole = now.saturating_sub(clock.asked);
-            clock.forward = forward.min(whole);
-            clock.upload = whole - clock.forward;
+            let forward = forward.min(whole);
+            clock.phases = Phases {
+                forward,
+                upload: whole - forward,
+                ..Phases::default()
+            };
             clock.bytes_up = bytes;
         }
         Ok(())
@@ -1405,8 +1390,8 @@ impl MainServerSession {
             && let Some((is_done, times)) = finishing.members.get_mut(&client)
         {
             let whole = now.saturating_sub(finishing.sent);
-            times.backward = done.backward.min(whole);
-            times.download = whole - times.backward;
+            times.phases.backward = done.backward.min(whole);
+            times.phases.download = whole - times.phases.backward;
             *is_done = true;
         }
         if let Some(clock) = self.clocks.get_mut(&client) {
@@ -1419,37 +1404,25 @@ impl MainServerSession {
         let config = &self.placement.assignment.config;
         let Activations {
             split,
-            batch,
-            seq,
-            width,
-            dtype,
             examples,
             targets,
-            payload,
+            tensor,
             ..
         } = given;
-        if !(1..=config.batch).contains(&batch)
-            || !(1..=config.seq).contains(&seq)
-            || (width, dtype) != (config.width, config.wire)
-        {
-            return Err(format!(
-                "activations of {batch} × {seq} × {width} in {dtype:?}, where at most {} × {} × {} in {:?} was agreed",
-                config.batch, config.seq, config.width, config.wire
-            ));
+        let layout = tensor.layout();
+        if !config.takes(layout) {
+            let largest = config.largest_tensor();
+            return Err(format!("activations of {layout}, where at most {largest} was agreed"));
         }
         let cut = self.placement.split_of(client);
         if split != cut {
             return Err(format!("activations of {split} blocks, where the cut is after {cut}"));
         }
-        // Within the agreed sizes, whose product is known to fit.
-        let rows = batch as usize * seq as usize;
-        let expected_bytes = dtype.payload_bytes(rows, width as usize).unwrap_or(usize::MAX);
-        if payload.len() != expected_bytes || targets.len() != rows {
+        if targets.len() != tensor.rows() {
             return Err(format!(
-                "activations of {batch} × {seq} × {width} with {} payload bytes and {} targets, not {expected_bytes} \
-                 and {rows}",
-                payload.len(),
-                targets.len()
+                "activations of {layout} with {} targets, not {}",
+                targets.len(),
+                tensor.rows()
             ));
         }
         let is_target = |target: &i32| {
@@ -1461,32 +1434,26 @@ impl MainServerSession {
                 targets[position], config.vocab
             ));
         }
-        if !dtype.is_finite(&payload, rows) {
+        if !tensor.is_finite() {
             return Err("activations with a value that is not finite".to_owned());
         }
-        if !(1..=batch).contains(&examples) {
-            return Err(format!("{examples} examples in a batch of {batch}"));
+        if !(1..=layout.batch).contains(&examples) {
+            return Err(format!("{examples} examples in a batch of {}", layout.batch));
         }
         let tokens = targets.iter().filter(|target| **target != IGNORED_TARGET).count() as u64;
         let received = Received {
-            batch,
-            seq,
+            layout,
             tokens,
-            activations: Digest::of(&payload),
-            expected_bytes,
+            activations: Digest::of(tensor.bytes()),
         };
         let contribution = Contribution {
             client,
             split,
-            batch,
-            seq,
-            width,
-            dtype,
             examples,
             tokens,
             weight: 0.0,
             targets,
-            payload,
+            activations: tensor,
         };
         Ok((received, contribution))
     }
@@ -1670,8 +1637,7 @@ impl MainServerSession {
         self.send_to_all(&ready, |count| Message::StepStart(StepStart { key, members: count }));
         let clock = Clock {
             asked: now,
-            forward: Duration::ZERO,
-            upload: Duration::ZERO,
+            phases: Phases::default(),
             bytes_up: 0,
         };
         self.clocks = ready.iter().map(|client| (*client, clock)).collect();

@@ -9,6 +9,13 @@ use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
 
+use crate::terms::format::Format;
+use crate::terms::ids::{ClientId, RoundKey, RunId, StepKey};
+use crate::terms::moments::{MomentPolicy, Moments};
+use crate::terms::optimizer::OptimizerSettings;
+use crate::terms::speed::Speed;
+use crate::terms::tensor::{WireForm, WireLayout, WireTensor};
+
 /// The protocol this crate speaks. Peers with another major version are refused; of two minors the lower is used.
 pub const PROTOCOL_VERSION: Version = Version { major: 3, minor: 0 };
 
@@ -25,26 +32,6 @@ pub struct Version {
 impl fmt::Display for Version {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}.{}", self.major, self.minor)
-    }
-}
-
-/// A client, for the whole run. The number survives a reconnection made with a ticket.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ClientId(pub u64);
-
-impl fmt::Display for ClientId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "client {}", self.0)
-    }
-}
-
-/// A run: sixteen random bytes chosen by the main server's driver.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct RunId(pub [u8; 16]);
-
-impl fmt::Display for RunId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
     }
 }
 
@@ -106,122 +93,6 @@ impl FromStr for Digest {
     }
 }
 
-/// A round of the run. `round` counts from 0; `attempt` grows when a round that lost all its members is opened again,
-/// so that a frame of the lost attempt can never be taken for one of the new.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct RoundKey {
-    pub round: u32,
-    pub attempt: u32,
-}
-
-impl RoundKey {
-    /// The key of local step `step` of this round.
-    pub fn step(self, step: u32) -> StepKey {
-        StepKey { round: self, step }
-    }
-}
-
-impl fmt::Display for RoundKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "round {}.{}", self.round, self.attempt)
-    }
-}
-
-/// A local step of a round; `step` counts from 0 within the round.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct StepKey {
-    pub round: RoundKey,
-    pub step: u32,
-}
-
-impl fmt::Display for StepKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} step {}", self.round, self.step)
-    }
-}
-
-/// How the numbers of activations and gradients travel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum WireDtype {
-    /// Little-endian f32.
-    F32,
-    /// IEEE half precision, two to a little-endian 32-bit word, the first in the low half.
-    F16,
-    /// One f32 scale per token row, all scales first; then each row's signed bytes, padded to a whole 32-bit word.
-    Int8,
-}
-
-impl WireDtype {
-    /// Bytes of a payload of `rows` token rows of `width` numbers; `None` when that overflows.
-    pub fn payload_bytes(self, rows: usize, width: usize) -> Option<usize> {
-        let numbers = rows.checked_mul(width)?;
-        match self {
-            WireDtype::F32 => numbers.checked_mul(4),
-            WireDtype::F16 => numbers.div_ceil(2).checked_mul(4),
-            WireDtype::Int8 => rows.checked_mul(width.div_ceil(4).checked_mul(4)?.checked_add(4)?),
-        }
-    }
-
-    /// Whether every number of a payload of this type is finite. For int8 only the scales can fail to be.
-    pub fn is_finite(self, payload: &[u8], rows: usize) -> bool {
-        match self {
-            WireDtype::F32 => payload
-                .as_chunks::<4>()
-                .0
-                .iter()
-                .all(|bytes| f32::from_le_bytes(*bytes).is_finite()),
-            WireDtype::F16 => payload
-                .as_chunks::<2>()
-                .0
-                .iter()
-                .all(|bytes| u16::from_le_bytes(*bytes) & 0x7c00 != 0x7c00),
-            WireDtype::Int8 => payload
-                .as_chunks::<4>()
-                .0
-                .iter()
-                .take(rows)
-                .all(|bytes| f32::from_le_bytes(*bytes).is_finite()),
-        }
-    }
-}
-
-/// How frozen weights are held.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum WeightFormat {
-    F16,
-    F32,
-}
-
-/// How the learning rate moves over the run's steps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Schedule {
-    Constant,
-    /// Linear to zero at the last step.
-    Linear,
-}
-
-/// What becomes of a client's optimiser moments when the averaged adapter replaces its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum MomentPolicy {
-    Keep,
-    Reset,
-}
-
-/// AdamW as both sides run it. A client derives the rate of a step from this and the step's number in the run.
-#[derive(Clone, Debug, PartialEq)]
-pub struct OptimizerConfig {
-    pub lr: f32,
-    pub weight_decay: f32,
-    pub schedule: Schedule,
-    /// Steps of linear warm-up.
-    pub warmup: u32,
-    /// Steps of the whole run: rounds × local steps.
-    pub total_steps: u32,
-    /// Largest global gradient norm, when clipped.
-    pub clip: Option<f32>,
-    pub moments: MomentPolicy,
-}
-
 /// What every client of a run must agree on.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RunConfig {
@@ -231,8 +102,8 @@ pub struct RunConfig {
     pub alpha: f32,
     /// Adapted matrices, by their short names (`c_attn`, `c_proj`, `c_fc`).
     pub targets: Vec<String>,
-    pub weights: WeightFormat,
-    pub wire: WireDtype,
+    pub weights: Format,
+    pub wire: WireForm,
     /// Largest batch of a step.
     pub batch: u32,
     /// Longest sequence of a step.
@@ -243,7 +114,27 @@ pub struct RunConfig {
     pub shuffle: bool,
     pub local_steps: u32,
     pub rounds: u32,
-    pub optimizer: OptimizerConfig,
+    pub optimizer: OptimizerSettings,
+    pub moments: MomentPolicy,
+}
+
+impl RunConfig {
+    /// The largest tensor of a step.
+    pub fn largest_tensor(&self) -> WireLayout {
+        WireLayout {
+            form: self.wire,
+            batch: self.batch,
+            seq: self.seq,
+            width: self.width,
+        }
+    }
+
+    /// Whether a step may have a tensor of this layout.
+    pub fn takes(&self, layout: WireLayout) -> bool {
+        (1..=self.batch).contains(&layout.batch)
+            && (1..=self.seq).contains(&layout.seq)
+            && (layout.width, layout.form) == (self.width, self.wire)
+    }
 }
 
 /// A file served over HTTP by its content's hash, at `/weights/<sha256>`.
@@ -274,33 +165,12 @@ pub struct Assignment {
 /// What a client's machine can do.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Capabilities {
-    /// Wire types it can encode and decode.
-    pub dtypes: Vec<WireDtype>,
+    /// What it can encode and decode.
+    pub forms: Vec<WireForm>,
     /// Memory it can give, in bytes; 0 when unknown.
     pub memory_bytes: u64,
     /// Device name, for people.
     pub device: String,
-}
-
-/// What a device computes, measured with the run's own kernels and shapes, in FLOP/s.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Speed {
-    pub forward_flops_per_s: f64,
-    pub backward_flops_per_s: f64,
-}
-
-impl Speed {
-    /// The fastest that is believed.
-    const MOST: f64 = 1e18;
-
-    /// `None` for numbers that no device has: not finite, less than 1, or more than 10^18.
-    pub fn new(forward_flops_per_s: f64, backward_flops_per_s: f64) -> Option<Speed> {
-        let possible = |speed: f64| (1.0..=Speed::MOST).contains(&speed);
-        (possible(forward_flops_per_s) && possible(backward_flops_per_s)).then_some(Speed {
-            forward_flops_per_s,
-            backward_flops_per_s,
-        })
-    }
 }
 
 /// The rates of a client's emulated uplinks, in bits per second.
@@ -321,28 +191,6 @@ impl LinkRates {
             main_bits_per_s,
             federated_bits_per_s,
         })
-    }
-}
-
-/// AdamW's moments of some adapter values, in their order, as they are after `steps` steps. Who keeps another count
-/// brings them to it, so that what the bias correction makes of them stays the same.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Moments {
-    pub steps: u64,
-    pub first: Vec<f32>,
-    pub second: Vec<f32>,
-}
-
-impl Moments {
-    /// Whether these are moments of `len` values after `steps` steps.
-    pub fn are_of(&self, len: usize, steps: u64) -> bool {
-        (self.steps, self.first.len(), self.second.len()) == (steps, len, len)
-    }
-
-    /// Whether all are finite, and the second ones no less than zero.
-    pub fn are_possible(&self) -> bool {
-        self.first.iter().all(|value| value.is_finite())
-            && self.second.iter().all(|value| value.is_finite() && *value >= 0.0)
     }
 }
 
@@ -450,8 +298,8 @@ pub enum RefusalReason {
     TicketOtherRun,
     Model,
     Tokenizer,
-    /// The client cannot encode the run's wire type.
-    WireDtype,
+    /// The client cannot encode the run's wire form.
+    WireForm,
     /// The run is over, or has not begun at this service.
     NoRun,
     /// As many clients as this server takes are connected.
@@ -490,7 +338,7 @@ impl fmt::Display for RefusalReason {
             RefusalReason::TicketOtherRun => "the ticket belongs to another run; join again with the join token",
             RefusalReason::Model => "the server trains another model",
             RefusalReason::Tokenizer => "the server uses another tokenizer",
-            RefusalReason::WireDtype => "this client cannot encode the run's wire type",
+            RefusalReason::WireForm => "this client cannot encode the run's wire form",
             RefusalReason::NoRun => "no run is open here",
             RefusalReason::Full => "the server has as many clients as it takes; try later",
             RefusalReason::Other => "the server refused",
@@ -542,29 +390,21 @@ pub struct Activations {
     pub key: StepKey,
     /// The cut they were made at: blocks run.
     pub split: u32,
-    pub batch: u32,
-    pub seq: u32,
-    pub width: u32,
-    pub dtype: WireDtype,
     /// Examples in the batch.
     pub examples: u32,
     /// What the forward pass took.
     pub forward: Duration,
     /// `(batch, seq)`; `IGNORED_TARGET` takes no part in the loss.
     pub targets: Vec<i32>,
-    /// `(batch, seq, width)` in `dtype`.
-    pub payload: Vec<u8>,
+    /// `(batch, seq, width)`
+    pub tensor: WireTensor,
 }
 
 /// Main → client: the loss gradient of its activations.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Gradient {
     pub key: StepKey,
-    pub batch: u32,
-    pub seq: u32,
-    pub width: u32,
-    pub dtype: WireDtype,
-    /// Digest of the payload of the activations this belongs to.
+    /// Digest of the bytes of the activations this belongs to.
     pub activations: Digest,
     /// Mean loss of this client's targets.
     pub loss: f32,
@@ -572,8 +412,8 @@ pub struct Gradient {
     pub tokens: u64,
     /// Mean loss over all members' targets.
     pub mean_loss: f32,
-    /// `(batch, seq, width)` in `dtype`: `d loss / d activations`.
-    pub payload: Vec<u8>,
+    /// `(batch, seq, width)`: `d loss / d activations`.
+    pub tensor: WireTensor,
 }
 
 /// Client → main: the backward pass and the optimiser step are done.

@@ -7,17 +7,20 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::planner::{
-    ClientFacts, ClientRound, Decision, PhasePrediction, Planner, RoundFacts, RoundPrediction, StartFacts,
+    ClientFacts, ClientPrediction, ClientRound, Decision, Planner, RoundFacts, RoundPrediction, StartFacts,
 };
 use crate::allocation::scenario::{CellCosts, Scenario, Speeds};
-use crate::allocation::{self, Cell, Method, Phases, Problem, SolveOptions};
+use crate::allocation::{self, Cell, Method, Problem, RoundTimes, SolveOptions};
 use crate::model::config::Config;
-use crate::model::cost::{Convention, CutFormat, Workload};
+use crate::model::cost::{Convention, Workload};
 use crate::model::rounds::RoundsTable;
 use crate::model::stack::Extent;
-use crate::model::weights::WeightDtype;
-use crate::protocol::message::{ClientId, LinkRates, Speed};
-use crate::split::{Training, Wire};
+use crate::protocol::message::LinkRates;
+use crate::split::Training;
+use crate::terms::format::Format;
+use crate::terms::ids::ClientId;
+use crate::terms::phases::Phases;
+use crate::terms::speed::Speed;
 
 /// The cut moves only when that is forecast to shorten a round by more than this part of it.
 pub const MARGIN: f64 = 0.1;
@@ -85,14 +88,6 @@ impl Shape {
             seq: self.training.seq,
         };
         Workload::new(&self.config, &self.training.spec.targets, extent, Convention::Issued)
-    }
-
-    fn format(&self) -> CutFormat {
-        match self.training.wire {
-            Wire::F32 => CutFormat::F32,
-            Wire::F16 => CutFormat::F16,
-            Wire::Int8 => CutFormat::Int8,
-        }
     }
 
     fn blocks(&self) -> u32 {
@@ -204,12 +199,7 @@ impl Allocator {
         let mut scenario = scenario.clone();
         scenario.model.blocks = run.config.blocks;
         scenario.training.local_steps = run.local_steps;
-        scenario.training.wire = match run.training.wire {
-            Wire::F32 => "f32",
-            Wire::F16 => "f16",
-            Wire::Int8 => "int8",
-        }
-        .to_owned();
+        scenario.training.wire = run.training.wire;
         scenario.training.splits = Some(splits.to_vec());
         scenario.training.ranks = Some(ranks.iter().map(|&(rank, _)| rank).collect());
         scenario.training.rounds = ranks.iter().copied().collect();
@@ -274,15 +264,15 @@ impl Allocator {
     }
 
     /// What a round would take at the clients' `cuts`, in their order, and `rank`, at the rates that are emulated or measured.
-    fn phases(&self, clients: &[ClientFacts], cuts: &[usize], rank: usize) -> Result<Phases, String> {
+    fn times(&self, clients: &[ClientFacts], cuts: &[usize], rank: usize) -> Result<RoundTimes, String> {
         let run = self.run()?;
         let ids: Vec<ClientId> = clients.iter().map(|facts| facts.id).collect();
         let workload = run.workload();
         let costs = CellCosts {
             workload: &workload,
             speeds: &self.speeds(&ids),
-            format: run.format(),
-            weights: WeightDtype::F16,
+            format: run.training.wire,
+            weights: Format::F16,
             joules_per_flop: vec![0.0; ids.len()],
         };
         let distinct: BTreeSet<usize> = cuts.iter().copied().collect();
@@ -324,12 +314,14 @@ impl Allocator {
             let seconds = |(client, cell): (usize, &&Cell)| part(cell).get(client).copied();
             cells.iter().enumerate().filter_map(seconds).collect()
         };
-        Ok(Phases {
-            forward_s: per_client(|cell| &cell.client_forward_s),
-            upload_s: ids.iter().zip(&cells).map(upload_s).collect(),
+        Ok(RoundTimes {
+            phases: Phases {
+                forward: per_client(|cell| &cell.client_forward_s),
+                upload: ids.iter().zip(&cells).map(upload_s).collect(),
+                download: ids.iter().zip(&cells).map(download_s).collect(),
+                backward: per_client(|cell| &cell.client_backward_s),
+            },
             server_s: cells.iter().map(|cell| cell.server_s).sum::<f64>() / cells.len().max(1) as f64,
-            download_s: ids.iter().zip(&cells).map(download_s).collect(),
-            backward_s: per_client(|cell| &cell.client_backward_s),
             adapter_s: ids.iter().zip(&cells).map(adapter_s).collect(),
             broadcast_s: 0.0,
         })
@@ -337,7 +329,7 @@ impl Allocator {
 
     /// What a run of so many rounds would take.
     fn total_s(&self, clients: &[ClientFacts], cuts: &[usize], (rank, rounds): (usize, f64)) -> Result<f64, String> {
-        Ok(rounds * self.phases(clients, cuts, rank)?.round_s(self.run()?.local_steps))
+        Ok(rounds * self.times(clients, cuts, rank)?.round_s(self.run()?.local_steps))
     }
 
     /// Cuts that a client's memory allows, shallowest first.
@@ -345,7 +337,7 @@ impl Allocator {
         let run = self.run()?;
         let workload = run.workload();
         let fits = |split: &usize| {
-            let needed = workload.client_memory_bytes(*split, rank, WeightDtype::F16, run.format());
+            let needed = workload.client_memory_bytes(*split, rank, Format::F16, run.training.wire);
             client.memory_bytes == 0 || needed <= client.memory_bytes as f64
         };
         let mut splits: Vec<usize> = (self.splits(run.blocks()).into_iter())
@@ -402,8 +394,8 @@ impl Allocator {
         let mut backward: Vec<BTreeMap<usize, f64>> = vec![BTreeMap::new(); clients.len()];
         for split in self.splits(self.run()?.blocks()) {
             let split = split as usize;
-            let phases = self.phases(clients, &vec![split; clients.len()], rank)?;
-            for (of_client, seconds) in backward.iter_mut().zip(phases.backward_s) {
+            let times = self.times(clients, &vec![split; clients.len()], rank)?;
+            for (of_client, seconds) in backward.iter_mut().zip(times.phases.backward) {
                 of_client.insert(split, seconds);
             }
         }
@@ -489,13 +481,11 @@ impl Allocator {
         rank: usize,
         reason: String,
     ) -> Result<Option<Decision>, String> {
-        let phases = self.phases(clients, cuts, rank)?;
+        let times = self.times(clients, cuts, rank)?;
         let of_client = |(position, facts): (usize, &ClientFacts)| {
-            let prediction = PhasePrediction {
-                forward_s: phases.forward_s[position],
-                upload_s: phases.upload_s[position],
-                backward_s: phases.backward_s[position],
-                federated_s: phases.adapter_s[position],
+            let prediction = ClientPrediction {
+                step: times.phases.of(position),
+                federated_s: times.adapter_s[position],
             };
             (facts.id, prediction)
         };
@@ -506,8 +496,8 @@ impl Allocator {
             rates: self.rates_of(clients),
             prediction: Some(RoundPrediction {
                 clients: clients.iter().enumerate().map(of_client).collect(),
-                server_s: phases.server_s,
-                total_s: phases.round_s(self.run()?.local_steps),
+                server_s: times.server_s,
+                total_s: times.round_s(self.run()?.local_steps),
             }),
             reason,
         }))
@@ -555,16 +545,15 @@ impl Allocator {
                 continue;
             };
             let cut = facts.cut_of(measured.id);
+            let phases = measured.phases;
             let forward = workload.client_forward_flops(cut, facts.rank);
             let backward = workload.client_backward_flops(cut, facts.rank);
-            if let Some(speed) = Speed::new(forward / measured.forward_s, backward / measured.backward_s) {
+            if let Some(speed) = Speed::new(forward / phases.forward, backward / phases.backward) {
                 known.speed = Some(speed);
             }
             let ClientRound {
                 activation_bits,
                 gradient_bits,
-                upload_s,
-                download_s,
                 ..
             } = *measured;
             let throughput = |bits: f64, seconds: f64| {
@@ -574,12 +563,12 @@ impl Allocator {
             if activation_bits > 0.0 {
                 known.upload_bits = Some(activation_bits);
             }
-            if let Some(rate) = throughput(activation_bits, upload_s) {
+            if let Some(rate) = throughput(activation_bits, phases.upload) {
                 known.uplink_bits_per_s = rate;
                 // Until an adapter was timed: both links leave the same device.
                 known.federated_bits_per_s = rate;
             }
-            if let Some(rate) = throughput(gradient_bits, download_s) {
+            if let Some(rate) = throughput(gradient_bits, phases.download) {
                 known.downlink_bits_per_s = rate;
             }
             if let (Some(bits), Some(seconds)) = (measured.adapter_bits, measured.federated_s)
@@ -668,7 +657,7 @@ impl Planner for Allocator {
         let run = self.run()?;
         let (local_steps, blocks) = (run.local_steps, run.blocks());
         let rank = [(u32::try_from(facts.rank).unwrap_or(u32::MAX), 1.0)];
-        let now_s = self.phases(&facts.clients, &cuts, facts.rank)?.round_s(local_steps);
+        let now_s = self.times(&facts.clients, &cuts, facts.rank)?.round_s(local_steps);
         let uniform = |cut: usize| vec![cut; facts.clients.len()];
         let (cut, then_s, plan) = match &self.settings.scenario {
             // Without somebody at every place there is no problem to solve: links stay as they are.
@@ -689,7 +678,7 @@ impl Planner for Allocator {
             None => {
                 let (cut, _) = self.shortest(&facts.clients, &rank)?;
                 let then_s = self
-                    .phases(&facts.clients, &uniform(cut), facts.rank)?
+                    .times(&facts.clients, &uniform(cut), facts.rank)?
                     .round_s(local_steps);
                 (cut, then_s, None)
             }
@@ -721,7 +710,8 @@ fn certificate(plan: &allocation::Plan) -> String {
 mod tests {
     use super::*;
     use crate::model::adapter::{LoraSpec, Target};
-    use crate::model::optimizer::{OptimizerSettings, Schedule};
+    use crate::terms::optimizer::{OptimizerSettings, Schedule};
+    use crate::terms::tensor::WireForm;
 
     fn config() -> Config {
         Config::from_json(
@@ -743,7 +733,7 @@ mod tests {
             },
             batch: 4,
             seq: 32,
-            wire: Wire::F16,
+            wire: WireForm::F16,
         }
     }
 
@@ -788,10 +778,12 @@ mod tests {
         let measured = |&(id, speed): &(u64, f64)| ClientRound {
             id: ClientId(id),
             steps: 5,
-            forward_s: workload.client_forward_flops(cut, 4) / speed,
-            upload_s: 0.01,
-            download_s: 0.01,
-            backward_s: workload.client_backward_flops(cut, 4) / speed,
+            phases: Phases {
+                forward: workload.client_forward_flops(cut, 4) / speed,
+                upload: 0.01,
+                download: 0.01,
+                backward: workload.client_backward_flops(cut, 4) / speed,
+            },
             activation_bits: 1e5,
             gradient_bits: 1e5,
             federated_s: Some(0.01),
@@ -846,7 +838,7 @@ mod tests {
         let facts = clients();
         for first in 1..6 {
             for second in 1..6 {
-                let other = allocator.phases(&facts, &[first, second], 4).unwrap().round_s(5);
+                let other = allocator.times(&facts, &[first, second], 4).unwrap().round_s(5);
                 assert!(total(&own) <= other * (1.0 + 1e-9), "{first}, {second}: {other}");
             }
         }
@@ -855,14 +847,14 @@ mod tests {
         let mut facts = round(&allocator, own.cut, &[(1, 1e7), (2, 1e9)], 2e8);
         facts.cuts = own.cuts.clone();
         facts.can_recut = false;
-        facts.measured[1].forward_s = workload.client_forward_flops(cut(2), 4) / 3e9;
-        facts.measured[1].backward_s = workload.client_backward_flops(cut(2), 4) / 3e9;
+        facts.measured[1].phases.forward = workload.client_forward_flops(cut(2), 4) / 3e9;
+        facts.measured[1].phases.backward = workload.client_backward_flops(cut(2), 4) / 3e9;
         let then = decided(allocator.boundary(&facts));
         assert_eq!((then.cut, then.cuts.len()), (own.cut, 0));
         let learned = allocator.known[&ClientId(2)].speed.unwrap();
         assert!((learned.forward_flops_per_s / 3e9 - 1.0).abs() < 1e-9);
         let (before, after) = (own.prediction.unwrap(), then.prediction.unwrap());
-        assert!(after.clients[&ClientId(2)].forward_s < before.clients[&ClientId(2)].forward_s);
+        assert!(after.clients[&ClientId(2)].step.forward < before.clients[&ClientId(2)].step.forward);
     }
 
     #[test]
@@ -902,10 +894,7 @@ mod tests {
             training: training(),
             local_steps: 5,
         };
-        let needed = |cut| {
-            run.workload()
-                .client_memory_bytes(cut, 4, WeightDtype::F16, CutFormat::F16) as u64
-        };
+        let needed = |cut| run.workload().client_memory_bytes(cut, 4, Format::F16, WireForm::F16) as u64;
         small.memory_bytes = needed(2) + 1;
         let mut allocator = Allocator::new(settings());
         assert_eq!(
@@ -927,7 +916,7 @@ mod tests {
         let moved = decided(allocator.boundary(&facts));
         assert_eq!(moved.cut, 5);
         let prediction = moved.prediction.unwrap();
-        assert!((prediction.clients[&ClientId(1)].upload_s - 0.01).abs() < 1e-12);
+        assert!((prediction.clients[&ClientId(1)].step.upload - 0.01).abs() < 1e-12);
 
         // Where a block is as fast on either side, nothing pays.
         let mut allocator = Allocator::new(settings());
@@ -988,15 +977,18 @@ mod tests {
         let prediction = decision.prediction.unwrap();
         let run = allocator.run().unwrap();
         let workload = run.workload();
-        let bits = workload.activation_bits(CutFormat::F16) + workload.label_bits();
+        let bits = workload.activation_bits(WireForm::F16) + workload.label_bits();
         for (id, rates) in &decision.rates {
             let predicted = prediction.clients[id];
-            assert!((predicted.upload_s * rates.main_bits_per_s / bits - 1.0).abs() < 1e-9);
+            assert!((predicted.step.upload * rates.main_bits_per_s / bits - 1.0).abs() < 1e-9);
         }
         // All clients that send end together, so the step is what the model says of any of them.
         let phases: Vec<_> = prediction.clients.values().collect();
-        let upload = phases.iter().map(|p| p.forward_s + p.upload_s).fold(0.0, f64::max);
-        let backward = phases.iter().map(|p| p.backward_s).fold(0.0, f64::max);
+        let upload = phases
+            .iter()
+            .map(|p| p.step.forward + p.step.upload)
+            .fold(0.0, f64::max);
+        let backward = phases.iter().map(|p| p.step.backward).fold(0.0, f64::max);
         let federated = phases.iter().map(|p| p.federated_s).fold(0.0, f64::max);
         let round_s = 5.0 * (upload + prediction.server_s + backward) + federated;
         assert!((prediction.total_s / round_s - 1.0).abs() < 1e-9);

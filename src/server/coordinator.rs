@@ -14,43 +14,25 @@ use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 
 use super::Error;
+use super::inbox::{Done, Input, Outgoing, Work};
 use super::limit::FailureLimit;
-use super::metrics::{MeasuredPhases, Metrics, Phases, RoundPhases, RoundRecord, ServerPhase, StepRecord};
+use super::metrics::{MeasuredPhases, Metrics, RoundPhases, RoundRecord, ServerPhase, StepPhases, StepRecord};
 use super::planner::{ClientFacts, ClientRound, Decision, Facts, RoundFacts, RoundPrediction, StartFacts};
-use super::socket::{Outgoing, Service};
 use super::store::RunDirectory;
-use super::worker::{Done, Work};
 use crate::model::config::Config;
-use crate::protocol::message::{ClientId, ControlReply, RefusalReason, RunConfig, StepKey};
+use crate::protocol::message::{ControlReply, RefusalReason, RunConfig};
 use crate::protocol::{
-    CollectTime, ConnectionId, ControlEvent, ControlSession, FederatedEvent, FederatedServerSession, MAX_FRAME_BYTES,
-    MainEvent, MainServerSession, Occasion, Placement, RoundPlan, RunEnd, RunPhase, StepTimes, Transmit,
+    CollectTime, ConnectionId, ControlEvent, ControlSession, Endpoint, FederatedEvent, FederatedServerSession,
+    MAX_FRAME_BYTES, MainEvent, MainServerSession, Occasion, Placement, RoundPlan, RunEnd, RunPhase, StepTimes,
+    Transmit,
 };
 use crate::split::{Evaluation, Training};
+use crate::terms::ids::{ClientId, StepKey};
+use crate::terms::phases::Phases;
 use crate::transport::{self, Dialer, Origin, SocketEvent};
 
 /// How long to wait, when the run is over, for clients that do not take their leave.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
-
-/// What reaches the coordinator.
-#[derive(Debug)]
-pub enum Input {
-    Opened {
-        connection: ConnectionId,
-        service: Service,
-        address: IpAddr,
-        outgoing: mpsc::Sender<Outgoing>,
-    },
-    Frame {
-        connection: ConnectionId,
-        bytes: Vec<u8>,
-    },
-    Closed {
-        connection: ConnectionId,
-    },
-    Computed(Done),
-    Stop(String),
-}
 
 /// What happens in a run, for people. Rounds and steps count from 1.
 #[derive(Clone, Debug)]
@@ -271,10 +253,7 @@ struct RoundMeasure {
 #[derive(Clone, Copy, Default)]
 struct MemberMeasure {
     steps: u32,
-    forward: Duration,
-    upload: Duration,
-    download: Duration,
-    backward: Duration,
+    phases: Phases<Duration>,
     bytes_up: u64,
     bytes_down: u64,
 }
@@ -283,10 +262,7 @@ impl RoundMeasure {
     fn add(&mut self, times: &StepTimes) {
         let sums = self.members.entry(times.client).or_default();
         sums.steps += 1;
-        sums.forward += times.forward;
-        sums.upload += times.upload;
-        sums.download += times.download;
-        sums.backward += times.backward;
+        sums.phases += times.phases;
         sums.bytes_up += times.bytes_up;
         sums.bytes_down += times.bytes_down;
     }
@@ -303,10 +279,7 @@ impl RoundMeasure {
             ClientRound {
                 id: *id,
                 steps: sums.steps,
-                forward_s: sums.forward.as_secs_f64() / steps,
-                upload_s: sums.upload.as_secs_f64() / steps,
-                download_s: sums.download.as_secs_f64() / steps,
-                backward_s: sums.backward.as_secs_f64() / steps,
+                phases: sums.phases.as_secs_f64().map(|sum| sum / steps),
                 activation_bits: 8.0 * sums.bytes_up as f64 / steps,
                 gradient_bits: 8.0 * sums.bytes_down as f64 / steps,
                 federated_s: collected.map(|time| time.took.as_secs_f64()),
@@ -322,10 +295,7 @@ impl RoundMeasure {
             client: mean.id.0,
             predicted: prediction.and_then(|prediction| prediction.clients.get(&mean.id).copied()),
             measured: MeasuredPhases {
-                forward_s: mean.forward_s,
-                upload_s: mean.upload_s,
-                download_s: mean.download_s,
-                backward_s: mean.backward_s,
+                step: mean.phases,
                 federated_s: mean.federated_s,
             },
         });
@@ -333,13 +303,10 @@ impl RoundMeasure {
     }
 }
 
-fn phases(times: &StepTimes) -> Phases {
-    Phases {
+fn phases(times: &StepTimes) -> StepPhases {
+    StepPhases {
         client: times.client.0,
-        forward_s: times.forward.as_secs_f64(),
-        upload_s: times.upload.as_secs_f64(),
-        download_s: times.download.as_secs_f64(),
-        backward_s: times.backward.as_secs_f64(),
+        phases: times.phases.as_secs_f64(),
     }
 }
 
@@ -379,7 +346,7 @@ impl RemoteLink {
 }
 
 struct Connection {
-    service: Service,
+    endpoint: Endpoint,
     address: IpAddr,
     outgoing: mpsc::Sender<Outgoing>,
 }
@@ -578,35 +545,35 @@ impl Coordinator {
         match input {
             Input::Opened {
                 connection,
-                service,
+                endpoint,
                 address,
                 outgoing,
             } => {
                 self.connections.insert(
                     connection,
                     Connection {
-                        service,
+                        endpoint,
                         address,
                         outgoing,
                     },
                 );
-                match (service, &mut self.parts.main, &mut self.parts.federated) {
-                    (Service::Main, Some(main), _) => main.session.connected(connection, now),
-                    (Service::Federated, _, Some(federated)) => federated.connected(connection, now),
+                match (endpoint, &mut self.parts.main, &mut self.parts.federated) {
+                    (Endpoint::Main, Some(main), _) => main.session.connected(connection, now),
+                    (Endpoint::Federated, _, Some(federated)) => federated.connected(connection, now),
                     _ => {}
                 }
             }
             Input::Frame { connection, bytes } => {
-                let Some(Connection { service, .. }) = self.connections.get(&connection) else {
+                let Some(Connection { endpoint, .. }) = self.connections.get(&connection) else {
                     return;
                 };
                 self.total.up += bytes.len() as u64;
-                match (service, &mut self.parts.main, &mut self.parts.federated) {
-                    (Service::Main, Some(main), _) => {
+                match (endpoint, &mut self.parts.main, &mut self.parts.federated) {
+                    (Endpoint::Main, Some(main), _) => {
                         main.step_bytes.up += bytes.len() as u64;
                         main.session.handle_frame(connection, now, &bytes);
                     }
-                    (Service::Federated, _, Some(federated)) => federated.handle_frame(connection, now, &bytes),
+                    (Endpoint::Federated, _, Some(federated)) => federated.handle_frame(connection, now, &bytes),
                     _ => {}
                 }
             }
@@ -624,12 +591,12 @@ impl Coordinator {
 
     fn closed(&mut self, connection: ConnectionId) {
         let now = self.now();
-        let Some(Connection { service, .. }) = self.connections.remove(&connection) else {
+        let Some(Connection { endpoint, .. }) = self.connections.remove(&connection) else {
             return;
         };
-        match (service, &mut self.parts.main, &mut self.parts.federated) {
-            (Service::Main, Some(main), _) => main.session.disconnected(connection, now),
-            (Service::Federated, _, Some(federated)) => federated.disconnected(connection, now),
+        match (endpoint, &mut self.parts.main, &mut self.parts.federated) {
+            (Endpoint::Main, Some(main), _) => main.session.disconnected(connection, now),
+            (Endpoint::Federated, _, Some(federated)) => federated.disconnected(connection, now),
             _ => {}
         }
     }

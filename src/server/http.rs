@@ -21,8 +21,9 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 use tower_http::services::ServeFile;
 
-use super::socket::{Door, Service};
+use super::socket::Door;
 use super::store::Blobs;
+use crate::protocol::Endpoint;
 use crate::protocol::message::Digest;
 
 include!(concat!(env!("OUT_DIR"), "/web_assets.rs"));
@@ -174,7 +175,7 @@ async fn main_service(
     if !same_origin(&headers) {
         return (StatusCode::FORBIDDEN, "a page from another origin may not join\n").into_response();
     }
-    open(&site, Service::Main, address.ip(), upgrade)
+    open(&site, Endpoint::Main, address.ip(), upgrade)
 }
 
 async fn federated_service(
@@ -182,10 +183,10 @@ async fn federated_service(
     ConnectInfo(address): ConnectInfo<SocketAddr>,
     upgrade: WebSocketUpgrade,
 ) -> Response {
-    open(&site, Service::Federated, address.ip(), upgrade)
+    open(&site, Endpoint::Federated, address.ip(), upgrade)
 }
 
-fn open(site: &Arc<Site>, service: Service, address: IpAddr, upgrade: WebSocketUpgrade) -> Response {
+fn open(site: &Arc<Site>, endpoint: Endpoint, address: IpAddr, upgrade: WebSocketUpgrade) -> Response {
     if let Err(wait) = site.door.check(address) {
         let seconds = wait.as_secs() + 1;
         let text = format!("too many failed attempts from {address}; wait {seconds} s\n");
@@ -196,7 +197,7 @@ fn open(site: &Arc<Site>, service: Service, address: IpAddr, upgrade: WebSocketU
         )
             .into_response();
     }
-    site.door.open(service, address, upgrade)
+    site.door.open(endpoint, address, upgrade)
 }
 
 /// Whether a request comes from a page of this server, or from no page at all.

@@ -7,39 +7,46 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use serde_json::{Value, json};
 
 use super::Error;
-use super::planner::PhasePrediction;
+use super::planner::ClientPrediction;
+use crate::terms::phases::Phases;
 
-/// What the phases of a member's step took; in a round's record, the means over its steps.
+/// A member's step. The upload is from when the client was free to start until its activations had come, less the forward pass; the
+/// download from when its gradient went out until it was done, less the backward pass.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
-pub struct Phases {
+pub struct StepPhases {
     pub client: u64,
-    pub forward_s: f64,
-    /// From when the client was free to start until its activations had come, less `forward_s`.
-    pub upload_s: f64,
-    /// From when its gradient went out until it was done, less `backward_s`.
-    pub download_s: f64,
-    pub backward_s: f64,
+    #[serde(flatten)]
+    pub phases: Phases<f64>,
 }
 
 /// A member's round.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct RoundPhases {
     pub client: u64,
-    pub predicted: Option<PhasePrediction>,
+    #[serde(serialize_with = "predicted")]
+    pub predicted: Option<ClientPrediction>,
     pub measured: MeasuredPhases,
+}
+
+/// A prediction as the log has it: without the way of the gradients, which emulated links have for nothing.
+fn predicted<S: Serializer>(prediction: &Option<ClientPrediction>, serializer: S) -> Result<S::Ok, S::Error> {
+    let fields = prediction.map(|ClientPrediction { step, federated_s }| {
+        json!({
+            "forward_s": step.forward, "upload_s": step.upload, "backward_s": step.backward, "federated_s": federated_s,
+        })
+    });
+    fields.serialize(serializer)
 }
 
 /// Means over a member's steps, and the time from asking for its adapter until the federated server had it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct MeasuredPhases {
-    pub forward_s: f64,
-    pub upload_s: f64,
-    pub download_s: f64,
-    pub backward_s: f64,
+    #[serde(flatten)]
+    pub step: Phases<f64>,
     pub federated_s: Option<f64>,
 }
 
@@ -72,7 +79,7 @@ pub struct StepRecord {
     pub bytes_up: u64,
     pub bytes_down: u64,
     /// Of the members that did the whole step.
-    pub phases: Vec<Phases>,
+    pub phases: Vec<StepPhases>,
 }
 
 /// The end of a round.
@@ -168,10 +175,12 @@ mod tests {
             compute_seconds: 0.125,
             bytes_up: 10,
             bytes_down: 20,
-            phases: vec![Phases {
+            phases: vec![StepPhases {
                 client: 7,
-                upload_s: 0.25,
-                ..Phases::default()
+                phases: Phases {
+                    upload: 0.25,
+                    ..Phases::default()
+                },
             }],
         };
         metrics.step(&step).unwrap();

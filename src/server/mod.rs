@@ -6,12 +6,13 @@
 //!                                  sessions of the protocol; metrics, store
 //! ```
 //! One task, the coordinator, owns the sessions; connections and the compute thread send it inputs and never wait for each
-//! other. A main server and a federated server in one process share the coordinator but not their state: what passes between
+//! other: what they hand over is in `inbox`. A main server and a federated server in one process share the coordinator but not their state: what passes between
 //! them is what would cross the link between two processes.
 
 pub mod allocator;
 mod coordinator;
 mod http;
+mod inbox;
 mod limit;
 pub mod listen;
 pub mod metrics;
@@ -39,21 +40,21 @@ use crate::compute::Engine;
 use crate::data::{DataError, Example};
 use crate::model::adapter::{Adapter, AdapterError, AdapterLayout, LoraSpec, Target};
 use crate::model::config::Config;
-use crate::model::optimizer;
-use crate::model::weights::{WeightDtype, Weights, WeightsError};
-use crate::protocol::message::{
-    Assignment, Blob, Digest, MomentPolicy, OptimizerConfig, PROTOCOL_VERSION, RunConfig, RunId, Schedule,
-    WeightFormat, WireDtype,
-};
+use crate::model::weights::{Weights, WeightsError};
+use crate::protocol::message::{Assignment, Blob, Digest, PROTOCOL_VERSION, RunConfig};
 use crate::protocol::{
     ControlAccess, ControlConfig, ControlSession, FederatedConfig, FederatedServerSession, MAX_FRAME_BYTES, MainConfig,
     MainError, MainServerSession, PING_INTERVAL, Placement,
 };
-use crate::split::{self, Training, Wire};
+use crate::split::{self, Training};
+use crate::terms::format::Format;
+use crate::terms::ids::RunId;
+use crate::terms::moments::MomentPolicy;
 use crate::transport::{self, Dialer, Origin};
 
-use coordinator::{About, Coordinator, Input, MainRun, RemoteLink};
+use coordinator::{About, Coordinator, MainRun, RemoteLink};
 pub use coordinator::{Ending, Report, Summary};
+use inbox::Input;
 use listen::Bound;
 pub use listen::Listen;
 use metrics::Metrics;
@@ -145,7 +146,7 @@ pub struct Model {
     pub digest: Digest,
     pub config: Config,
     pub weights: Weights,
-    pub dtype: WeightDtype,
+    pub dtype: Format,
     /// The `tokenizer.json` for clients; `None` when data comes as token ids only.
     pub tokenizer: Option<Vec<u8>>,
 }
@@ -561,9 +562,8 @@ fn largest_update(config: &Config, spec: &LoraSpec) -> u64 {
 }
 
 fn run_config(run: &Run) -> RunConfig {
-    let (training, optimizer) = (&run.training, &run.training.optimizer);
+    let training = &run.training;
     let size = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
-    let steps = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
     RunConfig {
         split: size(run.cut),
         rank: size(training.spec.rank),
@@ -576,15 +576,8 @@ fn run_config(run: &Run) -> RunConfig {
             .map(Target::module)
             .map(str::to_owned)
             .collect(),
-        weights: match run.model.dtype {
-            WeightDtype::F16 => WeightFormat::F16,
-            WeightDtype::F32 => WeightFormat::F32,
-        },
-        wire: match training.wire {
-            Wire::F32 => WireDtype::F32,
-            Wire::F16 => WireDtype::F16,
-            Wire::Int8 => WireDtype::Int8,
-        },
+        weights: run.model.dtype,
+        wire: training.wire,
         batch: size(training.batch),
         seq: size(training.seq),
         width: size(run.model.config.width),
@@ -593,18 +586,8 @@ fn run_config(run: &Run) -> RunConfig {
         shuffle: run.shuffle,
         local_steps: run.local_steps,
         rounds: run.rounds,
-        optimizer: OptimizerConfig {
-            lr: optimizer.lr,
-            weight_decay: optimizer.weight_decay,
-            schedule: match optimizer.schedule {
-                optimizer::Schedule::Constant => Schedule::Constant,
-                optimizer::Schedule::Linear => Schedule::Linear,
-            },
-            warmup: steps(optimizer.warmup),
-            total_steps: steps(optimizer.total_steps),
-            clip: optimizer.clip,
-            moments: MomentPolicy::Keep,
-        },
+        optimizer: training.optimizer,
+        moments: MomentPolicy::Keep,
     }
 }
 

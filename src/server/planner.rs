@@ -6,11 +6,12 @@
 
 use std::collections::BTreeMap;
 
-use serde::Serialize;
-
 use crate::model::config::Config;
-use crate::protocol::message::{ClientId, LinkRates, Speed};
+use crate::protocol::message::LinkRates;
 use crate::split::Training;
+use crate::terms::ids::ClientId;
+use crate::terms::phases::Phases;
+use crate::terms::speed::Speed;
 
 /// The largest rank that a planner may choose, unless the run began with a larger one: what the servers make room for.
 pub const LARGEST_RANK: usize = 64;
@@ -63,10 +64,7 @@ pub struct StartFacts {
 pub struct ClientRound {
     pub id: ClientId,
     pub steps: u32,
-    pub forward_s: f64,
-    pub upload_s: f64,
-    pub download_s: f64,
-    pub backward_s: f64,
+    pub phases: Phases<f64>,
     /// Of the frames with activations and gradient.
     pub activation_bits: f64,
     pub gradient_bits: f64,
@@ -122,7 +120,7 @@ pub struct Decision {
 /// What a planner expects of a round.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RoundPrediction {
-    pub clients: BTreeMap<ClientId, PhasePrediction>,
+    pub clients: BTreeMap<ClientId, ClientPrediction>,
     /// The server's part of a step.
     pub server_s: f64,
     /// All steps and the collection of adapters.
@@ -130,11 +128,9 @@ pub struct RoundPrediction {
 }
 
 /// What a planner expects of a client: of one step, and of sending the adapter.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
-pub struct PhasePrediction {
-    pub forward_s: f64,
-    pub upload_s: f64,
-    pub backward_s: f64,
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct ClientPrediction {
+    pub step: Phases<f64>,
     pub federated_s: f64,
 }
 

@@ -13,9 +13,9 @@ use axum::response::Response;
 use futures_util::{SinkExt, StreamExt};
 use tokio::sync::mpsc;
 
-use super::coordinator::Input;
+use super::inbox::{Input, Outgoing};
 use super::limit::FailureLimit;
-use crate::protocol::ConnectionId;
+use crate::protocol::{ConnectionId, Endpoint};
 
 /// Frames waiting for one connection. The protocol answers before it asks again, so more means a peer that does not read.
 const QUEUED_FRAMES: usize = 64;
@@ -23,20 +23,6 @@ const QUEUED_FRAMES: usize = 64;
 pub const SMALL_FRAME_BYTES: usize = 1 << 20;
 /// How long a frame may take to be written before the connection counts as dead.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// Which service a connection was made to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Service {
-    Main,
-    Federated,
-}
-
-/// What the coordinator sends to a connection.
-#[derive(Debug)]
-pub enum Outgoing {
-    Frame(Vec<u8>),
-    Close,
-}
 
 /// Lets connections in and hands them to the coordinator.
 pub struct Door {
@@ -82,21 +68,21 @@ impl Door {
     }
 
     /// Answers the upgrade; the connection's task starts when it is complete.
-    pub fn open(&self, service: Service, address: IpAddr, upgrade: WebSocketUpgrade) -> Response {
+    pub fn open(&self, endpoint: Endpoint, address: IpAddr, upgrade: WebSocketUpgrade) -> Response {
         let connection = ConnectionId(self.next_connection.fetch_add(1, Ordering::Relaxed));
         let inputs = self.inputs.clone();
         let max_frame_bytes = self.max_frame_bytes.load(Ordering::Relaxed);
         upgrade
             .max_message_size(max_frame_bytes)
             .max_frame_size(max_frame_bytes)
-            .on_upgrade(move |socket| carry(connection, service, address, socket, inputs))
+            .on_upgrade(move |socket| carry(connection, endpoint, address, socket, inputs))
     }
 }
 
 /// Moves frames both ways until either side ends.
 async fn carry(
     connection: ConnectionId,
-    service: Service,
+    endpoint: Endpoint,
     address: IpAddr,
     socket: WebSocket,
     inputs: mpsc::Sender<Input>,
@@ -105,7 +91,7 @@ async fn carry(
     if inputs
         .send(Input::Opened {
             connection,
-            service,
+            endpoint,
             address,
             outgoing,
         })

@@ -8,25 +8,27 @@ use std::sync::{Arc, LazyLock, mpsc};
 use std::time::{Duration, Instant};
 
 use super::Error;
-use super::coordinator::Input;
+use super::inbox::{Done, Input, Work};
 use super::planner::{Decision, Facts, Planner};
 use super::store::Blobs;
 use crate::compute::Engine;
 use crate::data::{self, Example};
 use crate::model::adapter::{Adapter, LoraSpec};
 use crate::model::config::Config;
-use crate::model::optimizer::Moments;
-use crate::model::weights::{Unit, UnitData, WeightDtype, Weights, WeightsError};
-use crate::protocol::message::{self, Assignment, Blob, ClientId, RoundKey, RunConfig, StepKey};
+use crate::model::weights::{Unit, UnitData, Weights, WeightsError};
+use crate::protocol::message::{Assignment, Blob, RunConfig};
 use crate::protocol::{Contribution, GradientOutput, Placement};
-use crate::split::{self, Cut, Evaluation, Moved, ServerPart, Training};
+use crate::split::{self, Evaluation, Moved, ServerPart, Training};
+use crate::terms::format::Format;
+use crate::terms::ids::{ClientId, StepKey};
+use crate::terms::moments::Moments;
 
 /// What the worker starts from.
 pub struct WorkerSettings {
     pub engine: Engine,
     pub config: Config,
     pub weights: Weights,
-    pub dtype: WeightDtype,
+    pub dtype: Format,
     pub cut: usize,
     pub training: Training,
     /// The whole model's adapter at the start.
@@ -41,65 +43,6 @@ pub struct WorkerSettings {
     /// Where the whole model's adapter is saved, and what it says it belongs to.
     pub adapter_directory: PathBuf,
     pub base_model: String,
-}
-
-/// What the coordinator asks for.
-#[derive(Debug)]
-pub enum Work {
-    /// Loss of the validation data before training.
-    Baseline,
-    Step {
-        key: StepKey,
-        contributions: Vec<Contribution>,
-    },
-    /// Back to the adapter with which the round began.
-    Restore,
-    /// Asks the planner what is to hold next, and at the start puts it into effect.
-    Plan(Box<Facts>),
-    /// Gives this side's values of the blocks that some clients have and others do not.
-    Copy { round: RoundKey },
-    /// Takes the clients' average, which goes as far as the largest cut, into the whole model's adapter, saves and validates it, and moves the cut to `split`.
-    /// `moments` are those of the blocks that come here.
-    Close {
-        round: RoundKey,
-        average: Vec<f32>,
-        moments: Option<message::Moments>,
-        split: usize,
-    },
-    /// Saves the adapter of the last closed round, unless it is.
-    Finish,
-}
-
-/// What the worker answers.
-#[derive(Debug)]
-pub enum Done {
-    /// The model is loaded.
-    Ready,
-    Baseline(Option<Evaluation>),
-    Step {
-        key: StepKey,
-        outputs: Vec<GradientOutput>,
-        loss: f64,
-        tokens: u64,
-        elapsed: Duration,
-    },
-    Planned {
-        decision: Option<Decision>,
-        /// Where cut or rank are others than before.
-        placement: Option<Box<Placement>>,
-    },
-    Copied {
-        round: RoundKey,
-        values: Vec<f32>,
-    },
-    Closed {
-        round: RoundKey,
-        evaluation: Option<Evaluation>,
-        placement: Option<Box<Placement>>,
-    },
-    Finished,
-    /// The worker cannot go on.
-    Failed(Error),
 }
 
 /// Starts the thread. It ends when the returned sender is dropped.
@@ -183,7 +126,7 @@ fn clock() -> Duration {
 /// Writes the parts of the model that a client with blocks 0..`cut` needs, unless they are there.
 pub fn parts(
     weights: &mut Weights,
-    dtype: WeightDtype,
+    dtype: Format,
     blobs: &Blobs,
     known: &[Blob],
     cut: usize,
@@ -243,24 +186,17 @@ impl Worker {
 
     async fn step(&mut self, key: StepKey, contributions: Vec<Contribution>) -> Result<Done, Error> {
         let start = Instant::now();
-        let wire = self.settings.training.wire;
         let mut members = VecDeque::with_capacity(contributions.len());
         let mut splits = Vec::with_capacity(contributions.len());
         let mut targets = Vec::with_capacity(contributions.len());
-        let mut cuts = Vec::with_capacity(contributions.len());
+        let mut activations = Vec::with_capacity(contributions.len());
         for contribution in contributions {
             members.push_back(contribution.client);
             splits.push(contribution.split as usize);
             targets.push(contribution.targets);
-            cuts.push(Cut {
-                wire,
-                batch: contribution.batch as usize,
-                seq: contribution.seq as usize,
-                width: contribution.width as usize,
-                bytes: contribution.payload,
-            });
+            activations.push(contribution.activations);
         }
-        let inputs: Vec<split::Contribution<'_>> = cuts
+        let inputs: Vec<split::Contribution<'_>> = activations
             .iter()
             .zip(&targets)
             .zip(splits)
@@ -278,7 +214,7 @@ impl Worker {
             .map(|(client, reply)| GradientOutput {
                 client,
                 loss: reply.loss as f32,
-                payload: reply.gradient.bytes,
+                gradient: reply.gradient,
             })
             .collect();
         Ok(Done::Step {
@@ -373,15 +309,10 @@ impl Worker {
     }
 
     /// Moves the cut between rounds.
-    async fn recut(
-        mut self,
-        cut: usize,
-        moments: Option<message::Moments>,
-    ) -> Result<(Self, Option<Placement>), Error> {
+    async fn recut(mut self, cut: usize, moments: Option<Moments>) -> Result<(Self, Option<Placement>), Error> {
         if cut == self.part.cut() {
             return Ok((self, None));
         }
-        let moments = moments.map(|message::Moments { steps, first, second }| Moments { steps, first, second });
         let (weights, dtype) = (&mut self.settings.weights, self.settings.dtype);
         let mut units = |unit: Unit| -> Result<UnitData, WeightsError> { weights.unit(unit, dtype) };
         let moved;
@@ -389,13 +320,12 @@ impl Worker {
         let Moved { adapter, moments } = moved;
         self.client_values = adapter;
         self.server_values = self.part.adapter().await?;
-        let moments = moments.map(|Moments { steps, first, second }| message::Moments { steps, first, second });
         let placement = self.placement(moments)?;
         Ok((self, Some(placement)))
     }
 
     /// What clients get of the model as it is now cut.
-    fn placement(&mut self, moments: Option<message::Moments>) -> Result<Placement, Error> {
+    fn placement(&mut self, moments: Option<Moments>) -> Result<Placement, Error> {
         let largest = self.cuts.values().copied().max().unwrap_or_else(|| self.part.cut());
         let WorkerSettings {
             training,

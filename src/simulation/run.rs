@@ -17,6 +17,11 @@ use crate::protocol::{
     FederatedServerSession, FinishReason, GradientOutput, MainConfig, MainEvent, MainServerSession, Occasion,
     Placement, RoundPlan, RunEnd, StepTimes, Transmit,
 };
+use crate::terms::format::Format;
+use crate::terms::ids::{ClientId, RoundKey, RunId, StepKey};
+use crate::terms::moments::{MomentPolicy, Moments};
+use crate::terms::optimizer::{OptimizerSettings, Schedule};
+use crate::terms::tensor::{WireForm, WireLayout, WireTensor};
 
 const BATCH: u32 = 2;
 const SEQ: u32 = 2;
@@ -199,7 +204,7 @@ enum Own {
         process: u32,
         key: StepKey,
         took: Duration,
-        payload: Vec<u8>,
+        gradient: WireTensor,
     },
     Stepped {
         key: StepKey,
@@ -374,8 +379,8 @@ fn assignment(scenario: &Scenario, split: u32) -> Assignment {
             rank: 4,
             alpha: 8.0,
             targets: vec!["c_attn".to_owned()],
-            weights: WeightFormat::F32,
-            wire: WireDtype::F32,
+            weights: Format::F32,
+            wire: WireForm::F32,
             batch: BATCH,
             seq: SEQ,
             width: WIDTH,
@@ -384,15 +389,15 @@ fn assignment(scenario: &Scenario, split: u32) -> Assignment {
             shuffle: true,
             local_steps: scenario.local_steps,
             rounds: scenario.rounds,
-            optimizer: OptimizerConfig {
+            optimizer: OptimizerSettings {
                 lr: 0.1,
                 weight_decay: 0.0,
                 schedule: Schedule::Constant,
                 warmup: 0,
-                total_steps: scenario.rounds * scenario.local_steps,
+                total_steps: u64::from(scenario.rounds * scenario.local_steps),
                 clip: None,
-                moments: MomentPolicy::Keep,
             },
+            moments: MomentPolicy::Keep,
         },
         model_config: "{}".to_owned(),
         weights: Vec::new(),
@@ -401,17 +406,20 @@ fn assignment(scenario: &Scenario, split: u32) -> Assignment {
     }
 }
 
-fn to_bytes(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+fn to_tensor(values: &[f32]) -> WireTensor {
+    let layout = WireLayout {
+        form: WireForm::F32,
+        batch: BATCH,
+        seq: SEQ,
+        width: WIDTH,
+    };
+    let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    WireTensor::new(layout, bytes).expect("the toy's tensors have one size")
 }
 
-fn from_bytes(bytes: &[u8]) -> Vec<f32> {
-    bytes
-        .as_chunks::<4>()
-        .0
-        .iter()
-        .map(|bytes| f32::from_le_bytes(*bytes))
-        .collect()
+fn from_tensor(tensor: &WireTensor) -> Vec<f32> {
+    let words = tensor.bytes().as_chunks::<4>().0;
+    words.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
 }
 
 impl World {
@@ -638,10 +646,8 @@ impl World {
                 process,
                 key,
                 took,
-                payload,
-            } => {
-                self.backward(client, process, key, took, &payload);
-            }
+                gradient,
+            } => self.backward(client, process, key, took, &gradient),
             Own::Planned(occasion) => self.plan(occasion),
             Own::Copied { round, values } => {
                 let now = self.now(Node::Main);
@@ -856,7 +862,7 @@ impl World {
                 version: PROTOCOL_VERSION,
                 name: format!("{client}"),
                 capabilities: Capabilities {
-                    dtypes: vec![WireDtype::F32],
+                    forms: vec![WireForm::F32],
                     memory_bytes: 0,
                     device: "toy".to_owned(),
                 },
@@ -889,8 +895,8 @@ impl World {
         toy.cursor += 1;
         toy.outcome.forwards += 1;
         let datum = ((client as u64 + 1) * 31 + toy.cursor * 7) % 11;
-        let mut payload = vec![0.05 * datum as f32; NUMBERS];
-        toy.trained.run(0, &mut payload);
+        let mut activations = vec![0.05 * datum as f32; NUMBERS];
+        toy.trained.run(0, &mut activations);
         // Every third batch of the second client has no target in the loss.
         let ignored = client == 1 && toy.cursor.is_multiple_of(3);
         let target = |row: u32| {
@@ -901,12 +907,10 @@ impl World {
         toy.examples += u64::from(examples);
         let input = ActivationsInput {
             key,
-            batch: BATCH,
-            seq: SEQ,
             examples,
             forward: took,
             targets: (0..BATCH * SEQ).map(target).collect(),
-            payload: to_bytes(&payload),
+            tensor: to_tensor(&activations),
         };
         let result = toy.session.as_mut().map(|session| session.activations(now, input));
         if let Some(Err(error)) = result {
@@ -914,14 +918,14 @@ impl World {
         }
     }
 
-    fn backward(&mut self, client: usize, process: u32, key: StepKey, took: Duration, payload: &[u8]) {
+    fn backward(&mut self, client: usize, process: u32, key: StepKey, took: Duration, gradient: &WireTensor) {
         let now = self.now(Node::Client(client));
         let toy = &mut self.toys[client];
         if toy.process != process {
             return;
         }
         toy.outcome.backwards += 1;
-        let d_out = from_bytes(payload);
+        let d_out = from_tensor(gradient);
         toy.trained.step(|index| d_out[index % NUMBERS]);
         if let Some(session) = &mut toy.session {
             session.step_done(now, key, took);
@@ -989,13 +993,12 @@ impl World {
             }
             ClientEvent::ComputeBackward { key, gradient } => {
                 let took = self.network.pause(compute);
-                let payload = gradient.payload;
                 let own = Own::Backwarded {
                     client,
                     process,
                     key,
                     took,
-                    payload,
+                    gradient: gradient.tensor,
                 };
                 self.network.schedule(self.network.now + took, own);
             }
@@ -1129,7 +1132,7 @@ impl World {
                     contribution.client, contribution.split
                 ));
             }
-            let mut activations = from_bytes(&contribution.payload);
+            let mut activations = from_tensor(&contribution.activations);
             let entry = (split - self.split) as usize * NUMBERS;
             self.blocks.run(entry, &mut activations);
             let mean = activations.iter().map(|value| f64::from(*value)).sum::<f64>() / activations.len() as f64;
@@ -1141,7 +1144,7 @@ impl World {
             outputs.push(GradientOutput {
                 client: contribution.client,
                 loss: mean.abs() as f32,
-                payload: to_bytes(&d_activations),
+                gradient: to_tensor(&d_activations),
             });
         }
         blocks.step(|index| d_blocks[index]);

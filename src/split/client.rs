@@ -5,13 +5,15 @@ use crate::model::adapter::AdapterLayout;
 use crate::model::block::BlockWeights;
 use crate::model::config::Config;
 use crate::model::ends::EmbeddingWeights;
-use crate::model::optimizer::Moments;
 use crate::model::stack::{Extent, Stack, StackWeights};
 use crate::model::weights::UnitData;
 
 use super::cut::CutBuffers;
-use super::speed::{self, Clock, Speed};
-use super::{Cut, Error, Training, check_adapter, check_length, check_tokens};
+use super::speed::{self, Clock};
+use super::{Error, Training, check_adapter, check_length, check_tokens};
+use crate::terms::moments::Moments;
+use crate::terms::speed::Speed;
+use crate::terms::tensor::WireTensor;
 
 /// See the module.
 pub struct ClientPart {
@@ -94,7 +96,7 @@ impl ClientPart {
     }
 
     /// Runs `tokens` (batch, seq) up to the cut and keeps what [`ClientPart::backward`] needs.
-    pub async fn forward(&mut self, tokens: &[u32], seq: usize) -> Result<Cut, Error> {
+    pub async fn forward(&mut self, tokens: &[u32], seq: usize) -> Result<WireTensor, Error> {
         let batch = self.training.batch;
         self.training.check_seq(seq, self.stack.config())?;
         check_length("a batch of tokens", tokens.len(), batch * seq)?;
@@ -107,21 +109,20 @@ impl ClientPart {
             activations.record_pack(recording, batch * seq, stack.output());
         })?;
         self.pending = Some(seq);
-        Ok(self
-            .activations
+        self.activations
             .download(self.stack.engine(), (batch, seq), self.stack.output())
-            .await?)
+            .await
     }
 
     /// Takes the gradient of this client's own mean loss with respect to the activations of the last forward pass, and one
     /// optimiser step on the adapter.
-    pub async fn backward(&mut self, gradient: &Cut) -> Result<(), Error> {
+    pub async fn backward(&mut self, gradient: &WireTensor) -> Result<(), Error> {
         let seq = self.pending.ok_or(Error::NoForward)?;
         let batch = self.training.batch;
         self.gradient.accepts(gradient)?;
-        check_length("the rows of a gradient", gradient.batch * gradient.seq, batch * seq)?;
+        check_length("the rows of a gradient", gradient.rows(), batch * seq)?;
         self.pending = None;
-        self.gradient.upload(self.stack.engine(), gradient, self.stack.d_x())?;
+        self.gradient.upload(self.stack.engine(), gradient, self.stack.d_x());
         let run_step = self.run_step.unwrap_or_else(|| self.stack.steps());
         self.stack.begin_update(&self.training.optimizer, run_step, 1.0);
         let gradient = &self.gradient;
@@ -179,12 +180,9 @@ impl ClientPart {
 
     /// Bytes of one step's cut tensors at the longest sequence, each way.
     pub fn largest_cut(&self) -> usize {
-        Cut::byte_length(
-            self.training.wire,
-            self.training.batch,
-            self.training.seq,
-            self.stack.config().width,
-        )
+        let Training { wire, batch, seq, .. } = self.training;
+        // Buffers of this size exist.
+        wire.bytes(batch * seq, self.stack.config().width).unwrap_or(usize::MAX)
     }
 
     /// The adapter's values, flat in the order of [`AdapterLayout`].

@@ -26,15 +26,15 @@ mod server;
 mod speed;
 
 pub use client::ClientPart;
-pub use cut::{Cut, Wire};
 pub use server::{Contribution, Evaluation, Moved, Reply, ServerPart};
-pub use speed::{Clock, Speed};
+pub use speed::Clock;
 
 use crate::compute;
 use crate::model::adapter::{AdapterError, AdapterLayout, LoraSpec};
 use crate::model::config::Config;
-use crate::model::optimizer::OptimizerSettings;
 use crate::model::weights::WeightsError;
+use crate::terms::optimizer::OptimizerSettings;
+use crate::terms::tensor::{WireForm, WireTensorError};
 
 /// What a side of the cut was given that it cannot use, or what its device could not do.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +55,10 @@ pub enum Error {
         expected: usize,
         found: usize,
     },
+    #[error("a tensor in {found} on the wire, where {expected} was agreed")]
+    Form { expected: WireForm, found: WireForm },
+    #[error(transparent)]
+    Tensor(#[from] WireTensorError),
     #[error("sequences of {seq} do not fit: the run was set up for {longest} and the model has {positions} positions")]
     Sequence {
         seq: usize,
@@ -82,7 +86,7 @@ pub struct Training {
     pub batch: usize,
     /// Longest sequence.
     pub seq: usize,
-    pub wire: Wire,
+    pub wire: WireForm,
 }
 
 impl Training {

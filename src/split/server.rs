@@ -6,13 +6,14 @@ use crate::model::block::BlockWeights;
 use crate::model::central::{Central, Counted};
 use crate::model::config::Config;
 use crate::model::ends::{EmbeddingWeights, HeadWeights};
-use crate::model::optimizer::Moments;
 use crate::model::stack::{Extent, Stack, StackWeights};
 use crate::model::weights::{Unit, UnitData, WeightsError};
 
 use super::cut::CutBuffers;
 use super::speed::{self, Clock};
-use super::{Cut, Error, Training, check_adapter, check_length, check_targets};
+use super::{Error, Training, check_adapter, check_length, check_targets};
+use crate::terms::moments::Moments;
+use crate::terms::tensor::WireTensor;
 
 /// One client's part in a step.
 #[derive(Clone, Copy, Debug)]
@@ -20,7 +21,7 @@ pub struct Contribution<'a> {
     /// Blocks the client ran; no fewer than are below this part. The contribution enters at that block, and its gradient leaves
     /// there.
     pub cut: usize,
-    pub activations: &'a Cut,
+    pub activations: &'a WireTensor,
     /// (batch, seq), -100 where there is nothing to predict.
     pub targets: &'a [i32],
 }
@@ -29,7 +30,7 @@ pub struct Contribution<'a> {
 #[derive(Clone, Debug)]
 pub struct Reply {
     /// Of the client's own mean loss.
-    pub gradient: Cut,
+    pub gradient: WireTensor,
     /// Mean over the client's targets.
     pub loss: f64,
     /// Targets the loss is averaged over.
@@ -196,11 +197,11 @@ impl ServerPart {
                 found: contribution.cut,
             });
         }
-        let cut = contribution.activations;
-        self.activations.accepts(cut)?;
-        self.training.check_seq(cut.seq, self.stack.config())?;
-        check_length("the rows of a batch", cut.batch, self.training.batch)?;
-        check_length("a batch of targets", contribution.targets.len(), cut.batch * cut.seq)?;
+        let activations = contribution.activations;
+        self.activations.accepts(activations)?;
+        self.training.check_seq(activations.seq(), self.stack.config())?;
+        check_length("the rows of a batch", activations.batch(), self.training.batch)?;
+        check_length("a batch of targets", contribution.targets.len(), activations.rows())?;
         check_targets(contribution.targets, self.stack.config().vocab)
     }
 
@@ -223,12 +224,12 @@ impl ServerPart {
         let mut replies = Vec::with_capacity(contributions.len());
         let mut total_loss = 0.0;
         for contribution in contributions {
-            let cut = contribution.activations;
-            let (batch, seq) = (cut.batch, cut.seq);
+            let given = contribution.activations;
+            let (batch, seq) = (given.batch(), given.seq());
             let weight = count(contribution) as f64 / total.max(1) as f64;
             let entry = contribution.cut - self.cut;
             self.activations
-                .upload(self.stack.engine(), cut, self.stack.input_of(entry))?;
+                .upload(self.stack.engine(), given, self.stack.input_of(entry));
             let tokens = self.stack.upload_targets(contribution.targets, weight as f32);
             let (activations, gradient) = (&self.activations, &self.gradient);
             self.stack.run_from(("contribution", entry), seq, |stack, recording| {

@@ -16,24 +16,6 @@ const LONGEST_RUN_S: f64 = 0.08;
 const LONGEST: Duration = Duration::from_millis(400);
 const REPETITIONS: usize = 5;
 
-/// A side's speed in FLOP/s.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Speed {
-    pub forward_flops_per_s: f64,
-    pub backward_flops_per_s: f64,
-}
-
-impl Speed {
-    /// `None` unless both are finite and above zero.
-    pub(super) fn new(forward_flops_per_s: f64, backward_flops_per_s: f64) -> Option<Self> {
-        let possible = |speed: f64| speed.is_finite() && speed > 0.0;
-        (possible(forward_flops_per_s) && possible(backward_flops_per_s)).then_some(Self {
-            forward_flops_per_s,
-            backward_flops_per_s,
-        })
-    }
-}
-
 /// FLOP/s of the recording called `name`, which `run` runs for the sequences it is given: at `seq`, or at the part of it that a
 /// slow device manages in its time. The median of some repetitions, after runs that compile and warm up.
 pub(super) async fn rate(

@@ -115,10 +115,10 @@ fn assert_solves_or_refuses(problem: &Problem) {
                         plan.lower_bound_s,
                         plan.total_s
                     );
-                    let phases = problem
-                        .phases(&plan)
+                    let times = problem
+                        .times(&plan)
                         .unwrap_or_else(|error| panic!("{method}: {error}: {plan:?}"));
-                    let again = problem.rounds[plan.rank_index] * phases.round_s(problem.local_steps);
+                    let again = problem.rounds[plan.rank_index] * times.round_s(problem.local_steps);
                     if problem.energy_weight_s_per_j == 0.0 {
                         assert!(
                             (again - plan.total_s).abs() <= 1e-9 * plan.total_s,

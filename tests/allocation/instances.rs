@@ -217,8 +217,8 @@ pub fn instance(name: &str, problem: &Problem) -> Value {
 
 /// A plan's total from its owners and powers alone: no claim of the plan is used.
 pub fn reevaluated_s(problem: &Problem, plan: &Plan) -> f64 {
-    let phases = problem.phases(plan).unwrap_or_else(|error| panic!("{error}: {plan:?}"));
-    let delay_s = phases.round_s(problem.local_steps);
+    let times = problem.times(plan).unwrap_or_else(|error| panic!("{error}: {plan:?}"));
+    let delay_s = times.round_s(problem.local_steps);
     let energy_j = |channel: &Channel, link: &LinkPlan, sending_s: &[f64]| -> f64 {
         (0..channel.subchannels)
             .map(|subchannel| link.power_w[subchannel] * sending_s[link.owner[subchannel]])
@@ -228,12 +228,12 @@ pub fn reevaluated_s(problem: &Problem, plan: &Plan) -> f64 {
         .map(|(client, &split)| problem.cells[split][plan.rank_index].compute_j[client])
         .sum();
     let download_j = match (&problem.download, &plan.download) {
-        (Some(channel), Some(link)) => energy_j(channel, link, &phases.download_s),
+        (Some(channel), Some(link)) => energy_j(channel, link, &times.phases.download),
         _ => 0.0,
     };
-    let step_j = compute_j + energy_j(&problem.main, &plan.main, &phases.upload_s) + download_j;
+    let step_j = compute_j + energy_j(&problem.main, &plan.main, &times.phases.upload) + download_j;
     let round_j =
-        f64::from(problem.local_steps) * step_j + energy_j(&problem.federated, &plan.federated, &phases.adapter_s);
+        f64::from(problem.local_steps) * step_j + energy_j(&problem.federated, &plan.federated, &times.adapter_s);
     problem.rounds[plan.rank_index] * (delay_s + problem.energy_weight_s_per_j * round_j)
 }
 
