@@ -205,7 +205,7 @@ pub struct Speeds {
 pub struct CellCosts<'a> {
     pub workload: &'a Workload,
     pub speeds: &'a Speeds,
-    pub format: WireForm,
+    pub wire: WireForm,
     pub weights: Format,
     /// `[client]`: joules for a floating-point operation.
     pub joules_per_flop: Vec<f64>,
@@ -230,8 +230,8 @@ impl CellCosts<'_> {
             workload.client_forward_flops(split, rank),
             workload.client_backward_flops(split, rank),
         );
-        let memory = workload.client_memory_bytes(split, rank, self.weights, self.format);
-        let activation_bits = workload.activation_bits(self.format);
+        let memory = workload.client_memory_bytes(split, rank, self.weights, self.wire);
+        let activation_bits = workload.activation_bits(self.wire);
         Cell {
             client_forward_s: speeds.client_forward.iter().map(|speed| forward / speed).collect(),
             client_backward_s: speeds.client_backward.iter().map(|speed| backward / speed).collect(),
@@ -763,7 +763,7 @@ impl Scenario {
         let costs = CellCosts {
             workload,
             speeds,
-            format: self.training.wire,
+            wire: self.training.wire,
             weights: Format::F16,
             joules_per_flop,
         };

@@ -2,7 +2,7 @@
 //!
 //! Here is what a native process and a browser tab share, without threads, sockets and files: what an assignment means
 //! ([`Plan`]), loading the model part by part ([`Loader`]), and the answers to the session's events ([`Learner`]). A second
-//! assignment starts from what the first left on the device ([`Format`]). `native` and `web` move bytes and time.
+//! assignment starts from what the first left on the device ([`Held`]). `native` and `web` move bytes and time.
 
 #[cfg(not(target_arch = "wasm32"))]
 pub mod native;
@@ -228,7 +228,7 @@ pub fn verify(blob: &Blob, bytes: &[u8]) -> Result<(), Error> {
 }
 
 /// What an assignment leaves on a device for the next one.
-pub struct Format {
+pub struct Held {
     plan: Plan,
     weights: StackWeights,
     moments: Moments,
@@ -257,7 +257,7 @@ impl Loader {
     ///
     /// # Errors
     /// [`Error::Adapter`] for an assignment without an adapter's layout.
-    pub fn new(engine: &Engine, plan: &Plan, clock: Clock, held: Option<Format>) -> Result<Self, Error> {
+    pub fn new(engine: &Engine, plan: &Plan, clock: Clock, held: Option<Held>) -> Result<Self, Error> {
         let mut loader = Self {
             engine: engine.clone(),
             plan: plan.clone(),
@@ -411,8 +411,8 @@ impl Learner {
     ///
     /// # Errors
     /// [`Error::Split`].
-    pub async fn release(self) -> Result<Format, Error> {
-        Ok(Format {
+    pub async fn release(self) -> Result<Held, Error> {
+        Ok(Held {
             weights: self.part.weights().clone(),
             moments: self.part.moments().await?,
             cursor: self.batches.cursor(),

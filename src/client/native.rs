@@ -12,7 +12,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::io::AsyncWriteExt;
 use tokio::sync::{mpsc, watch};
 
-use super::{Format, Learner, Loader, Plan, capabilities};
+use super::{Held, Learner, Loader, Plan, capabilities};
 use crate::compute::Engine;
 use crate::data::{Dataset, Example, Summary as DataSummary, Tokenize, Tokenizer};
 use crate::model::adapter::Adapter;
@@ -319,7 +319,7 @@ fn load(
     engine: &Engine,
     plan: &Plan,
     source: &Source,
-    held: Option<Format>,
+    held: Option<Held>,
     units: &[PathBuf],
     tokenizer: Option<&Path>,
 ) -> Result<(Learner, Option<DataSummary>), Error> {

@@ -198,8 +198,8 @@ impl Workload {
     }
 
     /// The activations of one client's step, in bits; the gradient that comes back has as many. Neither depends on the cut.
-    pub fn activation_bits(&self, format: WireForm) -> f64 {
-        format.bits(self.extent.batch * self.extent.seq, self.config.width)
+    pub fn activation_bits(&self, wire: WireForm) -> f64 {
+        wire.bits(self.extent.batch * self.extent.seq, self.config.width)
     }
 
     /// The targets that go with the activations, 32 bits each.
@@ -220,15 +220,15 @@ impl Workload {
     /// Device memory of a client at a cut, in bytes: frozen weights with the embedding, what the forward pass keeps, the gradients of
     /// the backward pass, the adapter with gradient and moments, and the wire forms both ways. The allocations of
     /// [`Stack::new`](super::stack::Stack::new) for training, at the largest batch; a program's own memory comes on top.
-    pub fn client_memory_bytes(&self, cut: usize, rank: usize, weights: Format, format: WireForm) -> f64 {
+    pub fn client_memory_bytes(&self, cut: usize, rank: usize, weights: Format, wire: WireForm) -> f64 {
         let blocks = self.client_blocks(cut);
         let units = std::iter::once(Unit::Embedding).chain((0..blocks).map(Unit::Block));
         let frozen: f64 = units.map(|unit| self.unit_bytes(unit, weights)).sum();
-        let wire = match format {
+        let wire_bytes = match wire {
             WireForm::F32 => 0.0,
             packed => 2.0 * self.activation_bits(packed) / 8.0,
         };
-        frozen + 4.0 * (self.activation_words(blocks, rank) + self.training_words(blocks, rank)) + wire
+        frozen + 4.0 * (self.activation_words(blocks, rank) + self.training_words(blocks, rank)) + wire_bytes
     }
 
     /// A unit's tensors on a device, in bytes.

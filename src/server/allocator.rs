@@ -271,7 +271,7 @@ impl Allocator {
         let costs = CellCosts {
             workload: &workload,
             speeds: &self.speeds(&ids),
-            format: run.training.wire,
+            wire: run.training.wire,
             weights: Format::F16,
             joules_per_flop: vec![0.0; ids.len()],
         };

@@ -6,8 +6,8 @@
 //!                                  sessions of the protocol; metrics, store
 //! ```
 //! One task, the coordinator, owns the sessions; connections and the compute thread send it inputs and never wait for each
-//! other: what they hand over is in `inbox`. A main server and a federated server in one process share the coordinator but not their state: what passes between
-//! them is what would cross the link between two processes.
+//! other; what they hand over is in `inbox`. A main server and a federated server in one process share the coordinator but not
+//! their state: what passes between them is what would cross the link between two processes.
 
 pub mod allocator;
 mod coordinator;
