@@ -7,9 +7,9 @@ use std::time::Duration;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use sflllm::federated::weighted_mean;
 use sflllm::protocol::codec::{Frame, decode_frame, decode_message, encode_message_frame};
-use sflllm::protocol::message::{Activations, Digest, IGNORED_TARGET, Message};
+use sflllm::protocol::message::{Activations, Digest, Message};
 use sflllm::terms::ids::{RoundKey, StepKey};
-use sflllm::terms::tensor::{WireForm, WireLayout, WireTensor};
+use sflllm::terms::tensor::{IGNORED_TARGET, WireForm, WireLayout, WireTensor};
 
 const WIDTH: usize = 768;
 

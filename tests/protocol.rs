@@ -19,7 +19,7 @@ use sflllm::terms::ids::{ClientId, RoundKey, RunId, StepKey};
 use sflllm::terms::moments::{MomentPolicy, Moments};
 use sflllm::terms::optimizer::{OptimizerSettings, Schedule};
 use sflllm::terms::speed::Speed;
-use sflllm::terms::tensor::{WireForm, WireLayout, WireTensor};
+use sflllm::terms::tensor::{IGNORED_TARGET, WireForm, WireLayout, WireTensor};
 
 const SECRET: &str = "open sesame";
 const ADAPTER: [f32; 4] = [0.5, -0.25, 2.0, 0.0];

@@ -15,7 +15,8 @@ use std::collections::BTreeMap;
 
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::channel::{Channel, MAX_SUBCHANNELS, SnrPerWatt, dbm_to_w, path_loss_db, snr_per_watt};
@@ -168,6 +169,7 @@ pub struct TrainingShape {
     /// Local steps in a round.
     pub local_steps: u32,
     /// How activations and gradients travel: `f32`, `f16` or `int8`.
+    #[serde(deserialize_with = "named_wire")]
     pub wire: WireForm,
     /// Adapted matrices.
     pub targets: Vec<String>,
@@ -817,6 +819,11 @@ fn between(rng: &mut impl Rng, low: f64, high: f64) -> f64 {
 fn exponential(rng: &mut impl Rng) -> f64 {
     // Away from 0, whose gain no power could use.
     -(1.0 - rng.random::<f64>()).ln().min(-1e-12)
+}
+
+/// The wire form, or an error that says whose it is.
+fn named_wire<'de, D: Deserializer<'de>>(deserializer: D) -> Result<WireForm, D::Error> {
+    WireForm::deserialize(deserializer).map_err(|error| D::Error::custom(format!("training.wire: {error}")))
 }
 
 fn field(field: &'static str, reason: String) -> ScenarioError {

@@ -27,7 +27,7 @@ use crate::terms::ids::{ClientId, RoundKey, RunId, StepKey};
 use crate::terms::moments::Moments;
 use crate::terms::phases::Phases;
 use crate::terms::speed::Speed;
-use crate::terms::tensor::{WireLayout, WireTensor};
+use crate::terms::tensor::{IGNORED_TARGET, WireLayout, WireTensor};
 
 /// Room for everything in a frame but its tensors.
 const FRAME_SLACK_BYTES: usize = 1024;

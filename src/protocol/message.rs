@@ -19,9 +19,6 @@ use crate::terms::tensor::{WireForm, WireLayout, WireTensor};
 /// The protocol this crate speaks. Peers with another major version are refused; of two minors the lower is used.
 pub const PROTOCOL_VERSION: Version = Version { major: 3, minor: 0 };
 
-/// Label of a target that takes no part in the loss.
-pub const IGNORED_TARGET: i32 = -100;
-
 /// A protocol version. Minor versions only append fields and message kinds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Version {

@@ -21,7 +21,7 @@ use crate::terms::format::Format;
 use crate::terms::ids::{ClientId, RoundKey, RunId, StepKey};
 use crate::terms::moments::{MomentPolicy, Moments};
 use crate::terms::optimizer::{OptimizerSettings, Schedule};
-use crate::terms::tensor::{WireForm, WireLayout, WireTensor};
+use crate::terms::tensor::{IGNORED_TARGET, WireForm, WireLayout, WireTensor};
 
 const BATCH: u32 = 2;
 const SEQ: u32 = 2;

@@ -34,7 +34,7 @@ use crate::model::adapter::{AdapterError, AdapterLayout, LoraSpec};
 use crate::model::config::Config;
 use crate::model::weights::WeightsError;
 use crate::terms::optimizer::OptimizerSettings;
-use crate::terms::tensor::{WireForm, WireTensorError};
+use crate::terms::tensor::{IGNORED_TARGET, WireForm, WireTensorError};
 
 /// What a side of the cut was given that it cannot use, or what its device could not do.
 #[derive(Debug, thiserror::Error)]
@@ -127,7 +127,7 @@ fn check_tokens(tokens: &[u32], vocab: usize) -> Result<(), Error> {
 fn check_targets(targets: &[i32], vocab: usize) -> Result<(), Error> {
     match targets
         .iter()
-        .find(|&&target| target != -100 && !(0..vocab as i64).contains(&target.into()))
+        .find(|&&target| target != IGNORED_TARGET && !(0..vocab as i64).contains(&target.into()))
     {
         Some(&target) => Err(Error::Token {
             what: "target",

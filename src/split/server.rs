@@ -22,7 +22,7 @@ pub struct Contribution<'a> {
     /// there.
     pub cut: usize,
     pub activations: &'a WireTensor,
-    /// (batch, seq), -100 where there is nothing to predict.
+    /// (batch, seq), [`IGNORED_TARGET`](crate::terms::tensor::IGNORED_TARGET) where there is nothing to predict.
     pub targets: &'a [i32],
 }
 

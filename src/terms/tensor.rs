@@ -7,6 +7,9 @@ use std::fmt;
 
 use super::words;
 
+/// Label of a position whose target takes no part in the loss; targets (batch, seq) go with the activations.
+pub const IGNORED_TARGET: i32 = -100;
+
 /// How the numbers of activations and gradients travel.
 ///
 /// | form | bytes of (rows, width) |
