@@ -1,4 +1,4 @@
-//! The CPU engine: runs each kernel's CPU reference, in order. It makes the whole system testable on a bare machine, and lets
+//! The CPU engine: runs each contract's host function, in order. It makes the whole system testable on a bare machine, and lets
 //! a machine or tab without a GPU join.
 
 use std::sync::{RwLockReadGuard, RwLockWriteGuard};
@@ -6,10 +6,17 @@ use std::sync::{RwLockReadGuard, RwLockWriteGuard};
 use super::kernel::{Access, Operand};
 use super::recording::{Buffer, Command, Recording, Storage};
 
+/// Which of a contract's two functions the engine runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Runs {
+    Host,
+    Specification,
+}
+
 fn words(buffer: &Buffer) -> &std::sync::RwLock<Vec<u32>> {
     match &buffer.inner.storage {
         Storage::Cpu(words) => words,
-        Storage::Gpu(_) => panic!("{buffer:?} belongs to a GPU engine"),
+        Storage::Gpu(_) | Storage::Paper => panic!("{buffer:?} belongs to another engine"),
     }
 }
 
@@ -26,7 +33,7 @@ enum Guard<'a> {
     Write(RwLockWriteGuard<'a, Vec<u32>>),
 }
 
-pub(super) fn run_command(command: &Command) {
+fn run_command(command: &Command, runs: Runs) {
     match command {
         Command::Dispatch(dispatch) => {
             // A buffer bound for reading twice is locked once: a second read lock could wait for a writer that waits for us.
@@ -34,7 +41,7 @@ pub(super) fn run_command(command: &Command) {
             let first = |i: usize| (0..=i).find(|&j| buffers[j].is(&buffers[i])).unwrap_or(i);
             let mut guards: Vec<Option<Guard<'_>>> = buffers
                 .iter()
-                .zip(dispatch.kernel.bindings)
+                .zip(dispatch.contract.bindings)
                 .enumerate()
                 .map(|(i, (buffer, binding))| {
                     (first(i) == i).then(|| match binding.access {
@@ -54,7 +61,11 @@ pub(super) fn run_command(command: &Command) {
                     },
                 });
             }
-            (dispatch.kernel.reference)(&dispatch.params, &mut operands);
+            let compute = match runs {
+                Runs::Host => dispatch.contract.host,
+                Runs::Specification => dispatch.contract.spec,
+            };
+            compute(&dispatch.params, &mut operands);
         }
         Command::Copy {
             source,
@@ -68,8 +79,8 @@ pub(super) fn run_command(command: &Command) {
     }
 }
 
-pub(super) fn run(recording: &Recording) {
-    recording.commands().iter().for_each(run_command);
+pub(super) fn run(recording: &Recording, runs: Runs) {
+    recording.commands().iter().for_each(|command| run_command(command, runs));
 }
 
 /// Calls `row(index, slice)` for every `width`-long row of `out`, on all cores natively and in order in a browser. Rows are

@@ -1,7 +1,7 @@
 //! Which adapter to use, what it can do, and how to say so.
 
 use super::Error;
-use super::recording::DeviceClass;
+use super::kernel::DeviceClass;
 
 /// The `--device` option.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

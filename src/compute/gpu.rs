@@ -4,13 +4,14 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::Error;
-use super::kernel::{Access, Constants, Kernel, specialise};
+use super::kernel::{Access, Constants, DeviceClass, Features, Profile, Variant, specialise};
 use super::recording::{Buffer, Command, Dispatch, Recording, Storage};
 
 /// Uniform offsets must be multiples of this on every WebGPU device.
 const UNIFORM_ALIGNMENT: usize = 256;
 
-type PipelineKey = (usize, &'static str, Constants);
+/// The address of the variant, and the constants it was specialised with.
+type PipelineKey = (usize, Constants);
 
 struct Pipeline {
     pipeline: wgpu::ComputePipeline,
@@ -61,7 +62,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 fn storage(buffer: &Buffer) -> &wgpu::Buffer {
     match &buffer.inner.storage {
         Storage::Gpu(buffer) => buffer,
-        Storage::Cpu(_) => panic!("{buffer:?} belongs to the CPU engine"),
+        Storage::Cpu(_) | Storage::Paper => panic!("{buffer:?} belongs to another engine"),
     }
 }
 
@@ -107,12 +108,21 @@ fn wanted_limits(adapter: &wgpu::Limits) -> Result<wgpu::Limits, Error> {
     })
 }
 
+/// Optional abilities that variants may use. In a browser none: wgpu 30 maps neither of them there (gfx-rs/wgpu#10146).
+fn wanted_features(adapter: &wgpu::Adapter) -> wgpu::Features {
+    if cfg!(target_arch = "wasm32") {
+        return wgpu::Features::empty();
+    }
+    adapter.features() & (wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP)
+}
+
 impl Gpu {
     pub async fn open(adapter: wgpu::Adapter) -> Result<Self, Error> {
         let limits = wanted_limits(&adapter.limits())?;
         let (device, queue) = adapter
             .request_device(&wgpu::DeviceDescriptor {
                 label: Some("sflllm"),
+                required_features: wanted_features(&adapter),
                 required_limits: limits.clone(),
                 memory_hints: wgpu::MemoryHints::MemoryUsage,
                 ..Default::default()
@@ -136,6 +146,20 @@ impl Gpu {
             staging: Mutex::default(),
             trouble,
         })
+    }
+
+    /// What variants may use; its class is that of a GPU.
+    pub fn profile(&self) -> Profile {
+        let features = self.device.features();
+        Profile {
+            features: Features {
+                shader_f16: features.contains(wgpu::Features::SHADER_F16),
+                subgroups: features.contains(wgpu::Features::SUBGROUP),
+            },
+            invocations: self.limits.max_compute_invocations_per_workgroup,
+            workgroup_bytes: self.limits.max_compute_workgroup_storage_size,
+            ..Profile::of(DeviceClass::Gpu)
+        }
     }
 
     pub fn max_buffer_bytes(&self) -> u64 {
@@ -181,14 +205,15 @@ impl Gpu {
         }
     }
 
-    fn pipeline(&self, kernel: &'static Kernel, constants: &Constants) -> Arc<Pipeline> {
-        let key = (kernel.source.as_ptr() as usize, kernel.entry, constants.clone());
+    fn pipeline(&self, variant: &'static Variant, constants: &Constants) -> Arc<Pipeline> {
+        let contract = variant.contract;
+        let key = (std::ptr::from_ref(variant) as usize, constants.clone());
         if let Some(pipeline) = lock(&self.pipelines).get(&key) {
             return pipeline.clone();
         }
-        let source = specialise(kernel.source, constants);
+        let source = specialise(&variant.source(), constants);
         let module = self.device.create_shader_module(wgpu::ShaderModuleDescriptor {
-            label: Some(kernel.name),
+            label: Some(contract.name),
             source: wgpu::ShaderSource::Wgsl(source.into()),
         });
         let entry = |binding: usize, ty| wgpu::BindGroupLayoutEntry {
@@ -201,8 +226,8 @@ impl Gpu {
             },
             count: None,
         };
-        let uniform = (kernel.params_size > 0).then(|| entry(0, wgpu::BufferBindingType::Uniform));
-        let storage = kernel.bindings.iter().enumerate().map(|(i, binding)| {
+        let uniform = (contract.params_size > 0).then(|| entry(0, wgpu::BufferBindingType::Uniform));
+        let storage = contract.bindings.iter().enumerate().map(|(i, binding)| {
             entry(
                 i + 1,
                 wgpu::BufferBindingType::Storage {
@@ -212,19 +237,19 @@ impl Gpu {
         });
         let entries: Vec<_> = uniform.into_iter().chain(storage).collect();
         let layout = self.device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor {
-            label: Some(kernel.name),
+            label: Some(contract.name),
             entries: &entries,
         });
         let pipeline_layout = self.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
-            label: Some(kernel.name),
+            label: Some(contract.name),
             bind_group_layouts: &[Some(&layout)],
             immediate_size: 0,
         });
         let pipeline = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
-            label: Some(kernel.name),
+            label: Some(contract.name),
             layout: Some(&pipeline_layout),
             module: &module,
-            entry_point: Some(kernel.entry),
+            entry_point: Some(variant.entry),
             compilation_options: wgpu::PipelineCompilationOptions {
                 constants: &[],
                 // Every kernel writes its workgroup memory before it reads it.
@@ -286,7 +311,11 @@ impl Gpu {
     }
 
     fn prepare_dispatch(&self, dispatch: &Dispatch, uniforms: &wgpu::Buffer, offset: usize) -> Step {
-        let pipeline = self.pipeline(dispatch.kernel, &dispatch.constants);
+        let launch = dispatch
+            .launch
+            .as_ref()
+            .unwrap_or_else(|| panic!("{:?} was recorded for the CPU engine", dispatch.contract));
+        let pipeline = self.pipeline(launch.variant, &launch.constants);
         let uniform = std::num::NonZeroU64::new(dispatch.params.len() as u64).map(|size| wgpu::BindGroupEntry {
             binding: 0,
             resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
@@ -309,14 +338,14 @@ impl Gpu {
             )
             .collect();
         let bind_group = self.device.create_bind_group(&wgpu::BindGroupDescriptor {
-            label: Some(dispatch.kernel.name),
+            label: Some(dispatch.contract.name),
             layout: &pipeline.layout,
             entries: &entries,
         });
         Step::Dispatch {
             pipeline,
             bind_group,
-            workgroups: dispatch.workgroups,
+            workgroups: launch.workgroups,
         }
     }
 

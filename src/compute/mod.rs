@@ -12,12 +12,15 @@ pub mod cpu;
 pub mod device;
 mod gpu;
 pub mod kernel;
+pub mod real;
 pub mod recording;
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
 
 pub use device::{AdapterSummary, Selection};
-pub use recording::{Buffer, Command, Cost, DeviceClass, Recording, linear_workgroups};
+pub use kernel::{DeviceClass, Profile};
+pub use recording::{Buffer, Command, Cost, Recording, linear_workgroups};
 use recording::{BufferInner, Storage};
 
 /// What can go wrong between this crate and a device.
@@ -45,17 +48,23 @@ pub enum Error {
 }
 
 enum Backend {
-    Cpu,
+    Cpu(cpu::Runs),
     Gpu(Box<gpu::Gpu>),
+    Paper,
 }
 
-/// Runs recordings, on a GPU through wgpu or on the CPU through the kernels' references. Cloning shares the device.
+/// Runs recordings, on a GPU through wgpu or on the CPU through the kernels' host functions. Cloning shares the device.
 #[derive(Clone)]
 pub struct Engine {
     backend: Arc<Backend>,
-    class: DeviceClass,
+    profile: Profile,
     name: String,
+    memory: Arc<Memory>,
 }
+
+/// Bytes of the buffers that an engine has made and that are still held.
+#[derive(Debug, Default)]
+pub(crate) struct Memory(AtomicU64);
 
 /// A recording made ready to run any number of times.
 pub struct Prepared {
@@ -74,9 +83,30 @@ impl Engine {
     /// The CPU engine.
     pub fn cpu() -> Self {
         Self {
-            backend: Arc::new(Backend::Cpu),
-            class: DeviceClass::CpuEngine,
+            backend: Arc::new(Backend::Cpu(cpu::Runs::Host)),
+            profile: Profile::of(DeviceClass::CpuEngine),
             name: "CPU engine".to_owned(),
+            memory: Arc::default(),
+        }
+    }
+
+    /// A CPU engine that runs the specifications in place of the host functions: slow, and what all else is held against.
+    pub fn specification() -> Self {
+        Self {
+            backend: Arc::new(Backend::Cpu(cpu::Runs::Specification)),
+            name: "specification".to_owned(),
+            ..Self::cpu()
+        }
+    }
+
+    /// An engine that computes nothing: its buffers have sizes and no contents, downloads are zeros. What a model would cost
+    /// is read off what is made and recorded on it, without the memory or the time.
+    pub fn paper() -> Self {
+        Self {
+            backend: Arc::new(Backend::Paper),
+            profile: Profile::of(DeviceClass::CpuEngine),
+            name: "paper".to_owned(),
+            memory: Arc::default(),
         }
     }
 
@@ -89,9 +119,13 @@ impl Engine {
         let summary = device::summary(&adapter);
         let gpu = gpu::Gpu::open(adapter).await?;
         Ok(Self {
+            profile: Profile {
+                class: summary.class,
+                ..gpu.profile()
+            },
             backend: Arc::new(Backend::Gpu(Box::new(gpu))),
-            class: summary.class,
             name: summary.label(),
+            memory: Arc::default(),
         })
     }
 
@@ -119,19 +153,29 @@ impl Engine {
         &self.name
     }
 
+    /// What launchers are told of this device.
+    pub fn profile(&self) -> Profile {
+        self.profile
+    }
+
     pub fn class(&self) -> DeviceClass {
-        self.class
+        self.profile.class
+    }
+
+    /// Bytes of all buffers made on this device and still held.
+    pub fn buffer_bytes(&self) -> u64 {
+        self.memory.0.load(Ordering::Relaxed)
     }
 
     /// An empty recording for this device.
     pub fn recording(&self) -> Recording {
-        Recording::new(self.class)
+        Recording::new(self.profile)
     }
 
     /// The largest buffer a kernel may bind, in 32-bit words.
     pub fn max_buffer_words(&self) -> usize {
         match &*self.backend {
-            Backend::Cpu => usize::MAX / 8,
+            Backend::Cpu(_) | Backend::Paper => usize::MAX / 8,
             Backend::Gpu(gpu) => gpu.max_buffer_bytes() as usize / 4,
         }
     }
@@ -141,11 +185,18 @@ impl Engine {
         let words = words.max(1);
         let name = name.into();
         let storage = match &*self.backend {
-            Backend::Cpu => Storage::Cpu(RwLock::new(vec![0; words])),
+            Backend::Cpu(_) => Storage::Cpu(RwLock::new(vec![0; words])),
             Backend::Gpu(gpu) => Storage::Gpu(gpu.buffer(&name, words)?),
+            Backend::Paper => Storage::Paper,
         };
+        self.memory.0.fetch_add(4 * words as u64, Ordering::Relaxed);
         Ok(Buffer {
-            inner: Arc::new(BufferInner { name, words, storage }),
+            inner: Arc::new(BufferInner {
+                name,
+                words,
+                storage,
+                memory: self.memory.clone(),
+            }),
         })
     }
 
@@ -170,11 +221,12 @@ impl Engine {
             bytes.len() / 4
         );
         match &*self.backend {
-            Backend::Cpu => {
+            Backend::Cpu(_) => {
                 bytemuck::cast_slice_mut::<u32, u8>(&mut cpu::write(buffer)[offset..offset + bytes.len() / 4])
                     .copy_from_slice(bytes)
             }
             Backend::Gpu(gpu) => gpu.upload(buffer, offset, bytes),
+            Backend::Paper => {}
         }
     }
 
@@ -190,15 +242,16 @@ impl Engine {
             "{buffer:?} is shorter than {offset} + {words}"
         );
         match &*self.backend {
-            Backend::Cpu => Ok(bytemuck::pod_collect_to_vec(&cpu::read(buffer)[offset..offset + words])),
+            Backend::Cpu(_) => Ok(bytemuck::pod_collect_to_vec(&cpu::read(buffer)[offset..offset + words])),
             Backend::Gpu(gpu) => gpu.download(buffer, offset, words).await,
+            Backend::Paper => Ok(vec![T::zeroed(); words * 4 / std::mem::size_of::<T>()]),
         }
     }
 
     /// Makes `recording` ready to run: compiles what is not compiled yet and lays out its params.
     pub fn prepare(&self, recording: Recording) -> Prepared {
         let gpu = match &*self.backend {
-            Backend::Cpu => None,
+            Backend::Cpu(_) | Backend::Paper => None,
             Backend::Gpu(gpu) => Some(gpu.prepare(&recording)),
         };
         Prepared { recording, gpu }
@@ -207,10 +260,11 @@ impl Engine {
     /// Starts one run: all of it in one submission. Errors of the device surface here or at the next [`Engine::download`].
     pub fn run(&self, prepared: &Prepared) -> Result<(), Error> {
         match (&*self.backend, &prepared.gpu) {
-            (Backend::Cpu, _) => {
-                cpu::run(&prepared.recording);
+            (Backend::Cpu(runs), _) => {
+                cpu::run(&prepared.recording, *runs);
                 Ok(())
             }
+            (Backend::Paper, _) => Ok(()),
             (Backend::Gpu(gpu), Some(prepared)) => gpu.run(prepared),
             (Backend::Gpu(_), None) => panic!("a recording prepared on the CPU engine"),
         }
@@ -219,7 +273,7 @@ impl Engine {
     /// Waits until everything run so far has finished.
     pub async fn wait(&self) -> Result<(), Error> {
         match &*self.backend {
-            Backend::Cpu => Ok(()),
+            Backend::Cpu(_) | Backend::Paper => Ok(()),
             Backend::Gpu(gpu) => gpu.wait().await,
         }
     }

@@ -4,18 +4,7 @@
 
 use std::sync::Arc;
 
-use super::kernel::{Access, Constants, Kernel, Params};
-
-/// What kind of processor runs the kernels; launchers choose among tilings by it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum DeviceClass {
-    /// A real GPU: workgroup memory and barriers are cheap.
-    Gpu,
-    /// A Vulkan or WebGPU adapter emulated on the CPU (lavapipe, SwiftShader): register tiles win, barriers are emulated.
-    CpuAdapter,
-    /// This crate's CPU engine, which runs the references and ignores tiling.
-    CpuEngine,
-}
+use super::kernel::{Access, Constants, Contract, DeviceClass, Params, Profile, Variant};
 
 /// A named block of 32-bit words on an engine. Cloning shares it; the memory is freed with the last clone.
 #[derive(Clone)]
@@ -27,11 +16,23 @@ pub(super) struct BufferInner {
     pub name: String,
     pub words: usize,
     pub storage: Storage,
+    /// Where the engine counts what it holds.
+    pub memory: Arc<super::Memory>,
+}
+
+impl Drop for BufferInner {
+    fn drop(&mut self) {
+        self.memory
+            .0
+            .fetch_sub(4 * self.words as u64, std::sync::atomic::Ordering::Relaxed);
+    }
 }
 
 pub(super) enum Storage {
     Cpu(std::sync::RwLock<Vec<u32>>),
     Gpu(wgpu::Buffer),
+    /// Of the engine that computes nothing.
+    Paper,
 }
 
 impl Buffer {
@@ -67,12 +68,20 @@ pub struct Cost {
 /// One kernel launch.
 #[derive(Clone, Debug)]
 pub struct Dispatch {
-    pub kernel: &'static Kernel,
-    pub constants: Constants,
+    pub contract: &'static Contract,
+    /// How a device runs it; `None` in a recording for the CPU engine.
+    pub launch: Option<Launch>,
     pub params: Vec<u8>,
     pub buffers: Vec<Buffer>,
-    pub workgroups: [u32; 3],
     pub cost: Cost,
+}
+
+/// A variant made ready for some params.
+#[derive(Clone, Debug)]
+pub struct Launch {
+    pub variant: &'static Variant,
+    pub constants: Constants,
+    pub workgroups: [u32; 3],
 }
 
 #[derive(Clone, Debug)]
@@ -93,56 +102,47 @@ pub enum Command {
 /// The ordered commands of a step.
 #[derive(Clone, Debug)]
 pub struct Recording {
-    class: DeviceClass,
+    profile: Profile,
     commands: Vec<Command>,
 }
 
 impl Recording {
-    pub fn new(class: DeviceClass) -> Self {
+    /// An empty recording for a device.
+    pub fn new(profile: Profile) -> Self {
         Self {
-            class,
+            profile,
             commands: Vec::new(),
         }
     }
 
-    pub fn class(&self) -> DeviceClass {
-        self.class
+    /// The device that this is recorded for.
+    pub fn profile(&self) -> &Profile {
+        &self.profile
     }
 
     pub fn commands(&self) -> &[Command] {
         &self.commands
     }
 
-    /// Adds a launch of `kernel` on `buffers`, in the order of the kernel's bindings.
+    /// Adds a launch of `contract` on `buffers`, in the order of the contract's bindings, by the variant that the device's
+    /// profile chooses.
     ///
     /// # Panics
-    /// On a wrong number of buffers, a params struct of another kernel, a buffer bound for writing and bound again, or more
+    /// On a wrong number of buffers, a params struct of another contract, a buffer bound for writing and bound again, or more
     /// than 65,535 workgroups in a dimension: bugs in a launcher.
-    pub fn dispatch<P: Params>(
-        &mut self,
-        kernel: &'static Kernel,
-        constants: Constants,
-        params: P,
-        buffers: &[&Buffer],
-        workgroups: [u32; 3],
-        cost: Cost,
-    ) {
+    pub fn dispatch<P: Params>(&mut self, contract: &'static Contract, params: P, buffers: &[&Buffer], cost: Cost) {
         assert_eq!(
             buffers.len(),
-            kernel.bindings.len(),
-            "{kernel:?} takes {:?}",
-            kernel.bindings
+            contract.bindings.len(),
+            "{contract:?} takes {:?}",
+            contract.bindings
         );
         assert_eq!(
             std::mem::size_of::<P>(),
-            kernel.params_size,
-            "{kernel:?} takes other params"
+            contract.params_size,
+            "{contract:?} takes other params"
         );
-        assert!(
-            workgroups.iter().all(|&n| n <= 65_535),
-            "{kernel:?}: {workgroups:?} workgroups"
-        );
-        for (i, binding) in kernel.bindings.iter().enumerate() {
+        for (i, binding) in contract.bindings.iter().enumerate() {
             let aliased = binding.access == Access::Write
                 && buffers
                     .iter()
@@ -150,16 +150,29 @@ impl Recording {
                     .any(|(j, other)| i != j && other.is(buffers[i]));
             assert!(
                 !aliased,
-                "{kernel:?}: `{}` is written and bound twice ({:?})",
+                "{contract:?}: `{}` is written and bound twice ({:?})",
                 binding.name, buffers[i]
             );
         }
+        let params = bytemuck::bytes_of(&params).to_vec();
+        let launch = (self.profile.class != DeviceClass::CpuEngine).then(|| {
+            let variant = contract.choose(&self.profile, &params);
+            let workgroups = (variant.grid)(&params);
+            assert!(
+                workgroups.iter().all(|&n| n <= 65_535),
+                "{variant:?}: {workgroups:?} workgroups"
+            );
+            Launch {
+                variant,
+                constants: (variant.constants)(&params),
+                workgroups,
+            }
+        });
         self.commands.push(Command::Dispatch(Dispatch {
-            kernel,
-            constants,
-            params: bytemuck::bytes_of(&params).to_vec(),
+            contract,
+            launch,
+            params,
             buffers: buffers.iter().map(|&buffer| buffer.clone()).collect(),
-            workgroups,
             cost,
         }));
     }

@@ -1,9 +1,9 @@
 //! Layer normalisation of every row: forward, and the gradient with respect to its input (scale and shift are frozen).
 
 use crate::compute::cpu::for_each_row;
-use crate::compute::kernel::Kernel;
+use crate::compute::kernel::Contract;
 use crate::compute::{Buffer, Cost, DeviceClass, Recording, linear_workgroups};
-use crate::{kernel, params};
+use crate::{contract, params, variant};
 
 /// Invocations in a workgroup, the default of `WORKGROUP` in the shader.
 const WORKGROUP: u32 = 64;
@@ -25,32 +25,48 @@ params! {
     }
 }
 
-kernel! {
-    /// `out = (x - mean) / sqrt(variance + epsilon) * gamma + beta`, a workgroup a row.
-    pub static FORWARD = "layernorm.forward", "layernorm", "forward", ForwardParams,
-    [x: Read f32, gamma: Read f32, beta: Read f32, out: Write f32, stats: Write f32], forward_cpu
+contract! {
+    /// `out = (x - mean) / sqrt(variance + epsilon) * gamma + beta`.
+    pub static FORWARD = "layernorm.forward", ForwardParams,
+    [x: Read f32, gamma: Read f32, beta: Read f32, out: Write f32, stats: Write f32],
+    spec: spec::forward, host: forward_host, variants: [FORWARD_ROWS, FORWARD_WORKGROUP]
 }
 
-kernel! {
-    /// [`FORWARD`], an invocation a row.
-    pub static FORWARD_ROWS = "layernorm.forward", "layernorm", "forward_rows", ForwardParams,
-    [x: Read f32, gamma: Read f32, beta: Read f32, out: Write f32, stats: Write f32], forward_cpu
+variant! {
+    /// An invocation a row, for adapters emulated on a CPU.
+    static FORWARD_ROWS = FORWARD, "rows", ["layernorm"], "forward_rows", ForwardParams,
+    fits: |profile, _| profile.class == DeviceClass::CpuAdapter,
+    grid: |params| linear_workgroups(params.rows as usize, WORKGROUP),
 }
 
-kernel! {
-    /// Gradient with respect to `x`, a workgroup a row.
-    pub static BACKWARD_X = "layernorm.backward_x", "layernorm", "backward_x", BackwardParams,
-    [d_out: Read f32, x: Read f32, gamma: Read f32, stats: Read f32, d_x: Write f32], backward_x_cpu
+variant! {
+    /// A workgroup a row.
+    static FORWARD_WORKGROUP = FORWARD, "workgroup", ["layernorm"], "forward", ForwardParams,
+    grid: |params| linear_workgroups(params.rows as usize, 1),
 }
 
-kernel! {
-    /// [`BACKWARD_X`], an invocation a row.
-    pub static BACKWARD_X_ROWS = "layernorm.backward_x", "layernorm", "backward_x_rows", BackwardParams,
-    [d_out: Read f32, x: Read f32, gamma: Read f32, stats: Read f32, d_x: Write f32], backward_x_cpu
+contract! {
+    /// Gradient with respect to `x`.
+    pub static BACKWARD_X = "layernorm.backward_x", BackwardParams,
+    [d_out: Read f32, x: Read f32, gamma: Read f32, stats: Read f32, d_x: Write f32],
+    spec: spec::backward_x, host: backward_x_host, variants: [BACKWARD_X_ROWS, BACKWARD_X_WORKGROUP]
 }
 
-/// Every kernel of the family.
-pub static ALL: &[&Kernel] = &[&FORWARD, &FORWARD_ROWS, &BACKWARD_X, &BACKWARD_X_ROWS];
+variant! {
+    /// An invocation a row, for adapters emulated on a CPU.
+    static BACKWARD_X_ROWS = BACKWARD_X, "rows", ["layernorm"], "backward_x_rows", BackwardParams,
+    fits: |profile, _| profile.class == DeviceClass::CpuAdapter,
+    grid: |params| linear_workgroups(params.rows as usize, WORKGROUP),
+}
+
+variant! {
+    /// A workgroup a row.
+    static BACKWARD_X_WORKGROUP = BACKWARD_X, "workgroup", ["layernorm"], "backward_x", BackwardParams,
+    grid: |params| linear_workgroups(params.rows as usize, 1),
+}
+
+/// The contracts of this family.
+pub static ALL: &[&Contract] = &[&FORWARD, &BACKWARD_X];
 
 /// Records `out = layernorm(x)`; `x` and `out` are (rows, width), `stats` (rows, 2) is kept for [`backward_x`].
 pub fn forward(
@@ -62,16 +78,10 @@ pub fn forward(
     stats: &Buffer,
 ) {
     let elements = params.rows as f64 * params.width as f64;
-    let (kernel, items) = match recording.class() {
-        DeviceClass::CpuAdapter => (&FORWARD_ROWS, params.rows as usize),
-        _ => (&FORWARD, params.rows as usize * WORKGROUP as usize),
-    };
     recording.dispatch(
-        kernel,
-        vec![],
+        &FORWARD,
         params,
         &[x, gamma, beta, out, stats],
-        linear_workgroups(items, WORKGROUP),
         Cost {
             flops: 8.0 * elements,
             bytes: 8.0 * elements,
@@ -88,16 +98,10 @@ pub fn backward_x(
     d_x: &Buffer,
 ) {
     let elements = params.rows as f64 * params.width as f64;
-    let (kernel, items) = match recording.class() {
-        DeviceClass::CpuAdapter => (&BACKWARD_X_ROWS, params.rows as usize),
-        _ => (&BACKWARD_X, params.rows as usize * WORKGROUP as usize),
-    };
     recording.dispatch(
-        kernel,
-        vec![],
+        &BACKWARD_X,
         params,
         &[d_out, x, gamma, stats, d_x],
-        linear_workgroups(items, WORKGROUP),
         Cost {
             flops: 14.0 * elements,
             bytes: 12.0 * elements,
@@ -105,8 +109,74 @@ pub fn backward_x(
     );
 }
 
-/// The specification of `layernorm.forward`.
-pub fn forward_cpu(
+/// The mathematics in plain loops.
+pub mod spec {
+    use super::{BackwardParams, ForwardParams};
+    use crate::compute::real::Real;
+
+    pub fn forward<T: Real>(
+        params: &ForwardParams,
+        x: &[T],         // (rows, width)
+        gamma: &[T],     // (width)
+        beta: &[T],      // (width)
+        out: &mut [T],   // (rows, width)
+        stats: &mut [T], // (rows, 2): mean, reciprocal standard deviation
+    ) {
+        let (rows, width) = (params.rows as usize, params.width as usize);
+        for row in 0..rows {
+            let mut sum = T::ZERO;
+            for i in 0..width {
+                sum += x[row * width + i];
+            }
+            let mean = sum / T::of(width);
+            let mut squares = T::ZERO;
+            for i in 0..width {
+                let centred = x[row * width + i] - mean;
+                squares += centred * centred;
+            }
+            let rstd = T::ONE / (squares / T::of(width) + T::from(params.epsilon)).sqrt();
+            for i in 0..width {
+                out[row * width + i] = (x[row * width + i] - mean) * rstd * gamma[i] + beta[i];
+            }
+            stats[row * 2] = mean;
+            stats[row * 2 + 1] = rstd;
+        }
+    }
+
+    pub fn backward_x<T: Real>(
+        params: &BackwardParams,
+        d_out: &[T],   // (rows, width)
+        x: &[T],       // (rows, width)
+        gamma: &[T],   // (width)
+        stats: &[T],   // (rows, 2)
+        d_x: &mut [T], // (rows, width)
+    ) {
+        let (rows, width) = (params.rows as usize, params.width as usize);
+        for row in 0..rows {
+            let (mean, rstd) = (stats[row * 2], stats[row * 2 + 1]);
+            let (mut sum, mut dot) = (T::ZERO, T::ZERO);
+            for i in 0..width {
+                let norm = (x[row * width + i] - mean) * rstd;
+                let d_norm = d_out[row * width + i] * gamma[i];
+                sum += d_norm;
+                dot += d_norm * norm;
+            }
+            for i in 0..width {
+                let norm = (x[row * width + i] - mean) * rstd;
+                let d_norm = d_out[row * width + i] * gamma[i];
+                let value = rstd * (d_norm - sum / T::of(width) - norm * (dot / T::of(width)));
+                if params.accumulate != 0 {
+                    d_x[row * width + i] += value;
+                } else {
+                    d_x[row * width + i] = value;
+                }
+            }
+        }
+    }
+}
+
+/// [`spec::forward`] on all cores.
+fn forward_host(
     params: &ForwardParams,
     x: &[f32],         // (rows, width)
     gamma: &[f32],     // (width)
@@ -130,8 +200,8 @@ pub fn forward_cpu(
     });
 }
 
-/// The specification of `layernorm.backward_x`.
-pub fn backward_x_cpu(
+/// [`spec::backward_x`] on all cores.
+fn backward_x_host(
     params: &BackwardParams,
     d_out: &[f32],   // (rows, width)
     x: &[f32],       // (rows, width)

@@ -1,4 +1,5 @@
-//! One file per shader: params, kernels, launchers that record them, and the CPU references that specify them.
+//! The kernel families, a file each: contracts with their specifications in plain loops, the variants that run them on devices,
+//! the CPU engine's functions, and the launchers that record them.
 
 pub mod adamw;
 pub mod aggregate;
@@ -14,11 +15,12 @@ pub mod peak;
 pub mod quantize;
 pub mod residual;
 pub mod scalar;
+pub mod weight;
 
-use crate::compute::kernel::Kernel;
+use crate::compute::kernel::Contract;
 
-/// The kernels of every family.
-pub fn all() -> impl Iterator<Item = &'static Kernel> {
+/// The contracts of every family.
+pub fn all() -> impl Iterator<Item = &'static Contract> {
     [
         adamw::ALL,
         aggregate::ALL,

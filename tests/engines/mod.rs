@@ -1,8 +1,9 @@
-//! Runs one launch on the CPU engine and, with the tilings of every device class, on the GPU engine, and compares all buffers.
+//! Runs one launch by its specifications, on the CPU engine and, in every variant of every contract that it takes, on the GPU
+//! engine, and compares all buffers.
 
 use std::sync::OnceLock;
 
-use sflllm::compute::{Buffer, DeviceClass, Engine, Recording};
+use sflllm::compute::{Buffer, Command, DeviceClass, Engine, Profile, Recording};
 
 /// A buffer before a launch, and how close the engines' versions of it must be afterwards.
 pub struct Slot {
@@ -39,7 +40,7 @@ fn gpu() -> Option<&'static Engine> {
 
 fn run(
     engine: &Engine,
-    class: DeviceClass,
+    profile: Profile,
     slots: &[Slot],
     launch: &dyn Fn(&mut Recording, &[Buffer]),
 ) -> Vec<Vec<u32>> {
@@ -52,7 +53,7 @@ fn run(
                 .expect("a small buffer")
         })
         .collect();
-    let mut recording = Recording::new(class);
+    let mut recording = Recording::new(profile);
     launch(&mut recording, &buffers);
     let prepared = engine.prepare(recording);
     engine.run(&prepared).expect("the launch runs");
@@ -78,21 +79,63 @@ pub fn assert_close(claim: &str, found: &[f32], expected: &[f32], tolerance: f32
     }
 }
 
-/// Runs `launch` everywhere, asserts that every engine and tiling leaves the same numbers in every buffer and no NaN among
-/// floats, and returns what the CPU engine left.
+/// The profiles under which `launch` takes each variant of the contracts it names that the GPU engine's device can run.
+fn profiles(gpu: &Engine, slots: &[Slot], launch: &dyn Fn(&mut Recording, &[Buffer])) -> Vec<Profile> {
+    let paper = Engine::paper();
+    let buffers: Vec<Buffer> = slots
+        .iter()
+        .map(|slot| paper.buffer("buffer", slot.words.len()).expect("no memory is taken"))
+        .collect();
+    let launched = |profile: Profile| -> Vec<String> {
+        let mut recording = Recording::new(profile);
+        launch(&mut recording, &buffers);
+        recording
+            .commands()
+            .iter()
+            .filter_map(|command| match command {
+                Command::Dispatch(dispatch) => Some(format!("{:?}", dispatch.launch)),
+                _ => None,
+            })
+            .collect()
+    };
+    let mut recording = Recording::new(gpu.profile());
+    launch(&mut recording, &buffers);
+    let names = recording.commands().iter().flat_map(|command| match command {
+        Command::Dispatch(dispatch) => dispatch.contract.variants.iter().map(|variant| variant.name).collect(),
+        _ => Vec::new(),
+    });
+    let names: std::collections::BTreeSet<&'static str> = names.collect();
+    let mut seen = Vec::new();
+    let mut profiles = Vec::new();
+    for class in [DeviceClass::Gpu, DeviceClass::CpuAdapter] {
+        for preferred in std::iter::once(None).chain(names.iter().map(|&name| Some(name))) {
+            let profile = Profile {
+                class,
+                preferred,
+                ..gpu.profile()
+            };
+            let launches = launched(profile);
+            if !seen.contains(&launches) {
+                seen.push(launches);
+                profiles.push(profile);
+            }
+        }
+    }
+    profiles
+}
+
+/// Runs `launch` everywhere, asserts that every engine and variant leaves the numbers of the specification in every buffer and no
+/// NaN among floats, and returns what the specification left.
 pub fn agree(claim: &str, slots: &[Slot], launch: impl Fn(&mut Recording, &[Buffer])) -> Vec<Vec<u32>> {
-    let expected = run(&Engine::cpu(), DeviceClass::CpuEngine, slots, &launch);
+    let specification = Engine::specification();
+    let expected = run(&specification, specification.profile(), slots, &launch);
     for (i, (slot, words)) in slots.iter().zip(&expected).enumerate() {
         let written = slot.tolerance.is_none() || bytemuck::cast_slice::<u32, f32>(words).iter().all(|x| !x.is_nan());
-        assert!(written, "{claim}: the CPU engine leaves NaN in buffer {i}");
+        assert!(written, "{claim}: the specification leaves NaN in buffer {i}");
     }
-    let Some(gpu) = gpu() else {
-        return expected;
-    };
-    for class in [DeviceClass::Gpu, DeviceClass::CpuAdapter] {
-        let found = run(gpu, class, slots, &launch);
+    let compare = |found: &[Vec<u32>], by: &str| {
         for (i, slot) in slots.iter().enumerate() {
-            let claim = format!("{claim}: buffer {i}, tiled for {class:?}");
+            let claim = format!("{claim}: buffer {i}, {by}");
             match slot.tolerance {
                 None => assert_eq!(found[i], expected[i], "{claim}"),
                 Some(tolerance) => assert_close(
@@ -102,6 +145,14 @@ pub fn agree(claim: &str, slots: &[Slot], launch: impl Fn(&mut Recording, &[Buff
                     tolerance,
                 ),
             }
+        }
+    };
+    let cpu = Engine::cpu();
+    compare(&run(&cpu, cpu.profile(), slots, &launch), "CPU engine");
+    if let Some(gpu) = gpu() {
+        for profile in profiles(gpu, slots, &launch) {
+            let by = format!("{:?}, preferring {:?}", profile.class, profile.preferred);
+            compare(&run(gpu, profile, slots, &launch), &by);
         }
     }
     expected
