@@ -191,6 +191,28 @@ impl Archive {
         Ok(all)
     }
 
+    /// One row of a matrix.
+    ///
+    /// # Errors
+    /// As [`Archive::check`]; [`ArchiveError::Read`]; [`ArchiveError::NotFinite`].
+    ///
+    /// # Panics
+    /// If there is no such row, or `values` is not as long as one.
+    pub fn read_row(
+        &mut self,
+        tensor: &str,
+        shape: &[usize; 2],
+        row: usize,
+        values: &mut [f32],
+    ) -> Result<(), ArchiveError> {
+        self.check(tensor, shape)?;
+        assert!(row < shape[0] && values.len() == shape[1], "row {row} of {shape:?}");
+        let mut read = Vec::new();
+        self.read_range(tensor, row * shape[1], shape[1], &mut read)?;
+        values.copy_from_slice(&read);
+        Ok(())
+    }
+
     /// Whether two tensors, of this archive and of `other` or of this one when `other` is `None`, hold equal values.
     ///
     /// # Errors

@@ -2,13 +2,12 @@
 
 use crate::compute::{Cost, Engine, Error};
 
+use super::ModelError;
 use super::adapter::{Adapter, AdapterError, AdapterLayout};
-use super::block::BlockWeights;
-use super::config::Config;
-use super::ends::{EmbeddingWeights, HeadWeights};
-use super::stack::{Extent, Stack, StackWeights};
-use super::weights::{Unit, UnitData, WeightsError};
-use crate::terms::optimizer::OptimizerSettings;
+use super::architecture::Architecture;
+use super::optimizer::OptimizerSettings;
+use super::stack::{Stack, StackWeights};
+use super::workspace::Extent;
 
 /// Summed token losses.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -24,31 +23,6 @@ impl std::ops::AddAssign for Counted {
     }
 }
 
-/// What loading the whole model may run into.
-#[derive(Debug, thiserror::Error)]
-pub enum LoadError {
-    #[error(transparent)]
-    Compute(#[from] Error),
-    #[error(transparent)]
-    Weights(#[from] WeightsError),
-}
-
-/// Uploads all units, each freed after its upload.
-pub fn load(
-    engine: &Engine,
-    config: &Config,
-    units: &mut dyn FnMut(Unit) -> Result<UnitData, WeightsError>,
-) -> Result<StackWeights, LoadError> {
-    Ok(StackWeights {
-        embedding: Some(EmbeddingWeights::upload(engine, config, &units(Unit::Embedding)?)?),
-        blocks: (0..config.blocks)
-            .map(|block| Ok(BlockWeights::upload(engine, config, &units(Unit::Block(block))?)?))
-            .collect::<Result<_, LoadError>>()?,
-        first_block: 0,
-        head: Some(HeadWeights::upload(engine, &units(Unit::Final)?)?),
-    })
-}
-
 /// See the module.
 pub struct Central {
     stack: Stack,
@@ -62,7 +36,7 @@ impl Central {
     /// If `optimizer` is given without an adapter.
     pub fn new(
         engine: &Engine,
-        config: &Config,
+        model: &Architecture,
         weights: StackWeights,
         adapter: Option<&Adapter>,
         extent: Extent,
@@ -72,9 +46,9 @@ impl Central {
         Ok(Self {
             stack: Stack::new(
                 engine,
-                config,
+                model,
                 weights,
-                adapter.map(|a| (&a.spec, &a.layout, a.values.as_slice())),
+                adapter.map(|a| (&a.layout, a.values.as_slice())),
                 extent,
                 optimizer.is_some(),
             )?,
@@ -83,11 +57,10 @@ impl Central {
     }
 
     /// Loss of a batch of tokens and targets (batch, seq).
-    pub async fn loss(&mut self, tokens: &[u32], targets: &[i32], seq: usize) -> Result<Counted, Error> {
-        self.stack.upload_tokens(tokens);
+    pub async fn loss(&mut self, tokens: &[u32], targets: &[i32], seq: usize) -> Result<Counted, ModelError> {
+        self.stack.upload_tokens(tokens, seq)?;
         let count = self.stack.upload_targets(targets, 1.0);
         self.stack.run("loss", seq, |stack, recording| {
-            stack.record_embedding(recording, seq);
             stack.record_blocks(recording, seq);
             stack.record_loss(recording, seq, false);
         })?;
@@ -101,14 +74,13 @@ impl Central {
     ///
     /// # Panics
     /// If the model was made without an optimiser.
-    pub async fn step(&mut self, tokens: &[u32], targets: &[i32], seq: usize) -> Result<Counted, Error> {
+    pub async fn step(&mut self, tokens: &[u32], targets: &[i32], seq: usize) -> Result<Counted, ModelError> {
         let settings = self.optimizer.expect("a trainable model");
-        self.stack.upload_tokens(tokens);
+        self.stack.upload_tokens(tokens, seq)?;
         let step = self.stack.steps();
         self.stack.begin_update(&settings, step, 1.0);
         let count = self.stack.upload_targets(targets, 1.0);
         self.stack.run("step", seq, |stack, recording| {
-            stack.record_embedding(recording, seq);
             stack.record_blocks(recording, seq);
             stack.record_loss(recording, seq, true);
             stack.record_backward(recording, seq, false);
@@ -126,12 +98,11 @@ impl Central {
     }
 
     /// The gradient of a batch's mean loss with respect to the adapter, flat, without a step.
-    pub async fn gradient(&mut self, tokens: &[u32], targets: &[i32], seq: usize) -> Result<Vec<f32>, Error> {
-        self.stack.upload_tokens(tokens);
+    pub async fn gradient(&mut self, tokens: &[u32], targets: &[i32], seq: usize) -> Result<Vec<f32>, ModelError> {
+        self.stack.upload_tokens(tokens, seq)?;
         self.stack.upload_targets(targets, 1.0);
         self.stack.run("gradient", seq, |stack, recording| {
             stack.record_clear_gradient(recording);
-            stack.record_embedding(recording, seq);
             stack.record_blocks(recording, seq);
             stack.record_loss(recording, seq, true);
             stack.record_backward(recording, seq, false);
@@ -148,10 +119,9 @@ impl Central {
         tokens: &[u32],
         seq: usize,
         positions: impl IntoIterator<Item = usize>,
-    ) -> Result<Vec<Vec<f32>>, Error> {
-        self.stack.upload_tokens(tokens);
+    ) -> Result<Vec<Vec<f32>>, ModelError> {
+        self.stack.upload_tokens(tokens, seq)?;
         self.stack.run("hidden", seq, |stack, recording| {
-            stack.record_embedding(recording, seq);
             stack.record_blocks(recording, seq);
         })?;
         let mut logits = Vec::new();
@@ -184,8 +154,8 @@ impl Central {
         Ok(())
     }
 
-    pub fn config(&self) -> &Config {
-        self.stack.config()
+    pub fn model(&self) -> &Architecture {
+        self.stack.model()
     }
 
     pub fn extent(&self) -> Extent {

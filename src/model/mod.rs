@@ -1,18 +1,34 @@
-//! GPT-2 with LoRA adapters: configuration, files, and the recording of its passes as kernels.
+//! Language models with LoRA adapters: architecture, files, and the recording of their passes as kernels.
 //!
-//! `config`, `weights` (over `archive`) and `adapter` read and write Hugging Face and PEFT files; `block` and `ends` record the
-//! parts, `stack` joins them into one side of the cut or the whole model with its workspace, `optimizer` sets AdamW's numbers, and
-//! `central` is the unsplit model that trains, evaluates and generates. `cost` says what a split step takes before it runs, `rounds` holds how many rounds
-//! a rank was measured to need.
+//! `architecture` is a model's shape as data. `weights` (over `archive`) reads Hugging Face files, in `unit`s; `adapter` has the
+//! order of LoRA's values and `peft` their files. `linear`, `part` and `ends` record the pieces, `block` joins two parts, `stack` joins
+//! blocks and ends into one side of the cut or the whole model, on a `workspace`. `optimizer` sets AdamW's numbers, `central` is the
+//! unsplit model that trains and evaluates, `generation` writes text. `cost` says what a split step takes before it runs, `rounds`
+//! holds how many rounds a rank was measured to need.
 
 pub mod adapter;
+pub mod architecture;
 pub mod archive;
 pub mod block;
 pub mod central;
-pub mod config;
 pub mod cost;
 pub mod ends;
+pub mod generation;
+pub mod linear;
 pub mod optimizer;
+pub mod part;
+pub mod peft;
 pub mod rounds;
 pub mod stack;
+pub mod unit;
 pub mod weights;
+pub mod workspace;
+
+/// What running a model may run into.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    #[error(transparent)]
+    Compute(#[from] crate::compute::Error),
+    #[error(transparent)]
+    Weights(#[from] weights::WeightsError),
+}

@@ -7,21 +7,26 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use crate::compute::{Buffer, Cost, Engine, Error, Prepared, Recording};
-use crate::kernels::{adamw, lora, scalar};
+use crate::kernels::{adamw, rotary, scalar};
 
-use super::adapter::{AdapterLayout, LoraSpec};
-use super::block::{Activations, BackwardTo, Block, BlockWeights, Keeping};
-use super::config::Config;
-use super::ends::{EmbeddingWeights, Head, HeadBuffers, HeadWeights};
-use super::optimizer::fill_scalars;
-use crate::terms::moments::Moments;
-use crate::terms::optimizer::OptimizerSettings;
+use super::ModelError;
+use super::adapter::AdapterLayout;
+use super::architecture::Architecture;
+use super::block::{Block, BlockWeights};
+use super::ends::embedding::Embedding;
+use super::ends::head::{Head, HeadWeights, LogitBuffers};
+use super::linear::Lora;
+use super::optimizer::{Moments, OptimizerSettings};
+use super::part::attention::{Cache, Over};
+use super::unit::Unit;
+use super::weights::UnitSource;
+use super::workspace::{BackwardTo, Extent, Workspace};
 
-/// The frozen weights of a stack on a device. Cloning shares the buffers.
+/// The frozen weights of a stack. Cloning shares them.
 #[derive(Clone)]
 pub struct StackWeights {
-    /// Needed for the input end and, tied, for the head.
-    pub embedding: Option<EmbeddingWeights>,
+    /// Needed where tokens come in; on the host.
+    pub embedding: Option<Embedding>,
     /// Blocks in order, the first being block `first_block` of the model.
     pub blocks: Vec<BlockWeights>,
     pub first_block: usize,
@@ -30,31 +35,37 @@ pub struct StackWeights {
 }
 
 impl StackWeights {
+    /// The whole model, unit by unit, each freed after its upload.
+    ///
+    /// # Errors
+    /// [`ModelError`] when a unit cannot be read or the device has no room.
+    pub fn load(engine: &Engine, model: &Architecture, units: &mut dyn UnitSource) -> Result<Self, ModelError> {
+        Ok(Self {
+            embedding: Some(units.embedding()?),
+            blocks: Self::load_blocks(engine, model, units, 0..model.blocks)?,
+            first_block: 0,
+            head: Some(HeadWeights::load(engine, model, units)?),
+        })
+    }
+
+    /// Some of the model's blocks.
+    ///
+    /// # Errors
+    /// As [`StackWeights::load`].
+    pub fn load_blocks(
+        engine: &Engine,
+        model: &Architecture,
+        units: &mut dyn UnitSource,
+        blocks: Range<usize>,
+    ) -> Result<Vec<BlockWeights>, ModelError> {
+        blocks
+            .map(|block| Ok(BlockWeights::upload(engine, model, &units.unit(Unit::Block(block))?)?))
+            .collect()
+    }
+
     pub fn block_range(&self) -> Range<usize> {
         self.first_block..self.first_block + self.blocks.len()
     }
-}
-
-/// The largest input of a stack.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Extent {
-    pub batch: usize,
-    pub seq: usize,
-}
-
-impl Extent {
-    fn rows(&self) -> usize {
-        self.batch * self.seq
-    }
-}
-
-/// An adapter on the device with what its training needs. Flat, in the order of [`AdapterLayout`].
-pub struct Lora {
-    pub(super) layout: AdapterLayout,
-    pub(super) scale: f32,
-    pub(super) values: Buffer,
-    pub(super) gradient: Buffer,
-    pub(super) scalars: Buffer,
 }
 
 /// AdamW's state on the device.
@@ -64,30 +75,17 @@ struct MomentBuffers {
     norm_partial: Buffer,
 }
 
-/// Gradients of activations, reused by every block. rows = batch·seq.
-pub(super) struct Scratch {
-    pub d_x: Buffer,     // (rows, width)
-    pub d_norm: Buffer,  // (rows, width)
-    pub d_qkv: Buffer,   // (rows, 3·width)
-    pub d_g: Buffer,     // (rows, ffn)
-    pub d_h: Buffer,     // (rows, ffn)
-    pub dot: Buffer,     // (batch, heads, seq)
-    pub v: Buffer,       // (rows, rank)
-    pub partial: Buffer, // split sums of adapter gradients
-}
-
 /// See the module.
 pub struct Stack {
     engine: Engine,
-    config: Config,
-    extent: Extent,
+    model: Architecture,
     weights: StackWeights,
     lora: Option<Lora>,
     moments: Option<MomentBuffers>,
-    scratch: Option<Scratch>,
-    activations: Vec<Activations>,
-    head: Option<HeadBuffers>,
-    tokens: Buffer, // u32 (rows)
+    workspace: Workspace,
+    rotations: Option<Buffer>, // (positions, head_size / 2, 2)
+    /// The position of every sequence's first token, which is 0 but for text that goes on.
+    position: Buffer,
     scalars: Buffer,
     scalar_values: [f32; scalar::COUNT],
     step: u64,
@@ -98,120 +96,81 @@ impl Stack {
     /// A stack for inputs up to `extent`; with `training` it keeps what the backward pass needs.
     ///
     /// # Panics
-    /// If `adapter`'s layout covers other blocks than `weights`, or the values are not the layout's.
+    /// If `adapter` covers other blocks than `weights`, or its values are not its layout's.
     pub fn new(
         engine: &Engine,
-        config: &Config,
+        model: &Architecture,
         weights: StackWeights,
-        adapter: Option<(&LoraSpec, &AdapterLayout, &[f32])>,
+        adapter: Option<(&AdapterLayout, &[f32])>,
         extent: Extent,
         training: bool,
     ) -> Result<Self, Error> {
-        let rows = extent.rows();
         let scalars = engine.buffer("scalars", scalar::COUNT)?;
         let lora = adapter
-            .map(|(spec, layout, values)| {
+            .map(|(layout, values)| {
                 assert_eq!(layout.blocks(), weights.block_range(), "an adapter of other blocks");
                 assert_eq!(layout.len(), values.len(), "adapter values");
                 Ok::<_, Error>(Lora {
                     layout: layout.clone(),
-                    scale: spec.scale(),
                     values: engine.buffer_from("adapter", values)?,
                     gradient: engine.buffer("adapter.gradient", if training { values.len() } else { 1 })?,
                     scalars: scalars.clone(),
                 })
             })
             .transpose()?;
-        let mut activations: Vec<Activations> = Vec::with_capacity(weights.blocks.len());
-        let mut x = engine.buffer("x", rows * config.width)?;
-        let mut spare = None;
-        for block in weights.block_range() {
-            let out = match spare.take() {
-                Some(spare) if !training => spare,
-                _ => engine.buffer(format!("block.{block}.out"), rows * config.width)?,
-            };
-            activations.push(Activations::new(
-                engine,
-                config,
-                block,
-                (x.clone(), out.clone()),
-                activations.last(),
-                Keeping {
-                    rows,
-                    lora: lora.as_ref(),
-                    keep: training,
-                },
-            )?);
-            spare = Some(x);
-            x = out;
-        }
-        let scratch = match (&lora, training) {
-            (Some(lora), true) => Some(Self::scratch(engine, config, extent, &lora.layout)?),
-            _ => None,
-        };
-        let moments = match (&lora, training) {
-            (Some(lora), true) => Some(MomentBuffers {
+        let moments = match &lora {
+            Some(lora) if training => Some(MomentBuffers {
                 first: engine.buffer("adapter.moment1", lora.layout.len())?,
                 second: engine.buffer("adapter.moment2", lora.layout.len())?,
                 norm_partial: engine.buffer("adapter.norm_partial", adamw::partial_words(lora.layout.len()))?,
             }),
             _ => None,
         };
-        let head = weights
-            .head
-            .as_ref()
-            .map(|_| HeadBuffers::new(engine, config, rows, training))
-            .transpose()?;
-        Ok(Self {
-            engine: engine.clone(),
-            config: config.clone(),
+        let workspace = Workspace::new(
+            engine,
+            model,
+            (weights.block_range(), weights.head.is_some()),
+            lora.as_ref().map(|lora| &lora.layout),
             extent,
+            training,
+        )?;
+        let mut stack = Self {
+            engine: engine.clone(),
+            model: model.clone(),
             weights,
             lora,
             moments,
-            scratch,
-            activations,
-            head,
-            tokens: engine.buffer("tokens", rows)?,
+            workspace,
+            rotations: None,
+            position: engine.buffer("position", 1)?,
             scalars,
             scalar_values: [0.0; scalar::COUNT],
             step: 0,
             prepared: HashMap::new(),
-        })
+        };
+        stack.make_rotations(extent.seq)?;
+        Ok(stack)
     }
 
-    fn scratch(engine: &Engine, config: &Config, extent: Extent, layout: &AdapterLayout) -> Result<Scratch, Error> {
-        let rows = extent.rows();
-        let new = |name: &str, words: usize| engine.buffer(name, words);
-        let rank = layout.entries().first().map_or(1, |entry| entry.rank);
-        let widest = layout
-            .entries()
-            .iter()
-            .map(|entry| entry.inputs.max(entry.outputs))
-            .max()
-            .unwrap_or(1);
-        Ok(Scratch {
-            d_x: new("d_x", rows * config.width)?,
-            d_norm: new("d_norm", rows * config.width)?,
-            d_qkv: new("d_qkv", rows * 3 * config.width)?,
-            d_g: new("d_g", rows * config.ffn)?,
-            d_h: new("d_h", rows * config.ffn)?,
-            dot: new("dot", rows * config.heads)?,
-            v: new("v", rows * rank)?,
-            partial: new("partial", lora::partial_words(rows, widest, rank))?,
-        })
+    /// Makes room for tokens up to a position.
+    pub(super) fn make_rotations(&mut self, positions: usize) -> Result<(), Error> {
+        if let Some(rotary) = self.model.rotary {
+            let table = rotary::table(positions, self.model.head_size, rotary.base, rotary.scaling);
+            self.rotations = Some(self.engine.buffer_from("rotations", &table)?);
+        }
+        Ok(())
     }
 
     pub fn engine(&self) -> &Engine {
         &self.engine
     }
 
-    pub fn config(&self) -> &Config {
-        &self.config
+    pub fn model(&self) -> &Architecture {
+        &self.model
     }
 
     pub fn extent(&self) -> Extent {
-        self.extent
+        self.workspace.extent
     }
 
     /// The frozen weights, to build another stack on the same buffers.
@@ -221,7 +180,7 @@ impl Stack {
 
     /// The input of the first block (batch·seq, width): written by the embedding, or from outside.
     pub fn input(&self) -> &Buffer {
-        &self.activations[0].x
+        &self.workspace.activations[0].x
     }
 
     /// The input of the block at `position` of this stack (batch·seq, width).
@@ -229,12 +188,12 @@ impl Stack {
     /// # Panics
     /// If the stack has no such block.
     pub fn input_of(&self, position: usize) -> &Buffer {
-        &self.activations[position].x
+        &self.workspace.activations[position].x
     }
 
     /// The output of the last block (batch·seq, width).
     pub fn output(&self) -> &Buffer {
-        &self.activations[self.activations.len() - 1].out
+        &self.workspace.activations[self.workspace.activations.len() - 1].out
     }
 
     /// The gradient that the backward pass starts from and, taken to the input, ends in (batch·seq, width).
@@ -242,46 +201,31 @@ impl Stack {
     /// # Panics
     /// If the stack was not made for training.
     pub fn d_x(&self) -> &Buffer {
-        &self.scratch.as_ref().expect("a training stack").d_x
+        &self.workspace.scratch.as_ref().expect("a training stack").d_x
     }
 
-    fn block(&self, position: usize, seq: usize) -> Block<'_> {
+    fn block(&self, position: usize, (batch, seq): (usize, usize)) -> Block<'_> {
         Block {
-            config: &self.config,
+            model: &self.model,
             index: self.weights.first_block + position,
-            batch: self.extent.batch,
+            batch,
             seq,
             weights: &self.weights.blocks[position],
-            activations: &self.activations[position],
+            activations: &self.workspace.activations[position],
             lora: self.lora.as_ref(),
+            rotations: self.rotations.as_ref(),
+            position: &self.position,
         }
     }
 
     fn head(&self, seq: usize) -> Head<'_> {
         Head {
-            config: &self.config,
-            rows: self.extent.batch * seq,
+            model: &self.model,
+            rows: self.extent().batch * seq,
             weights: self.weights.head.as_ref().expect("a stack with a head"),
-            embedding: self
-                .weights
-                .embedding
-                .as_ref()
-                .expect("the head is tied to the embedding"),
-            buffers: self.head.as_ref().expect("a stack with a head"),
+            buffers: self.workspace.head.as_ref().expect("a stack with a head"),
             scalars: &self.scalars,
         }
-    }
-
-    /// Records the embedding of the uploaded tokens into [`Stack::input`].
-    pub fn record_embedding(&self, recording: &mut Recording, seq: usize) {
-        let embedding = self.weights.embedding.as_ref();
-        embedding.expect("a stack with the embedding").record_forward(
-            recording,
-            &self.config,
-            (self.extent.batch, seq),
-            &self.tokens,
-            self.input(),
-        );
     }
 
     /// Records the blocks' forward passes.
@@ -289,11 +233,30 @@ impl Stack {
         self.record_blocks_from(recording, seq, 0);
     }
 
-    /// The same from the block at `position` of this stack on.
+    /// Records the forward passes from the block at `position` of this stack on.
     pub fn record_blocks_from(&self, recording: &mut Recording, seq: usize, position: usize) {
-        for position in position..self.activations.len() {
-            self.block(position, seq).record_forward(recording);
+        let shape = (self.extent().batch, seq);
+        for position in position..self.weights.blocks.len() {
+            self.block(position, shape).record_forward(recording, Over::Sequences);
         }
+    }
+
+    /// Records the forward passes of the next `rows` tokens of one text, of which the blocks' caches hold what went before.
+    pub(super) fn record_blocks_cached(&self, recording: &mut Recording, rows: usize, caches: &[Buffer], capacity: usize) {
+        for (position, keys_values) in caches.iter().enumerate() {
+            let cache = Cache {
+                keys_values,
+                capacity,
+                position: &self.position,
+            };
+            self.block(position, (1, rows))
+                .record_forward(recording, Over::Cache(cache));
+        }
+    }
+
+    /// Uploads the position of the first token of what is computed next.
+    pub(super) fn set_position(&self, position: usize) {
+        self.engine.upload(&self.position, 0, &[position as u32]);
     }
 
     /// Records the head's loss and, with `gradient`, its gradient into [`Stack::d_x`].
@@ -319,10 +282,11 @@ impl Stack {
     }
 
     fn record_backward_until(&self, recording: &mut Recording, seq: usize, lowest: usize, to: BackwardTo) {
-        let scratch = self.scratch.as_ref().expect("a training stack");
-        for position in (lowest..self.activations.len()).rev() {
+        let scratch = self.workspace.scratch.as_ref().expect("a training stack");
+        let shape = (self.extent().batch, seq);
+        for position in (lowest..self.weights.blocks.len()).rev() {
             let to = if position > lowest { BackwardTo::Input } else { to };
-            self.block(position, seq).record_backward(recording, scratch, to);
+            self.block(position, shape).record_backward(recording, scratch, to);
         }
     }
 
@@ -381,16 +345,27 @@ impl Stack {
         self.prepared.get(&(name, 0, seq)).map(Prepared::cost)
     }
 
-    /// Uploads token ids (batch, seq).
-    pub fn upload_tokens(&self, tokens: &[u32]) {
-        self.engine.upload(&self.tokens, 0, tokens);
+    /// Gathers the embeddings of tokens (batch, seq) and uploads them as the stack's input.
+    ///
+    /// # Errors
+    /// [`WeightsError`](super::weights::WeightsError) when the embedding cannot be read.
+    pub fn upload_tokens(&self, tokens: &[u32], seq: usize) -> Result<(), ModelError> {
+        self.upload_tokens_at(tokens, seq, 0)
+    }
+
+    /// Gathers the embeddings of tokens that begin at a position of their text.
+    pub(super) fn upload_tokens_at(&self, tokens: &[u32], seq: usize, position: usize) -> Result<(), ModelError> {
+        let embedding = self.weights.embedding.as_ref().expect("a stack with the embedding");
+        let rows = embedding.gather(tokens, seq, position)?;
+        self.engine.upload(self.input(), 0, &rows);
+        Ok(())
     }
 
     /// Uploads targets (batch, seq), -100 where there is none, and the weights of this batch: `weight` scales its adapter
     /// gradient, the head's gradient is that of the mean over its targets. Returns the number of targets.
     pub fn upload_targets(&mut self, targets: &[i32], weight: f32) -> usize {
         let count = targets.iter().filter(|&&target| target >= 0).count();
-        let head = self.head.as_ref().expect("a stack with a head");
+        let head = self.workspace.head.as_ref().expect("a stack with a head");
         self.engine.upload(&head.targets, 0, targets);
         self.scalar_values[scalar::WEIGHT] = weight;
         self.scalar_values[scalar::FACTOR] = if count == 0 { 0.0 } else { 1.0 / count as f32 };
@@ -401,7 +376,7 @@ impl Stack {
     /// Sets the numbers of the next optimiser step and counts it; `run_step` chooses the learning rate, `weight` scales adapter
     /// gradients recorded after this.
     pub fn begin_update(&mut self, settings: &OptimizerSettings, run_step: u64, weight: f32) {
-        fill_scalars(settings, self.step, run_step, &mut self.scalar_values);
+        settings.fill_scalars(self.step, run_step, &mut self.scalar_values);
         self.scalar_values[scalar::WEIGHT] = weight;
         self.engine.upload(&self.scalars, 0, &self.scalar_values);
         self.step += 1;
@@ -419,8 +394,8 @@ impl Stack {
 
     /// The summed loss of the last batch's targets.
     pub async fn loss_sum(&self, seq: usize) -> Result<f64, Error> {
-        let head = self.head.as_ref().expect("a stack with a head");
-        let rows = self.extent.batch * seq;
+        let head = self.workspace.head.as_ref().expect("a stack with a head");
+        let rows = self.extent().batch * seq;
         let losses: Vec<f32> = self.engine.download(&head.loss, 0, rows).await?;
         Ok(losses.iter().map(|&loss| f64::from(loss)).sum())
     }
@@ -486,27 +461,27 @@ impl Stack {
         self.engine.download(&lora.gradient, 0, lora.layout.len()).await
     }
 
+    /// Makes what the logits of single rows are computed on.
+    pub(super) fn logit_buffers(&self) -> Result<LogitBuffers, Error> {
+        let head = self.weights.head.as_ref().expect("a stack with a head");
+        LogitBuffers::new(&self.engine, &self.model, head)
+    }
+
+    /// Records the logits after a row of the last block's output.
+    pub(super) fn record_logits(&self, recording: &mut Recording, row: usize, (last, logits): (&Buffer, &LogitBuffers)) {
+        let width = self.model.width;
+        let head = self.weights.head.as_ref().expect("a stack with a head");
+        recording.copy((self.output(), row * width), (last, 0), width);
+        logits.record(recording, &self.model, head, last);
+    }
+
     /// The logits (vocab) after position `position` of row 0 of the last forward pass.
     pub async fn logits_at(&self, position: usize) -> Result<Vec<f32>, Error> {
-        let width = self.config.width;
-        let head = Head {
-            rows: 1,
-            ..self.head(self.extent.seq)
-        };
-        let last = self.engine.buffer("output.last", width)?;
-        let logits = head
-            .chunk_rows()
-            .map(|rows| self.engine.buffer("logits", rows))
-            .collect::<Result<Vec<_>, _>>()?;
+        let last = self.engine.buffer("last", self.model.width)?;
+        let logits = self.logit_buffers()?;
         let mut recording = self.engine.recording();
-        recording.copy((self.output(), position * width), (&last, 0), width);
-        head.record_norm(&mut recording, &last);
-        head.record_logits(&mut recording, &logits);
+        self.record_logits(&mut recording, position, (&last, &logits));
         self.engine.run(&self.engine.prepare(recording))?;
-        let mut values = Vec::with_capacity(self.config.vocab);
-        for logits in &logits {
-            values.extend(self.engine.download::<f32>(logits, 0, logits.words()).await?);
-        }
-        Ok(values)
+        logits.download(&self.engine).await
     }
 }

@@ -1,71 +1,42 @@
-//! The frozen weights: read from Hugging Face safetensors into units, and units written as bytes for other devices.
+//! The frozen weights where they are kept: a Hugging Face directory, or bytes in memory, read one unit at a time.
 //!
-//! A *unit* is what one side of the cut either holds or does not: the embedding, one block, the final norm.
 //! Weights are separate from the forward pass because a server hands units out without ever running them,
 //! and because a device loads only its own.
 
-use std::fmt;
-use std::io::{self, Cursor, Write};
+use std::io::Cursor;
+use std::sync::{Arc, Mutex};
 
-use half::f16;
-use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
+use serde::Deserialize;
 
+use super::architecture::{Architecture, Family};
 use super::archive::{Archive, ArchiveError, Source};
-use super::config::Config;
-use crate::terms::format::Format;
-
-const MAGIC: [u8; 4] = *b"SFLU";
-const VERSION: u32 = 1;
-
-/// A separately loaded part of the model. The head is tied to the embedding's `wte.weight`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(into = "String", try_from = "String")]
-pub enum Unit {
-    /// `wte.weight` (vocab, width) and `wpe.weight` (positions, width).
-    Embedding,
-    /// One transformer block, named as in Hugging Face files without the `h.{i}.` prefix.
-    Block(usize),
-    /// `ln_f.weight` and `ln_f.bias`, (width).
-    Final,
-}
-
-/// Values of one tensor.
-#[derive(Clone, Debug, PartialEq)]
-pub enum TensorData {
-    /// Two halves a word, the earlier in the low bits; an odd count is padded with a zero half.
-    F16(Vec<u32>),
-    F32(Vec<f32>),
-}
-
-/// One named tensor, row major. A weight matrix has shape (in, out).
-#[derive(Clone, Debug, PartialEq)]
-pub struct Tensor {
-    pub name: String,
-    pub shape: Vec<usize>,
-    pub data: TensorData,
-}
-
-/// The tensors of one unit, in the order of [`Unit::tensors`].
-#[derive(Clone, Debug, PartialEq)]
-pub struct UnitData {
-    pub unit: Unit,
-    pub tensors: Vec<Tensor>,
-}
+use super::ends::embedding::{Embedding, RowSource, Rows};
+use super::unit::{HEAD, Tensor, Unit, UnitData, layout};
+use crate::terms::format::{Encoder, Format, FormatError, Layout};
 
 /// Why weights were refused.
 #[derive(Debug, thiserror::Error)]
 pub enum WeightsError {
     #[error(transparent)]
     Archive(#[from] ArchiveError),
+    #[error("tensor `{tensor}` cannot be held as {format}: {error}")]
+    Format {
+        tensor: String,
+        format: Format,
+        error: FormatError,
+    },
     #[error(
-        "tensor `{tensor}` holds {value}, which is beyond f16's largest value 65504: hold the weights with --weights f32"
+        "tensor `{tensor}` holds {value}, which is beyond {format}'s largest value: hold the weights with --weights f32"
     )]
-    Overflow { tensor: String, value: f32 },
+    Overflow {
+        tensor: String,
+        format: Format,
+        value: f32,
+    },
     #[error(
-        "the model's head `lm_head.weight` differs from `wte.weight`: untied heads are not supported, only tied ones"
+        "the model's head `lm_head.weight` differs from `{embedding}`: this model's config.json says that they are one (tie_word_embeddings)"
     )]
-    UntiedHead,
+    UntiedHead { embedding: &'static str },
     #[error("block {block} does not exist: the model has {blocks}")]
     NoSuchBlock { block: usize, blocks: usize },
     #[error("no model.safetensors in {dir}: save the model in safetensors form (save_pretrained does)")]
@@ -78,145 +49,88 @@ pub enum WeightsError {
     UnitName(String),
 }
 
-impl Unit {
-    /// All units of a model, in the order of the forward pass.
-    pub fn all(config: &Config) -> impl Iterator<Item = Unit> {
-        std::iter::once(Unit::Embedding)
-            .chain((0..config.blocks).map(Unit::Block))
-            .chain([Unit::Final])
-    }
+/// How a device is to hold matrices: `--weights`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Holding {
+    /// As the file has them where it quantises, else f16.
+    #[default]
+    Auto,
+    As(Format),
+}
 
-    /// Names and shapes of the unit's tensors; two-dimensional ones are matrices held as [`Format`] says.
-    pub fn tensors(self, config: &Config) -> Vec<(&'static str, Vec<usize>)> {
-        let (width, ffn) = (config.width, config.ffn);
+impl Holding {
+    /// The format for a matrix of a safetensors file.
+    fn format(self) -> Format {
         match self {
-            Unit::Embedding => {
-                vec![
-                    ("wte.weight", vec![config.vocab, width]),
-                    ("wpe.weight", vec![config.positions, width]),
-                ]
-            }
-            Unit::Block(_) => vec![
-                ("ln_1.weight", vec![width]),
-                ("ln_1.bias", vec![width]),
-                ("attn.c_attn.weight", vec![width, 3 * width]),
-                ("attn.c_attn.bias", vec![3 * width]),
-                ("attn.c_proj.weight", vec![width, width]),
-                ("attn.c_proj.bias", vec![width]),
-                ("ln_2.weight", vec![width]),
-                ("ln_2.bias", vec![width]),
-                ("mlp.c_fc.weight", vec![width, ffn]),
-                ("mlp.c_fc.bias", vec![ffn]),
-                ("mlp.c_proj.weight", vec![ffn, width]),
-                ("mlp.c_proj.bias", vec![width]),
-            ],
-            Unit::Final => vec![("ln_f.weight", vec![width]), ("ln_f.bias", vec![width])],
-        }
-    }
-
-    /// The Hugging Face name of one of the unit's tensors, without the optional `transformer.` prefix.
-    fn file_name(self, tensor: &str) -> String {
-        match self {
-            Unit::Block(block) => format!("h.{block}.{tensor}"),
-            Unit::Embedding | Unit::Final => tensor.to_owned(),
-        }
-    }
-
-    fn check(self, config: &Config) -> Result<(), WeightsError> {
-        match self {
-            Unit::Block(block) if block >= config.blocks => Err(WeightsError::NoSuchBlock {
-                block,
-                blocks: config.blocks,
-            }),
-            _ => Ok(()),
+            Holding::Auto => Format::F16,
+            Holding::As(format) => format,
         }
     }
 }
 
-impl fmt::Display for Unit {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl std::str::FromStr for Holding {
+    type Err = FormatError;
+
+    fn from_str(text: &str) -> Result<Self, FormatError> {
+        Ok(match text {
+            "auto" => Holding::Auto,
+            name => Holding::As(name.parse()?),
+        })
+    }
+}
+
+impl std::fmt::Display for Holding {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Unit::Embedding => formatter.write_str("embedding"),
-            Unit::Block(block) => write!(formatter, "block.{block}"),
-            Unit::Final => formatter.write_str("final"),
+            Holding::Auto => formatter.write_str("auto"),
+            Holding::As(format) => format.fmt(formatter),
         }
     }
 }
 
-impl std::str::FromStr for Unit {
-    type Err = WeightsError;
+/// Gives the parts of a model to whoever puts them on a device.
+pub trait UnitSource {
+    /// One unit, as devices hold it.
+    ///
+    /// # Errors
+    /// [`WeightsError`] when it cannot be read.
+    fn unit(&mut self, unit: Unit) -> Result<UnitData, WeightsError>;
 
-    fn from_str(name: &str) -> Result<Self, WeightsError> {
-        let unit = match name {
-            "embedding" => Some(Unit::Embedding),
-            "final" => Some(Unit::Final),
-            _ => name
-                .strip_prefix("block.")
-                .and_then(|block| block.parse().ok())
-                .map(Unit::Block),
-        };
-        // Only the canonical spelling: `block.01` is no second name of block 1.
-        unit.filter(|unit| unit.to_string() == name)
-            .ok_or_else(|| WeightsError::UnitName(name.chars().take(80).collect()))
+    /// The embedding on the host, rows of which are read when they are needed.
+    ///
+    /// # Errors
+    /// [`WeightsError`] when it cannot be read.
+    fn embedding(&mut self) -> Result<Embedding, WeightsError>;
+}
+
+/// Units and embedding of some weights in one holding.
+pub struct Held<'a> {
+    pub weights: &'a Weights,
+    pub holding: Holding,
+}
+
+impl UnitSource for Held<'_> {
+    fn unit(&mut self, unit: Unit) -> Result<UnitData, WeightsError> {
+        self.weights.unit(unit, self.holding)
+    }
+
+    fn embedding(&mut self) -> Result<Embedding, WeightsError> {
+        self.weights.embedding(self.holding)
     }
 }
 
-impl From<Unit> for String {
-    fn from(unit: Unit) -> Self {
-        unit.to_string()
-    }
-}
+/// A safetensors file that several readers share.
+type Shared = Arc<Mutex<Archive>>;
 
-impl TryFrom<String> for Unit {
-    type Error = WeightsError;
-
-    fn try_from(name: String) -> Result<Self, WeightsError> {
-        name.parse()
-    }
-}
-
-impl TensorData {
-    pub fn dtype(&self) -> Format {
-        match self {
-            TensorData::F16(_) => Format::F16,
-            TensorData::F32(_) => Format::F32,
-        }
-    }
-
-    /// Bytes held, with the padding half of an odd count.
-    pub fn byte_length(&self) -> usize {
-        match self {
-            TensorData::F16(words) => 4 * words.len(),
-            TensorData::F32(values) => 4 * values.len(),
-        }
-    }
-}
-
-impl Tensor {
-    /// Number of values: the product of the shape.
-    pub fn elements(&self) -> usize {
-        self.shape.iter().product()
-    }
-
-    /// The values as f32, in a new allocation when they are held as halves.
-    pub fn to_f32(&self) -> Vec<f32> {
-        match &self.data {
-            TensorData::F32(values) => values.clone(),
-            TensorData::F16(words) => words
-                .iter()
-                .flat_map(|word| [*word as u16, (word >> 16) as u16])
-                .take(self.elements())
-                .map(|bits| f16::from_bits(bits).to_f32())
-                .collect(),
-        }
-    }
+fn lock(archive: &Shared) -> std::sync::MutexGuard<'_, Archive> {
+    archive.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 /// The weights of a model on disk or in memory, read one unit at a time.
 #[derive(Debug)]
 pub struct Weights {
-    config: Config,
-    archives: Vec<Archive>,
+    model: Architecture,
+    archives: Vec<Shared>,
 }
 
 impl Weights {
@@ -226,7 +140,7 @@ impl Weights {
     /// # Errors
     /// [`WeightsError`] names the file and tensor.
     #[cfg(not(target_arch = "wasm32"))]
-    pub fn open(dir: &std::path::Path, config: &Config) -> Result<Self, WeightsError> {
+    pub fn open(dir: &std::path::Path, model: &Architecture) -> Result<Self, WeightsError> {
         let open = |path: &std::path::Path| {
             let file = path.display().to_string();
             match std::fs::File::open(path) {
@@ -236,7 +150,7 @@ impl Weights {
         };
         let single = dir.join("model.safetensors");
         if single.is_file() {
-            return Self::from_archives(vec![open(&single)?], config);
+            return Self::from_archives(vec![open(&single)?], model);
         }
         let index = dir.join("model.safetensors.index.json");
         if !index.is_file() {
@@ -253,34 +167,37 @@ impl Weights {
             .iter()
             .map(|shard| open(&dir.join(shard)))
             .collect::<Result<_, _>>()?;
-        Self::from_archives(archives, config)
+        Self::from_archives(archives, model)
     }
 
     /// Opens a `model.safetensors` held in memory, such as an embedded model.
     ///
     /// # Errors
     /// [`WeightsError`] names the tensor.
-    pub fn from_bytes(bytes: impl AsRef<[u8]> + Send + 'static, config: &Config) -> Result<Self, WeightsError> {
-        Self::from_source("model.safetensors", Cursor::new(bytes), config)
+    pub fn from_bytes(bytes: impl AsRef<[u8]> + Send + 'static, model: &Architecture) -> Result<Self, WeightsError> {
+        Self::from_source("model.safetensors", Cursor::new(bytes), model)
     }
 
     /// Opens a safetensors file from any seekable source; `file` names it in errors.
     ///
     /// # Errors
     /// [`WeightsError`] names the tensor.
-    pub fn from_source(file: &str, source: impl Source + 'static, config: &Config) -> Result<Self, WeightsError> {
-        Self::from_archives(vec![Archive::open(file, source)?], config)
+    pub fn from_source(file: &str, source: impl Source + 'static, model: &Architecture) -> Result<Self, WeightsError> {
+        Self::from_archives(vec![Archive::open(file, source)?], model)
     }
 
-    fn from_archives(archives: Vec<Archive>, config: &Config) -> Result<Self, WeightsError> {
-        let mut weights = Self {
-            config: config.clone(),
-            archives,
+    fn from_archives(archives: Vec<Archive>, model: &Architecture) -> Result<Self, WeightsError> {
+        let weights = Self {
+            model: model.clone(),
+            archives: archives
+                .into_iter()
+                .map(|archive| Arc::new(Mutex::new(archive)))
+                .collect(),
         };
-        for unit in Unit::all(config) {
-            for (tensor, shape) in unit.tensors(config) {
-                let (archive, name) = weights.find(&unit.file_name(tensor))?;
-                weights.archives[archive].check(&name, &shape)?;
+        for unit in Unit::all(model) {
+            for (tensor, shape) in unit.tensors(model) {
+                let (archive, name) = weights.find(unit, tensor)?;
+                lock(archive).check(&name, &shape)?;
             }
         }
         weights.check_tied_head()?;
@@ -288,99 +205,147 @@ impl Weights {
     }
 
     /// The shape the weights were checked against.
-    pub fn config(&self) -> &Config {
-        &self.config
+    pub fn model(&self) -> &Architecture {
+        &self.model
     }
 
-    /// Reads one unit, converting its matrices to `dtype` chunk by chunk.
+    /// Reads one unit, converting its matrices chunk by chunk.
     ///
     /// # Errors
-    /// [`WeightsError::Overflow`] when a value has no f16, [`WeightsError::Archive`] when reading fails or a
+    /// [`WeightsError::Overflow`] when a value is too large for its format, [`WeightsError::Archive`] when reading fails or a
     /// value is not finite, [`WeightsError::NoSuchBlock`].
-    pub fn unit(&mut self, unit: Unit, dtype: Format) -> Result<UnitData, WeightsError> {
-        unit.check(&self.config)?;
+    pub fn unit(&self, unit: Unit, holding: Holding) -> Result<UnitData, WeightsError> {
+        unit.check(&self.model)?;
         let mut tensors = Vec::new();
-        for (tensor, shape) in unit.tensors(&self.config) {
-            let (archive, name) = self.find(&unit.file_name(tensor))?;
-            let archive = &mut self.archives[archive];
-            let data = if shape.len() == 2 && dtype == Format::F16 {
-                TensorData::F16(read_f16(archive, &name, &shape)?)
-            } else {
-                TensorData::F32(archive.read(&name, &shape)?)
-            };
+        for (tensor, shape) in unit.tensors(&self.model) {
+            let (archive, name) = self.find(unit, tensor)?;
+            let format = if shape.len() == 2 { holding.format() } else { Format::F32 };
+            let words = read(&mut lock(archive), &name, &shape, format)?;
             tensors.push(Tensor {
                 name: tensor.to_owned(),
                 shape,
-                data,
+                format,
+                words,
             });
         }
         Ok(UnitData { unit, tensors })
     }
 
-    /// The archive that holds a tensor, and its full name there.
-    fn find(&self, tensor: &str) -> Result<(usize, String), ArchiveError> {
-        let prefixed = format!("transformer.{tensor}");
-        for name in [tensor, &prefixed] {
-            if let Some(archive) = self.archives.iter().position(|archive| archive.contains(name)) {
-                return Ok((archive, name.to_owned()));
+    /// The embedding, whose rows stay where they are kept until they are asked for. They are what [`Weights::unit`] gives for the
+    /// same holding: rounded as the format rounds them.
+    ///
+    /// # Errors
+    /// [`WeightsError::Archive`] when a tensor is missing.
+    pub fn embedding(&self, holding: Holding) -> Result<Embedding, WeightsError> {
+        let rows = Unit::Embedding
+            .tensors(&self.model)
+            .into_iter()
+            .map(|(tensor, shape)| {
+                let (archive, name) = self.find(Unit::Embedding, tensor)?;
+                let format = holding.format();
+                Ok(Rows::Stored(Arc::new(ArchiveRows {
+                    archive: archive.clone(),
+                    name,
+                    layout: layout(&shape, format),
+                })))
+            })
+            .collect::<Result<Vec<_>, WeightsError>>()?;
+        Ok(Embedding::new(&self.model, rows))
+    }
+
+    /// The archive that holds a tensor, and its full name there. Files keep it with or without the name of the whole model before
+    /// it; and a tied head, which is the embedding, under both names or either.
+    fn find(&self, unit: Unit, tensor: &str) -> Result<(&Shared, String), ArchiveError> {
+        let name = unit.file_name(&self.model, tensor);
+        let other = match self.model.family {
+            Family::Gpt2 => format!("transformer.{name}"),
+            _ => name.strip_prefix("model.").unwrap_or(&name).to_owned(),
+        };
+        let tied = (self.model.tied && tensor == Unit::token_embedding(&self.model)).then(|| HEAD.to_owned());
+        for name in [name.clone(), other].into_iter().chain(tied) {
+            if let Some(archive) = self.archives.iter().find(|archive| lock(archive).contains(&name)) {
+                return Ok((archive, name));
             }
         }
-        let files: Vec<&str> = self.archives.iter().map(Archive::file).collect();
+        let files: Vec<String> = self
+            .archives
+            .iter()
+            .map(|archive| lock(archive).file().to_owned())
+            .collect();
         Err(ArchiveError::Missing {
             file: files.join(", "),
-            tensor: tensor.to_owned(),
+            tensor: name,
         })
     }
 
-    /// A file may carry the tied head a second time; it must then be the same matrix.
-    fn check_tied_head(&mut self) -> Result<(), WeightsError> {
-        let shape = [self.config.vocab, self.config.width];
-        let Ok((head, head_name)) = self.find("lm_head.weight") else {
+    /// A file may carry a tied head a second time; it must then be the same matrix.
+    fn check_tied_head(&self) -> Result<(), WeightsError> {
+        let embedding = Unit::token_embedding(&self.model);
+        let Some(head) = self.archives.iter().find(|archive| lock(archive).contains(HEAD)) else {
             return Ok(());
         };
-        let (wte, wte_name) = self.find("wte.weight")?;
-        if self.archives[head].shape(&head_name) != Some(&shape) {
-            return Err(WeightsError::UntiedHead);
+        let (table, name) = self.find(Unit::Embedding, embedding)?;
+        if !self.model.tied || name == HEAD {
+            return Ok(());
         }
-        let equal = if head == wte {
-            self.archives[head].equal(&head_name, None, &wte_name, &shape)?
+        let shape = [self.model.vocab, self.model.width];
+        if lock(head).shape(HEAD) != Some(&shape) {
+            return Err(WeightsError::UntiedHead { embedding });
+        }
+        let equal = if Arc::ptr_eq(head, table) {
+            lock(head).equal(HEAD, None, &name, &shape)?
         } else {
-            let (low, high) = self.archives.split_at_mut(head.max(wte));
-            let (first, second) = (&mut low[head.min(wte)], &mut high[0]);
-            let (first_name, second_name) = if head < wte {
-                (&head_name, &wte_name)
-            } else {
-                (&wte_name, &head_name)
-            };
-            first.equal(first_name, Some(second), second_name, &shape)?
+            lock(head).equal(HEAD, Some(&mut lock(table)), &name, &shape)?
         };
-        if equal { Ok(()) } else { Err(WeightsError::UntiedHead) }
+        if equal {
+            Ok(())
+        } else {
+            Err(WeightsError::UntiedHead { embedding })
+        }
     }
 }
 
-/// Reads a matrix as packed halves, rounded to nearest even.
-fn read_f16(archive: &mut Archive, name: &str, shape: &[usize]) -> Result<Vec<u32>, WeightsError> {
-    let elements: usize = shape.iter().product();
-    let mut words = Vec::with_capacity(elements.div_ceil(2));
-    archive.for_each_chunk(name, shape, |values| {
-        // Chunks have an even length except the last one.
-        for pair in values.chunks(2) {
-            let mut word = 0;
-            for (index, &value) in pair.iter().enumerate() {
-                let rounded = f16::from_f32(value);
-                if !rounded.is_finite() {
-                    return Err(WeightsError::Overflow {
-                        tensor: name.to_owned(),
-                        value,
-                    });
-                }
-                word |= u32::from(rounded.to_bits()) << (16 * index);
-            }
-            words.push(word);
+/// Reads a tensor into a format without holding it as f32.
+fn read(archive: &mut Archive, name: &str, shape: &[usize], format: Format) -> Result<Vec<u32>, WeightsError> {
+    // The shape is compared with the file before room is made for the words.
+    archive.check(name, shape)?;
+    let refused = |error| refused(name, format, error);
+    let mut encoder = Encoder::new(layout(shape, format));
+    archive.for_each_chunk(name, shape, |values| encoder.push(values).map_err(refused))?;
+    encoder.finish().map_err(refused)
+}
+
+fn refused(tensor: &str, format: Format, error: FormatError) -> WeightsError {
+    let tensor = tensor.to_owned();
+    match error {
+        FormatError::Overflow { value, .. } => WeightsError::Overflow { tensor, format, value },
+        error => WeightsError::Format { tensor, format, error },
+    }
+}
+
+/// The rows of a matrix in a safetensors file.
+#[derive(Debug)]
+struct ArchiveRows {
+    archive: Shared,
+    name: String,
+    /// What devices hold of it.
+    layout: Layout,
+}
+
+impl RowSource for ArchiveRows {
+    fn read(&self, row: usize, values: &mut [f32]) -> Result<(), WeightsError> {
+        let shape = [self.layout.rows, self.layout.columns];
+        lock(&self.archive).read_row(&self.name, &shape, row, values)?;
+        if self.layout.format != Format::F32 {
+            // As the devices have it.
+            let of_row = self.layout.format.layout(1, self.layout.columns);
+            let words = of_row
+                .encode(values)
+                .map_err(|error| refused(&self.name, self.layout.format, error))?;
+            of_row.decode_row(&words, 0, values);
         }
         Ok(())
-    })?;
-    Ok(words)
+    }
 }
 
 /// File names of the shards in an index, each once, in order.
@@ -405,196 +370,4 @@ fn shard_names(index: &str) -> Result<Vec<String>, WeightsError> {
         return Err(WeightsError::Index(format!("it names {} shards", shards.len())));
     }
     Ok(shards)
-}
-
-/// The bytes of a unit as other devices get them, little endian:
-/// magic `SFLU`, version, unit kind and block index, tensor count; for each tensor the length of its name, the
-/// name padded with zeros to four bytes, dtype (0 = f32, 1 = packed f16), dimensions, their sizes; then the data
-/// of all tensors in the same order. Every number is a `u32`, so all data is aligned to four bytes.
-///
-/// The same unit, dtype and values always give the same bytes, so their SHA-256 names them.
-impl UnitData {
-    /// A tensor by its name in [`Unit::tensors`].
-    pub fn tensor(&self, name: &str) -> Option<&Tensor> {
-        self.tensors.iter().find(|tensor| tensor.name == name)
-    }
-
-    /// How the matrices are held; f32 for the final norm, which has none.
-    pub fn dtype(&self) -> Format {
-        if self.tensors.iter().any(|tensor| tensor.data.dtype() == Format::F16) {
-            Format::F16
-        } else {
-            Format::F32
-        }
-    }
-
-    /// Length of [`UnitData::encode`]'s output in bytes.
-    pub fn encoded_length(&self) -> u64 {
-        let data: u64 = self.tensors.iter().map(|tensor| tensor.data.byte_length() as u64).sum();
-        encode_header(
-            self.unit,
-            self.tensors
-                .iter()
-                .map(|t| (t.name.as_str(), &t.shape[..], t.data.dtype())),
-        )
-        .len() as u64
-            + data
-    }
-
-    /// Writes the unit without holding a second copy of it.
-    ///
-    /// # Errors
-    /// Those of `output`.
-    pub fn encode(&self, output: &mut impl Write) -> io::Result<()> {
-        let table = self
-            .tensors
-            .iter()
-            .map(|t| (t.name.as_str(), &t.shape[..], t.data.dtype()));
-        output.write_all(&encode_header(self.unit, table))?;
-        let mut bytes = Vec::with_capacity(1 << 16);
-        for tensor in &self.tensors {
-            match &tensor.data {
-                TensorData::F16(words) => write_words(output, words, |word| word.to_le_bytes(), &mut bytes)?,
-                TensorData::F32(values) => write_words(output, values, |value| value.to_le_bytes(), &mut bytes)?,
-            }
-        }
-        Ok(())
-    }
-
-    /// SHA-256 of the encoded bytes, by which the unit is served.
-    pub fn digest(&self) -> [u8; 32] {
-        struct Hash(Sha256);
-        impl Write for Hash {
-            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-                self.0.update(bytes);
-                Ok(bytes.len())
-            }
-            fn flush(&mut self) -> io::Result<()> {
-                Ok(())
-            }
-        }
-        let mut hash = Hash(Sha256::new());
-        self.encode(&mut hash).expect("hashing does not fail");
-        hash.0.finalize().into()
-    }
-
-    /// Reads encoded bytes that must be exactly this unit of this model, with matrices in either dtype.
-    ///
-    /// # Errors
-    /// [`WeightsError::Unit`] says what differs; [`WeightsError::NoSuchBlock`].
-    pub fn decode(bytes: &[u8], unit: Unit, config: &Config) -> Result<Self, WeightsError> {
-        unit.check(config)?;
-        let fail = |reason: String| WeightsError::Unit { unit, reason };
-        let table = unit.tensors(config);
-        let header = |dtype: Format| {
-            encode_header(
-                unit,
-                table
-                    .iter()
-                    .map(|(name, shape)| (*name, &shape[..], if shape.len() == 2 { dtype } else { Format::F32 })),
-            )
-        };
-        // What the header must be is known from the configuration, so it is compared instead of parsed.
-        let Some((dtype, header)) = [Format::F16, Format::F32]
-            .into_iter()
-            .map(|dtype| (dtype, header(dtype)))
-            .find(|(_, header)| bytes.starts_with(header))
-        else {
-            return Err(fail(
-                if bytes.starts_with(&MAGIC) {
-                    "its table is another unit's or another model's"
-                } else {
-                    "it does not begin as a model unit"
-                }
-                .to_owned(),
-            ));
-        };
-        let lengths: Vec<usize> = table
-            .iter()
-            .map(|(_, shape)| {
-                let elements: usize = shape.iter().product();
-                if shape.len() == 2 && dtype == Format::F16 {
-                    elements.div_ceil(2)
-                } else {
-                    elements
-                }
-            })
-            .collect();
-        let expected = header.len() as u64 + lengths.iter().map(|&length| 4 * length as u64).sum::<u64>();
-        if bytes.len() as u64 != expected {
-            return Err(fail(format!("it has {} bytes, expected {expected}", bytes.len())));
-        }
-        let mut rest = &bytes[header.len()..];
-        let mut tensors = Vec::with_capacity(table.len());
-        for ((name, shape), length) in table.into_iter().zip(lengths) {
-            let (data, after) = rest.split_at(4 * length);
-            rest = after;
-            let words = data.as_chunks::<4>().0.iter().copied();
-            let data = if shape.len() == 2 && dtype == Format::F16 {
-                let words: Vec<u32> = words.map(u32::from_le_bytes).collect();
-                let infinite = |bits: u32| bits & 0x7c00 == 0x7c00;
-                if words.iter().any(|&word| infinite(word) || infinite(word >> 16)) {
-                    return Err(fail(format!("tensor `{name}` holds a value that is not finite")));
-                }
-                let elements: usize = shape.iter().product();
-                if elements % 2 == 1 && words.last().is_some_and(|word| word >> 16 != 0) {
-                    return Err(fail(format!("the padding after tensor `{name}` is not zero")));
-                }
-                TensorData::F16(words)
-            } else {
-                let values: Vec<f32> = words.map(f32::from_le_bytes).collect();
-                if values.iter().any(|value| !value.is_finite()) {
-                    return Err(fail(format!("tensor `{name}` holds a value that is not finite")));
-                }
-                TensorData::F32(values)
-            };
-            tensors.push(Tensor {
-                name: name.to_owned(),
-                shape,
-                data,
-            });
-        }
-        Ok(Self { unit, tensors })
-    }
-}
-
-fn encode_header<'a>(unit: Unit, tensors: impl Iterator<Item = (&'a str, &'a [usize], Format)>) -> Vec<u8> {
-    let (kind, block) = match unit {
-        Unit::Embedding => (0, 0),
-        Unit::Block(block) => (1, block as u32),
-        Unit::Final => (2, 0),
-    };
-    let mut table = Vec::new();
-    let mut count: u32 = 0;
-    for (name, shape, dtype) in tensors {
-        count += 1;
-        table.extend((name.len() as u32).to_le_bytes());
-        table.extend(name.as_bytes());
-        table.resize(table.len().next_multiple_of(4), 0);
-        table.extend(u32::from(dtype == Format::F16).to_le_bytes());
-        table.extend((shape.len() as u32).to_le_bytes());
-        for &size in shape {
-            table.extend((size as u32).to_le_bytes());
-        }
-    }
-    let mut header = MAGIC.to_vec();
-    for number in [VERSION, kind, block, count] {
-        header.extend(number.to_le_bytes());
-    }
-    header.extend(table);
-    header
-}
-
-fn write_words<T: Copy>(
-    output: &mut impl Write,
-    words: &[T],
-    to_bytes: impl Fn(T) -> [u8; 4],
-    bytes: &mut Vec<u8>,
-) -> io::Result<()> {
-    for chunk in words.chunks(1 << 14) {
-        bytes.clear();
-        bytes.extend(chunk.iter().flat_map(|&word| to_bytes(word)));
-        output.write_all(bytes)?;
-    }
-    Ok(())
 }
