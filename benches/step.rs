@@ -7,7 +7,7 @@ use sflllm::compute::Engine;
 use sflllm::data::{Batch, Dataset, pass};
 use sflllm::model::adapter::{Adapter, LoraSpec, Target};
 use sflllm::model::central::Central;
-use sflllm::model::stack::Extent;
+use sflllm::model::workspace::Extent;
 use sflllm::model::weights::Unit;
 use sflllm::split::{ClientPart, Contribution, ServerPart, Training};
 use sflllm::terms::format::Format;

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use sflllm::compute::Engine;
 use sflllm::data::{Tokenize, Tokenizer};
 use sflllm::model::adapter::{Adapter, LoraSpec, Target};
-use sflllm::model::config::Config;
+use sflllm::model::architecture::Architecture;
 use sflllm::model::weights::Weights;
 use sflllm::protocol::message::{Digest, LinkRates};
 use sflllm::server::planner::{Decision, Planner, RoundFacts, StartFacts};
@@ -148,7 +148,7 @@ fn a_tab_whose_blocks_come_and_go_trains_to_the_end() {
     let Some(programs) = programs() else { return };
     let home = tempfile::tempdir().unwrap();
     let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/demo");
-    let config = Config::load(&assets).unwrap();
+    let config = Architecture::load(&assets).unwrap();
     let spec = LoraSpec::new(4, 8.0, [Target::AttnQkv]).unwrap();
     let run = Run {
         model: Model {

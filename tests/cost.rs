@@ -7,10 +7,11 @@ use std::ops::Range;
 use sflllm::compute::{Buffer, Command, Engine, Recording};
 use sflllm::model::adapter::{Adapter, LoraSpec, Target};
 use sflllm::model::block::BlockWeights;
-use sflllm::model::config::Config;
+use sflllm::model::architecture::Architecture;
 use sflllm::model::cost::{Convention, Workload};
 use sflllm::model::ends::{EmbeddingWeights, HeadWeights};
-use sflllm::model::stack::{Extent, Stack, StackWeights};
+use sflllm::model::stack::{Stack, StackWeights};
+use sflllm::model::workspace::Extent;
 use sflllm::model::weights::{Tensor, TensorData, Unit, UnitData};
 use sflllm::terms::format::Format;
 use sflllm::terms::tensor::WireForm;
@@ -29,14 +30,14 @@ const PRODUCTS: [&str; 9] = [
 ];
 
 struct Case {
-    config: Config,
+    config: Architecture,
     extent: Extent,
     rank: usize,
     cut: usize,
 }
 
-fn config(blocks: usize, width: usize, heads: usize, vocab: usize, positions: usize) -> Config {
-    Config {
+fn config(blocks: usize, width: usize, heads: usize, vocab: usize, positions: usize) -> Architecture {
+    Architecture {
         blocks,
         width,
         heads,
@@ -50,7 +51,7 @@ fn config(blocks: usize, width: usize, heads: usize, vocab: usize, positions: us
 
 fn odd() -> Case {
     Case {
-        config: Config {
+        config: Architecture {
             ffn: 203,
             ..config(3, 70, 5, 301, 45)
         },
@@ -63,7 +64,7 @@ fn odd() -> Case {
 fn demo() -> Case {
     let text = include_str!("../assets/demo/config.json");
     Case {
-        config: Config::from_json(text).unwrap(),
+        config: Architecture::from_json(text).unwrap(),
         extent: Extent { batch: 4, seq: 128 },
         rank: 8,
         cut: 1,
@@ -90,7 +91,7 @@ fn target_sets() -> [Vec<Target>; 5] {
     ]
 }
 
-fn zeros(config: &Config, unit: Unit, dtype: Format) -> UnitData {
+fn zeros(config: &Architecture, unit: Unit, dtype: Format) -> UnitData {
     let tensor = |(name, shape): (&str, Vec<usize>)| {
         let elements: usize = shape.iter().product();
         let data = match dtype {

@@ -154,7 +154,7 @@ fn names_crate(code: &str, name: &str) -> bool {
 
 #[test]
 fn the_scanner_sees_every_form_of_a_path() {
-    let code = "use crate::model::config::Config;\nuse crate::{split::{Cut, Wire}, data, protocol::*};\nlet x: crate::compute::Engine;\nmacro $crate::hidden";
+    let code = "use crate::model::architecture::Architecture;\nuse crate::{split::{Cut, Wire}, data, protocol::*};\nlet x: crate::compute::Engine;\nmacro $crate::hidden";
     let expected: BTreeSet<String> = ["model", "split", "data", "protocol", "compute"]
         .map(str::to_owned)
         .into();

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 use sflllm::model::adapter::{Adapter, AdapterError, AdapterLayout, LoraSpec, Target};
 use sflllm::model::archive::{Archive, ArchiveError};
-use sflllm::model::config::{Config, ConfigError};
+use sflllm::model::architecture::{Architecture, ArchitectureError};
 use sflllm::model::weights::{TensorData, Unit, UnitData, Weights, WeightsError};
 use sflllm::terms::format::Format;
 
@@ -19,8 +19,8 @@ fn config_json() -> Value {
     })
 }
 
-fn config() -> Config {
-    Config::from_json(&config_json().to_string()).unwrap()
+fn config() -> Architecture {
+    Architecture::from_json(&config_json().to_string()).unwrap()
 }
 
 fn with(field: &str, value: Value) -> String {
@@ -37,28 +37,28 @@ fn a_hugging_face_config_is_read() {
     assert_eq!((config.blocks, config.width, config.heads, config.ffn), (3, 6, 3, 5));
     assert_eq!((config.vocab, config.positions, config.eos), (7, 9, Some(6)));
     assert_eq!(config.layernorm_epsilon, 1e-5);
-    let defaults = Config::from_json(&with("n_inner", Value::Null)).unwrap();
+    let defaults = Architecture::from_json(&with("n_inner", Value::Null)).unwrap();
     assert_eq!(defaults.ffn, 24);
     // transformers writes 50256 whatever the vocabulary is.
     assert_eq!(
-        Config::from_json(&with("eos_token_id", json!(50256))).unwrap().eos,
+        Architecture::from_json(&with("eos_token_id", json!(50256))).unwrap().eos,
         None
     );
     let mut older = config_json();
     older.as_object_mut().unwrap().remove("n_positions");
     older["n_ctx"] = json!(12);
-    assert_eq!(Config::from_json(&older.to_string()).unwrap().positions, 12);
+    assert_eq!(Architecture::from_json(&older.to_string()).unwrap().positions, 12);
 }
 
 #[test]
 fn a_config_written_is_the_config_read() {
     for epsilon in [1e-5, 1e-12, 0.3] {
-        let config = Config {
+        let config = Architecture {
             layernorm_epsilon: epsilon,
             ..config()
         };
-        assert_eq!(Config::from_json(&config.to_json()).unwrap(), config);
-        let through_serde: Config = serde_json::from_str(&serde_json::to_string(&config).unwrap()).unwrap();
+        assert_eq!(Architecture::from_json(&config.to_json()).unwrap(), config);
+        let through_serde: Architecture = serde_json::from_str(&serde_json::to_string(&config).unwrap()).unwrap();
         assert_eq!(through_serde, config);
     }
 }
@@ -88,20 +88,20 @@ fn unsupported_configs_are_refused_by_name() {
         ("layer_norm_epsilon", json!("x"), "layer_norm_epsilon"),
     ];
     for (field, value, named) in cases {
-        let error = Config::from_json(&with(field, value.clone())).unwrap_err().to_string();
+        let error = Architecture::from_json(&with(field, value.clone())).unwrap_err().to_string();
         assert!(error.contains(named), "{field} = {value}: {error}");
     }
     for field in ["model_type", "n_layer", "n_embd", "n_head", "vocab_size", "n_positions"] {
         let mut config = config_json();
         config.as_object_mut().unwrap().remove(field);
-        let error = Config::from_json(&config.to_string()).unwrap_err();
+        let error = Architecture::from_json(&config.to_string()).unwrap_err();
         assert!(
-            matches!(&error, ConfigError::Missing { field: found } if *found == field),
+            matches!(&error, ArchitectureError::Missing { field: found } if *found == field),
             "{field}: {error}"
         );
     }
-    assert!(matches!(Config::from_json("[]"), Err(ConfigError::NotAnObject)));
-    assert!(matches!(Config::from_json("{"), Err(ConfigError::Json(_))));
+    assert!(matches!(Architecture::from_json("[]"), Err(ArchitectureError::NotAnObject)));
+    assert!(matches!(Architecture::from_json("{"), Err(ArchitectureError::Json(_))));
 }
 
 fn any_json() -> impl Strategy<Value = Value> {
@@ -125,9 +125,9 @@ proptest! {
             let name = fields.as_object().unwrap().keys().nth(index).unwrap().clone();
             fields[name.as_str()] = value;
         }
-        if let Ok(config) = Config::from_json(&fields.to_string()) {
+        if let Ok(config) = Architecture::from_json(&fields.to_string()) {
             prop_assert!(config.width % config.heads == 0 && config.blocks > 0);
-            prop_assert_eq!(Config::from_json(&config.to_json()).unwrap(), config);
+            prop_assert_eq!(Architecture::from_json(&config.to_json()).unwrap(), config);
         }
     }
 }
@@ -175,7 +175,7 @@ fn value(index: usize) -> f32 {
 }
 
 /// Every tensor of the model under the given prefix, numbered through.
-fn stored_model(config: &Config, prefix: &str) -> Vec<Stored> {
+fn stored_model(config: &Architecture, prefix: &str) -> Vec<Stored> {
     let mut index = 0;
     let mut tensors = Vec::new();
     for unit in Unit::all(config) {
@@ -268,7 +268,7 @@ fn matrices_are_packed_two_halves_a_word_and_vectors_stay_f32() {
         );
     }
     // (7, 6) is even and mlp.c_fc (6, 5) too; an odd count needs an odd shape.
-    let odd = Config {
+    let odd = Architecture {
         vocab: 7,
         width: 9,
         heads: 3,
@@ -487,7 +487,7 @@ fn encoded(unit: &UnitData) -> Vec<u8> {
 #[test]
 fn a_unit_decoded_is_the_unit_encoded() {
     // Odd sizes, so that the padding half matters.
-    let odd = Config { width: 9, ..config() };
+    let odd = Architecture { width: 9, ..config() };
     let mut weights = Weights::from_bytes(safetensors(&stored_model(&odd, "")), &odd).unwrap();
     for unit in Unit::all(&odd) {
         for dtype in [Format::F16, Format::F32] {
@@ -512,7 +512,7 @@ fn bytes_of_another_unit_or_model_are_refused() {
     let bytes = encoded(&weights.unit(Unit::Block(0), Format::F16).unwrap());
     assert!(UnitData::decode(&bytes, Unit::Block(1), &config()).is_err());
     assert!(UnitData::decode(&bytes, Unit::Final, &config()).is_err());
-    assert!(UnitData::decode(&bytes, Unit::Block(0), &Config { ffn: 6, ..config() }).is_err());
+    assert!(UnitData::decode(&bytes, Unit::Block(0), &Architecture { ffn: 6, ..config() }).is_err());
     assert!(matches!(
         UnitData::decode(&bytes, Unit::Block(3), &config()),
         Err(WeightsError::NoSuchBlock { block: 3, blocks: 3 })
@@ -660,7 +660,7 @@ fn the_layout_is_blocks_then_targets_then_a_then_b() {
 
 #[test]
 fn a_fresh_adapter_is_kaiming_uniform_a_and_zero_b() {
-    let wide = Config { width: 600, ..config() };
+    let wide = Architecture { width: 600, ..config() };
     let adapter = Adapter::init(&wide, &spec("c_attn"), 0..1, 5).unwrap();
     let entry = adapter.layout.entries()[0];
     let (a, b) = (&adapter.values[entry.range_a()], &adapter.values[entry.range_b()]);

@@ -12,8 +12,8 @@ use sflllm::compute::Engine;
 use sflllm::data::{Batches, Dataset, Example, Options};
 use sflllm::model::adapter::{Adapter, AdapterLayout, LoraSpec, Target};
 use sflllm::model::central::{self, Central};
-use sflllm::model::config::Config;
-use sflllm::model::stack::Extent;
+use sflllm::model::architecture::Architecture;
+use sflllm::model::workspace::Extent;
 use sflllm::model::weights::{Unit, Weights};
 use sflllm::protocol::FinishReason;
 use sflllm::protocol::message::{Assignment, Blob, Digest, LinkRates, RunConfig};
@@ -38,20 +38,20 @@ fn fixture() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/gpt2_peft/legacy")
 }
 
-fn config() -> Config {
-    Config::load(&fixture().join("model")).unwrap()
+fn config() -> Architecture {
+    Architecture::load(&fixture().join("model")).unwrap()
 }
 
-fn weights(config: &Config) -> Weights {
+fn weights(config: &Architecture) -> Weights {
     Weights::open(&fixture().join("model"), config).unwrap()
 }
 
 /// An adapter that has been trained elsewhere.
-fn adapter(config: &Config) -> Adapter {
+fn adapter(config: &Architecture) -> Adapter {
     Adapter::load(&fixture().join("adapter"), config).unwrap()
 }
 
-fn examples(config: &Config) -> Vec<Example> {
+fn examples(config: &Architecture) -> Vec<Example> {
     let options = Options {
         seq: config.positions,
         vocab: config.vocab,
@@ -62,7 +62,7 @@ fn examples(config: &Config) -> Vec<Example> {
         .examples
 }
 
-fn training(config: &Config, spec: &LoraSpec, rounds: u32) -> Training {
+fn training(config: &Architecture, spec: &LoraSpec, rounds: u32) -> Training {
     Training {
         spec: spec.clone(),
         optimizer: OptimizerSettings {
@@ -617,7 +617,7 @@ fn own(cut: usize, own: &[usize]) -> Fixed {
 }
 
 /// The fixture's examples, divided among three.
-fn thirds(config: &Config) -> Vec<Vec<Example>> {
+fn thirds(config: &Architecture) -> Vec<Vec<Example>> {
     let examples = examples(config);
     let third = examples.len() / 3;
     vec![

@@ -10,8 +10,8 @@ use sflllm::compute::Engine;
 use sflllm::data::{Batch, Batches, Dataset, Options, pass};
 use sflllm::model::adapter::Adapter;
 use sflllm::model::central::{self, Central, Counted};
-use sflllm::model::config::Config;
-use sflllm::model::stack::Extent;
+use sflllm::model::architecture::Architecture;
+use sflllm::model::workspace::Extent;
 use sflllm::model::weights::{Unit, UnitData, Weights};
 use sflllm::split::{self, ClientPart, Contribution, ServerPart, Training};
 use sflllm::terms::format::Format;
@@ -22,7 +22,7 @@ use sflllm::terms::tensor::{WireForm, WireTensor};
 const CASES: [&str; 2] = ["narrow", "legacy"];
 
 struct Fixture {
-    config: Config,
+    config: Architecture,
     weights: Weights,
     adapter: Adapter,
     data: Dataset,
@@ -35,7 +35,7 @@ impl Fixture {
         let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
             .join("tests/fixtures/gpt2_peft")
             .join(case);
-        let config = Config::load(&dir.join("model")).unwrap();
+        let config = Architecture::load(&dir.join("model")).unwrap();
         let options = Options {
             seq: config.positions,
             vocab: config.vocab,

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 use sflllm::model::adapter::{Adapter, Target};
-use sflllm::model::config::Config;
+use sflllm::model::architecture::Architecture;
 
 const DATA: &str = include_str!("../assets/demo/train.txt");
 const VALID: &str = include_str!("../assets/demo/valid.txt");
@@ -257,7 +257,7 @@ fn two_clients_train_over_tls_and_leave_an_adapter() {
     assert!(of_kind("event").iter().any(|event| event["event"] == "refused"));
 
     // The adapter is that of the whole model; the client kept its own side of it.
-    let config = Config::from_json(CONFIG).unwrap();
+    let config = Architecture::from_json(CONFIG).unwrap();
     let whole = Adapter::load(&out.join("adapter"), &config).unwrap();
     assert_eq!(whole.layout.blocks(), 0..config.blocks);
     assert_eq!((whole.spec.rank, &whole.spec.targets[..]), (4, &[Target::AttnQkv][..]));

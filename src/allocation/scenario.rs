@@ -23,10 +23,10 @@ use super::channel::{Channel, MAX_SUBCHANNELS, SnrPerWatt, dbm_to_w, path_loss_d
 use super::delay::{Broadcast, Cell, Problem};
 use super::{Error, LinkName};
 use crate::model::adapter::LoraSpec;
-use crate::model::config::{Config, ConfigError};
+use crate::model::architecture::{Architecture, ArchitectureError};
 use crate::model::cost::{Convention, Workload};
 use crate::model::rounds::{RoundsError, RoundsTable};
-use crate::model::stack::Extent;
+use crate::model::workspace::Extent;
 use crate::terms::format::Format;
 use crate::terms::tensor::WireForm;
 
@@ -45,7 +45,7 @@ pub enum ScenarioError {
     #[error("{field}: {reason}")]
     Field { field: &'static str, reason: String },
     #[error("[model]: {0}")]
-    Model(#[from] ConfigError),
+    Model(#[from] ArchitectureError),
     #[error("rounds_file: {0}")]
     Rounds(#[from] RoundsError),
     #[error(transparent)]
@@ -423,9 +423,9 @@ impl Scenario {
     ///
     /// # Errors
     /// [`ScenarioError::Model`] names the field.
-    pub fn config(&self) -> Result<Config, ScenarioError> {
+    pub fn config(&self) -> Result<Architecture, ScenarioError> {
         let model = &self.model;
-        Ok(Config::from_json(
+        Ok(Architecture::from_json(
             &json!({
                 "model_type": "gpt2", "n_layer": model.blocks, "n_embd": model.width, "n_head": model.heads,
                 "n_inner": model.ffn, "vocab_size": model.vocab, "n_positions": model.positions,

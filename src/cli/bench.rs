@@ -12,7 +12,7 @@ use crate::data::{Dataset, pass};
 use crate::kernels::case::{self, Sizes, Spec};
 use crate::model::adapter::{Adapter, LoraSpec, Target};
 use crate::model::central::Central;
-use crate::model::stack::Extent;
+use crate::model::workspace::Extent;
 
 use super::options::{DeviceOptions, OutputOptions};
 use super::source::{DEMO_TRAIN, Source};

@@ -15,9 +15,10 @@ use crate::data::{Batch, Batches, Dataset, Example, Sharding, pass};
 use crate::federated;
 use crate::model::adapter::{Adapter, LoraSpec, Target};
 use crate::model::central::{Central, Counted};
-use crate::model::config::Config;
+use crate::model::architecture::Architecture;
 use crate::model::rounds::RoundsTable;
-use crate::model::stack::{Extent, StackWeights};
+use crate::model::stack::StackWeights;
+use crate::model::workspace::Extent;
 use crate::split::{ClientPart, Contribution, ServerPart, Training};
 
 use super::options::{
@@ -139,7 +140,7 @@ impl Settings<'_> {
 /// What all runs share.
 struct Setup<'a> {
     engine: &'a Engine,
-    config: &'a Config,
+    config: &'a Architecture,
     weights: &'a StackWeights,
     /// Examples of each client.
     shards: &'a [Vec<Example>],

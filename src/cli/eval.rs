@@ -6,7 +6,7 @@ use clap::Args;
 
 use crate::data::pass;
 use crate::model::central::{Central, Counted};
-use crate::model::stack::Extent;
+use crate::model::workspace::Extent;
 use crate::split::Evaluation;
 
 use super::options::{DeviceOptions, ModelOptions, OutputOptions};

@@ -11,8 +11,9 @@ use crate::data::batch::LENGTH_BUCKET;
 use crate::data::{Tokenize, Tokenizer};
 use crate::model::adapter::Adapter;
 use crate::model::central::Central;
-use crate::model::config::Config;
-use crate::model::stack::{Extent, StackWeights};
+use crate::model::architecture::Architecture;
+use crate::model::stack::StackWeights;
+use crate::model::workspace::Extent;
 
 use super::options::{DeviceOptions, ModelOptions, OutputOptions};
 use super::source::Source;
@@ -98,7 +99,7 @@ impl Writer {
     /// The whole model on `engine`, one text at a time.
     pub fn new(
         engine: &Engine,
-        config: &Config,
+        config: &Architecture,
         weights: StackWeights,
         adapter: Option<&Adapter>,
         eos: Option<u32>,

@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use clap::Args;
 
 use crate::compute::{Engine, Selection};
-use crate::model::adapter::{LoraSpec, Target};
-use crate::terms::format::Format;
+use crate::model::adapter::{AdapterError, LoraSpec, Target};
+use crate::model::architecture::{Architecture, Family};
+use crate::model::weights::Holding;
 use crate::terms::optimizer::{OptimizerSettings, Schedule};
 
 /// A number, or `auto`.
@@ -35,9 +36,9 @@ pub struct ModelOptions {
     /// A Hugging Face GPT-2 directory (config.json, model.safetensors, tokenizer.json or vocab.json + merges.txt), or `demo`
     #[arg(long, value_name = "DIR|demo", default_value = "demo")]
     pub model: String,
-    /// How frozen weights are held on the device
-    #[arg(long, default_value_t, value_name = "f16|f32")]
-    pub weights: Format,
+    /// How frozen weights are held: auto keeps what a file has quantised, and takes f16 otherwise
+    #[arg(long, default_value_t, value_name = "auto|f32|f16|q8|q4")]
+    pub weights: Holding,
 }
 
 #[derive(Args, Clone, Debug)]
@@ -72,22 +73,24 @@ pub struct LoraOptions {
     /// Scale of the adapter, over its rank; twice the rank if not given
     #[arg(long, value_name = "F")]
     pub alpha: Option<f32>,
-    /// Adapted matrices: c_attn, c_proj (attention's and mlp's), c_fc
-    #[arg(long, value_name = "NAMES", default_value = "c_attn", value_parser = parse_targets)]
-    pub targets: TargetList,
+    /// Adapted matrices, as the model names them (c_attn, c_proj, c_fc; q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj,
+    /// down_proj), or `all`; if not given, c_attn of GPT-2 and q_proj and v_proj of others
+    #[arg(long, value_name = "NAMES")]
+    pub targets: Option<String>,
     /// Start from this PEFT adapter instead of a fresh one; it brings its own rank, alpha and targets
     #[arg(long, value_name = "DIR")]
     pub init_adapter: Option<PathBuf>,
 }
 
-/// What `--targets` names.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TargetList(pub Vec<Target>);
-
-pub(super) fn parse_targets(names: &str) -> Result<TargetList, String> {
-    LoraSpec::parse_targets(names)
-        .map(TargetList)
-        .map_err(|error| error.to_string())
+/// What `--targets` names in a model; its query and value projections if it is not given.
+pub(super) fn targets(model: &Architecture, names: Option<&str>) -> Result<Vec<Target>, AdapterError> {
+    match names {
+        Some(names) => LoraSpec::parse_targets(model, names),
+        None => Ok(match model.family {
+            Family::Gpt2 => vec![Target::AttnQkv],
+            _ => vec![Target::QProj, Target::VProj],
+        }),
+    }
 }
 
 /// What `--rank auto` takes.
@@ -95,13 +98,13 @@ const DEFAULT_RANK: usize = 8;
 
 impl LoraOptions {
     /// The adapter these options ask for.
-    pub fn spec(&self) -> Result<LoraSpec, crate::model::adapter::AdapterError> {
+    pub fn spec(&self, model: &Architecture) -> Result<LoraSpec, AdapterError> {
         let rank = match self.rank {
             Choice::Auto => DEFAULT_RANK,
             Choice::Value(rank) => rank,
         };
         let alpha = self.alpha.unwrap_or(2.0 * rank as f32);
-        LoraSpec::new(rank, alpha, self.targets.0.clone())
+        LoraSpec::new(rank, alpha, targets(model, self.targets.as_deref())?)
     }
 }
 

@@ -8,11 +8,9 @@ use sha2::{Digest, Sha256};
 use crate::compute::Engine;
 use crate::data::{Dataset, Tokenizer};
 use crate::model::adapter::Adapter;
-use crate::model::central;
-use crate::model::config::Config;
+use crate::model::architecture::Architecture;
 use crate::model::stack::StackWeights;
-use crate::model::weights::Weights;
-use crate::terms::format::Format;
+use crate::model::weights::{Held, Holding, UnitSource, Weights};
 
 const DEMO_CONFIG: &str = include_str!("../../assets/demo/config.json");
 const DEMO_WEIGHTS: &[u8] = include_bytes!("../../assets/demo/model.safetensors");
@@ -28,9 +26,9 @@ pub const DEMO_TEST: &[u8] = include_bytes!("../../assets/demo/test.txt");
 pub struct Source {
     /// What adapters say they belong to.
     pub name: String,
-    pub config: Config,
+    pub config: Architecture,
     pub weights: Weights,
-    pub dtype: Format,
+    pub holding: Holding,
     pub tokenizer: Option<Tokenizer>,
     /// SHA-256 over configuration, weights and how they are held.
     pub digest: [u8; 32],
@@ -57,11 +55,11 @@ impl std::io::Write for HashWriter<'_> {
 
 impl Source {
     /// Opens `model`: `demo`, or a directory.
-    pub fn open(model: &str, dtype: Format) -> anyhow::Result<Self> {
+    pub fn open(model: &str, holding: Holding) -> anyhow::Result<Self> {
         let mut digest = Sha256::new();
-        digest.update([u8::from(dtype == Format::F32)]);
+        digest.update(holding.to_string());
         if model == "demo" {
-            let config = Config::from_json(DEMO_CONFIG)?;
+            let config = Architecture::from_json(DEMO_CONFIG)?;
             digest.update(DEMO_CONFIG);
             digest.update(DEMO_WEIGHTS);
             return Ok(Self {
@@ -69,7 +67,7 @@ impl Source {
                 weights: Weights::from_bytes(DEMO_WEIGHTS, &config)?,
                 tokenizer: Some(Tokenizer::from_json(DEMO_TOKENIZER, config.eos)?),
                 config,
-                dtype,
+                holding,
                 digest: digest.finalize().into(),
             });
         }
@@ -78,7 +76,7 @@ impl Source {
             dir.is_dir(),
             "--model {model} is not a directory; give a Hugging Face GPT-2 directory, or `demo`"
         );
-        let config = Config::load(&dir)?;
+        let config = Architecture::load(&dir)?;
         let weights = Weights::open(&dir, &config)?;
         let tokenizer = Tokenizer::load(&dir, config.eos)?;
         if let Some(tokenizer) = &tokenizer {
@@ -101,7 +99,7 @@ impl Source {
             weights,
             tokenizer,
             config,
-            dtype,
+            holding,
             digest: digest.finalize().into(),
         })
     }
@@ -143,12 +141,17 @@ impl Source {
         })
     }
 
+    /// The parts of the model as they are to be held.
+    pub fn units(&self) -> impl UnitSource + '_ {
+        Held {
+            weights: &self.weights,
+            holding: self.holding,
+        }
+    }
+
     /// Uploads all weights.
-    pub fn load(&mut self, engine: &Engine) -> anyhow::Result<StackWeights> {
-        let (weights, dtype) = (&mut self.weights, self.dtype);
-        Ok(central::load(engine, &self.config, &mut |unit| {
-            weights.unit(unit, dtype)
-        })?)
+    pub fn load(&self, engine: &Engine) -> anyhow::Result<StackWeights> {
+        Ok(StackWeights::load(engine, &self.config, &mut self.units())?)
     }
 
     /// Reads a PEFT adapter of this model.

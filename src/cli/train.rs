@@ -12,8 +12,9 @@ use serde_json::json;
 use crate::data::{Batches, Example, pass};
 use crate::model::adapter::{Adapter, AdapterLayout};
 use crate::model::central::{Central, Counted};
-use crate::model::config::Config;
-use crate::model::stack::{Extent, StackWeights};
+use crate::model::architecture::Architecture;
+use crate::model::stack::StackWeights;
+use crate::model::workspace::Extent;
 use crate::split::Evaluation;
 
 use super::options::{BatchOptions, DeviceOptions, LoraOptions, ModelOptions, OptimizerOptions, OutputOptions};
@@ -64,7 +65,7 @@ fn unix_time() -> u64 {
 
 fn evaluate(
     engine: &crate::compute::Engine,
-    config: &Config,
+    config: &Architecture,
     weights: &StackWeights,
     adapter: &Adapter,
     examples: &[Example],

@@ -17,10 +17,11 @@ use crate::compute::{self, Engine};
 use crate::data::{self, Batches, Cursor, DataError, Example};
 use crate::model::adapter::{AdapterError, AdapterLayout, LoraSpec};
 use crate::model::block::BlockWeights;
-use crate::model::config::{Config, ConfigError};
-use crate::model::ends::EmbeddingWeights;
+use crate::model::architecture::{Architecture, ArchitectureError};
+use crate::model::ends::embedding::Embedding;
 use crate::model::stack::StackWeights;
-use crate::model::weights::{Unit, UnitData, WeightsError};
+use crate::model::unit::{Unit, UnitData};
+use crate::model::weights::WeightsError;
 use crate::protocol::message::{Assignment, Blob, Capabilities, Gradient, RunConfig};
 use crate::protocol::{ActivationsInput, AdapterInput};
 use crate::split::{self, ClientPart, Clock, Training};
@@ -40,7 +41,7 @@ pub enum Error {
     #[error("the server's assignment cannot be used: {0}")]
     Assignment(String),
     #[error("the server's model: {0}")]
-    Config(#[from] ConfigError),
+    Config(#[from] ArchitectureError),
     #[error(
         "{name} from the server has another hash than announced; fetch it again, and if it stays tell the server's owner"
     )]
@@ -70,7 +71,7 @@ pub fn capabilities(device: &str, memory_bytes: u64) -> Capabilities {
 #[derive(Clone, Debug)]
 pub struct Plan {
     run: RunId,
-    pub config: Config,
+    pub config: Architecture,
     pub training: Training,
     /// Blocks this client runs: `0..cut`.
     pub cut: usize,
@@ -88,7 +89,7 @@ impl Plan {
     pub fn new(assignment: &Assignment) -> Result<Self, Error> {
         let run = &assignment.config;
         let fail = |reason: String| Err(Error::Assignment(reason));
-        let config = Config::from_json(&assignment.model_config)?;
+        let config = Architecture::from_json(&assignment.model_config)?;
         let cut = run.split as usize;
         if cut == 0 || cut >= config.blocks {
             return Err(split::Error::Split {
@@ -109,7 +110,7 @@ impl Plan {
                 run.seq, config.positions
             ));
         }
-        let training = training(run)?;
+        let training = training(&config, run)?;
         let layout = AdapterLayout::new(&config, &training.spec, 0..cut)?;
         if layout.len() as u64 != assignment.adapter_len {
             return fail(format!(
@@ -199,8 +200,8 @@ fn units(cut: usize) -> impl Iterator<Item = Unit> {
     std::iter::once(Unit::Embedding).chain((0..cut).map(Unit::Block))
 }
 
-fn training(run: &RunConfig) -> Result<Training, Error> {
-    let targets = LoraSpec::parse_targets(&run.targets.join(","))?;
+fn training(model: &Architecture, run: &RunConfig) -> Result<Training, Error> {
+    let targets = LoraSpec::parse_targets(model, &run.targets.join(","))?;
     if let Some((name, number)) = run.optimizer.impossible() {
         return Err(Error::Assignment(format!("a {name} of {number}")));
     }
@@ -243,7 +244,7 @@ pub struct Loader {
     engine: Engine,
     plan: Plan,
     clock: Clock,
-    embedding: Option<EmbeddingWeights>,
+    embedding: Option<Embedding>,
     blocks: Vec<BlockWeights>,
     /// Of the first blocks, as far as they had any.
     moments: Moments,
@@ -321,7 +322,7 @@ impl Loader {
             None => {
                 let unit = UnitData::decode(&bytes, Unit::Embedding, config)?;
                 drop(bytes);
-                self.embedding = Some(EmbeddingWeights::upload(&self.engine, config, &unit)?);
+                self.embedding = Some(Embedding::held(config, unit));
             }
             Some(_) => {
                 let unit = UnitData::decode(&bytes, Unit::Block(self.blocks.len()), config)?;

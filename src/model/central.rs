@@ -5,9 +5,9 @@ use crate::compute::{Cost, Engine, Error};
 use super::ModelError;
 use super::adapter::{Adapter, AdapterError, AdapterLayout};
 use super::architecture::Architecture;
-use super::optimizer::OptimizerSettings;
 use super::stack::{Stack, StackWeights};
 use super::workspace::Extent;
+use crate::terms::optimizer::OptimizerSettings;
 
 /// Summed token losses.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]

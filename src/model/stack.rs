@@ -16,11 +16,13 @@ use super::block::{Block, BlockWeights};
 use super::ends::embedding::Embedding;
 use super::ends::head::{Head, HeadWeights, LogitBuffers};
 use super::linear::Lora;
-use super::optimizer::{Moments, OptimizerSettings};
+use super::optimizer::fill_scalars;
 use super::part::attention::{Cache, Over};
 use super::unit::Unit;
 use super::weights::UnitSource;
 use super::workspace::{BackwardTo, Extent, Workspace};
+use crate::terms::moments::Moments;
+use crate::terms::optimizer::OptimizerSettings;
 
 /// The frozen weights of a stack. Cloning shares them.
 #[derive(Clone)]
@@ -376,7 +378,7 @@ impl Stack {
     /// Sets the numbers of the next optimiser step and counts it; `run_step` chooses the learning rate, `weight` scales adapter
     /// gradients recorded after this.
     pub fn begin_update(&mut self, settings: &OptimizerSettings, run_step: u64, weight: f32) {
-        settings.fill_scalars(self.step, run_step, &mut self.scalar_values);
+        fill_scalars(settings, self.step, run_step, &mut self.scalar_values);
         self.scalar_values[scalar::WEIGHT] = weight;
         self.engine.upload(&self.scalars, 0, &self.scalar_values);
         self.step += 1;

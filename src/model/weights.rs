@@ -231,6 +231,11 @@ impl Weights {
         Ok(UnitData { unit, tensors })
     }
 
+    /// How matrices of blocks are held, most of them.
+    pub fn format(&self, holding: Holding) -> Format {
+        holding.format()
+    }
+
     /// The embedding, whose rows stay where they are kept until they are asked for. They are what [`Weights::unit`] gives for the
     /// same holding: rounded as the format rounds them.
     ///

@@ -418,7 +418,7 @@ impl Wire for Credential {
 }
 
 wire_enum!(WireForm { F32 = 0, F16 = 1, Int8 = 2 });
-wire_enum!(Format { F16 = 0, F32 = 1 });
+wire_enum!(Format { F16 = 0, F32 = 1, Q8 = 2, Q4 = 3 });
 wire_enum!(Schedule { Constant = 0, Linear = 1 });
 wire_enum!(MomentPolicy { Keep = 0, Reset = 1 });
 wire_enum!(Service { Main = 0, Federated = 1, Control = 2 });

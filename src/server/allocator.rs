@@ -11,10 +11,10 @@ use super::planner::{
 };
 use crate::allocation::scenario::{CellCosts, Scenario, Speeds};
 use crate::allocation::{self, Cell, Method, Problem, RoundTimes, SolveOptions};
-use crate::model::config::Config;
+use crate::model::architecture::Architecture;
 use crate::model::cost::{Convention, Workload};
 use crate::model::rounds::RoundsTable;
-use crate::model::stack::Extent;
+use crate::model::workspace::Extent;
 use crate::protocol::message::LinkRates;
 use crate::split::Training;
 use crate::terms::format::Format;
@@ -75,7 +75,7 @@ struct Found {
 /// What does not change during a run.
 #[derive(Clone, Debug)]
 struct Shape {
-    config: Config,
+    config: Architecture,
     training: Training,
     local_steps: u32,
 }
@@ -713,8 +713,8 @@ mod tests {
     use crate::terms::optimizer::{OptimizerSettings, Schedule};
     use crate::terms::tensor::WireForm;
 
-    fn config() -> Config {
-        Config::from_json(
+    fn config() -> Architecture {
+        Architecture::from_json(
             r#"{"model_type":"gpt2","n_layer":6,"n_embd":64,"n_head":4,"vocab_size":300,"n_positions":64}"#,
         )
         .unwrap()

@@ -19,7 +19,7 @@ use super::limit::FailureLimit;
 use super::metrics::{MeasuredPhases, Metrics, RoundPhases, RoundRecord, ServerPhase, StepPhases, StepRecord};
 use super::planner::{ClientFacts, ClientRound, Decision, Facts, RoundFacts, RoundPrediction, StartFacts};
 use super::store::RunDirectory;
-use crate::model::config::Config;
+use crate::model::architecture::Architecture;
 use crate::protocol::message::{ControlReply, RefusalReason, RunConfig};
 use crate::protocol::{
     CollectTime, ConnectionId, ControlEvent, ControlSession, Endpoint, FederatedEvent, FederatedServerSession,
@@ -230,7 +230,7 @@ impl MainRun {
 /// What a run is about, for records and planners.
 pub struct About {
     pub model: String,
-    pub config: Config,
+    pub config: Architecture,
     pub training: Training,
     pub rounds: u32,
     pub local_steps: u32,

@@ -39,7 +39,7 @@ use tokio::sync::{mpsc, watch};
 use crate::compute::Engine;
 use crate::data::{DataError, Example};
 use crate::model::adapter::{Adapter, AdapterError, AdapterLayout, LoraSpec, Target};
-use crate::model::config::Config;
+use crate::model::architecture::Architecture;
 use crate::model::weights::{Weights, WeightsError};
 use crate::protocol::message::{Assignment, Blob, Digest, PROTOCOL_VERSION, RunConfig};
 use crate::protocol::{
@@ -47,7 +47,6 @@ use crate::protocol::{
     MainError, MainServerSession, PING_INTERVAL, Placement,
 };
 use crate::split::{self, Training};
-use crate::terms::format::Format;
 use crate::terms::ids::RunId;
 use crate::terms::moments::MomentPolicy;
 use crate::transport::{self, Dialer, Origin};
@@ -144,9 +143,9 @@ pub struct Model {
     /// What an exported adapter says it belongs to.
     pub name: String,
     pub digest: Digest,
-    pub config: Config,
+    pub config: Architecture,
     pub weights: Weights,
-    pub dtype: Format,
+    pub holding: Holding,
     /// The `tokenizer.json` for clients; `None` when data comes as token ids only.
     pub tokenizer: Option<Vec<u8>>,
 }
@@ -451,8 +450,8 @@ fn prepare(
         name,
         digest,
         config,
-        mut weights,
-        dtype,
+        weights,
+        holding,
         tokenizer,
     } = model;
     if cut == 0 || cut >= config.blocks {
@@ -463,7 +462,13 @@ fn prepare(
         .into());
     }
     let blobs = Arc::new(Blobs::create(&directory.weights())?);
-    let parts = worker::parts(&mut weights, dtype, &blobs, &[], cut)?;
+    let parts = {
+        let mut units = Held {
+            weights: &weights,
+            holding,
+        };
+        worker::parts(&mut units, &blobs, &[], cut)?
+    };
     let mut tokenizer_files: Vec<Blob> = Vec::new();
     if let Some(json) = &tokenizer {
         tokenizer_files.push(blobs.add("tokenizer.json", |output| output.write_all(json))?);
@@ -530,7 +535,7 @@ fn prepare(
             engine,
             config,
             weights,
-            dtype,
+            holding,
             cut,
             training,
             initial,
@@ -548,7 +553,7 @@ fn prepare(
 }
 
 /// Numbers in the largest update that a planner's choices lead to: of all blocks but one, each value with two moments.
-fn largest_update(config: &Config, spec: &LoraSpec) -> u64 {
+fn largest_update(config: &Architecture, spec: &LoraSpec) -> u64 {
     let spec = LoraSpec {
         rank: spec.rank.max(LARGEST_RANK),
         ..spec.clone()
@@ -576,7 +581,7 @@ fn run_config(run: &Run) -> RunConfig {
             .map(Target::module)
             .map(str::to_owned)
             .collect(),
-        weights: run.model.dtype,
+        weights: run.model.weights.format(run.model.holding),
         wire: training.wire,
         batch: size(training.batch),
         seq: size(training.seq),

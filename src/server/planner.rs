@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::model::config::Config;
+use crate::model::architecture::Architecture;
 use crate::protocol::message::LinkRates;
 use crate::split::Training;
 use crate::terms::ids::ClientId;
@@ -53,7 +53,7 @@ pub struct StartFacts {
     /// Blocks of the client, as configured.
     pub cut: usize,
     pub rank: usize,
-    pub config: Config,
+    pub config: Architecture,
     pub training: Training,
     pub rounds: u32,
     pub local_steps: u32,

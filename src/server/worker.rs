@@ -14,21 +14,21 @@ use super::store::Blobs;
 use crate::compute::Engine;
 use crate::data::{self, Example};
 use crate::model::adapter::{Adapter, LoraSpec};
-use crate::model::config::Config;
-use crate::model::weights::{Unit, UnitData, Weights, WeightsError};
+use crate::model::architecture::Architecture;
+use crate::model::unit::Unit;
+use crate::model::weights::{Held, Holding, UnitSource, Weights};
 use crate::protocol::message::{Assignment, Blob, RunConfig};
 use crate::protocol::{Contribution, GradientOutput, Placement};
 use crate::split::{self, Evaluation, Moved, ServerPart, Training};
-use crate::terms::format::Format;
 use crate::terms::ids::{ClientId, StepKey};
 use crate::terms::moments::Moments;
 
 /// What the worker starts from.
 pub struct WorkerSettings {
     pub engine: Engine,
-    pub config: Config,
+    pub config: Architecture,
     pub weights: Weights,
-    pub dtype: Format,
+    pub holding: Holding,
     pub cut: usize,
     pub training: Training,
     /// The whole model's adapter at the start.
@@ -43,6 +43,15 @@ pub struct WorkerSettings {
     /// Where the whole model's adapter is saved, and what it says it belongs to.
     pub adapter_directory: PathBuf,
     pub base_model: String,
+}
+
+impl WorkerSettings {
+    fn units(&self) -> Held<'_> {
+        Held {
+            weights: &self.weights,
+            holding: self.holding,
+        }
+    }
 }
 
 /// Starts the thread. It ends when the returned sender is dropped.
@@ -125,8 +134,7 @@ fn clock() -> Duration {
 
 /// Writes the parts of the model that a client with blocks 0..`cut` needs, unless they are there.
 pub fn parts(
-    weights: &mut Weights,
-    dtype: Format,
+    units: &mut dyn UnitSource,
     blobs: &Blobs,
     known: &[Blob],
     cut: usize,
@@ -138,7 +146,7 @@ pub fn parts(
             if let Some(blob) = known.iter().find(|blob| blob.name == name) {
                 return Ok(blob.clone());
             }
-            let data = weights.unit(unit, dtype)?;
+            let data = units.unit(unit)?;
             blobs.add(&name, |mut output| data.encode(&mut output))
         })
         .collect()
@@ -158,7 +166,7 @@ struct Worker {
 }
 
 impl Worker {
-    fn load(mut settings: WorkerSettings) -> Result<Self, Error> {
+    fn load(settings: WorkerSettings) -> Result<Self, Error> {
         let WorkerSettings {
             engine,
             config,
@@ -166,12 +174,15 @@ impl Worker {
             training,
             initial,
             weights,
-            dtype,
+            holding,
             ..
-        } = &mut settings;
+        } = &settings;
         let client_values = initial.slice(config, 0..*cut)?.values;
         let server_values = initial.slice(config, *cut..config.blocks)?.values;
-        let mut units = |unit: Unit| -> Result<UnitData, WeightsError> { weights.unit(unit, *dtype) };
+        let mut units = Held {
+            weights,
+            holding: *holding,
+        };
         let part = ServerPart::new(engine, config, &mut units, *cut, training, &server_values)?;
         Ok(Self {
             part,
@@ -278,7 +289,7 @@ impl Worker {
             initial,
             assignment,
             weights,
-            dtype,
+            holding,
             ..
         } = &mut self.settings;
         if (cut, rank) == (self.part.cut(), training.spec.rank) && cuts.is_empty() {
@@ -294,14 +305,17 @@ impl Worker {
                 )));
             }
             let spec = &training.spec;
-            training.spec = LoraSpec::new(rank, spec.scale() * rank as f32, spec.targets.clone())?;
+            training.spec = LoraSpec::new(rank, spec.alpha / spec.rank as f32 * rank as f32, spec.targets.clone())?;
             *initial = fresh(&training.spec)?;
         }
         self.client_values = initial.slice(config, 0..cut)?.values;
         self.server_values = initial.slice(config, cut..config.blocks)?.values;
         self.shared = initial.slice(config, cut..largest)?.values.len();
         self.cuts = cuts;
-        let mut units = |unit: Unit| -> Result<UnitData, WeightsError> { weights.unit(unit, *dtype) };
+        let mut units = Held {
+            weights,
+            holding: *holding,
+        };
         self.part = self.part.replaced(&mut units, cut, training, &self.server_values)?;
         self.saved = false;
         let placement = self.placement(None)?;
@@ -313,8 +327,7 @@ impl Worker {
         if cut == self.part.cut() {
             return Ok((self, None));
         }
-        let (weights, dtype) = (&mut self.settings.weights, self.settings.dtype);
-        let mut units = |unit: Unit| -> Result<UnitData, WeightsError> { weights.unit(unit, dtype) };
+        let mut units = self.settings.units();
         let moved;
         (self.part, moved) = self.part.recut(&mut units, cut, &self.client_values, moments).await?;
         let Moved { adapter, moments } = moved;
@@ -332,11 +345,15 @@ impl Worker {
             assignment,
             blobs,
             weights,
-            dtype,
+            holding,
             parts: known,
             ..
         } = &mut self.settings;
-        let parts = parts(weights, *dtype, blobs, known, largest)?;
+        let mut units = Held {
+            weights,
+            holding: *holding,
+        };
+        let parts = parts(&mut units, blobs, known, largest)?;
         known.extend(parts.iter().skip(known.len()).cloned());
         let size = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
         let shared = self.server_values.iter().take(self.shared);
@@ -387,8 +404,7 @@ impl Worker {
         };
         let Training { batch, seq, .. } = self.settings.training;
         let mut batches = data::pass(examples, batch, seq)?.map(|batch| (batch.tokens, batch.targets, batch.seq));
-        let (weights, dtype) = (&mut self.settings.weights, self.settings.dtype);
-        let mut units = |unit: Unit| -> Result<UnitData, WeightsError> { weights.unit(unit, dtype) };
+        let mut units = self.settings.units();
         Ok(Some(
             self.part
                 .evaluate(&mut units, &self.client_values, &mut batches)

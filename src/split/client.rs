@@ -2,11 +2,12 @@
 
 use crate::compute::Engine;
 use crate::model::adapter::AdapterLayout;
+use crate::model::architecture::Architecture;
 use crate::model::block::BlockWeights;
-use crate::model::config::Config;
-use crate::model::ends::EmbeddingWeights;
-use crate::model::stack::{Extent, Stack, StackWeights};
-use crate::model::weights::UnitData;
+use crate::model::ends::embedding::Embedding;
+use crate::model::stack::{Stack, StackWeights};
+use crate::model::unit::UnitData;
+use crate::model::workspace::Extent;
 
 use super::cut::CutBuffers;
 use super::speed::{self, Clock};
@@ -28,44 +29,44 @@ pub struct ClientPart {
 }
 
 impl ClientPart {
-    /// Uploads the embedding and `blocks`, which are blocks 0..cut of the model, and `adapter`, their flat LoRA values.
+    /// Uploads `blocks`, which are blocks 0..cut of the model, and `adapter`, their flat LoRA values.
     pub fn new(
         engine: &Engine,
-        config: &Config,
-        embedding: &UnitData,
+        model: &Architecture,
+        embedding: Embedding,
         blocks: &[UnitData],
         training: &Training,
         adapter: &[f32],
     ) -> Result<Self, Error> {
         let weights = StackWeights {
-            embedding: Some(EmbeddingWeights::upload(engine, config, embedding)?),
+            embedding: Some(embedding),
             blocks: blocks
                 .iter()
-                .map(|unit| BlockWeights::upload(engine, config, unit))
+                .map(|unit| BlockWeights::upload(engine, model, unit))
                 .collect::<Result<_, _>>()?,
             first_block: 0,
             head: None,
         };
-        Self::with_weights(engine, config, weights, training, adapter)
+        Self::with_weights(engine, model, weights, training, adapter)
     }
 
     /// The same on weights that are already on the device.
     pub fn with_weights(
         engine: &Engine,
-        config: &Config,
+        model: &Architecture,
         weights: StackWeights,
         training: &Training,
         adapter: &[f32],
     ) -> Result<Self, Error> {
         let cut = weights.blocks.len();
-        if cut == 0 || cut >= config.blocks {
+        if cut == 0 || cut >= model.blocks {
             return Err(Error::Split {
                 cut,
-                blocks: config.blocks,
+                blocks: model.blocks,
             });
         }
-        training.check(config)?;
-        let layout = AdapterLayout::new(config, &training.spec, 0..cut)?;
+        training.check(model)?;
+        let layout = AdapterLayout::new(model, &training.spec, 0..cut)?;
         check_adapter(&layout, adapter)?;
         let extent = Extent {
             batch: training.batch,
@@ -75,14 +76,14 @@ impl ClientPart {
         Ok(Self {
             stack: Stack::new(
                 engine,
-                config,
+                model,
                 weights,
-                Some((&training.spec, &layout, adapter)),
+                Some((&layout, adapter)),
                 extent,
                 true,
             )?,
-            activations: CutBuffers::new(engine, training.wire, rows, config.width)?,
-            gradient: CutBuffers::new(engine, training.wire, rows, config.width)?,
+            activations: CutBuffers::new(engine, training.wire, rows, model.width)?,
+            gradient: CutBuffers::new(engine, training.wire, rows, model.width)?,
             training: training.clone(),
             pending: None,
             run_step: None,
@@ -98,13 +99,12 @@ impl ClientPart {
     /// Runs `tokens` (batch, seq) up to the cut and keeps what [`ClientPart::backward`] needs.
     pub async fn forward(&mut self, tokens: &[u32], seq: usize) -> Result<WireTensor, Error> {
         let batch = self.training.batch;
-        self.training.check_seq(seq, self.stack.config())?;
+        self.training.check_seq(seq, self.stack.model())?;
         check_length("a batch of tokens", tokens.len(), batch * seq)?;
-        check_tokens(tokens, self.stack.config().vocab)?;
-        self.stack.upload_tokens(tokens);
+        check_tokens(tokens, self.stack.model().vocab)?;
+        self.stack.upload_tokens(tokens, seq)?;
         let activations = &self.activations;
         self.stack.run("forward", seq, |stack, recording| {
-            stack.record_embedding(recording, seq);
             stack.record_blocks(recording, seq);
             activations.record_pack(recording, batch * seq, stack.output());
         })?;
@@ -141,11 +141,10 @@ impl ClientPart {
         const FORWARD: &str = "speed.forward";
         const BACKWARD: &str = "speed.backward";
         let (batch, seq) = (self.training.batch, self.training.seq);
-        self.stack.upload_tokens(&vec![0; batch * seq]);
+        self.stack.upload_tokens(&vec![0; batch * seq], seq)?;
         let forward = speed::rate(&mut self.stack, clock, (FORWARD, seq), |stack, seq| {
             stack.run(FORWARD, seq, |stack, recording| {
-                stack.record_embedding(recording, seq);
-                stack.record_blocks(recording, seq);
+                    stack.record_blocks(recording, seq);
             })
         })
         .await?;
@@ -182,7 +181,7 @@ impl ClientPart {
     pub fn largest_cut(&self) -> usize {
         let Training { wire, batch, seq, .. } = self.training;
         // Buffers of this size exist.
-        wire.bytes(batch * seq, self.stack.config().width).unwrap_or(usize::MAX)
+        wire.bytes(batch * seq, self.stack.model().width).unwrap_or(usize::MAX)
     }
 
     /// The adapter's values, flat in the order of [`AdapterLayout`].

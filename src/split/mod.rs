@@ -31,7 +31,8 @@ pub use speed::Clock;
 
 use crate::compute;
 use crate::model::adapter::{AdapterError, AdapterLayout, LoraSpec};
-use crate::model::config::Config;
+use crate::model::ModelError;
+use crate::model::architecture::Architecture;
 use crate::model::weights::WeightsError;
 use crate::terms::optimizer::OptimizerSettings;
 use crate::terms::tensor::{IGNORED_TARGET, WireForm, WireTensorError};
@@ -90,19 +91,28 @@ pub struct Training {
 }
 
 impl Training {
-    fn check(&self, config: &Config) -> Result<(), Error> {
-        self.check_seq(self.seq, config)
+    fn check(&self, model: &Architecture) -> Result<(), Error> {
+        self.check_seq(self.seq, model)
     }
 
-    fn check_seq(&self, seq: usize, config: &Config) -> Result<(), Error> {
-        if seq == 0 || seq > self.seq || seq > config.positions {
+    fn check_seq(&self, seq: usize, model: &Architecture) -> Result<(), Error> {
+        if seq == 0 || seq > self.seq || seq > model.positions {
             return Err(Error::Sequence {
                 seq,
                 longest: self.seq,
-                positions: config.positions,
+                positions: model.positions,
             });
         }
         Ok(())
+    }
+}
+
+impl From<ModelError> for Error {
+    fn from(error: ModelError) -> Self {
+        match error {
+            ModelError::Compute(error) => Error::Compute(error),
+            ModelError::Weights(error) => Error::Weights(error),
+        }
     }
 }
 

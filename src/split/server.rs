@@ -2,12 +2,12 @@
 
 use crate::compute::Engine;
 use crate::model::adapter::{Adapter, AdapterLayout};
-use crate::model::block::BlockWeights;
+use crate::model::architecture::Architecture;
 use crate::model::central::{Central, Counted};
-use crate::model::config::Config;
-use crate::model::ends::{EmbeddingWeights, HeadWeights};
-use crate::model::stack::{Extent, Stack, StackWeights};
-use crate::model::weights::{Unit, UnitData, WeightsError};
+use crate::model::ends::head::HeadWeights;
+use crate::model::stack::{Stack, StackWeights};
+use crate::model::weights::UnitSource;
+use crate::model::workspace::Extent;
 
 use super::cut::CutBuffers;
 use super::speed::{self, Clock};
@@ -76,16 +76,12 @@ pub struct ServerPart {
     gradient: CutBuffers,
 }
 
-/// Gives a unit of the model; the server asks for each once and frees it after upload.
-pub type Units<'a> = dyn FnMut(Unit) -> Result<UnitData, WeightsError> + 'a;
-
 impl ServerPart {
-    /// Uploads the embedding (the head is tied to it), the blocks above the cut and the final norm, and `adapter`, the flat LoRA
-    /// values of those blocks.
+    /// Uploads the blocks above the cut, the final norm and the head, and `adapter`, the flat LoRA values of those blocks.
     pub fn new(
         engine: &Engine,
-        config: &Config,
-        units: &mut Units<'_>,
+        model: &Architecture,
+        units: &mut dyn UnitSource,
         cut: usize,
         training: &Training,
         adapter: &[f32],
@@ -93,78 +89,69 @@ impl ServerPart {
         let empty = StackWeights {
             embedding: None,
             blocks: Vec::new(),
-            first_block: config.blocks,
+            first_block: model.blocks,
             head: None,
         };
-        Self::with_held(engine, config, units, empty, cut, training, adapter)
+        Self::with_held(engine, model, units, empty, cut, training, adapter)
     }
 
     /// The same, taking what is on the device already from there.
     fn with_held(
         engine: &Engine,
-        config: &Config,
-        units: &mut Units<'_>,
+        model: &Architecture,
+        units: &mut dyn UnitSource,
         held: StackWeights,
         cut: usize,
         training: &Training,
         adapter: &[f32],
     ) -> Result<Self, Error> {
-        if cut == 0 || cut >= config.blocks {
+        if cut == 0 || cut >= model.blocks {
             return Err(Error::Split {
                 cut,
-                blocks: config.blocks,
+                blocks: model.blocks,
             });
         }
         let StackWeights {
-            embedding,
             blocks: mut own,
             first_block,
             head,
+            ..
         } = held;
-        let embedding = match embedding {
-            Some(embedding) => embedding,
-            None => EmbeddingWeights::upload(engine, config, &units(Unit::Embedding)?)?,
-        };
-        let mut blocks = (cut..first_block)
-            .map(|block| Ok(BlockWeights::upload(engine, config, &units(Unit::Block(block))?)?))
-            .collect::<Result<Vec<_>, Error>>()?;
+        let mut blocks = StackWeights::load_blocks(engine, model, units, cut..first_block)?;
         blocks.extend(own.drain(cut.saturating_sub(first_block)..));
         let weights = StackWeights {
-            embedding: Some(embedding),
+            embedding: None,
             blocks,
             first_block: cut,
             head: Some(match head {
                 Some(head) => head,
-                None => HeadWeights::upload(engine, &units(Unit::Final)?)?,
+                None => HeadWeights::load(engine, model, units)?,
             }),
         };
-        Self::with_weights(engine, config, weights, training, adapter)
+        Self::with_weights(engine, model, weights, training, adapter)
     }
 
     /// The same on weights that are already on the device.
     ///
     /// # Panics
-    /// If they lack the embedding or the head.
+    /// If they lack the head.
     pub fn with_weights(
         engine: &Engine,
-        config: &Config,
+        model: &Architecture,
         weights: StackWeights,
         training: &Training,
         adapter: &[f32],
     ) -> Result<Self, Error> {
-        assert!(
-            weights.embedding.is_some() && weights.head.is_some(),
-            "the server's weights"
-        );
+        assert!(weights.head.is_some(), "the server's weights");
         let cut = weights.first_block;
-        if cut == 0 || weights.block_range() != (cut..config.blocks) || weights.blocks.is_empty() {
+        if cut == 0 || weights.block_range() != (cut..model.blocks) || weights.blocks.is_empty() {
             return Err(Error::Split {
                 cut,
-                blocks: config.blocks,
+                blocks: model.blocks,
             });
         }
-        training.check(config)?;
-        let layout = AdapterLayout::new(config, &training.spec, cut..config.blocks)?;
+        training.check(model)?;
+        let layout = AdapterLayout::new(model, &training.spec, cut..model.blocks)?;
         check_adapter(&layout, adapter)?;
         let extent = Extent {
             batch: training.batch,
@@ -174,22 +161,22 @@ impl ServerPart {
         Ok(Self {
             stack: Stack::new(
                 engine,
-                config,
+                model,
                 weights,
-                Some((&training.spec, &layout, adapter)),
+                Some((&layout, adapter)),
                 extent,
                 true,
             )?,
             training: training.clone(),
             cut,
-            activations: CutBuffers::new(engine, training.wire, rows, config.width)?,
-            gradient: CutBuffers::new(engine, training.wire, rows, config.width)?,
+            activations: CutBuffers::new(engine, training.wire, rows, model.width)?,
+            gradient: CutBuffers::new(engine, training.wire, rows, model.width)?,
         })
     }
 
     /// That the server can use a contribution.
     pub fn check(&self, contribution: &Contribution<'_>) -> Result<(), Error> {
-        let blocks = self.stack.config().blocks;
+        let blocks = self.stack.model().blocks;
         if !(self.cut..blocks).contains(&contribution.cut) {
             return Err(Error::OtherCut {
                 cut: self.cut,
@@ -199,10 +186,10 @@ impl ServerPart {
         }
         let activations = contribution.activations;
         self.activations.accepts(activations)?;
-        self.training.check_seq(activations.seq(), self.stack.config())?;
+        self.training.check_seq(activations.seq(), self.stack.model())?;
         check_length("the rows of a batch", activations.batch(), self.training.batch)?;
         check_length("a batch of targets", contribution.targets.len(), activations.rows())?;
-        check_targets(contribution.targets, self.stack.config().vocab)
+        check_targets(contribution.targets, self.stack.model().vocab)
     }
 
     /// Forward and backward of every contribution and one optimiser step on `Σ w_k loss_k`, `w_k = tokens_k / Σ tokens`. Returns
@@ -291,37 +278,37 @@ impl ServerPart {
     /// rank. What is on the device stays there.
     pub fn replaced(
         self,
-        units: &mut Units<'_>,
+        units: &mut dyn UnitSource,
         cut: usize,
         training: &Training,
         adapter: &[f32],
     ) -> Result<Self, Error> {
-        let (engine, config) = (self.stack.engine().clone(), self.stack.config().clone());
+        let (engine, model) = (self.stack.engine().clone(), self.stack.model().clone());
         let held = self.stack.weights().clone();
         // The old workspace goes before the new one comes.
         drop(self);
-        Self::with_held(&engine, &config, units, held, cut, training, adapter)
+        Self::with_held(&engine, &model, units, held, cut, training, adapter)
     }
 
     /// This part with another cut, as if it had been there from the beginning. `client` is the client side's adapter at the
     /// present cut, `moments` the moments of those of its blocks that come to this side.
     pub async fn recut(
         self,
-        units: &mut Units<'_>,
+        units: &mut dyn UnitSource,
         cut: usize,
         client: &[f32],
         moments: Option<Moments>,
     ) -> Result<(Self, Moved), Error> {
-        let (old, blocks) = (self.cut, self.stack.config().blocks);
+        let (old, blocks) = (self.cut, self.stack.model().blocks);
         if cut == 0 || cut >= blocks {
             return Err(Error::Split { cut, blocks });
         }
         let own = self.stack.adapter().await?;
         let own_moments = self.stack.moments().await?;
-        let block = own.len() / (blocks - old);
-        check_length("the client's adapter", client.len(), block * old)?;
-        let coming = block * old.saturating_sub(cut);
-        let going = block * cut.saturating_sub(old);
+        let whole = AdapterLayout::new(self.stack.model(), &self.training.spec, 0..blocks)?;
+        let values = |blocks| whole.range(blocks).len();
+        check_length("the client's adapter", client.len(), values(0..old))?;
+        let (coming, going) = (values(cut.min(old)..old), values(old..cut.max(old)));
         let moments = moments.unwrap_or_default();
         check_length("the first moment of the blocks that come", moments.first.len(), coming)?;
         check_length(
@@ -334,7 +321,7 @@ impl ServerPart {
         let kept = own_moments.slice(going..own_moments.len());
         let mut adapter = client.to_vec();
         adapter.extend(own);
-        let above = adapter.split_off(block * cut);
+        let above = adapter.split_off(values(0..cut));
         let training = self.training.clone();
         let mut part = self.replaced(units, cut, &training, &above)?;
         part.stack.set_moments(&moments.at(steps).followed_by(kept));
@@ -362,29 +349,29 @@ impl ServerPart {
     /// are loaded for the time of the call.
     pub async fn evaluate(
         &self,
-        units: &mut Units<'_>,
+        units: &mut dyn UnitSource,
         client_adapter: &[f32],
         batches: &mut dyn Iterator<Item = (Vec<u32>, Vec<i32>, usize)>,
     ) -> Result<Evaluation, Error> {
-        let (engine, config) = (self.stack.engine(), self.stack.config());
+        let (engine, model) = (self.stack.engine(), self.stack.model());
         let own = self.stack.weights();
         let mut blocks = (0..self.cut)
-            .map(|block| Ok(BlockWeights::upload(engine, config, &units(Unit::Block(block))?)?))
+            .map(|block| Ok(BlockWeights::upload(engine, model, &units(Unit::Block(block))?)?))
             .collect::<Result<Vec<_>, Error>>()?;
         blocks.extend(own.blocks.iter().cloned());
         let weights = StackWeights {
-            embedding: own.embedding.clone(),
+            embedding: Some(units.embedding()?),
             blocks,
             first_block: 0,
             head: own.head.clone(),
         };
         let spec = &self.training.spec;
         let server_values = self.stack.adapter().await?;
-        let adapter = Adapter::from_values(config, spec, 0..self.cut, client_adapter.to_vec())?.merge(
-            config,
-            &Adapter::from_values(config, spec, self.cut..config.blocks, server_values)?,
+        let adapter = Adapter::from_values(model, spec, 0..self.cut, client_adapter.to_vec())?.merge(
+            model,
+            &Adapter::from_values(model, spec, self.cut..model.blocks, server_values)?,
         )?;
-        let mut whole = Central::new(engine, config, weights, Some(&adapter), self.stack.extent(), None)?;
+        let mut whole = Central::new(engine, model, weights, Some(&adapter), self.stack.extent(), None)?;
         let mut counted = Counted::default();
         for (tokens, targets, seq) in batches {
             counted += whole.loss(&tokens, &targets, seq).await?;
