@@ -451,7 +451,7 @@ impl Scenario {
                 ),
             ));
         }
-        let targets = LoraSpec::parse_targets(&self.training.targets.join(","))
+        let targets = LoraSpec::parse_targets(&config, &self.training.targets.join(","))
             .map_err(|error| field("training.targets", error.to_string()))?;
         Ok(Workload::new(
             &config,

@@ -16,6 +16,7 @@ use crate::model::workspace::Extent;
 
 use super::options::{DeviceOptions, OutputOptions};
 use super::source::{DEMO_TRAIN, Source};
+use crate::model::weights::Holding;
 use crate::terms::format::Format;
 use crate::terms::optimizer::OptimizerSettings;
 
@@ -125,7 +126,7 @@ fn bench_kernel(engine: &Engine, spec: &Spec, sizes: Sizes) -> anyhow::Result<Ro
 const STEPS: [(&str, usize); 2] = [("step/demo.central/4", 4), ("step/demo.central/8", 8)];
 
 fn bench_step(engine: &Engine, id: &str, batch: usize) -> anyhow::Result<Row> {
-    let mut source = Source::open("demo", Format::F16)?;
+    let source = Source::open("demo", Holding::As(Format::F16))?;
     let options = source.data_options(source.config.positions, false);
     let data = Dataset::read(DEMO_TRAIN, "demo", source.tokenize(), &options)?;
     let batch = pass(&data.examples, batch, source.config.positions)?

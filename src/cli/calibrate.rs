@@ -22,7 +22,7 @@ use crate::model::workspace::Extent;
 use crate::split::{ClientPart, Contribution, ServerPart, Training};
 
 use super::options::{
-    BatchOptions, DeviceOptions, ModelOptions, OptimizerOptions, OutputOptions, TargetList, parse_targets,
+    BatchOptions, DeviceOptions, ModelOptions, OptimizerOptions, OutputOptions, targets,
 };
 use super::source::{DEMO_TRAIN, DEMO_VALID, Source};
 use super::{interrupt, progress};
@@ -60,8 +60,8 @@ pub struct Options {
     #[arg(long, value_name = "F")]
     pub alpha: Option<f32>,
     /// Adapted matrices: c_attn, c_proj (attention's and mlp's), c_fc
-    #[arg(long, value_name = "NAMES", default_value = "c_attn", value_parser = parse_targets)]
-    pub targets: TargetList,
+    #[arg(long, value_name = "NAMES")]
+    pub targets: Option<String>,
     /// The loss to reach, in nats a token
     #[arg(long, value_name = "F", conflicts_with = "target_fraction")]
     pub target_loss: Option<f64>,
@@ -409,7 +409,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
             LoraSpec::new(
                 rank,
                 options.alpha.unwrap_or(2.0 * rank as f32),
-                options.targets.0.clone(),
+                targets(&source.config, options.targets.as_deref())?,
             )
         })
         .collect::<Result<Vec<_>, _>>()?;
@@ -438,7 +438,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let wire = options.wire;
     let settings = Settings {
         model: source.digest.iter().map(|byte| format!("{byte:02x}")).collect(),
-        weights: source.dtype,
+        weights: source.weights.format(source.holding),
         data: &data.summary.digest,
         valid: &valid.summary.digest,
         valid_examples: valid.examples.len(),

@@ -13,10 +13,11 @@ use super::serve::{Hosting, conclude, host, model, token};
 use super::source::{DEMO_TRAIN, DEMO_VALID, Source};
 use crate::compute::Engine;
 use crate::data::{Dataset, Sharding, Tokenize};
-use crate::model::adapter::{Adapter, LoraSpec, Target};
+use crate::model::adapter::{Adapter, LoraSpec};
 use crate::server::store::RunDirectory;
 use crate::server::{self, Ending, Listen, Role, Run};
 use crate::split::Training;
+use crate::model::weights::Holding;
 use crate::terms::format::Format;
 use crate::terms::optimizer::{OptimizerSettings, Schedule};
 use crate::terms::tensor::WireForm;
@@ -85,7 +86,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let config = source.config.clone();
     let initial = Adapter::init(
         &config,
-        &LoraSpec::new(RANK, ALPHA, Target::ALL)?,
+        &LoraSpec::new(RANK, ALPHA, config.targets().iter().copied())?,
         0..config.blocks,
         SEED,
     )?;
@@ -187,7 +188,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
 }
 
 fn open() -> anyhow::Result<Source> {
-    Source::open("demo", Format::F16)
+    Source::open("demo", Holding::As(Format::F16))
 }
 
 /// The address, on another port where that one is taken.

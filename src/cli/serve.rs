@@ -231,7 +231,7 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
     let seq = options.batches.seq(source.config.positions)?;
     let initial = match &options.lora.init_adapter {
         Some(directory) => source.adapter(directory)?,
-        None => Adapter::init(&source.config, &options.lora.spec()?, 0..source.config.blocks, seed)?,
+        None => Adapter::init(&source.config, &options.lora.spec(&source.config)?, 0..source.config.blocks, seed)?,
     };
     let training = Training {
         spec: initial.spec.clone(),
@@ -339,7 +339,7 @@ pub(super) fn model(source: Source) -> server::Model {
         digest: Digest(source.digest),
         config: source.config,
         weights: source.weights,
-        dtype: source.dtype,
+        holding: source.holding,
         tokenizer: source.tokenizer.map(|tokenizer| tokenizer.json().to_vec()),
     }
 }

@@ -95,7 +95,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         Some(dir) => source.adapter(dir)?,
         None => Adapter::init(
             &source.config,
-            &options.lora.spec()?,
+            &options.lora.spec(&source.config)?,
             0..source.config.blocks,
             options.batches.seed,
         )?,
@@ -194,7 +194,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
             "rank": trained.spec.rank, "alpha": trained.spec.alpha,
             "targets": trained.spec.targets, "optimizer": settings, "batch": batch, "seq": seq,
             "seed": options.batches.seed, "shuffle": !options.batches.no_shuffle,
-            "weights": source.dtype,
+            "weights": source.holding.to_string(),
         },
         "adapter": adapter_dir,
         "data": data.summary,

@@ -14,18 +14,25 @@
 //! | head, forward / backward (tied to the frozen embedding) | 2·b·s·d·V each |
 //! | embedding (a lookup) | 0 |
 //!
-//! These are the products; element-wise work (layer norms, GELU, the optimiser, packing for the wire) is left out. By the kernels'
-//! own counts, which leave out softmax and GELU where they are part of a product's kernel, it is 0.2 % of a step at GPT-2 small's
-//! width of 768 and 1.4 % at the demo's 128. `tests/cost.rs` holds the formulas against recorded steps, exactly.
+//! By [`Convention::Dense`] these are the products, and element-wise work is left out, as in the paper. By
+//! [`Convention::Issued`] all of it is read off recordings on an engine that computes nothing, and so is memory.
 
-use crate::kernels::{adamw, lora, scalar};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
 
-use super::adapter::Target;
-use super::config::Config;
-use super::stack::Extent;
-use super::weights::Unit;
+use crate::compute::{Cost, Engine, Error, Recording};
 use crate::terms::format::Format;
 use crate::terms::tensor::WireForm;
+
+use super::ModelError;
+use super::adapter::{AdapterLayout, LoraSpec, Target};
+use super::architecture::Architecture;
+use super::ends::embedding::Embedding;
+use super::ends::head::HeadWeights;
+use super::stack::{Stack, StackWeights};
+use super::unit::{Tensor, Unit, UnitData, layout};
+use super::weights::{UnitSource, WeightsError};
+use super::workspace::Extent;
 
 /// How attention's products are counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -34,9 +41,8 @@ pub enum Convention {
     /// paper and of most FLOP counts.
     #[default]
     Dense,
-    /// What this crate's kernels issue: only pairs that the causal mask leaves, and a backward pass that computes scores twice and
-    /// their gradient twice rather than keep them: 2·b·s·(s+1)·d forward, 7·b·s·(s+1)·d backward. Tiles that the mask cuts are
-    /// counted by what is left of them.
+    /// What this crate's recordings issue, element-wise work included: only pairs that the causal mask leaves, and a backward pass
+    /// that computes scores twice and their gradient twice rather than keep them.
     Issued,
 }
 
@@ -45,27 +51,42 @@ pub enum Convention {
 /// A `cut` counts the client's blocks; more than the model has are taken as all of them.
 #[derive(Clone, Debug)]
 pub struct Workload {
-    config: Config,
+    model: Architecture,
     /// In the canonical order.
     targets: Vec<Target>,
     extent: Extent,
     convention: Convention,
+    /// What was read off recordings, by rank.
+    recorded: Arc<Mutex<BTreeMap<usize, Passes>>>,
+}
+
+/// FLOP of the passes of one block and of the head.
+#[derive(Clone, Copy, Debug, Default)]
+struct Passes {
+    forward: f64,
+    /// To the gradient of the block's input.
+    backward: f64,
+    /// Of a block below which nothing is trained.
+    lowest_backward: f64,
+    head_forward: f64,
+    head_backward: f64,
 }
 
 impl Workload {
     /// `targets` are the matrices of each block that LoRA adapts; `extent` is one client's batch.
-    pub fn new(config: &Config, targets: &[Target], extent: Extent, convention: Convention) -> Self {
+    pub fn new(model: &Architecture, targets: &[Target], extent: Extent, convention: Convention) -> Self {
         Self {
-            config: config.clone(),
-            targets: Target::ALL.into_iter().filter(|t| targets.contains(t)).collect(),
+            model: model.clone(),
+            targets: model.targets().iter().copied().filter(|t| targets.contains(t)).collect(),
             extent,
             convention,
+            recorded: Arc::default(),
         }
     }
 
     /// The model's shape.
-    pub fn config(&self) -> &Config {
-        &self.config
+    pub fn model(&self) -> &Architecture {
+        &self.model
     }
 
     /// One client's batch.
@@ -73,21 +94,105 @@ impl Workload {
         self.extent
     }
 
+    fn passes(&self, rank: usize) -> Passes {
+        match self.convention {
+            Convention::Dense => self.dense(rank),
+            Convention::Issued => {
+                let mut recorded = self.recorded.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+                *recorded.entry(rank).or_insert_with(|| self.record(rank))
+            }
+        }
+    }
+
+    fn dense(&self, rank: usize) -> Passes {
+        let linear: f64 = self.model.targets().iter().map(|&t| self.linear_flops(t)).sum();
+        let lora = 2.0 * self.rows() * rank as f64 * self.adapted_dimensions();
+        let attention = 2.0 * self.rows() * self.extent.seq as f64 * self.model.attention_width() as f64;
+        let head = 2.0 * self.rows() * self.model.width as f64 * self.model.vocab as f64;
+        let lowest_backward = match self.targets.first().map(|target| target.level()) {
+            None => 0.0,
+            Some(level) => {
+                let above = self.model.targets().iter().filter(|target| target.level() > level);
+                let linear: f64 = above.map(|&target| self.linear_flops(target)).sum();
+                // The gradients of the lowest adapted maps end the pass: their inputs need none.
+                let lowest = self.targets.iter().filter(|target| target.level() == level);
+                let inputs: f64 = lowest.map(|&target| self.dimensions(target).0).sum();
+                let attention = if level == 0 { 4.0 * attention } else { 0.0 };
+                linear + attention + 2.0 * lora - 2.0 * self.rows() * rank as f64 * inputs
+            }
+        };
+        Passes {
+            forward: linear + 2.0 * attention + lora,
+            backward: linear + 4.0 * attention + 2.0 * lora,
+            lowest_backward,
+            head_forward: head,
+            head_backward: head,
+        }
+    }
+
+    /// Records one block with the head on paper.
+    fn record(&self, rank: usize) -> Passes {
+        let stack = self.on_paper(1, rank, Format::F16, true);
+        let Ok((_, stack)) = stack else {
+            // Paper has room for anything; a rank beyond what adapters can have is refused where it is chosen.
+            return Passes::default();
+        };
+        let seq = self.extent.seq;
+        let flops = |record: &dyn Fn(&mut Recording)| {
+            let mut recording = stack.engine().recording();
+            record(&mut recording);
+            let Cost { flops, .. } = recording.cost();
+            flops
+        };
+        let head_forward = flops(&|recording| stack.record_loss(recording, seq, false));
+        Passes {
+            forward: flops(&|recording| stack.record_blocks(recording, seq)),
+            backward: flops(&|recording| stack.record_backward(recording, seq, true)),
+            lowest_backward: flops(&|recording| stack.record_backward(recording, seq, false)),
+            head_forward,
+            head_backward: flops(&|recording| stack.record_loss(recording, seq, true)) - head_forward,
+        }
+    }
+
+    /// The first `blocks` blocks ready for training on an engine that computes nothing.
+    fn on_paper(&self, blocks: usize, rank: usize, weights: Format, head: bool) -> Result<(Engine, Stack), ModelError> {
+        let engine = Engine::paper();
+        let mut units = Blank {
+            model: &self.model,
+            format: weights,
+        };
+        let weights = StackWeights {
+            embedding: None,
+            blocks: StackWeights::load_blocks(&engine, &self.model, &mut units, 0..blocks)?,
+            first_block: 0,
+            head: head
+                .then(|| HeadWeights::load(&engine, &self.model, &mut units))
+                .transpose()?,
+        };
+        let layout = LoraSpec::new(rank, 1.0, self.targets.iter().copied())
+            .and_then(|spec| AdapterLayout::new(&self.model, &spec, 0..blocks))
+            .map_err(|_| Error::LimitTooSmall {
+                limit: "values in an adapter",
+                needed: self.adapter_values(blocks, rank) as u64,
+                had: 1 << 29,
+                advice: "; take a smaller rank",
+            })?;
+        let values = vec![0.0; layout.len()];
+        let stack = Stack::new(&engine, &self.model, weights, Some((&layout, &values)), self.extent, true)?;
+        Ok((engine, stack))
+    }
+
     fn rows(&self) -> f64 {
         self.extent.batch as f64 * self.extent.seq as f64
     }
 
-    fn width(&self) -> f64 {
-        self.config.width as f64
-    }
-
     fn client_blocks(&self, cut: usize) -> usize {
-        cut.min(self.config.blocks)
+        cut.min(self.model.blocks)
     }
 
     /// (in, out) of a matrix.
     fn dimensions(&self, target: Target) -> (f64, f64) {
-        let (inputs, outputs) = target.dimensions(&self.config);
+        let (inputs, outputs) = self.model.dimensions(target);
         (inputs as f64, outputs as f64)
     }
 
@@ -106,59 +211,30 @@ impl Workload {
         self.targets.iter().map(sum).sum()
     }
 
-    fn attention_flops(&self, dense_products: f64, issued_products: f64) -> f64 {
-        let seq = self.extent.seq as f64;
-        match self.convention {
-            Convention::Dense => dense_products * 2.0 * self.rows() * seq * self.width(),
-            Convention::Issued => issued_products * self.rows() * (seq + 1.0) * self.width(),
-        }
-    }
-
-    fn attention_forward_flops(&self) -> f64 {
-        self.attention_flops(2.0, 2.0)
-    }
-
-    fn attention_backward_flops(&self) -> f64 {
-        self.attention_flops(4.0, 7.0)
-    }
-
     /// F(r): a block's forward pass, in FLOP.
     pub fn block_forward_flops(&self, rank: usize) -> f64 {
-        let linear: f64 = Target::ALL.into_iter().map(|t| self.linear_flops(t)).sum();
-        linear + self.attention_forward_flops() + 2.0 * self.rows() * rank as f64 * self.adapted_dimensions()
+        self.passes(rank).forward
     }
 
     /// B(r): a block's backward pass from the gradient of its output to that of its input, in FLOP.
     pub fn block_backward_flops(&self, rank: usize) -> f64 {
-        let linear: f64 = Target::ALL.into_iter().map(|t| self.linear_flops(t)).sum();
-        linear + self.attention_backward_flops() + 4.0 * self.rows() * rank as f64 * self.adapted_dimensions()
+        self.passes(rank).backward
     }
 
     /// B₁(r): the backward pass of a block below which nothing is trained, in FLOP. It ends with the gradients of the lowest
-    /// adapted map, whose own input needs none: for `c_attn` that saves the 6·b·s·d² of its dX and 2·b·s·r·d of its adapter's.
+    /// adapted maps, whose own input needs none.
     pub fn lowest_block_backward_flops(&self, rank: usize) -> f64 {
-        let Some(&lowest) = self.targets.first() else {
-            return 0.0;
-        };
-        let above = Target::ALL.into_iter().filter(|&target| target > lowest);
-        let linear: f64 = above.map(|target| self.linear_flops(target)).sum();
-        let attention = if lowest == Target::AttnQkv {
-            self.attention_backward_flops()
-        } else {
-            0.0
-        };
-        let (inputs, _) = self.dimensions(lowest);
-        linear + attention + 2.0 * self.rows() * rank as f64 * (2.0 * self.adapted_dimensions() - inputs)
+        self.passes(rank).lowest_backward
     }
 
     /// The head's forward pass, logits of every position, in FLOP.
     pub fn head_forward_flops(&self) -> f64 {
-        2.0 * self.rows() * self.width() * self.config.vocab as f64
+        self.passes(1).head_forward
     }
 
     /// The head's backward pass, to the gradient of its input, in FLOP.
     pub fn head_backward_flops(&self) -> f64 {
-        self.head_forward_flops()
+        self.passes(1).head_backward
     }
 
     /// A client's forward pass to the cut, in FLOP.
@@ -176,14 +252,14 @@ impl Workload {
 
     /// The server's forward pass for one client, the head included, in FLOP.
     pub fn server_forward_flops(&self, cut: usize, rank: usize) -> f64 {
-        let blocks = self.config.blocks - self.client_blocks(cut);
+        let blocks = self.model.blocks - self.client_blocks(cut);
         blocks as f64 * self.block_forward_flops(rank) + self.head_forward_flops()
     }
 
     /// The server's backward pass for one client, the head included, in FLOP. Its lowest block is a whole B(r): the client needs
     /// the gradient of that block's input.
     pub fn server_backward_flops(&self, cut: usize, rank: usize) -> f64 {
-        let blocks = self.config.blocks - self.client_blocks(cut);
+        let blocks = self.model.blocks - self.client_blocks(cut);
         blocks as f64 * self.block_backward_flops(rank) + self.head_backward_flops()
     }
 
@@ -199,7 +275,7 @@ impl Workload {
 
     /// The activations of one client's step, in bits; the gradient that comes back has as many. Neither depends on the cut.
     pub fn activation_bits(&self, wire: WireForm) -> f64 {
-        wire.bits(self.extent.batch * self.extent.seq, self.config.width)
+        wire.bits(self.extent.batch * self.extent.seq, self.model.width)
     }
 
     /// The targets that go with the activations, 32 bits each.
@@ -217,65 +293,48 @@ impl Workload {
         32.0 * self.adapter_values(blocks, rank)
     }
 
-    /// Device memory of a client at a cut, in bytes: frozen weights with the embedding, what the forward pass keeps, the gradients of
-    /// the backward pass, the adapter with gradient and moments, and the wire forms both ways. The allocations of
-    /// [`Stack::new`](super::stack::Stack::new) for training, at the largest batch; a program's own memory comes on top.
+    /// Memory of a client at a cut, in bytes: on the device frozen weights, what the forward pass keeps, the gradients of the
+    /// backward pass, the adapter with gradient and moments, and the wire forms both ways; on the host the embedding. A program's
+    /// own memory comes on top.
     pub fn client_memory_bytes(&self, cut: usize, rank: usize, weights: Format, wire: WireForm) -> f64 {
-        let blocks = self.client_blocks(cut);
-        let units = std::iter::once(Unit::Embedding).chain((0..blocks).map(Unit::Block));
-        let frozen: f64 = units.map(|unit| self.unit_bytes(unit, weights)).sum();
+        let Ok((engine, _stack)) = self.on_paper(self.client_blocks(cut).max(1), rank, weights, false) else {
+            return f64::INFINITY;
+        };
         let wire_bytes = match wire {
             WireForm::F32 => 0.0,
             packed => 2.0 * self.activation_bits(packed) / 8.0,
         };
-        frozen + 4.0 * (self.activation_words(blocks, rank) + self.training_words(blocks, rank)) + wire_bytes
+        engine.buffer_bytes() as f64 + self.unit_bytes(Unit::Embedding, weights) + wire_bytes
     }
 
-    /// A unit's tensors on a device, in bytes.
-    fn unit_bytes(&self, unit: Unit, dtype: Format) -> f64 {
-        let words = |(_, shape): (&'static str, Vec<usize>)| {
-            let elements: f64 = shape.iter().map(|&n| n as f64).product();
-            match dtype {
-                Format::F16 if shape.len() == 2 => (elements / 2.0).ceil(),
-                _ => elements,
-            }
-        };
-        4.0 * unit.tensors(&self.config).into_iter().map(words).sum::<f64>()
+    /// A unit's tensors, in bytes.
+    pub fn unit_bytes(&self, unit: Unit, weights: Format) -> f64 {
+        let words = |(_, shape): (&'static str, Vec<usize>)| layout(&shape, weights).words() as f64;
+        4.0 * unit.tensors(&self.model).into_iter().map(words).sum::<f64>()
     }
+}
 
-    /// Words of tokens, block inputs and outputs and what the blocks keep. The inputs of maps without an adapter are kept once for
-    /// all blocks.
-    fn activation_words(&self, blocks: usize, rank: usize) -> f64 {
-        let (width, ffn, heads) = (self.width(), self.config.ffn as f64, self.config.heads as f64);
-        let copies = |target: Target| {
-            if self.targets.contains(&target) {
-                blocks as f64
-            } else {
-                blocks.min(1) as f64
-            }
-        };
-        // out, o, y: width each; qkv; the statistics of two norms; lse; h; u.
-        let a_block = 6.0 * width + 4.0 + heads + ffn + (self.targets.len() * rank) as f64;
-        let inputs = copies(Target::AttnQkv) * width + copies(Target::MlpFc) * width + copies(Target::MlpProj) * ffn;
-        self.rows() * (1.0 + width + blocks as f64 * a_block + inputs)
-    }
+/// Units that have shapes and no values, for [`Engine::paper`].
+struct Blank<'a> {
+    model: &'a Architecture,
+    format: Format,
+}
 
-    /// Words of the adapter with its gradient and moments, and of what the backward pass needs.
-    fn training_words(&self, blocks: usize, rank: usize) -> f64 {
-        let (width, ffn, heads) = (self.width(), self.config.ffn as f64, self.config.heads as f64);
-        let values = self.adapter_values(blocks, rank);
-        let widest = self.targets.iter().map(|target| {
-            let (inputs, outputs) = target.dimensions(&self.config);
-            inputs.max(outputs)
+impl UnitSource for Blank<'_> {
+    fn unit(&mut self, unit: Unit) -> Result<UnitData, WeightsError> {
+        let tensors = unit.tensors(self.model).into_iter().map(|(name, shape)| Tensor {
+            name: name.to_owned(),
+            format: if shape.len() == 2 { self.format } else { Format::F32 },
+            shape,
+            words: Vec::new(),
         });
-        let rows = self.extent.batch * self.extent.seq;
-        let partial = lora::partial_words(rows, widest.max().unwrap_or(1), rank) as f64;
-        // d_x, d_norm, d_qkv; d_g, d_h; dot; v.
-        let gradients = 5.0 * width + 2.0 * ffn + heads + rank as f64;
-        4.0 * values
-            + adamw::partial_words(values as usize) as f64
-            + self.rows() * gradients
-            + partial
-            + scalar::COUNT as f64
+        Ok(UnitData {
+            unit,
+            tensors: tensors.collect(),
+        })
+    }
+
+    fn embedding(&mut self) -> Result<Embedding, WeightsError> {
+        unreachable!("paper reads no embedding")
     }
 }

@@ -124,9 +124,16 @@ pub(super) fn tensor<'a>(unit: &'a UnitData, name: &str) -> &'a Tensor {
         .unwrap_or_else(|| panic!("unit {} has no {name}", unit.unit))
 }
 
+/// Room for a tensor, and in it the words that there are: a [`Blank`](super::cost::Blank) one has none.
+fn upload(engine: &Engine, unit: &UnitData, tensor: &Tensor) -> Result<Buffer, Error> {
+    let buffer = engine.buffer(format!("{}.{}", unit.unit, tensor.name), tensor.layout().words())?;
+    engine.upload(&buffer, 0, &tensor.words);
+    Ok(buffer)
+}
+
 /// Uploads the unit's vector called `name`.
 pub(super) fn upload_vector(engine: &Engine, unit: &UnitData, name: &str) -> Result<Buffer, Error> {
-    engine.buffer_from(format!("{}.{name}", unit.unit), &tensor(unit, name).words)
+    upload(engine, unit, tensor(unit, name))
 }
 
 impl Linear {
@@ -137,7 +144,7 @@ impl Linear {
         Ok(Self {
             target,
             weight: Weight {
-                buffer: engine.buffer_from(format!("{}.{}", unit.unit, matrix.name), &matrix.words)?,
+                buffer: upload(engine, unit, matrix)?,
                 format: layout.format,
                 stored_rows: layout.rows,
                 first_row: 0,

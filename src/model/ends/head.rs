@@ -63,7 +63,9 @@ fn upload_chunks(engine: &Engine, matrix: Tensor) -> Result<Vec<Chunk>, ModelErr
         start,
     };
     if layout.words() <= engine.max_buffer_words() {
-        return Ok(vec![chunk(engine.buffer_from("head", &matrix.words)?, 0, vocab)]);
+        let buffer = engine.buffer("head", layout.words())?;
+        engine.upload(&buffer, 0, &matrix.words);
+        return Ok(vec![chunk(buffer, 0, vocab)]);
     }
     // An even number of rows keeps halves of different rows in different words.
     let pair = layout.format.words(2, width);
