@@ -10,7 +10,7 @@ use crate::data::{Dataset, Tokenizer};
 use crate::model::adapter::Adapter;
 use crate::model::architecture::Architecture;
 use crate::model::stack::StackWeights;
-use crate::model::weights::{Held, Holding, UnitSource, Weights};
+use crate::model::weights::{HeldUnits, Holding, UnitSource, Weights};
 
 const DEMO_CONFIG: &str = include_str!("../../assets/demo/config.json");
 const DEMO_WEIGHTS: &[u8] = include_bytes!("../../assets/demo/model.safetensors");
@@ -143,7 +143,7 @@ impl Source {
 
     /// The parts of the model as they are to be held.
     pub fn units(&self) -> impl UnitSource + '_ {
-        Held {
+        HeldUnits {
             weights: &self.weights,
             holding: self.holding,
         }

@@ -2,12 +2,16 @@
 //! clipping needs.
 //!
 //! What changes from step to step is read from the `scalars` buffer, see [`scalar`].
+//!
+//! | version | idea | measured |
+//! |---|---|---|
+//! | 1 | the norm in two deterministic passes; the update an invocation a parameter, bound by memory | not measured on a GPU yet |
 
 use super::scalar;
 use crate::compute::cpu::for_each_row;
-use crate::compute::kernel::Kernel;
+use crate::compute::kernel::Contract;
 use crate::compute::{Buffer, Cost, DeviceClass, Recording, linear_workgroups};
-use crate::{kernel, params};
+use crate::{contract, params, variant};
 
 /// Invocations in a workgroup, the default of `WORKGROUP` in the shader.
 const WORKGROUP: u32 = 64;
@@ -32,44 +36,61 @@ params! {
     }
 }
 
-kernel! {
-    /// `partial[c] = Σ gradient²` over chunk `c`, a workgroup a chunk.
-    pub static NORM_PARTIAL = "adamw.norm_partial", "adamw", "norm_partial", NormParams,
-    [gradient: Read f32, partial: Write f32], norm_partial_cpu
+contract! {
+    /// `partial[c] = Σ gradient²` over chunk `c`.
+    pub static NORM_PARTIAL = "adamw.norm_partial", NormParams,
+    [gradient: Read f32, partial: Write f32],
+    spec: spec::norm_partial, host: norm_partial_host, variants: [NORM_PARTIAL_ROWS, NORM_PARTIAL_WORKGROUP]
 }
 
-kernel! {
-    /// [`NORM_PARTIAL`], an invocation a chunk.
-    pub static NORM_PARTIAL_ROWS = "adamw.norm_partial", "adamw", "norm_partial_rows", NormParams,
-    [gradient: Read f32, partial: Write f32], norm_partial_cpu
+variant! {
+    /// An invocation a chunk, for adapters emulated on a CPU.
+    static NORM_PARTIAL_ROWS = NORM_PARTIAL, "rows", ["adamw"], "norm_partial_rows", NormParams,
+    fits: |profile, _| profile.class == DeviceClass::CpuAdapter,
+    grid: |params| linear_workgroups(partial_words(params.n as usize), WORKGROUP),
 }
 
-kernel! {
-    /// `scalars[NORM] = |GRAD_SCALE| · √(Σ partial)`, one workgroup.
-    pub static NORM_TOTAL = "adamw.norm_total", "adamw", "norm_total", NormParams,
-    [partial: Read f32, scalars: Write f32], norm_total_cpu
+variant! {
+    /// A workgroup a chunk.
+    static NORM_PARTIAL_WORKGROUP = NORM_PARTIAL, "workgroup", ["adamw"], "norm_partial", NormParams,
+    grid: |params| linear_workgroups(partial_words(params.n as usize), 1),
 }
 
-kernel! {
-    /// [`NORM_TOTAL`], one invocation.
-    pub static NORM_TOTAL_ROWS = "adamw.norm_total", "adamw", "norm_total_rows", NormParams,
-    [partial: Read f32, scalars: Write f32], norm_total_cpu
+contract! {
+    /// `scalars[NORM] = |GRAD_SCALE| · √(Σ partial)`.
+    pub static NORM_TOTAL = "adamw.norm_total", NormParams,
+    [partial: Read f32, scalars: Write f32],
+    spec: spec::norm_total, host: spec::norm_total, variants: [NORM_TOTAL_ROWS, NORM_TOTAL_WORKGROUP]
 }
 
-kernel! {
+variant! {
+    /// One invocation, for adapters emulated on a CPU.
+    static NORM_TOTAL_ROWS = NORM_TOTAL, "rows", ["adamw"], "norm_total_rows", NormParams,
+    fits: |profile, _| profile.class == DeviceClass::CpuAdapter,
+    grid: |_| [1, 1, 1],
+}
+
+variant! {
+    /// One workgroup.
+    static NORM_TOTAL_WORKGROUP = NORM_TOTAL, "workgroup", ["adamw"], "norm_total", NormParams,
+    grid: |_| [1, 1, 1],
+}
+
+contract! {
     /// One step on every parameter.
-    pub static UPDATE = "adamw.update", "adamw", "update", UpdateParams,
-    [gradient: Read f32, scalars: Read f32, adapter: Write f32, moment1: Write f32, moment2: Write f32], update_cpu
+    pub static UPDATE = "adamw.update", UpdateParams,
+    [gradient: Read f32, scalars: Read f32, adapter: Write f32, moment1: Write f32, moment2: Write f32],
+    spec: spec::update, host: spec::update, variants: [UPDATE_ELEMENT]
 }
 
-/// The kernels of this family.
-pub static ALL: &[&Kernel] = &[
-    &NORM_PARTIAL,
-    &NORM_PARTIAL_ROWS,
-    &NORM_TOTAL,
-    &NORM_TOTAL_ROWS,
-    &UPDATE,
-];
+variant! {
+    /// An invocation a parameter.
+    static UPDATE_ELEMENT = UPDATE, "element", ["adamw"], "update", UpdateParams,
+    grid: |params| linear_workgroups(params.n as usize, WORKGROUP),
+}
+
+/// The contracts of this family.
+pub static ALL: &[&Contract] = &[&NORM_PARTIAL, &NORM_TOTAL, &UPDATE];
 
 /// Words of the `partial` buffer that [`norm`] needs for `n` elements.
 pub fn partial_words(n: usize) -> usize {
@@ -83,27 +104,19 @@ pub fn norm(recording: &mut Recording, n: usize, gradient: &Buffer, partial: &Bu
         chunk: CHUNK as u32,
     };
     let chunks = partial_words(n);
-    let (first, items, second) = match recording.class() {
-        DeviceClass::CpuAdapter => (&NORM_PARTIAL_ROWS, chunks, &NORM_TOTAL_ROWS),
-        _ => (&NORM_PARTIAL, chunks * WORKGROUP as usize, &NORM_TOTAL),
-    };
     recording.dispatch(
-        first,
-        vec![],
+        &NORM_PARTIAL,
         params,
         &[gradient, partial],
-        linear_workgroups(items, WORKGROUP),
         Cost {
             flops: 2.0 * n as f64,
             bytes: 4.0 * n as f64,
         },
     );
     recording.dispatch(
-        second,
-        vec![],
+        &NORM_TOTAL,
         params,
         &[partial, scalars],
-        [1, 1, 1],
         Cost {
             flops: chunks as f64,
             bytes: 4.0 * chunks as f64,
@@ -123,10 +136,8 @@ pub fn update(
 ) {
     recording.dispatch(
         &UPDATE,
-        vec![],
         UpdateParams { n: n as u32 },
         &[gradient, scalars, adapter, moment1, moment2],
-        linear_workgroups(n, WORKGROUP),
         Cost {
             flops: 18.0 * n as f64,
             bytes: 28.0 * n as f64,
@@ -134,8 +145,74 @@ pub fn update(
     );
 }
 
-/// The specification of `adamw.norm_partial`.
-pub fn norm_partial_cpu(
+/// The mathematics in plain loops.
+pub mod spec {
+    use super::{CLIP_EPSILON, NormParams, UpdateParams, scalar};
+    use crate::compute::real::Real;
+
+    pub fn norm_partial<T: Real>(
+        params: &NormParams,
+        gradient: &[T],    // (n)
+        partial: &mut [T], // (ceil(n / chunk))
+    ) {
+        let (n, chunk) = (params.n as usize, params.chunk as usize);
+        for c in 0..n.div_ceil(chunk).max(1) {
+            // Lanes, as the shader has them: adding one after another would lose digits.
+            let mut lanes = [T::ZERO; 64];
+            for i in c * chunk..((c + 1) * chunk).min(n) {
+                lanes[i % 64] += gradient[i] * gradient[i];
+            }
+            partial[c] = lanes.into_iter().sum();
+        }
+    }
+
+    pub fn norm_total<T: Real>(
+        params: &NormParams,
+        partial: &[T],     // (ceil(n / chunk))
+        scalars: &mut [T], // (scalar::COUNT)
+    ) {
+        let chunks = params.n.div_ceil(params.chunk).max(1) as usize;
+        let mut sum = T::ZERO;
+        for partial in &partial[..chunks] {
+            sum += *partial;
+        }
+        scalars[scalar::NORM] = scalars[scalar::GRAD_SCALE].abs() * sum.sqrt();
+    }
+
+    pub fn update<T: Real>(
+        params: &UpdateParams,
+        gradient: &[T],    // (n)
+        scalars: &[T],     // (scalar::COUNT)
+        adapter: &mut [T], // (n)
+        moment1: &mut [T], // (n)
+        moment2: &mut [T], // (n)
+    ) {
+        let clip = scalars[scalar::CLIP];
+        let mut factor = T::ONE;
+        if clip > T::ZERO {
+            let ratio = clip / (scalars[scalar::NORM] + T::from(CLIP_EPSILON));
+            if ratio < T::ONE {
+                factor = ratio;
+            }
+        }
+        let scale = scalars[scalar::GRAD_SCALE] * factor;
+        let (lr, decay) = (scalars[scalar::LR], scalars[scalar::WEIGHT_DECAY]);
+        let (beta1, beta2) = (scalars[scalar::BETA1], scalars[scalar::BETA2]);
+        let (bias1, bias2) = (scalars[scalar::BIAS1], scalars[scalar::BIAS2]);
+        for i in 0..params.n as usize {
+            let g = gradient[i] * scale;
+            let m = beta1 * moment1[i] + (T::ONE - beta1) * g;
+            let v = beta2 * moment2[i] + (T::ONE - beta2) * g * g;
+            let p = adapter[i] - lr * decay * adapter[i];
+            adapter[i] = p - lr * (m / bias1) / ((v / bias2).sqrt() + scalars[scalar::EPSILON]);
+            moment1[i] = m;
+            moment2[i] = v;
+        }
+    }
+}
+
+/// [`spec::norm_partial`] on all cores.
+fn norm_partial_host(
     params: &NormParams,
     gradient: &[f32],    // (n)
     partial: &mut [f32], // (ceil(n / chunk))
@@ -152,46 +229,4 @@ pub fn norm_partial_cpu(
         }
         partial[0] = lanes.iter().sum();
     });
-}
-
-/// The specification of `adamw.norm_total`.
-pub fn norm_total_cpu(
-    params: &NormParams,
-    partial: &[f32],     // (ceil(n / chunk))
-    scalars: &mut [f32], // (scalar::COUNT)
-) {
-    let chunks = params.n.div_ceil(params.chunk).max(1) as usize;
-    let sum: f32 = partial[..chunks].iter().sum();
-    scalars[scalar::NORM] = scalars[scalar::GRAD_SCALE].abs() * sum.sqrt();
-}
-
-/// The specification of `adamw.update`.
-pub fn update_cpu(
-    params: &UpdateParams,
-    gradient: &[f32],    // (n)
-    scalars: &[f32],     // (scalar::COUNT)
-    adapter: &mut [f32], // (n)
-    moment1: &mut [f32], // (n)
-    moment2: &mut [f32], // (n)
-) {
-    let clip = scalars[scalar::CLIP];
-    let factor = if clip > 0.0 {
-        (clip / (scalars[scalar::NORM] + CLIP_EPSILON)).min(1.0)
-    } else {
-        1.0
-    };
-    let scale = scalars[scalar::GRAD_SCALE] * factor;
-    let (lr, decay) = (scalars[scalar::LR], scalars[scalar::WEIGHT_DECAY]);
-    let (beta1, beta2) = (scalars[scalar::BETA1], scalars[scalar::BETA2]);
-    let (bias1, bias2) = (scalars[scalar::BIAS1], scalars[scalar::BIAS2]);
-    let epsilon = scalars[scalar::EPSILON];
-    for i in 0..params.n as usize {
-        let g = gradient[i] * scale;
-        let m = beta1 * moment1[i] + (1.0 - beta1) * g;
-        let v = beta2 * moment2[i] + (1.0 - beta2) * g * g;
-        let p = adapter[i] - lr * decay * adapter[i];
-        adapter[i] = p - lr * (m / bias1) / ((v / bias2).sqrt() + epsilon);
-        moment1[i] = m;
-        moment2[i] = v;
-    }
 }

@@ -1,10 +1,15 @@
-//! GELU in the tanh form of GPT-2 (Hendrycks and Gimpel, arXiv 1606.08415), forward and its gradient.
+//! The gradient of GELU in the tanh form of GPT-2 (Hendrycks and Gimpel, arXiv 1606.08415). Its forward pass is an epilogue of
+//! [`matmul`](super::matmul), which keeps the pre-activation for this.
+//!
+//! | version | idea | measured |
+//! |---|---|---|
+//! | 1 | an invocation an element; bound by memory | not measured on a GPU yet |
 
-use super::attention::exp;
 use crate::compute::cpu::for_each_row;
-use crate::compute::kernel::Kernel;
+use crate::compute::host::exp;
+use crate::compute::kernel::Contract;
 use crate::compute::{Buffer, Cost, Recording, linear_workgroups};
-use crate::{kernel, params};
+use crate::{contract, params, variant};
 
 /// Invocations in a workgroup, the default of `WORKGROUP` in the shader.
 const WORKGROUP: u32 = 64;
@@ -22,44 +27,28 @@ params! {
     }
 }
 
-kernel! {
-    /// `out = x/2 · (1 + tanh(√(2/π)(x + 0.044715 x³)))`.
-    pub static FORWARD = "gelu.forward", "gelu", "forward", Params,
-    [x: Read f32, out: Write f32], forward_cpu
-}
-
-kernel! {
+contract! {
     /// Gradient with respect to the pre-activation `x`.
-    pub static BACKWARD_X = "gelu.backward_x", "gelu", "backward_x", Params,
-    [x: Read f32, d_out: Read f32, d_x: Write f32], backward_x_cpu
+    pub static BACKWARD_X = "gelu.backward_x", Params,
+    [x: Read f32, d_out: Read f32, d_x: Write f32],
+    spec: spec::backward_x, host: backward_x_host, variants: [BACKWARD_X_ELEMENT]
 }
 
-/// The kernels of this family.
-pub static ALL: &[&Kernel] = &[&FORWARD, &BACKWARD_X];
-
-/// Records `out = gelu(x)` over the first `n` elements.
-pub fn forward(recording: &mut Recording, n: usize, x: &Buffer, out: &Buffer) {
-    recording.dispatch(
-        &FORWARD,
-        vec![],
-        Params { n: n as u32 },
-        &[x, out],
-        linear_workgroups(n, WORKGROUP),
-        Cost {
-            flops: 9.0 * n as f64,
-            bytes: 8.0 * n as f64,
-        },
-    );
+variant! {
+    /// An invocation an element.
+    static BACKWARD_X_ELEMENT = BACKWARD_X, "element", ["gelu"], "backward_x", Params,
+    grid: |params| linear_workgroups(params.n as usize, WORKGROUP),
 }
+
+/// The contracts of this family.
+pub static ALL: &[&Contract] = &[&BACKWARD_X];
 
 /// Records `d_x = gelu'(x) · d_out`; `x` is the pre-activation.
 pub fn backward_x(recording: &mut Recording, n: usize, x: &Buffer, d_out: &Buffer, d_x: &Buffer) {
     recording.dispatch(
         &BACKWARD_X,
-        vec![],
         Params { n: n as u32 },
         &[x, d_out, d_x],
-        linear_workgroups(n, WORKGROUP),
         Cost {
             flops: 17.0 * n as f64,
             bytes: 12.0 * n as f64,
@@ -82,23 +71,39 @@ pub(super) fn gelu(x: f32) -> f32 {
     x * gate(x)
 }
 
-/// The specification of `gelu.forward`.
-pub fn forward_cpu(
-    params: &Params,
-    x: &[f32],       // (n)
-    out: &mut [f32], // (n)
-) {
-    let n = params.n as usize;
-    for_each_row(&mut out[..n], BLOCK, |block, out| {
-        let x = &x[block * BLOCK..][..out.len()];
-        for (out, &x) in out.iter_mut().zip(x) {
-            *out = gelu(x);
+/// The mathematics in plain loops.
+pub mod spec {
+    use super::Params;
+    use crate::compute::real::Real;
+
+    const ROOT: f32 = 0.797_884_6;
+    const CUBIC: f32 = 0.044_715;
+
+    /// `x/2 · (1 + tanh(√(2/π)(x + 0.044715 x³)))`.
+    pub fn gelu<T: Real>(x: T) -> T {
+        let inner = T::from(ROOT) * (x + T::from(CUBIC) * x * x * x);
+        T::from(0.5) * x * (T::ONE + inner.tanh())
+    }
+
+    pub fn backward_x<T: Real>(
+        params: &Params,
+        x: &[T],       // (n)
+        d_out: &[T],   // (n)
+        d_x: &mut [T], // (n)
+    ) {
+        for i in 0..params.n as usize {
+            let x = x[i];
+            let inner = T::from(ROOT) * (x + T::from(CUBIC) * x * x * x);
+            let d_inner = T::from(ROOT) * (T::ONE + T::from(3.0 * CUBIC) * x * x);
+            let tanh = inner.tanh();
+            let slope = T::from(0.5) * (T::ONE + tanh) + T::from(0.5) * x * (T::ONE - tanh * tanh) * d_inner;
+            d_x[i] = d_out[i] * slope;
         }
-    });
+    }
 }
 
-/// The specification of `gelu.backward_x`.
-pub fn backward_x_cpu(
+/// [`spec::backward_x`] on all cores, without the cancellation of `1 - tanh²`.
+fn backward_x_host(
     params: &Params,
     x: &[f32],       // (n)
     d_out: &[f32],   // (n)

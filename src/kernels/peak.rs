@@ -1,9 +1,9 @@
 //! The device's own rate of multiply-adds, that other kernels' rates are given as fractions of.
 
 use crate::compute::cpu::for_each_row;
-use crate::compute::kernel::Kernel;
+use crate::compute::kernel::Contract;
 use crate::compute::{Buffer, Cost, Recording, linear_workgroups};
-use crate::{kernel, params};
+use crate::{contract, params, variant};
 
 /// Invocations in a workgroup, the default of `WORKGROUP` in the shader.
 const WORKGROUP: u32 = 64;
@@ -21,26 +21,31 @@ params! {
     }
 }
 
-kernel! {
+contract! {
     /// `rounds` multiply-adds on sixteen values a lane.
-    pub static MULTIPLY_ADD = "peak.multiply_add", "peak", "multiply_add", Params,
-    [out: Write f32], multiply_add_cpu
+    pub static MULTIPLY_ADD = "peak.multiply_add", Params,
+    [out: Write f32],
+    spec: spec::multiply_add, host: multiply_add_host, variants: [MULTIPLY_ADD_LANE]
 }
 
-/// Every kernel of the family.
-pub static ALL: &[&Kernel] = &[&MULTIPLY_ADD];
+variant! {
+    /// An invocation a lane.
+    static MULTIPLY_ADD_LANE = MULTIPLY_ADD, "lane", ["peak"], "multiply_add", Params,
+    grid: |params| linear_workgroups(params.lanes as usize, WORKGROUP),
+}
+
+/// The contracts of this family.
+pub static ALL: &[&Contract] = &[&MULTIPLY_ADD];
 
 /// Records [`LANES`] lanes of multiply-adds; `out` is ([`LANES`]).
 pub fn multiply_add(recording: &mut Recording, out: &Buffer) {
     recording.dispatch(
         &MULTIPLY_ADD,
-        vec![],
         Params {
             lanes: LANES as u32,
             rounds: ROUNDS,
         },
         &[out],
-        linear_workgroups(LANES, WORKGROUP),
         Cost {
             flops: LANES as f64 * f64::from(ROUNDS) * 32.0,
             bytes: LANES as f64 * 4.0,
@@ -48,8 +53,34 @@ pub fn multiply_add(recording: &mut Recording, out: &Buffer) {
     );
 }
 
-/// The specification of `peak.multiply_add`.
-pub fn multiply_add_cpu(
+/// The mathematics in plain loops.
+pub mod spec {
+    use super::Params;
+
+    pub fn multiply_add(
+        params: &Params,
+        out: &mut [f32], // (lanes)
+    ) {
+        let lanes = params.lanes as usize;
+        for lane in 0..lanes {
+            let start = lane as f32 / lanes as f32;
+            let factor = 0.5 + 0.25 * start;
+            let step = [0.125, 0.25, 0.375, 0.5];
+            let mut sum = 0.0;
+            for j in 0..16 {
+                let mut value = start + (j / 4) as f32 * step[j % 4];
+                for _ in 0..params.rounds {
+                    value = value * factor + step[j % 4];
+                }
+                sum += value;
+            }
+            out[lane] = sum;
+        }
+    }
+}
+
+/// [`spec::multiply_add`] on all cores, sixteen values at a time.
+fn multiply_add_host(
     params: &Params,
     out: &mut [f32], // (lanes)
 ) {

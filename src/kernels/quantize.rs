@@ -3,11 +3,15 @@
 //! Half precision is converted in integer arithmetic on both sides, so every engine gives the same bits: round to nearest even,
 //! magnitudes above 65504 (infinity too) saturate, NaN stays NaN. An 8-bit row is `round(x / scale)` with
 //! `scale = max|x| / 127`; a row of zeros has scale 0, a row that holds a NaN or an infinity has scale NaN and reads back as NaN.
+//!
+//! | version | idea | measured |
+//! |---|---|---|
+//! | 1 | a word an invocation; 8-bit rows a workgroup a row for the maximum | not measured on a GPU yet |
 
 use crate::compute::cpu::for_each_row;
-use crate::compute::kernel::Kernel;
+use crate::compute::kernel::Contract;
 use crate::compute::{Buffer, Cost, DeviceClass, Recording, linear_workgroups};
-use crate::{kernel, params};
+use crate::{contract, params, variant};
 
 /// Invocations in a workgroup, the default of `WORKGROUP` in the shader.
 const WORKGROUP: u32 = 64;
@@ -19,44 +23,67 @@ params! {
     }
 }
 
-kernel! {
-    /// f32 to f16 pairs, an invocation a pair.
-    pub static FORWARD_F16 = "quantize.forward_f16", "quantize", "forward_f16", Params,
-    [x: Read f32, packed: Write u32], forward_f16_cpu
+contract! {
+    /// f32 to f16 pairs.
+    pub static FORWARD_F16 = "quantize.forward_f16", Params,
+    [x: Read f32, packed: Write u32],
+    spec: spec::forward_f16, host: forward_f16_host, variants: [FORWARD_F16_WORD]
 }
 
-kernel! {
+variant! {
+    /// An invocation a pair.
+    static FORWARD_F16_WORD = FORWARD_F16, "word", ["quantize"], "forward_f16", Params,
+    grid: |params| linear_workgroups(f16_words(params.rows as usize, params.width as usize), WORKGROUP),
+}
+
+contract! {
     /// f16 pairs to f32.
-    pub static INVERSE_F16 = "quantize.inverse_f16", "quantize", "inverse_f16", Params,
-    [packed: Read u32, out: Write f32], inverse_f16_cpu
+    pub static INVERSE_F16 = "quantize.inverse_f16", Params,
+    [packed: Read u32, out: Write f32],
+    spec: spec::inverse_f16, host: inverse_f16_host, variants: [INVERSE_F16_ELEMENT]
 }
 
-kernel! {
-    /// f32 rows to 8-bit rows and scales, a workgroup a row.
-    pub static FORWARD_INT8 = "quantize.forward_int8", "quantize", "forward_int8", Params,
-    [x: Read f32, packed: Write u32, scales: Write f32], forward_int8_cpu
+variant! {
+    /// An invocation a value.
+    static INVERSE_F16_ELEMENT = INVERSE_F16, "element", ["quantize"], "inverse_f16", Params,
+    grid: |params| linear_workgroups(params.rows as usize * params.width as usize, WORKGROUP),
 }
 
-kernel! {
-    /// [`FORWARD_INT8`], an invocation a row.
-    pub static FORWARD_INT8_ROWS = "quantize.forward_int8", "quantize", "forward_int8_rows", Params,
-    [x: Read f32, packed: Write u32, scales: Write f32], forward_int8_cpu
+contract! {
+    /// f32 rows to 8-bit rows and scales.
+    pub static FORWARD_INT8 = "quantize.forward_int8", Params,
+    [x: Read f32, packed: Write u32, scales: Write f32],
+    spec: spec::forward_int8, host: forward_int8_host, variants: [FORWARD_INT8_ROWS, FORWARD_INT8_WORKGROUP]
 }
 
-kernel! {
+variant! {
+    /// An invocation a row, for adapters emulated on a CPU.
+    static FORWARD_INT8_ROWS = FORWARD_INT8, "rows", ["quantize"], "forward_int8_rows", Params,
+    fits: |profile, _| profile.class == DeviceClass::CpuAdapter,
+    grid: |params| linear_workgroups(params.rows as usize, WORKGROUP),
+}
+
+variant! {
+    /// A workgroup a row.
+    static FORWARD_INT8_WORKGROUP = FORWARD_INT8, "workgroup", ["quantize"], "forward_int8", Params,
+    grid: |params| linear_workgroups(params.rows as usize, 1),
+}
+
+contract! {
     /// 8-bit rows and scales to f32.
-    pub static INVERSE_INT8 = "quantize.inverse_int8", "quantize", "inverse_int8", Params,
-    [packed: Read u32, scales: Read f32, out: Write f32], inverse_int8_cpu
+    pub static INVERSE_INT8 = "quantize.inverse_int8", Params,
+    [packed: Read u32, scales: Read f32, out: Write f32],
+    spec: spec::inverse_int8, host: inverse_int8_host, variants: [INVERSE_INT8_ELEMENT]
 }
 
-/// The kernels of this family.
-pub static ALL: &[&Kernel] = &[
-    &FORWARD_F16,
-    &INVERSE_F16,
-    &FORWARD_INT8,
-    &FORWARD_INT8_ROWS,
-    &INVERSE_INT8,
-];
+variant! {
+    /// An invocation a value.
+    static INVERSE_INT8_ELEMENT = INVERSE_INT8, "element", ["quantize"], "inverse_int8", Params,
+    grid: |params| linear_workgroups(params.rows as usize * params.width as usize, WORKGROUP),
+}
+
+/// The contracts of this family.
+pub static ALL: &[&Contract] = &[&FORWARD_F16, &INVERSE_F16, &FORWARD_INT8, &INVERSE_INT8];
 
 /// Words of a (rows, width) tensor as f16 pairs: pairs run over the whole tensor, an odd one ends with a zero half.
 pub fn f16_words(rows: usize, width: usize) -> usize {
@@ -73,10 +100,8 @@ pub fn forward_f16(recording: &mut Recording, params: Params, x: &Buffer, packed
     let (rows, width) = (params.rows as usize, params.width as usize);
     recording.dispatch(
         &FORWARD_F16,
-        vec![],
         params,
         &[x, packed],
-        linear_workgroups(f16_words(rows, width), WORKGROUP),
         Cost {
             flops: 0.0,
             bytes: 6.0 * (rows * width) as f64,
@@ -89,10 +114,8 @@ pub fn inverse_f16(recording: &mut Recording, params: Params, packed: &Buffer, o
     let elements = params.rows as usize * params.width as usize;
     recording.dispatch(
         &INVERSE_F16,
-        vec![],
         params,
         &[packed, out],
-        linear_workgroups(elements, WORKGROUP),
         Cost {
             flops: 0.0,
             bytes: 6.0 * elements as f64,
@@ -103,16 +126,10 @@ pub fn inverse_f16(recording: &mut Recording, params: Params, packed: &Buffer, o
 /// Records the 8-bit form of `x` (rows, width): `packed` has [`int8_words`], `scales` is (rows).
 pub fn forward_int8(recording: &mut Recording, params: Params, x: &Buffer, packed: &Buffer, scales: &Buffer) {
     let elements = params.rows as f64 * params.width as f64;
-    let (kernel, items) = match recording.class() {
-        DeviceClass::CpuAdapter => (&FORWARD_INT8_ROWS, params.rows as usize),
-        _ => (&FORWARD_INT8, params.rows as usize * WORKGROUP as usize),
-    };
     recording.dispatch(
-        kernel,
-        vec![],
+        &FORWARD_INT8,
         params,
         &[x, packed, scales],
-        linear_workgroups(items, WORKGROUP),
         Cost {
             flops: 2.0 * elements,
             bytes: 5.0 * elements,
@@ -125,10 +142,8 @@ pub fn inverse_int8(recording: &mut Recording, params: Params, packed: &Buffer, 
     let elements = params.rows as usize * params.width as usize;
     recording.dispatch(
         &INVERSE_INT8,
-        vec![],
         params,
         &[packed, scales, out],
-        linear_workgroups(elements, WORKGROUP),
         Cost {
             flops: elements as f64,
             bytes: 5.0 * elements as f64,
@@ -190,8 +205,85 @@ fn f32_bits(half: u32) -> u32 {
     sign | (134 - zeros) << 23 | (mantissa << (zeros - 8)) & 0x7f_ffff
 }
 
-/// The specification of `quantize.forward_f16`.
-pub fn forward_f16_cpu(
+/// The mathematics in plain loops. It is on bits, so there is one precision of it.
+pub mod spec {
+    use super::{INFINITY, NAN, Params, SIGN, f16_bits, f32_bits};
+
+    pub fn forward_f16(
+        params: &Params,
+        x: &[f32],          // (rows, width)
+        packed: &mut [u32], // (ceil(rows * width / 2))
+    ) {
+        let n = params.rows as usize * params.width as usize;
+        for i in 0..n.div_ceil(2) {
+            let mut word = f16_bits(x[2 * i].to_bits());
+            if 2 * i + 1 < n {
+                word |= f16_bits(x[2 * i + 1].to_bits()) << 16;
+            }
+            packed[i] = word;
+        }
+    }
+
+    pub fn inverse_f16(
+        params: &Params,
+        packed: &[u32],  // (ceil(rows * width / 2))
+        out: &mut [f32], // (rows, width)
+    ) {
+        for i in 0..params.rows as usize * params.width as usize {
+            out[i] = f32::from_bits(f32_bits((packed[i / 2] >> (i % 2 * 16)) & 0xffff));
+        }
+    }
+
+    pub fn forward_int8(
+        params: &Params,
+        x: &[f32],          // (rows, width)
+        packed: &mut [u32], // (rows, ceil(width / 4))
+        scales: &mut [f32], // (rows)
+    ) {
+        let (rows, width) = (params.rows as usize, params.width as usize);
+        let words = width.div_ceil(4);
+        for row in 0..rows {
+            let mut largest = 0;
+            for i in 0..width {
+                largest = largest.max(x[row * width + i].to_bits() & !SIGN);
+            }
+            let mut scale = f32::from_bits(largest) * (1.0 / 127.0);
+            if largest >= INFINITY {
+                scale = f32::from_bits(NAN);
+            } else if scale < f32::MIN_POSITIVE {
+                scale = 0.0;
+            }
+            scales[row] = scale;
+            packed[row * words..][..words].fill(0);
+            if scale.is_nan() || scale == 0.0 {
+                continue;
+            }
+            for i in 0..width {
+                let code = (x[row * width + i] / scale).clamp(-127.0, 127.0).round_ties_even();
+                packed[row * words + i / 4] |= (code as i32 as u32 & 0xff) << (8 * (i % 4));
+            }
+        }
+    }
+
+    pub fn inverse_int8(
+        params: &Params,
+        packed: &[u32],  // (rows, ceil(width / 4))
+        scales: &[f32],  // (rows)
+        out: &mut [f32], // (rows, width)
+    ) {
+        let (rows, width) = (params.rows as usize, params.width as usize);
+        let words = width.div_ceil(4);
+        for row in 0..rows {
+            for i in 0..width {
+                let byte = (packed[row * words + i / 4] >> (i % 4 * 8)) as u8;
+                out[row * width + i] = f32::from(byte as i8) * scales[row];
+            }
+        }
+    }
+}
+
+/// [`spec::forward_f16`] on all cores.
+fn forward_f16_host(
     params: &Params,
     x: &[f32],          // (rows, width)
     packed: &mut [u32], // (ceil(rows * width / 2))
@@ -207,8 +299,8 @@ pub fn forward_f16_cpu(
     });
 }
 
-/// The specification of `quantize.inverse_f16`.
-pub fn inverse_f16_cpu(
+/// [`spec::inverse_f16`] on all cores.
+fn inverse_f16_host(
     params: &Params,
     packed: &[u32],  // (ceil(rows * width / 2))
     out: &mut [f32], // (rows, width)
@@ -241,8 +333,8 @@ fn int8(x: f32, scale: f32) -> u32 {
     ((x / scale).clamp(-127.0, 127.0) + ROUND).to_bits() & 0xff
 }
 
-/// The specification of `quantize.forward_int8`.
-pub fn forward_int8_cpu(
+/// [`spec::forward_int8`] on all cores.
+fn forward_int8_host(
     params: &Params,
     x: &[f32],          // (rows, width)
     packed: &mut [u32], // (rows, ceil(width / 4))
@@ -274,8 +366,8 @@ pub fn forward_int8_cpu(
     });
 }
 
-/// The specification of `quantize.inverse_int8`.
-pub fn inverse_int8_cpu(
+/// [`spec::inverse_int8`] on all cores.
+fn inverse_int8_host(
     params: &Params,
     packed: &[u32],  // (rows, ceil(width / 4))
     scales: &[f32],  // (rows)

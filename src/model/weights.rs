@@ -104,12 +104,12 @@ pub trait UnitSource {
 }
 
 /// Units and embedding of some weights in one holding.
-pub struct Held<'a> {
+pub struct HeldUnits<'a> {
     pub weights: &'a Weights,
     pub holding: Holding,
 }
 
-impl UnitSource for Held<'_> {
+impl UnitSource for HeldUnits<'_> {
     fn unit(&mut self, unit: Unit) -> Result<UnitData, WeightsError> {
         self.weights.unit(unit, self.holding)
     }

@@ -40,7 +40,7 @@ use crate::compute::Engine;
 use crate::data::{DataError, Example};
 use crate::model::adapter::{Adapter, AdapterError, AdapterLayout, LoraSpec, Target};
 use crate::model::architecture::Architecture;
-use crate::model::weights::{Held, Holding, Weights, WeightsError};
+use crate::model::weights::{HeldUnits, Holding, Weights, WeightsError};
 use crate::protocol::message::{Assignment, Blob, Digest, PROTOCOL_VERSION, RunConfig};
 use crate::protocol::{
     ControlAccess, ControlConfig, ControlSession, FederatedConfig, FederatedServerSession, MAX_FRAME_BYTES, MainConfig,
@@ -463,7 +463,7 @@ fn prepare(
     }
     let blobs = Arc::new(Blobs::create(&directory.weights())?);
     let parts = {
-        let mut units = Held {
+        let mut units = HeldUnits {
             weights: &weights,
             holding,
         };

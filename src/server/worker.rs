@@ -16,7 +16,7 @@ use crate::data::{self, Example};
 use crate::model::adapter::{Adapter, LoraSpec};
 use crate::model::architecture::Architecture;
 use crate::model::unit::Unit;
-use crate::model::weights::{Held, Holding, UnitSource, Weights};
+use crate::model::weights::{HeldUnits, Holding, UnitSource, Weights};
 use crate::protocol::message::{Assignment, Blob, RunConfig};
 use crate::protocol::{Contribution, GradientOutput, Placement};
 use crate::split::{self, Evaluation, Moved, ServerPart, Training};
@@ -46,8 +46,8 @@ pub struct WorkerSettings {
 }
 
 impl WorkerSettings {
-    fn units(&self) -> Held<'_> {
-        Held {
+    fn units(&self) -> HeldUnits<'_> {
+        HeldUnits {
             weights: &self.weights,
             holding: self.holding,
         }
@@ -179,7 +179,7 @@ impl Worker {
         } = &settings;
         let client_values = initial.slice(config, 0..*cut)?.values;
         let server_values = initial.slice(config, *cut..config.blocks)?.values;
-        let mut units = Held {
+        let mut units = HeldUnits {
             weights,
             holding: *holding,
         };
@@ -312,7 +312,7 @@ impl Worker {
         self.server_values = initial.slice(config, cut..config.blocks)?.values;
         self.shared = initial.slice(config, cut..largest)?.values.len();
         self.cuts = cuts;
-        let mut units = Held {
+        let mut units = HeldUnits {
             weights,
             holding: *holding,
         };
@@ -349,7 +349,7 @@ impl Worker {
             parts: known,
             ..
         } = &mut self.settings;
-        let mut units = Held {
+        let mut units = HeldUnits {
             weights,
             holding: *holding,
         };
