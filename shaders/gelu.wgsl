@@ -1,4 +1,4 @@
-// GELU in the tanh form of GPT-2.
+// The gradient of GELU in the tanh form of GPT-2.
 
 const WORKGROUP: u32 = 64u;
 const ROOT: f32 = 0.7978846; // sqrt(2 / pi)
@@ -10,20 +10,9 @@ struct Params {
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> x: array<f32>;          // (n)
-@group(0) @binding(2) var<storage, read_write> out: array<f32>;  // (n)
-
 // Some drivers make tanh from exp and overflow; beyond 10 it is 1 in f32.
 fn inner_tanh(value: f32) -> f32 {
     return tanh(clamp(ROOT * (value + CUBIC * value * value * value), -10.0, 10.0));
-}
-
-@compute @workgroup_size(WORKGROUP)
-fn forward(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
-    let i = id.x + id.y * groups.x * WORKGROUP;
-    if i >= params.n {
-        return;
-    }
-    out[i] = 0.5 * x[i] * (1.0 + inner_tanh(x[i]));
 }
 
 @group(0) @binding(2) var<storage, read> d_out: array<f32>;      // (n)

@@ -2,19 +2,19 @@
 //! the CPU engine's functions, and the launchers that record them.
 
 pub mod adamw;
-pub mod aggregate;
 pub mod attention;
 pub mod case;
 pub mod cross_entropy;
-pub mod embedding;
 pub mod gelu;
 pub mod layernorm;
 pub mod lora;
 pub mod matmul;
 pub mod peak;
 pub mod quantize;
-pub mod residual;
+pub mod rmsnorm;
+pub mod rotary;
 pub mod scalar;
+pub mod swiglu;
 pub mod weight;
 
 use crate::compute::kernel::Contract;
@@ -23,17 +23,17 @@ use crate::compute::kernel::Contract;
 pub fn all() -> impl Iterator<Item = &'static Contract> {
     [
         adamw::ALL,
-        aggregate::ALL,
         attention::ALL,
         cross_entropy::ALL,
-        embedding::ALL,
         gelu::ALL,
         layernorm::ALL,
         lora::ALL,
         matmul::ALL,
         peak::ALL,
         quantize::ALL,
-        residual::ALL,
+        rmsnorm::ALL,
+        rotary::ALL,
+        swiglu::ALL,
     ]
     .into_iter()
     .flatten()
