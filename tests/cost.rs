@@ -6,13 +6,13 @@ use std::ops::Range;
 
 use sflllm::compute::{Buffer, Command, Engine, Recording};
 use sflllm::model::adapter::{Adapter, LoraSpec, Target};
-use sflllm::model::block::BlockWeights;
 use sflllm::model::architecture::Architecture;
+use sflllm::model::block::BlockWeights;
 use sflllm::model::cost::{Convention, Workload};
 use sflllm::model::ends::{EmbeddingWeights, HeadWeights};
 use sflllm::model::stack::{Stack, StackWeights};
-use sflllm::model::workspace::Extent;
 use sflllm::model::weights::{Tensor, TensorData, Unit, UnitData};
+use sflllm::model::workspace::Extent;
 use sflllm::terms::format::Format;
 use sflllm::terms::tensor::WireForm;
 

@@ -6,8 +6,8 @@ use half::{bf16, f16};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use sflllm::model::adapter::{Adapter, AdapterError, AdapterLayout, LoraSpec, Target};
-use sflllm::model::archive::{Archive, ArchiveError};
 use sflllm::model::architecture::{Architecture, ArchitectureError};
+use sflllm::model::archive::{Archive, ArchiveError};
 use sflllm::model::weights::{TensorData, Unit, UnitData, Weights, WeightsError};
 use sflllm::terms::format::Format;
 
@@ -41,7 +41,9 @@ fn a_hugging_face_config_is_read() {
     assert_eq!(defaults.ffn, 24);
     // transformers writes 50256 whatever the vocabulary is.
     assert_eq!(
-        Architecture::from_json(&with("eos_token_id", json!(50256))).unwrap().eos,
+        Architecture::from_json(&with("eos_token_id", json!(50256)))
+            .unwrap()
+            .eos,
         None
     );
     let mut older = config_json();
@@ -88,7 +90,9 @@ fn unsupported_configs_are_refused_by_name() {
         ("layer_norm_epsilon", json!("x"), "layer_norm_epsilon"),
     ];
     for (field, value, named) in cases {
-        let error = Architecture::from_json(&with(field, value.clone())).unwrap_err().to_string();
+        let error = Architecture::from_json(&with(field, value.clone()))
+            .unwrap_err()
+            .to_string();
         assert!(error.contains(named), "{field} = {value}: {error}");
     }
     for field in ["model_type", "n_layer", "n_embd", "n_head", "vocab_size", "n_positions"] {
@@ -100,7 +104,10 @@ fn unsupported_configs_are_refused_by_name() {
             "{field}: {error}"
         );
     }
-    assert!(matches!(Architecture::from_json("[]"), Err(ArchitectureError::NotAnObject)));
+    assert!(matches!(
+        Architecture::from_json("[]"),
+        Err(ArchitectureError::NotAnObject)
+    ));
     assert!(matches!(Architecture::from_json("{"), Err(ArchitectureError::Json(_))));
 }
 

@@ -9,7 +9,7 @@ use serde_json::json;
 
 use crate::compute::{Engine, Recording};
 use crate::data::{Dataset, pass};
-use crate::kernels::case::{self, Sizes, Spec};
+use crate::kernels::case::{Example, Sizes};
 use crate::model::adapter::{Adapter, LoraSpec, Target};
 use crate::model::central::Central;
 use crate::model::workspace::Extent;
@@ -79,9 +79,9 @@ struct Row {
     config: String,
 }
 
-fn bench_kernel(engine: &Engine, spec: &Spec, sizes: Sizes) -> anyhow::Result<Row> {
-    let id = spec.id(sizes);
-    let built = spec.build(engine, sizes)?;
+fn bench_kernel(engine: &Engine, example: &Example, sizes: Sizes) -> anyhow::Result<Row> {
+    let id = example.id(sizes);
+    let built = example.build(engine, sizes)?;
     let mut recording = engine.recording();
     built.record(&mut recording);
     let cost = recording.cost();
@@ -89,7 +89,7 @@ fn bench_kernel(engine: &Engine, spec: &Spec, sizes: Sizes) -> anyhow::Result<Ro
         .commands()
         .iter()
         .filter_map(|command| match command {
-            crate::compute::Command::Dispatch(dispatch) => Some(dispatch.kernel.entry),
+            crate::compute::Command::Dispatch(dispatch) => Some(dispatch.launch.as_ref().map_or("host", |launch| launch.variant.name)),
             _ => None,
         })
         .next()
@@ -99,7 +99,7 @@ fn bench_kernel(engine: &Engine, spec: &Spec, sizes: Sizes) -> anyhow::Result<Ro
     let found = pollster::block_on(built.download(engine))?;
 
     let reference_engine = Engine::cpu();
-    let reference = spec.build(&reference_engine, sizes)?;
+    let reference = example.build(&reference_engine, sizes)?;
     let mut recording = reference_engine.recording();
     reference.record(&mut recording);
     reference_engine.run(&reference_engine.prepare(recording))?;
@@ -213,9 +213,9 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         }
         rows.push(row);
     };
-    for spec in case::all() {
-        if filter.is_match(&spec.id(sizes)) {
-            show(bench_kernel(&engine, spec, sizes)?);
+    for example in crate::kernels::examples() {
+        if filter.is_match(&example.id(sizes)) {
+            show(bench_kernel(&engine, example, sizes)?);
         }
     }
     for (id, batch) in STEPS {

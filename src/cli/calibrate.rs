@@ -400,6 +400,8 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         options.target_loss.is_none_or(|loss| loss.is_finite() && loss > 0.0),
         "--target-loss must be a number above 0"
     );
+    let source = Source::open(&options.model.model, options.model.weights)?;
+    let adapted = targets(&source.config, options.targets.as_deref())?;
     let mut ranks = options.ranks.clone();
     ranks.sort_unstable();
     ranks.dedup();
@@ -409,13 +411,12 @@ pub fn run(options: Options) -> anyhow::Result<()> {
             LoraSpec::new(
                 rank,
                 options.alpha.unwrap_or(2.0 * rank as f32),
-                targets(&source.config, options.targets.as_deref())?,
+                adapted.clone(),
             )
         })
         .collect::<Result<Vec<_>, _>>()?;
     anyhow::ensure!(!ranks.is_empty(), "--ranks needs at least one rank");
 
-    let mut source = Source::open(&options.model.model, options.model.weights)?;
     let blocks = source.config.blocks;
     let cut = match options.split {
         None if options.clients == 1 => None,

@@ -15,6 +15,9 @@ pub struct Sizes {
     pub seq: usize,
     pub width: usize,
     pub heads: usize,
+    pub kv_heads: usize,
+    pub head_size: usize,
+    pub ffn: usize,
     pub vocab: usize,
     pub rank: usize,
     /// Adapted blocks of the optimiser's and the aggregation's vectors.
@@ -30,6 +33,9 @@ impl Sizes {
         seq: 128,
         width: 768,
         heads: 12,
+        kv_heads: 12,
+        head_size: 64,
+        ffn: 3072,
         vocab: 50_257,
         rank: 8,
         blocks: 12,
@@ -89,7 +95,7 @@ impl Case {
 }
 
 pub(super) struct Builder<'a> {
-    engine: &'a Engine,
+    pub(super) engine: &'a Engine,
     rng: ChaCha8Rng,
 }
 

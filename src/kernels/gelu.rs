@@ -5,6 +5,7 @@
 //! |---|---|---|
 //! | 1 | an invocation an element; bound by memory | not measured on a GPU yet |
 
+use super::case::{Example, case};
 use crate::compute::cpu::for_each_row;
 use crate::compute::host::exp;
 use crate::compute::kernel::Contract;
@@ -70,6 +71,23 @@ fn gate(x: f32) -> f32 {
 pub(super) fn gelu(x: f32) -> f32 {
     x * gate(x)
 }
+
+/// What benches time.
+pub static EXAMPLES: &[Example] = &[
+    Example {
+        name: "gelu.backward_x",
+        shape: |s| format!("{}x{}", s.rows(), 4 * s.width),
+        build: |b, s| {
+            let n = s.rows() * 4 * s.width;
+            let x = b.random("x", n)?;
+            let d_out = b.random("d_out", n)?;
+            let d_x = b.zeros("d_x", n)?;
+            Ok(case(&[(&d_x.clone(), n)], false, move |recording| {
+                backward_x(recording, n, &x, &d_out, &d_x);
+            }))
+        },
+    },
+];
 
 /// The mathematics in plain loops.
 pub mod spec {

@@ -1,5 +1,6 @@
 //! Layer normalisation of every row: forward, and the gradient with respect to its input (scale and shift are frozen).
 
+use super::case::{Example, case, rows_width};
 use crate::compute::cpu::for_each_row;
 use crate::compute::kernel::Contract;
 use crate::compute::{Buffer, Cost, DeviceClass, Recording, linear_workgroups};
@@ -108,6 +109,59 @@ pub fn backward_x(
         },
     );
 }
+
+/// What benches time.
+pub static EXAMPLES: &[Example] = &[
+    Example {
+        name: "layernorm.forward",
+        shape: rows_width,
+        build: |b, s| {
+            let x = b.random("x", s.rows() * s.width)?;
+            let gamma = b.random("gamma", s.width)?;
+            let beta = b.random("beta", s.width)?;
+            let out = b.zeros("out", s.rows() * s.width)?;
+            let stats = b.zeros("stats", s.rows() * 2)?;
+            Ok(case(&[(&out.clone(), s.rows() * s.width)], false, move |recording| {
+                forward(
+                    recording,
+                    ForwardParams {
+                        rows: s.rows() as u32,
+                        width: s.width as u32,
+                        epsilon: 1e-5,
+                    },
+                    &x,
+                    (&gamma, &beta),
+                    &out,
+                    &stats,
+                );
+            }))
+        },
+    },
+    Example {
+        name: "layernorm.backward_x",
+        shape: rows_width,
+        build: |b, s| {
+            let d_out = b.random("d_out", s.rows() * s.width)?;
+            let x = b.random("x", s.rows() * s.width)?;
+            let gamma = b.random("gamma", s.width)?;
+            let stats = b.random("stats", s.rows() * 2)?;
+            let d_x = b.zeros("d_x", s.rows() * s.width)?;
+            Ok(case(&[(&d_x.clone(), s.rows() * s.width)], false, move |recording| {
+                backward_x(
+                    recording,
+                    BackwardParams {
+                        rows: s.rows() as u32,
+                        width: s.width as u32,
+                        accumulate: 0,
+                    },
+                    &d_out,
+                    (&x, &gamma, &stats),
+                    &d_x,
+                );
+            }))
+        },
+    },
+];
 
 /// The mathematics in plain loops.
 pub mod spec {

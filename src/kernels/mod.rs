@@ -18,6 +18,7 @@ pub mod swiglu;
 pub mod weight;
 
 use crate::compute::kernel::Contract;
+use case::Example;
 
 /// The contracts of every family.
 pub fn all() -> impl Iterator<Item = &'static Contract> {
@@ -38,4 +39,23 @@ pub fn all() -> impl Iterator<Item = &'static Contract> {
     .into_iter()
     .flatten()
     .copied()
+}
+
+/// The examples of every family.
+pub fn examples() -> impl Iterator<Item = &'static Example> {
+    [
+        adamw::EXAMPLES,
+        attention::EXAMPLES,
+        cross_entropy::EXAMPLES,
+        gelu::EXAMPLES,
+        layernorm::EXAMPLES,
+        lora::EXAMPLES,
+        matmul::EXAMPLES,
+        quantize::EXAMPLES,
+        rmsnorm::EXAMPLES,
+        rotary::EXAMPLES,
+        swiglu::EXAMPLES,
+    ]
+    .into_iter()
+    .flatten()
 }

@@ -8,6 +8,7 @@
 //! |---|---|---|
 //! | 1 | a word an invocation; 8-bit rows a workgroup a row for the maximum | not measured on a GPU yet |
 
+use super::case::{Example, case, rows_width};
 use crate::compute::cpu::for_each_row;
 use crate::compute::kernel::Contract;
 use crate::compute::{Buffer, Cost, DeviceClass, Recording, linear_workgroups};
@@ -204,6 +205,58 @@ fn f32_bits(half: u32) -> u32 {
     // The leading bit of the mantissa becomes the implicit one.
     sign | (134 - zeros) << 23 | (mantissa << (zeros - 8)) & 0x7f_ffff
 }
+
+/// What benches time.
+pub static EXAMPLES: &[Example] = &[
+    Example {
+        name: "quantize.forward_f16",
+        shape: rows_width,
+        build: |b, s| {
+            let x = b.random("x", s.rows() * s.width)?;
+            let words = f16_words(s.rows(), s.width);
+            let packed = b.zeros("packed", words)?;
+            Ok(case(&[(&packed.clone(), words)], true, move |recording| {
+                forward_f16(recording, quantize_params(s), &x, &packed);
+            }))
+        },
+    },
+    Example {
+        name: "quantize.inverse_f16",
+        shape: rows_width,
+        build: |b, s| {
+            let packed = b.weights("packed", s.rows() * s.width)?;
+            let out = b.zeros("out", s.rows() * s.width)?;
+            Ok(case(&[(&out.clone(), s.rows() * s.width)], false, move |recording| {
+                inverse_f16(recording, quantize_params(s), &packed, &out);
+            }))
+        },
+    },
+    Example {
+        name: "quantize.forward_int8",
+        shape: rows_width,
+        build: |b, s| {
+            let x = b.random("x", s.rows() * s.width)?;
+            let words = int8_words(s.rows(), s.width);
+            let packed = b.zeros("packed", words)?;
+            let scales = b.zeros("scales", s.rows())?;
+            Ok(case(&[(&packed.clone(), words)], true, move |recording| {
+                forward_int8(recording, quantize_params(s), &x, &packed, &scales);
+            }))
+        },
+    },
+    Example {
+        name: "quantize.inverse_int8",
+        shape: rows_width,
+        build: |b, s| {
+            let packed = b.below("packed", int8_words(s.rows(), s.width), 1 << 30)?;
+            let scales = b.random("scales", s.rows())?;
+            let out = b.zeros("out", s.rows() * s.width)?;
+            Ok(case(&[(&out.clone(), s.rows() * s.width)], false, move |recording| {
+                inverse_int8(recording, quantize_params(s), &packed, &scales, &out);
+            }))
+        },
+    },
+];
 
 /// The mathematics in plain loops. It is on bits, so there is one precision of it.
 pub mod spec {

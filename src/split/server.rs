@@ -355,9 +355,7 @@ impl ServerPart {
     ) -> Result<Evaluation, Error> {
         let (engine, model) = (self.stack.engine(), self.stack.model());
         let own = self.stack.weights();
-        let mut blocks = (0..self.cut)
-            .map(|block| Ok(BlockWeights::upload(engine, model, &units(Unit::Block(block))?)?))
-            .collect::<Result<Vec<_>, Error>>()?;
+        let mut blocks = StackWeights::load_blocks(engine, model, units, 0..self.cut)?;
         blocks.extend(own.blocks.iter().cloned());
         let weights = StackWeights {
             embedding: Some(units.embedding()?),

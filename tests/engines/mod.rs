@@ -38,12 +38,7 @@ fn gpu() -> Option<&'static Engine> {
     GPU.get_or_init(Engine::gpu_for_tests).as_ref()
 }
 
-fn run(
-    engine: &Engine,
-    profile: Profile,
-    slots: &[Slot],
-    launch: &dyn Fn(&mut Recording, &[Buffer]),
-) -> Vec<Vec<u32>> {
+fn run(engine: &Engine, profile: Profile, slots: &[Slot], launch: &dyn Fn(&mut Recording, &[Buffer])) -> Vec<Vec<u32>> {
     let buffers: Vec<Buffer> = slots
         .iter()
         .enumerate()
