@@ -223,7 +223,7 @@ fn write(
     let mut source = open()?;
     let weights = source.load(engine)?;
     let tokenizer = source.tokenizer()?;
-    let mut writer = Writer::new(engine, &source.config, weights, adapter, Some(tokenizer.eos()?))?;
+    let mut writer = Writer::new(engine, &source.config, weights, adapter, source.config.positions, Some(tokenizer.eos()?))?;
     meanings
         .iter()
         .map(|meaning| {

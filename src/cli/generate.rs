@@ -7,13 +7,11 @@ use clap::Args;
 use rand::{RngExt, SeedableRng};
 
 use crate::compute::Engine;
-use crate::data::batch::LENGTH_BUCKET;
 use crate::data::{Tokenize, Tokenizer};
 use crate::model::adapter::Adapter;
-use crate::model::central::Central;
 use crate::model::architecture::Architecture;
+use crate::model::generation::Generator;
 use crate::model::stack::StackWeights;
-use crate::model::workspace::Extent;
 
 use super::options::{DeviceOptions, ModelOptions, OutputOptions};
 use super::source::Source;
@@ -91,57 +89,56 @@ pub fn prompt_ids(tokenizer: &Tokenizer, prompt: &str) -> anyhow::Result<Vec<u32
 
 /// A model ready to write.
 pub struct Writer {
-    model: Central,
+    generator: Generator,
     eos: Option<u32>,
 }
 
 impl Writer {
-    /// The whole model on `engine`, one text at a time.
+    /// The whole model on `engine`, one text at a time, of at most `capacity` tokens.
     pub fn new(
         engine: &Engine,
-        config: &Architecture,
+        model: &Architecture,
         weights: StackWeights,
         adapter: Option<&Adapter>,
+        capacity: usize,
         eos: Option<u32>,
     ) -> anyhow::Result<Self> {
-        let extent = Extent {
-            batch: 1,
-            seq: config.positions,
-        };
         Ok(Self {
-            model: Central::new(engine, config, weights, adapter, extent, None)?,
+            generator: Generator::new(engine, model, weights, adapter, capacity.min(model.positions))?,
             eos,
         })
     }
 
-    /// Continues `prompt` until the end-of-text token, `max_tokens` or the model's last position; `each` sees every new id.
+    /// Continues `prompt` until the end-of-text token, `max_tokens` or the end of the room; `each` sees every new id.
     pub fn write(
         &mut self,
         prompt: &[u32],
         sampling: &Sampling,
         mut each: impl FnMut(u32),
     ) -> anyhow::Result<Vec<u32>> {
-        let positions = self.model.config().positions;
+        let room = self.generator.capacity();
         anyhow::ensure!(
-            prompt.len() < positions,
-            "the prompt has {} tokens; the model has {positions} positions",
+            prompt.len() < room,
+            "the prompt has {} tokens; there is room for {room} with what is to be written",
             prompt.len()
         );
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(sampling.seed);
-        let mut ids = prompt.to_vec();
-        while ids.len() < positions && ids.len() < prompt.len() + sampling.max_tokens {
-            let seq = ids.len().next_multiple_of(LENGTH_BUCKET).min(positions);
-            let mut tokens = ids.clone();
-            tokens.resize(seq, 0);
-            let logits = pollster::block_on(self.model.logits(&tokens, seq, [ids.len() - 1]))?.concat();
+        self.generator.truncate(0);
+        let mut logits = pollster::block_on(self.generator.extend(prompt))?;
+        let mut ids = Vec::new();
+        while ids.len() < sampling.max_tokens {
             let next = choose(&logits, sampling, &mut rng)?;
             if Some(next) == self.eos {
                 break;
             }
             ids.push(next);
             each(next);
+            if self.generator.len() == room || ids.len() == sampling.max_tokens {
+                break;
+            }
+            logits = pollster::block_on(self.generator.extend(&[next]))?;
         }
-        Ok(ids.split_off(prompt.len()))
+        Ok(ids)
     }
 }
 
@@ -190,13 +187,14 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         "--temperature {} must be a number of at least 0",
         options.temperature
     );
-    let mut source = Source::open(&options.model.model, options.model.weights)?;
+    let source = Source::open(&options.model.model, options.model.weights)?;
     let prompt = prompt_ids(source.tokenizer()?, &options.prompt)?;
     let adapter = options.adapter.as_deref().map(|dir| source.adapter(dir)).transpose()?;
     let engine = options.device.engine()?;
     let weights = source.load(&engine)?;
     let eos = source.tokenizer()?.eos().ok();
-    let mut writer = Writer::new(&engine, &source.config, weights, adapter.as_ref(), eos)?;
+    let capacity = prompt.len().saturating_add(options.max_tokens);
+    let mut writer = Writer::new(&engine, &source.config, weights, adapter.as_ref(), capacity, eos)?;
     let sampling = Sampling {
         max_tokens: options.max_tokens,
         temperature: options.temperature,

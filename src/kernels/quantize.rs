@@ -8,7 +8,7 @@
 //! |---|---|---|
 //! | 1 | a word an invocation; 8-bit rows a workgroup a row for the maximum | not measured on a GPU yet |
 
-use super::case::{Example, case, rows_width};
+use super::case::{Example, case, rows_width, Sizes};
 use crate::compute::cpu::for_each_row;
 use crate::compute::kernel::Contract;
 use crate::compute::{Buffer, Cost, DeviceClass, Recording, linear_workgroups};
@@ -206,6 +206,13 @@ fn f32_bits(half: u32) -> u32 {
     sign | (134 - zeros) << 23 | (mantissa << (zeros - 8)) & 0x7f_ffff
 }
 
+fn params_of(sizes: Sizes) -> Params {
+    Params {
+        rows: sizes.rows() as u32,
+        width: sizes.width as u32,
+    }
+}
+
 /// What benches time.
 pub static EXAMPLES: &[Example] = &[
     Example {
@@ -216,7 +223,7 @@ pub static EXAMPLES: &[Example] = &[
             let words = f16_words(s.rows(), s.width);
             let packed = b.zeros("packed", words)?;
             Ok(case(&[(&packed.clone(), words)], true, move |recording| {
-                forward_f16(recording, quantize_params(s), &x, &packed);
+                forward_f16(recording, params_of(s), &x, &packed);
             }))
         },
     },
@@ -227,7 +234,7 @@ pub static EXAMPLES: &[Example] = &[
             let packed = b.weights("packed", s.rows() * s.width)?;
             let out = b.zeros("out", s.rows() * s.width)?;
             Ok(case(&[(&out.clone(), s.rows() * s.width)], false, move |recording| {
-                inverse_f16(recording, quantize_params(s), &packed, &out);
+                inverse_f16(recording, params_of(s), &packed, &out);
             }))
         },
     },
@@ -240,7 +247,7 @@ pub static EXAMPLES: &[Example] = &[
             let packed = b.zeros("packed", words)?;
             let scales = b.zeros("scales", s.rows())?;
             Ok(case(&[(&packed.clone(), words)], true, move |recording| {
-                forward_int8(recording, quantize_params(s), &x, &packed, &scales);
+                forward_int8(recording, params_of(s), &x, &packed, &scales);
             }))
         },
     },
@@ -252,7 +259,7 @@ pub static EXAMPLES: &[Example] = &[
             let scales = b.random("scales", s.rows())?;
             let out = b.zeros("out", s.rows() * s.width)?;
             Ok(case(&[(&out.clone(), s.rows() * s.width)], false, move |recording| {
-                inverse_int8(recording, quantize_params(s), &packed, &scales, &out);
+                inverse_int8(recording, params_of(s), &packed, &scales, &out);
             }))
         },
     },

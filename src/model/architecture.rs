@@ -575,7 +575,7 @@ impl Fields {
                 factor: needed("factor")?,
                 low_freq_factor: needed("low_freq_factor")?,
                 high_freq_factor: needed("high_freq_factor")?,
-                original_positions: needed("original_max_position_embeddings")?,
+                original_positions: needed("original_max_position_embeddings")? as usize,
             },
             Some((kind, _)) => return Err(unsupported("rope_type", kind, "default, linear or llama3")),
         };
