@@ -7,7 +7,8 @@ use sflllm::compute::Engine;
 use sflllm::data::{Batch, Dataset, pass};
 use sflllm::model::adapter::{Adapter, LoraSpec, Target};
 use sflllm::model::central::Central;
-use sflllm::model::weights::Unit;
+use sflllm::model::unit::Unit;
+use sflllm::model::weights::Holding;
 use sflllm::model::workspace::Extent;
 use sflllm::split::{ClientPart, Contribution, ServerPart, Training};
 use sflllm::terms::format::Format;
@@ -28,7 +29,8 @@ fn first_batch(source: &Source) -> Batch {
 
 fn steps(criterion: &mut Criterion) {
     for engine in std::iter::once(Engine::cpu()).chain(Engine::gpu_for_tests()) {
-        let mut source = Source::open("demo", Format::F16).unwrap();
+        let holding = Holding::As(Format::F16);
+        let source = Source::open("demo", holding).unwrap();
         let batch = first_batch(&source);
         let config = source.config.clone();
         let spec = LoraSpec::new(8, 16.0, [Target::AttnQkv]).unwrap();
@@ -62,12 +64,12 @@ fn steps(criterion: &mut Criterion) {
             bencher.iter(|| block_on(central.step(&batch.tokens, &batch.targets, batch.seq)).unwrap())
         });
 
-        let unit = &mut |unit: Unit| source.weights.unit(unit, Format::F16);
-        let embedding = unit(Unit::Embedding).unwrap();
-        let blocks = [unit(Unit::Block(0)).unwrap()];
+        let blocks = [source.weights.unit(Unit::Block(0), holding).unwrap()];
+        let embedding = source.weights.embedding(holding).unwrap();
         let side = |range| adapter.slice(&config, range).unwrap().values;
-        let mut client = ClientPart::new(&engine, &config, &embedding, &blocks, &training, &side(0..CUT)).unwrap();
-        let mut server = ServerPart::new(&engine, &config, unit, CUT, &training, &side(CUT..config.blocks)).unwrap();
+        let mut client = ClientPart::new(&engine, &config, embedding, &blocks, &training, &side(0..CUT)).unwrap();
+        let above = side(CUT..config.blocks);
+        let mut server = ServerPart::new(&engine, &config, &mut source.units(), CUT, &training, &above).unwrap();
         group.bench_function("split", |bencher| {
             bencher.iter(|| {
                 let activations = block_on(client.forward(&batch.tokens, batch.seq)).unwrap();

@@ -19,7 +19,7 @@ use sflllm::compute::Engine;
 use sflllm::data::{Tokenize, Tokenizer};
 use sflllm::model::adapter::{Adapter, LoraSpec, Target};
 use sflllm::model::architecture::Architecture;
-use sflllm::model::weights::Weights;
+use sflllm::model::weights::{Holding, Weights};
 use sflllm::protocol::message::{Digest, LinkRates};
 use sflllm::server::planner::{Decision, Planner, RoundFacts, StartFacts};
 use sflllm::server::store::RunDirectory;
@@ -155,7 +155,7 @@ fn a_tab_whose_blocks_come_and_go_trains_to_the_end() {
             name: "demo".to_owned(),
             digest: Digest([0; 32]),
             weights: Weights::open(&assets, &config).unwrap(),
-            dtype: Format::F16,
+            holding: Holding::As(Format::F16),
             tokenizer: Some(fs::read(assets.join("tokenizer.json")).unwrap()),
             config: config.clone(),
         },

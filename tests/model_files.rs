@@ -8,7 +8,8 @@ use serde_json::{Value, json};
 use sflllm::model::adapter::{Adapter, AdapterError, AdapterLayout, LoraSpec, Target};
 use sflllm::model::architecture::{Architecture, ArchitectureError};
 use sflllm::model::archive::{Archive, ArchiveError};
-use sflllm::model::weights::{TensorData, Unit, UnitData, Weights, WeightsError};
+use sflllm::model::unit::{Unit, UnitData};
+use sflllm::model::weights::{Holding, Weights, WeightsError};
 use sflllm::terms::format::Format;
 
 /// Width 6 and vocabulary 7 with an odd number of ffn columns: nothing divides 4.
@@ -36,7 +37,7 @@ fn a_hugging_face_config_is_read() {
     let config = config();
     assert_eq!((config.blocks, config.width, config.heads, config.ffn), (3, 6, 3, 5));
     assert_eq!((config.vocab, config.positions, config.eos), (7, 9, Some(6)));
-    assert_eq!(config.layernorm_epsilon, 1e-5);
+    assert_eq!(config.norm_epsilon, 1e-5);
     let defaults = Architecture::from_json(&with("n_inner", Value::Null)).unwrap();
     assert_eq!(defaults.ffn, 24);
     // transformers writes 50256 whatever the vocabulary is.
@@ -56,7 +57,7 @@ fn a_hugging_face_config_is_read() {
 fn a_config_written_is_the_config_read() {
     for epsilon in [1e-5, 1e-12, 0.3] {
         let config = Architecture {
-            layernorm_epsilon: epsilon,
+            norm_epsilon: epsilon,
             ..config()
         };
         assert_eq!(Architecture::from_json(&config.to_json()).unwrap(), config);
@@ -231,7 +232,7 @@ fn refused(tensors: &[Stored]) -> String {
 /// All units as f32 values, with the names of their tensors.
 fn all_values(weights: &mut Weights, dtype: Format) -> Vec<(String, Vec<f32>)> {
     Unit::all(&config())
-        .flat_map(|unit| weights.unit(unit, dtype).unwrap().tensors)
+        .flat_map(|unit| weights.unit(unit, Holding::As(dtype)).unwrap().tensors)
         .map(|tensor| (tensor.name.clone(), tensor.to_f32()))
         .collect()
 }
@@ -265,10 +266,10 @@ fn every_stored_dtype_prefix_and_held_dtype_gives_the_same_values() {
 #[test]
 fn matrices_are_packed_two_halves_a_word_and_vectors_stay_f32() {
     let mut weights = open(&stored_model(&config(), "")).unwrap();
-    let block = weights.unit(Unit::Block(1), Format::F16).unwrap();
+    let block = weights.unit(Unit::Block(1), Holding::As(Format::F16)).unwrap();
     for tensor in &block.tensors {
         assert_eq!(
-            tensor.data.dtype() == Format::F16,
+            tensor.format == Format::F16,
             tensor.shape.len() == 2,
             "{}",
             tensor.name
@@ -279,14 +280,13 @@ fn matrices_are_packed_two_halves_a_word_and_vectors_stay_f32() {
         vocab: 7,
         width: 9,
         heads: 3,
+        head_size: 3,
         ffn: 5,
         ..config()
     };
     let mut weights = Weights::from_bytes(safetensors(&stored_model(&odd, "")), &odd).unwrap();
-    let embedding = weights.unit(Unit::Embedding, Format::F16).unwrap();
-    let TensorData::F16(words) = &embedding.tensor("wte.weight").unwrap().data else {
-        panic!("wte is a matrix")
-    };
+    let embedding = weights.unit(Unit::Embedding, Holding::As(Format::F16)).unwrap();
+    let words = &embedding.tensor("wte.weight").unwrap().words;
     assert_eq!(words.len(), 32);
     assert_eq!(
         words[0],
@@ -306,7 +306,7 @@ fn f16_rounds_to_nearest_even() {
     let mut values = [0.0; 42];
     values[..4].copy_from_slice(&[2049.0, 2051.0, -2049.0, 1e-9]);
     tensors[0] = f32_tensor("wte.weight", &[7, 6], &values);
-    let embedding = open(&tensors).unwrap().unit(Unit::Embedding, Format::F16).unwrap();
+    let embedding = open(&tensors).unwrap().unit(Unit::Embedding, Holding::As(Format::F16)).unwrap();
     assert_eq!(
         embedding.tensor("wte.weight").unwrap().to_f32()[..4],
         [2048.0, 2052.0, -2048.0, 0.0]
@@ -320,15 +320,15 @@ fn a_value_beyond_f16_names_the_tensor_and_the_remedy() {
     values[17] = 70000.0;
     tensors[0] = f32_tensor("wte.weight", &[7, 6], &values);
     let mut weights = open(&tensors).unwrap();
-    let error = weights.unit(Unit::Embedding, Format::F16).unwrap_err().to_string();
+    let error = weights.unit(Unit::Embedding, Holding::As(Format::F16)).unwrap_err().to_string();
     assert!(
         error.contains("wte.weight") && error.contains("70000") && error.contains("--weights f32"),
         "{error}"
     );
-    assert!(weights.unit(Unit::Embedding, Format::F32).is_ok());
+    assert!(weights.unit(Unit::Embedding, Holding::As(Format::F32)).is_ok());
     values[17] = f32::NAN;
     tensors[0] = f32_tensor("wte.weight", &[7, 6], &values);
-    let error = open(&tensors).unwrap().unit(Unit::Embedding, Format::F32).unwrap_err();
+    let error = open(&tensors).unwrap().unit(Unit::Embedding, Holding::As(Format::F32)).unwrap_err();
     assert!(
         matches!(error, WeightsError::Archive(ArchiveError::NotFinite { .. })),
         "{error}"
@@ -353,9 +353,9 @@ fn attention_masks_and_a_tied_head_are_ignored() {
 
     let last = tensors.last_mut().unwrap();
     last.data[0] ^= 1;
-    assert!(matches!(open(&tensors), Err(WeightsError::UntiedHead)));
+    assert!(matches!(open(&tensors), Err(WeightsError::UntiedHead { .. })));
     *tensors.last_mut().unwrap() = f32_tensor("lm_head.weight", &[1, 6], &[0.0; 6]);
-    assert!(matches!(open(&tensors), Err(WeightsError::UntiedHead)));
+    assert!(matches!(open(&tensors), Err(WeightsError::UntiedHead { .. })));
 }
 
 #[test]
@@ -472,7 +472,7 @@ proptest! {
         file.truncate(file.len() - cut.min(file.len()).saturating_sub(1500));
         if let Ok(mut weights) = Weights::from_bytes(file, &config()) {
             for unit in Unit::all(&config()) {
-                let _ = weights.unit(unit, Format::F16);
+                let _ = weights.unit(unit, Holding::As(Format::F16));
             }
         }
     }
@@ -494,16 +494,20 @@ fn encoded(unit: &UnitData) -> Vec<u8> {
 #[test]
 fn a_unit_decoded_is_the_unit_encoded() {
     // Odd sizes, so that the padding half matters.
-    let odd = Architecture { width: 9, ..config() };
+    let odd = Architecture {
+        width: 9,
+        head_size: 3,
+        ..config()
+    };
     let mut weights = Weights::from_bytes(safetensors(&stored_model(&odd, "")), &odd).unwrap();
     for unit in Unit::all(&odd) {
         for dtype in [Format::F16, Format::F32] {
-            let data = weights.unit(unit, dtype).unwrap();
+            let data = weights.unit(unit, Holding::As(dtype)).unwrap();
             let bytes = encoded(&data);
             assert_eq!(bytes.len() as u64, data.encoded_length());
             assert_eq!(UnitData::decode(&bytes, unit, &odd).unwrap(), data);
             assert_eq!(
-                encoded(&weights.unit(unit, dtype).unwrap()),
+                encoded(&weights.unit(unit, Holding::As(dtype)).unwrap()),
                 bytes,
                 "the same unit has the same bytes"
             );
@@ -516,7 +520,7 @@ fn a_unit_decoded_is_the_unit_encoded() {
 #[test]
 fn bytes_of_another_unit_or_model_are_refused() {
     let mut weights = open(&stored_model(&config(), "")).unwrap();
-    let bytes = encoded(&weights.unit(Unit::Block(0), Format::F16).unwrap());
+    let bytes = encoded(&weights.unit(Unit::Block(0), Holding::As(Format::F16)).unwrap());
     assert!(UnitData::decode(&bytes, Unit::Block(1), &config()).is_err());
     assert!(UnitData::decode(&bytes, Unit::Final, &config()).is_err());
     assert!(UnitData::decode(&bytes, Unit::Block(0), &Architecture { ffn: 6, ..config() }).is_err());
@@ -525,7 +529,7 @@ fn bytes_of_another_unit_or_model_are_refused() {
         Err(WeightsError::NoSuchBlock { block: 3, blocks: 3 })
     ));
     assert!(matches!(
-        weights.unit(Unit::Block(3), Format::F16),
+        weights.unit(Unit::Block(3), Holding::As(Format::F16)),
         Err(WeightsError::NoSuchBlock { .. })
     ));
     for length in [0, 3, 20, bytes.len() - 4, bytes.len() - 1] {
@@ -575,7 +579,7 @@ proptest! {
     #[test]
     fn a_unit_with_changed_bytes_is_the_same_unit_or_refused(at in 0usize..1000, byte: u8) {
         let mut weights = open(&stored_model(&config(), "")).unwrap();
-        let mut bytes = encoded(&weights.unit(Unit::Block(0), Format::F16).unwrap());
+        let mut bytes = encoded(&weights.unit(Unit::Block(0), Holding::As(Format::F16)).unwrap());
         let at = at % bytes.len();
         bytes[at] = byte;
         if let Ok(unit) = UnitData::decode(&bytes, Unit::Block(0), &config()) {
@@ -587,7 +591,7 @@ proptest! {
 // ---- adapters
 
 fn spec(targets: &str) -> LoraSpec {
-    LoraSpec::new(2, 3.0, LoraSpec::parse_targets(targets).unwrap()).unwrap()
+    LoraSpec::new(2, 3.0, LoraSpec::parse_targets(&config(), targets).unwrap()).unwrap()
 }
 
 /// An adapter whose values all differ.
@@ -600,7 +604,7 @@ fn numbered(targets: &str, blocks: std::ops::Range<usize>) -> Adapter {
 #[test]
 fn targets_are_parsed_and_sorted() {
     use Target::{AttnProj, AttnQkv, MlpFc, MlpProj};
-    let parse = |names| LoraSpec::parse_targets(names).unwrap();
+    let parse = |names| LoraSpec::parse_targets(&config(), names).unwrap();
     assert_eq!(parse("c_attn"), [AttnQkv]);
     assert_eq!(parse("c_fc, c_proj,c_attn"), [AttnQkv, AttnProj, MlpFc, MlpProj]);
     assert_eq!(parse("mlp.c_proj"), [MlpProj]);
@@ -611,7 +615,7 @@ fn targets_are_parsed_and_sorted() {
         (".c_fc", ".c_fc"),
         ("", "at least one"),
     ] {
-        let error = LoraSpec::parse_targets(names).unwrap_err().to_string();
+        let error = LoraSpec::parse_targets(&config(), names).unwrap_err().to_string();
         assert!(error.contains(named), "{names}: {error}");
     }
 }
@@ -628,7 +632,8 @@ fn impossible_specs_are_refused() {
         serde_json::from_str::<LoraSpec>(&serde_json::to_string(&spec).unwrap()).unwrap(),
         spec
     );
-    assert_eq!(spec.scale(), 1.5);
+    let layout = AdapterLayout::new(&config(), &spec, 0..1).unwrap();
+    assert!(layout.entries().iter().all(|entry| entry.scale == 1.5));
     assert!(matches!(
         AdapterLayout::new(&config(), &spec, 1..4),
         Err(AdapterError::Blocks { .. })
@@ -667,7 +672,11 @@ fn the_layout_is_blocks_then_targets_then_a_then_b() {
 
 #[test]
 fn a_fresh_adapter_is_kaiming_uniform_a_and_zero_b() {
-    let wide = Architecture { width: 600, ..config() };
+    let wide = Architecture {
+        width: 600,
+        head_size: 200,
+        ..config()
+    };
     let adapter = Adapter::init(&wide, &spec("c_attn"), 0..1, 5).unwrap();
     let entry = adapter.layout.entries()[0];
     let (a, b) = (&adapter.values[entry.range_a()], &adapter.values[entry.range_b()]);
@@ -833,7 +842,7 @@ fn every_form_peft_has_written_is_read() {
     }
     let mut stabilised = description.clone();
     stabilised["use_rslora"] = json!(true);
-    let scale = import(&tensors, &stabilised).unwrap().spec.scale();
+    let scale = import(&tensors, &stabilised).unwrap().layout.entries()[0].scale;
     assert!((scale - 3.0 / 2f32.sqrt()).abs() < 1e-6, "{scale}");
 }
 

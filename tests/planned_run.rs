@@ -12,8 +12,10 @@ use sflllm::compute::Engine;
 use sflllm::data::{Batches, Dataset, Example, Options};
 use sflllm::model::adapter::{Adapter, AdapterLayout, LoraSpec, Target};
 use sflllm::model::architecture::Architecture;
-use sflllm::model::central::{self, Central};
-use sflllm::model::weights::{Unit, Weights};
+use sflllm::model::central::Central;
+use sflllm::model::stack::StackWeights;
+use sflllm::model::unit::Unit;
+use sflllm::model::weights::{HeldUnits, Holding, Weights};
 use sflllm::model::workspace::Extent;
 use sflllm::protocol::FinishReason;
 use sflllm::protocol::message::{Assignment, Blob, Digest, LinkRates, RunConfig};
@@ -224,7 +226,7 @@ fn run_on(
             digest: Digest([0; 32]),
             config: config.clone(),
             weights: weights(&config),
-            dtype: Format::F32,
+            holding: Holding::As(Format::F32),
             tokenizer: None,
         },
         engine: engine.clone(),
@@ -312,8 +314,8 @@ fn run_on(
 fn centralised(engine: &Engine, initial: &Adapter, rounds: u32) -> (Vec<f64>, Vec<f32>) {
     let config = config();
     let training = training(&config, &initial.spec, rounds);
-    let mut source = weights(&config);
-    let loaded = central::load(engine, &config, &mut |unit| source.unit(unit, Format::F32)).unwrap();
+    let source = weights(&config);
+    let loaded = StackWeights::load(engine, &config, &mut HeldUnits { weights: &source, holding: Holding::As(Format::F32) }).unwrap();
     let extent = Extent {
         batch: BATCH,
         seq: config.positions,
@@ -452,12 +454,12 @@ fn run_to_error(planner: Fixed) -> String {
 fn assign(cut: usize) -> (Assignment, Vec<Vec<u8>>) {
     let config = config();
     let spec = adapter(&config).spec;
-    let mut source = weights(&config);
+    let source = weights(&config);
     let units = std::iter::once(Unit::Embedding).chain((0..cut).map(Unit::Block));
     let (blobs, files) = units
         .map(|unit| {
             let mut bytes = Vec::new();
-            source.unit(unit, Format::F32).unwrap().encode(&mut bytes).unwrap();
+            source.unit(unit, Holding::As(Format::F32)).unwrap().encode(&mut bytes).unwrap();
             let blob = Blob {
                 name: unit.to_string(),
                 sha256: Digest::of(&bytes),
@@ -656,9 +658,9 @@ fn clients_with_cuts_of_their_own_train_one_model() {
         assert_eq!(kept.values, own.values, "cut {cut}");
     }
     let valid = mixed.lines("round").last().unwrap()["valid_loss"].as_f64().unwrap();
-    let mut source = weights(&config);
+    let source = weights(&config);
     let engine = Engine::cpu();
-    let loaded = central::load(&engine, &config, &mut |unit| source.unit(unit, Format::F32)).unwrap();
+    let loaded = StackWeights::load(&engine, &config, &mut HeldUnits { weights: &source, holding: Holding::As(Format::F32) }).unwrap();
     let extent = Extent {
         batch: BATCH,
         seq: config.positions,

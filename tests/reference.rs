@@ -1,4 +1,5 @@
-//! The model on both engines against `transformers` + `peft` (`fixtures/gpt2_peft`), and the split against the unsplit model.
+//! Models of every family on both engines against `transformers` + `peft` (`fixtures/gpt2_peft`, `fixtures/families`), and the split
+//! against the unsplit model.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,9 +10,11 @@ use serde_json::Value;
 use sflllm::compute::Engine;
 use sflllm::data::{Batch, Batches, Dataset, Options, pass};
 use sflllm::model::adapter::Adapter;
-use sflllm::model::architecture::Architecture;
-use sflllm::model::central::{self, Central, Counted};
-use sflllm::model::weights::{Unit, UnitData, Weights};
+use sflllm::model::architecture::{Architecture, Family};
+use sflllm::model::central::{Central, Counted};
+use sflllm::model::stack::StackWeights;
+use sflllm::model::unit::{Unit, UnitData};
+use sflllm::model::weights::{HeldUnits, Holding, Weights};
 use sflllm::model::workspace::Extent;
 use sflllm::split::{self, ClientPart, Contribution, ServerPart, Training};
 use sflllm::terms::format::Format;
@@ -19,7 +22,17 @@ use sflllm::terms::moments::Moments;
 use sflllm::terms::optimizer::OptimizerSettings;
 use sflllm::terms::tensor::{WireForm, WireTensor};
 
-const CASES: [&str; 2] = ["narrow", "legacy"];
+const F32: Holding = Holding::As(Format::F32);
+
+/// Folders of `fixtures`.
+const CASES: [&str; 6] = [
+    "gpt2_peft/narrow",
+    "gpt2_peft/legacy",
+    "families/llama",
+    "families/llama3",
+    "families/qwen2",
+    "families/qwen3",
+];
 
 struct Fixture {
     config: Architecture,
@@ -33,7 +46,7 @@ struct Fixture {
 impl Fixture {
     fn load(case: &str) -> Self {
         let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-            .join("tests/fixtures/gpt2_peft")
+            .join("tests/fixtures")
             .join(case);
         let config = Architecture::load(&dir.join("model")).unwrap();
         let options = Options {
@@ -61,21 +74,25 @@ impl Fixture {
             .collect()
     }
 
-    fn unit(&mut self, unit: Unit) -> UnitData {
-        self.weights.unit(unit, Format::F32).unwrap()
+    fn unit(&self, unit: Unit) -> UnitData {
+        self.weights.unit(unit, F32).unwrap()
+    }
+
+    fn units(&self) -> HeldUnits<'_> {
+        HeldUnits {
+            weights: &self.weights,
+            holding: F32,
+        }
     }
 
     fn central(
-        &mut self,
+        &self,
         engine: &Engine,
         batch: usize,
         adapter: bool,
         optimizer: Option<OptimizerSettings>,
     ) -> Central {
-        let weights = {
-            let source = &mut self.weights;
-            central::load(engine, &self.config, &mut |unit| source.unit(unit, Format::F32)).unwrap()
-        };
+        let weights = StackWeights::load(engine, &self.config, &mut self.units()).unwrap();
         let extent = Extent {
             batch,
             seq: self.config.positions,
@@ -135,7 +152,7 @@ fn assert_tensor_close(found: &[f32], expected: &[f32], relative: f32, what: &st
 #[test]
 fn losses_equal_those_of_transformers_and_peft() {
     for case in CASES {
-        let mut fixture = Fixture::load(case);
+        let fixture = Fixture::load(case);
         for engine in engines() {
             for (adapter, key) in [(false, "base_loss"), (true, "loss")] {
                 let mut model = fixture.central(&engine, 3, adapter, None);
@@ -152,7 +169,7 @@ fn losses_equal_those_of_transformers_and_peft() {
 #[test]
 fn logits_equal_those_of_transformers_and_peft() {
     for case in CASES {
-        let mut fixture = Fixture::load(case);
+        let fixture = Fixture::load(case);
         let ids = fixture.data.examples[0].ids.clone();
         for engine in engines() {
             let mut model = fixture.central(&engine, 1, true, None);
@@ -167,18 +184,18 @@ fn logits_equal_those_of_transformers_and_peft() {
 #[test]
 fn adapter_gradients_equal_those_of_transformers_and_peft() {
     for case in CASES {
-        let mut fixture = Fixture::load(case);
+        let fixture = Fixture::load(case);
         for engine in engines() {
             let settings = OptimizerSettings::default();
             let mut model = fixture.central(&engine, 8, true, Some(settings));
             let batch = &fixture.pass(8)[0];
             let gradient = block_on(model.gradient(&batch.tokens, &batch.targets, batch.seq)).unwrap();
             for entry in fixture.adapter.layout.entries() {
-                let module = format!(
-                    "base_model.model.transformer.h.{}.{}",
-                    entry.block,
-                    entry.target.module()
-                );
+                let body = match fixture.config.family {
+                    Family::Gpt2 => "transformer.h",
+                    _ => "model.layers",
+                };
+                let module = format!("base_model.model.{body}.{}.{}", entry.block, entry.target.module());
                 for (letter, range) in [("A", entry.range_a()), ("B", entry.range_b())] {
                     let name = format!("grad.{module}.lora_{letter}.weight");
                     assert_tensor_close(
@@ -196,7 +213,7 @@ fn adapter_gradients_equal_those_of_transformers_and_peft() {
 #[test]
 fn ten_adamw_losses_equal_those_of_torch() {
     for case in CASES {
-        let mut fixture = Fixture::load(case);
+        let fixture = Fixture::load(case);
         let runs = fixture.expected["runs"].clone();
         for run in runs.as_array().unwrap() {
             let name = run["name"].as_str().unwrap();
@@ -247,22 +264,21 @@ impl Fixture {
         }
     }
 
-    fn parts(&mut self, engine: &Engine, cut: usize, training: &Training) -> Parts {
+    fn parts(&self, engine: &Engine, cut: usize, training: &Training) -> Parts {
         let client_values = self.adapter.slice(&self.config, 0..cut).unwrap().values;
         let server_values = self
             .adapter
             .slice(&self.config, cut..self.config.blocks)
             .unwrap()
             .values;
-        let embedding = self.unit(Unit::Embedding);
+        let embedding = self.weights.embedding(F32).unwrap();
         let blocks: Vec<UnitData> = (0..cut).map(|block| self.unit(Unit::Block(block))).collect();
-        let source = &mut self.weights;
         Parts {
-            client: ClientPart::new(engine, &self.config, &embedding, &blocks, training, &client_values).unwrap(),
+            client: ClientPart::new(engine, &self.config, embedding, &blocks, training, &client_values).unwrap(),
             server: ServerPart::new(
                 engine,
                 &self.config,
-                &mut |unit| source.unit(unit, Format::F32),
+                &mut self.units(),
                 cut,
                 training,
                 &server_values,
@@ -275,7 +291,7 @@ impl Fixture {
 #[test]
 fn split_step_equals_unsplit_step_at_every_cut() {
     for case in CASES {
-        let mut fixture = Fixture::load(case);
+        let fixture = Fixture::load(case);
         for engine in engines() {
             let training = fixture.training(2, WireForm::F32);
             let mut whole = fixture.central(&engine, 2, true, Some(training.optimizer));
@@ -318,7 +334,7 @@ fn split_step_equals_unsplit_step_at_every_cut() {
 /// gets beside others equals the one it gets alone.
 #[test]
 fn a_client_gets_the_gradient_of_its_own_loss() {
-    let mut fixture = Fixture::load("narrow");
+    let fixture = Fixture::load("gpt2_peft/narrow");
     for engine in engines() {
         let training = fixture.training(2, WireForm::F32);
         let batches = fixture.pass(2);
@@ -356,7 +372,7 @@ fn a_client_gets_the_gradient_of_its_own_loss() {
 /// The server's adapter takes one step on the token-weighted loss of all clients: the same as one batch of all their examples.
 #[test]
 fn the_server_steps_on_the_concatenated_batch() {
-    let mut fixture = Fixture::load("narrow");
+    let fixture = Fixture::load("gpt2_peft/narrow");
     let engine = Engine::cpu();
     let training = fixture.training(2, WireForm::F32);
     let batches = fixture.pass(2);
@@ -402,7 +418,7 @@ fn the_server_steps_on_the_concatenated_batch() {
 /// as an unsplit model on their data; the server's blocks have the sum of what the parts at single cuts have of them.
 #[test]
 fn contributions_enter_the_server_where_their_clients_cut_is() {
-    let mut fixture = Fixture::load("legacy");
+    let fixture = Fixture::load("gpt2_peft/legacy");
     let blocks = fixture.config.blocks;
     for engine in engines() {
         let training = fixture.training(2, WireForm::F32);
@@ -473,7 +489,7 @@ fn clock() -> Duration {
 /// Measuring runs the part's own passes, and leaves adapter, moments, gradient and activations as they would be without.
 #[test]
 fn measuring_a_part_changes_nothing_it_is_trained_by() {
-    let mut fixture = Fixture::load("narrow");
+    let fixture = Fixture::load("gpt2_peft/narrow");
     for engine in engines() {
         let training = fixture.training(2, WireForm::F16);
         let batches = fixture.pass(2);
@@ -509,7 +525,7 @@ fn measuring_a_part_changes_nothing_it_is_trained_by() {
 
 #[test]
 fn a_clock_that_stands_still_measures_nothing() {
-    let mut fixture = Fixture::load("narrow");
+    let fixture = Fixture::load("gpt2_peft/narrow");
     let training = fixture.training(2, WireForm::F32);
     let Parts { mut client, mut server } = fixture.parts(&Engine::cpu(), 1, &training);
     assert_eq!(block_on(client.measure(|| Duration::ZERO)).unwrap(), None);
@@ -519,7 +535,7 @@ fn a_clock_that_stands_still_measures_nothing() {
 /// A part takes contributions at its own cut, and what it is given for another cut must be of it.
 #[test]
 fn a_part_takes_what_is_of_its_cut_only() {
-    let mut fixture = Fixture::load("legacy");
+    let fixture = Fixture::load("gpt2_peft/legacy");
     let training = fixture.training(2, WireForm::F32);
     let batch = fixture.pass(2).remove(0);
     let Parts { mut client, server } = fixture.parts(&Engine::cpu(), 1, &training);
@@ -530,8 +546,7 @@ fn a_part_takes_what_is_of_its_cut_only() {
         activations: &activations,
         targets: &batch.targets,
     };
-    let source = &mut fixture.weights;
-    let mut units = |unit| source.unit(unit, Format::F32);
+    let mut units = fixture.units();
     let (server, moved) = block_on(server.recut(&mut units, 3, &client_values, None)).unwrap();
     assert_eq!(server.cut(), 3);
     assert_eq!(
@@ -555,8 +570,7 @@ fn a_part_takes_what_is_of_its_cut_only() {
         (2, &moved.adapter, Some(Moments::zero(1))),
     ] {
         let Parts { server, .. } = fixture.parts(&Engine::cpu(), 3, &training);
-        let source = &mut fixture.weights;
-        let mut units = |unit| source.unit(unit, Format::F32);
+        let mut units = fixture.units();
         let refused = block_on(server.recut(&mut units, cut, client, moments));
         assert!(
             matches!(refused, Err(split::Error::Split { .. } | split::Error::Length { .. })),
@@ -568,7 +582,7 @@ fn a_part_takes_what_is_of_its_cut_only() {
 /// A narrower wire form changes the numbers by its rounding and no more.
 #[test]
 fn wire_forms_change_the_loss_by_their_rounding_only() {
-    let mut fixture = Fixture::load("narrow");
+    let fixture = Fixture::load("gpt2_peft/narrow");
     for engine in engines() {
         let batch = fixture.pass(2).remove(0);
         let mut losses = Vec::new();
