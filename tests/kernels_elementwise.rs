@@ -373,7 +373,7 @@ fn int8_round_trip_is_within_half_a_step_of_each_row() {
         // what they read back as.
         let mut scales = vec![0.0f32; rows];
         let mut packed = vec![!0u32; quantize::int8_words(rows, width)];
-        quantize::forward_int8_cpu(&params, &x, &mut packed, &mut scales);
+        quantize::spec::forward_int8(&params, &x, &mut packed, &mut scales);
         let found = agree(
             &format!("quantize.inverse_int8 {rows}x{width}"),
             &[exact(&packed), floats(&scales), poisoned(rows * width)],
