@@ -103,7 +103,7 @@ fn config() -> impl Strategy<Value = RunConfig> {
     (
         any::<(u32, u32, u32, u32, u32, u32, u32, u32)>(),
         (any::<(u64, bool)>(), number(), vec(text(), 0..4)),
-        prop::sample::select(Format::ALL),
+        prop::sample::select(Format::ALL.to_vec()),
         form(),
         (optimizer(), prop::sample::select(MomentPolicy::ALL)),
     )

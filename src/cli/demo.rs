@@ -220,7 +220,7 @@ fn write(
     meanings: &[String],
     sampling: Sampling,
 ) -> anyhow::Result<Vec<String>> {
-    let mut source = open()?;
+    let source = open()?;
     let weights = source.load(engine)?;
     let tokenizer = source.tokenizer()?;
     let mut writer = Writer::new(engine, &source.config, weights, adapter, source.config.positions, Some(tokenizer.eos()?))?;
