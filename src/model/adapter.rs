@@ -331,7 +331,7 @@ impl LoraSpec {
 }
 
 /// The targets that a name in a list means.
-pub(super) fn targets_named(model: &Architecture, name: &str) -> Result<Vec<Target>, AdapterError> {
+fn targets_named(model: &Architecture, name: &str) -> Result<Vec<Target>, AdapterError> {
     let named = |target: &Target| target.named_by(name);
     let targets: Vec<Target> = model.targets().iter().copied().filter(named).collect();
     if targets.is_empty() {
@@ -341,7 +341,7 @@ pub(super) fn targets_named(model: &Architecture, name: &str) -> Result<Vec<Targ
     }
 }
 
-fn no_target(model: &Architecture, name: &str) -> AdapterError {
+pub(super) fn no_target(model: &Architecture, name: &str) -> AdapterError {
     let mut names: Vec<&str> = model.targets().iter().map(|target| target.short()).collect();
     names.dedup();
     AdapterError::Target {

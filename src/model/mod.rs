@@ -17,6 +17,7 @@ pub mod generation;
 pub mod linear;
 pub mod optimizer;
 pub mod part;
+#[cfg(not(target_arch = "wasm32"))]
 pub mod peft;
 pub mod rounds;
 pub mod stack;

@@ -3,13 +3,13 @@
 //! It is separate from the adapter's values because only the ends of a run read and write files.
 
 use std::collections::HashMap;
-use std::ops::Range;
 
+use fancy_regex::Regex;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Map, Value, json};
 
-use super::adapter::{Adapter, AdapterEntry, AdapterError, AdapterLayout, LoraSpec, Target, targets_named};
+use super::adapter::{Adapter, AdapterEntry, AdapterError, AdapterLayout, Exception, LoraSpec, Target, no_target};
 use super::architecture::{Architecture, Family};
 use super::archive::{Archive, ArchiveError};
 
@@ -38,7 +38,7 @@ impl Adapter {
             "r": self.spec.rank,
             "lora_alpha": number(self.spec.alpha),
             "lora_dropout": 0.0,
-            "target_modules": Target::peft_names(&self.spec.targets),
+            "target_modules": self.target_modules(model),
             "fan_in_fan_out": !model.transposed(),
             "bias": "none",
             "inference_mode": true,
@@ -51,6 +51,9 @@ impl Adapter {
             description["layers_to_transform"] = blocks.collect();
             description["layers_pattern"] = json!(names(model.family).1);
         }
+        let (ranks, alphas) = self.patterns(model);
+        description["rank_pattern"] = ranks;
+        description["alpha_pattern"] = alphas;
         let mut text = serde_json::to_string_pretty(&description).expect("a JSON value has a text");
         text.push('\n');
 
@@ -72,9 +75,34 @@ impl Adapter {
         Ok([(TENSOR_FILE, tensors), (CONFIG_FILE, text.into_bytes())])
     }
 
-    /// Reads the two files of a PEFT adapter of this model.
-    ///
-    /// `use_rslora` is taken into `alpha`, whose scale here is always α/rank.
+    /// The shortest names where every target is adapted in every block, else those of the adapted modules.
+    fn target_modules(&self, model: &Architecture) -> Vec<String> {
+        if self.spec.exceptions.iter().any(|exception| exception.rank == 0) {
+            let entries = self.layout.entries().iter();
+            return entries.map(|entry| module_name(model, entry.block, entry.target)).collect();
+        }
+        let names = Target::peft_names(&self.spec.targets).into_iter();
+        names.map(str::to_owned).collect()
+    }
+
+    /// `rank_pattern` and `alpha_pattern` of the exceptions.
+    fn patterns(&self, model: &Architecture) -> (Value, Value) {
+        let (mut ranks, mut alphas) = (Map::new(), Map::new());
+        for exception in self.spec.exceptions.iter().filter(|exception| exception.rank > 0) {
+            let module = module_name(model, exception.block, exception.target).replace('.', r"\.");
+            if exception.rank != self.spec.rank {
+                ranks.insert(module.clone(), json!(exception.rank));
+            }
+            if exception.alpha != self.spec.alpha {
+                alphas.insert(module, number(exception.alpha));
+            }
+        }
+        (Value::Object(ranks), Value::Object(alphas))
+    }
+
+    /// Reads the two files of a PEFT adapter of this model. What is adapted, and how, is found as PEFT finds it, module by module;
+    /// the tensors must be exactly those. Projections whose rank or alpha is their own become
+    /// [exceptions](LoraSpec::exceptions).
     ///
     /// # Errors
     /// [`AdapterError`] names the setting or tensor that is missing, extra, mis-shaped or unsupported.
@@ -83,43 +111,22 @@ impl Adapter {
         tensors: impl super::archive::Source + 'static,
         model: &Architecture,
     ) -> Result<Self, AdapterError> {
-        let description = Description::parse(description, model)?;
+        let description = Description::parse(description)?;
+        let spec = description.spec(model)?;
         let mut archive = Archive::open(TENSOR_FILE, tensors)?;
         let names = archive.names();
-        let found: Vec<(usize, Target)> = names
-            .iter()
-            .map(|name| {
-                parse_tensor_name(model, name).ok_or_else(|| AdapterError::Extra {
-                    tensor: name.clone(),
-                    blocks: model.blocks,
-                })
-            })
-            .collect::<Result<_, _>>()?;
-        // A pattern may mean anything: then the tensors themselves say what is adapted.
-        let targets = description
-            .targets
-            .clone()
-            .unwrap_or_else(|| found.iter().map(|&(_, target)| target).collect());
-        let spec = LoraSpec::new(description.rank, description.alpha, targets)?;
-        let layout = AdapterLayout::new(model, &spec, description.blocks.clone())?;
-        if let Some(extra) = found
-            .iter()
-            .position(|&(block, target)| layout.entry(block, target).is_none())
-        {
-            return Err(AdapterError::Extra {
-                tensor: names[extra].clone(),
-                blocks: model.blocks,
-            });
-        }
-
+        let layout = AdapterLayout::new(model, &spec, 0..model.blocks)?;
         let mut by_canonical_name: HashMap<String, &String> = HashMap::with_capacity(names.len());
         for name in &names {
-            let canonical = canonical_name(model, name).unwrap_or_default();
+            let extra = || AdapterError::Extra {
+                tensor: name.clone(),
+                blocks: model.blocks,
+            };
+            let (block, target) = parse_tensor_name(model, name).ok_or_else(extra)?;
+            layout.entry(block, target).ok_or_else(extra)?;
+            let canonical = canonical_name(model, name).ok_or_else(extra)?;
             if by_canonical_name.insert(canonical, name).is_some() {
-                return Err(AdapterError::Extra {
-                    tensor: name.clone(),
-                    blocks: model.blocks,
-                });
+                return Err(extra());
             }
         }
         // Every tensor is checked against the file's own size before room for its values is made.
@@ -149,7 +156,6 @@ impl Adapter {
     ///
     /// # Errors
     /// [`AdapterError::File`] with the path; as [`Adapter::to_peft`].
-    #[cfg(not(target_arch = "wasm32"))]
     pub fn save(&self, dir: &std::path::Path, model: &Architecture, base_model: &str) -> Result<(), AdapterError> {
         use std::io::Write;
 
@@ -179,7 +185,6 @@ impl Adapter {
     ///
     /// # Errors
     /// [`AdapterError::File`] with the path; as [`Adapter::from_peft`].
-    #[cfg(not(target_arch = "wasm32"))]
     pub fn load(dir: &std::path::Path, model: &Architecture) -> Result<Self, AdapterError> {
         let path = dir.join(CONFIG_FILE);
         let read_error = |path: &std::path::Path, source| AdapterError::File {
@@ -189,7 +194,17 @@ impl Adapter {
         };
         let description = std::fs::read_to_string(&path).map_err(|source| read_error(&path, source))?;
         let path = dir.join(TENSOR_FILE);
-        let tensors = std::fs::File::open(&path).map_err(|source| read_error(&path, source))?;
+        let tensors = match std::fs::File::open(&path) {
+            Ok(tensors) => tensors,
+            Err(_) if !path.exists() && dir.join("adapter_model.bin").exists() => {
+                return Err(AdapterError::Unsupported {
+                    field: "adapter_model.bin",
+                    found: "a pickle".to_owned(),
+                    supported: "adapter_model.safetensors is: save the adapter with save_pretrained(..., safe_serialization=True)",
+                });
+            }
+            Err(source) => return Err(read_error(&path, source)),
+        };
         Self::from_peft(&description, tensors, model)
     }
 }
@@ -240,78 +255,251 @@ fn parse_tensor_name(model: &Architecture, name: &str) -> Option<(usize, Target)
     (index.to_string() == block).then_some((index, target))
 }
 
+/// A module's name as PEFT matches it, within the base model.
+fn module_name(model: &Architecture, block: usize, target: Target) -> String {
+    let (body, blocks) = names(model.family);
+    format!("{body}.{blocks}.{block}.{}", target.module())
+}
+
+/// Which modules a setting of an `adapter_config.json` means.
+enum Modules {
+    /// `"all-linear"`: every projection.
+    All,
+    /// A regular expression for a whole name.
+    Pattern(Regex),
+    /// Names, or ends of names.
+    Names(Vec<String>),
+}
+
+impl Modules {
+    fn parse(field: &'static str, value: &Value) -> Result<Self, AdapterError> {
+        match value {
+            Value::String(all) if all == "all-linear" => Ok(Modules::All),
+            Value::String(pattern) => Ok(Modules::Pattern(regex(field, &format!("^(?:{pattern})$"))?)),
+            Value::Array(names) => names
+                .iter()
+                .map(|name| name.as_str().map(str::to_owned))
+                .collect::<Option<_>>()
+                .map(Modules::Names)
+                .ok_or_else(|| bad(field, "a list of module names, or one pattern")),
+            _ => Err(bad(field, "a list of module names, or one pattern")),
+        }
+    }
+
+    /// Whether a module is meant, and whether by its whole name.
+    fn match_of(&self, module: &str) -> Option<Match> {
+        let ends = |name: &String| module.strip_suffix(name.as_str()).is_some_and(|rest| rest.ends_with('.'));
+        match self {
+            Modules::All => Some(Match::End),
+            Modules::Pattern(pattern) => pattern.is_match(module).unwrap_or(false).then_some(Match::Whole),
+            Modules::Names(names) if names.iter().any(|name| name == module) => Some(Match::Whole),
+            Modules::Names(names) => names.iter().any(ends).then_some(Match::End),
+        }
+    }
+}
+
+/// How a module was found. `layers_to_transform` restricts those found by the end of their name.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Match {
+    Whole,
+    End,
+}
+
+/// Numbers for modules whose names end with a pattern, the first that fits counting.
+struct Patterns(Vec<(Regex, f64)>);
+
+impl Patterns {
+    fn parse(field: &'static str, ordered: Ordered) -> Result<Self, AdapterError> {
+        ordered
+            .0
+            .into_iter()
+            .map(|(pattern, number)| Ok((regex(field, &format!(r"^(?:.*\.)?(?:{pattern})$"))?, number)))
+            .collect::<Result<_, _>>()
+            .map(Self)
+    }
+
+    fn find(&self, module: &str) -> Option<f64> {
+        let fits = |(pattern, _): &&(Regex, f64)| pattern.is_match(module).unwrap_or(false);
+        self.0.iter().find(fits).map(|(_, number)| *number)
+    }
+}
+
+/// An object of numbers in the order of the file, which decides between patterns.
+#[derive(Default)]
+struct Ordered(Vec<(String, f64)>);
+
+impl<'de> serde::Deserialize<'de> for Ordered {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Entries;
+        impl<'de> serde::de::Visitor<'de> for Entries {
+            type Value = Ordered;
+
+            fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                formatter.write_str("an object whose values are numbers")
+            }
+
+            fn visit_unit<E>(self) -> Result<Ordered, E> {
+                Ok(Ordered::default())
+            }
+
+            fn visit_map<A: serde::de::MapAccess<'de>>(self, mut map: A) -> Result<Ordered, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(entry) = map.next_entry()? {
+                    entries.push(entry);
+                }
+                Ok(Ordered(entries))
+            }
+        }
+        deserializer.deserialize_any(Entries)
+    }
+}
+
+fn regex(field: &'static str, pattern: &str) -> Result<Regex, AdapterError> {
+    Regex::new(pattern).map_err(|_| AdapterError::Unsupported {
+        field,
+        found: pattern.chars().take(80).collect(),
+        supported: "a regular expression that is valid in Rust too is",
+    })
+}
+
+fn bad(field: &str, expected: &str) -> AdapterError {
+    AdapterError::Description(format!("`{field}` must be {expected}"))
+}
+
 /// What an `adapter_config.json` asks for.
 struct Description {
     rank: usize,
     alpha: f32,
-    /// `None` when `target_modules` is a pattern.
-    targets: Option<Vec<Target>>,
-    blocks: Range<usize>,
+    rank_stabilised: bool,
+    modules: Modules,
+    excluded: Option<Modules>,
+    /// `None` for all.
+    layers: Option<Vec<u64>>,
+    ranks: Patterns,
+    alphas: Patterns,
 }
 
 impl Description {
-    fn parse(text: &str, model: &Architecture) -> Result<Self, AdapterError> {
-        let fields: Map<String, Value> =
-            serde_json::from_str(text).map_err(|error| AdapterError::Description(error.to_string()))?;
+    fn parse(text: &str) -> Result<Self, AdapterError> {
+        /// The two settings whose order counts.
+        #[derive(serde::Deserialize)]
+        struct InOrder {
+            #[serde(default)]
+            rank_pattern: Ordered,
+            #[serde(default)]
+            alpha_pattern: Ordered,
+        }
+        let text = text.trim_start_matches('\u{feff}');
+        let json = |error: serde_json::Error| AdapterError::Description(error.to_string());
+        let fields: Map<String, Value> = serde_json::from_str(text).map_err(json)?;
         check_settings(&fields)?;
+        let ordered: InOrder = serde_json::from_str(text).map_err(json)?;
         let present = |field: &str| fields.get(field).filter(|value| !value.is_null());
-        let bad = |field: &str, expected: &str| AdapterError::Description(format!("`{field}` must be {expected}"));
-
         let rank = present("r")
             .and_then(Value::as_u64)
             .ok_or_else(|| bad("r", "a whole number"))?;
-        let rank = usize::try_from(rank).unwrap_or(usize::MAX);
-        let alpha = match present("lora_alpha") {
-            Some(alpha) => alpha.as_f64().ok_or_else(|| bad("lora_alpha", "a number"))?,
-            None => return Err(bad("lora_alpha", "a number")),
-        };
-        let rank_stabilised = present("use_rslora").is_some_and(|value| *value == Value::Bool(true));
-        // rsLoRA (arXiv 2312.03732) scales by α/√r.
-        let alpha = if rank_stabilised {
-            alpha * (rank as f64).sqrt()
-        } else {
-            alpha
-        } as f32;
-
-        let targets = match present("target_modules") {
-            Some(Value::Array(names)) => {
-                let mut targets = Vec::new();
-                for name in names {
-                    let name = name
-                        .as_str()
-                        .ok_or_else(|| bad("target_modules", "a list of module names"))?;
-                    targets.extend(targets_named(model, name)?);
-                }
-                Some(targets)
+        let alpha = present("lora_alpha")
+            .and_then(Value::as_f64)
+            .ok_or_else(|| bad("lora_alpha", "a number"))?;
+        let modules = present("target_modules").ok_or_else(|| bad("target_modules", "a list of module names, or one"))?;
+        let layers = match present("layers_to_transform") {
+            None => None,
+            Some(layers) => {
+                let several = match layers {
+                    Value::Array(layers) => layers.iter().map(Value::as_u64).collect::<Option<Vec<_>>>(),
+                    one => one.as_u64().map(|layer| vec![layer]),
+                };
+                Some(several.ok_or_else(|| bad("layers_to_transform", "a block's number, or a list of them"))?)
             }
-            Some(Value::String(name)) => targets_named(model, name).ok(),
-            _ => return Err(bad("target_modules", "a list of module names, or one")),
-        };
-        let blocks = match present("layers_to_transform") {
-            None => 0..model.blocks,
-            Some(layers) => layer_range(layers)
-                .filter(|blocks| blocks.end <= model.blocks)
-                .ok_or_else(|| bad("layers_to_transform", "an ascending run of this model's blocks"))?,
         };
         Ok(Self {
-            rank,
-            alpha,
-            targets,
-            blocks,
+            rank: usize::try_from(rank).unwrap_or(usize::MAX),
+            alpha: alpha as f32,
+            rank_stabilised: present("use_rslora").is_some_and(|value| *value == Value::Bool(true)),
+            modules: Modules::parse("target_modules", modules)?,
+            excluded: present("exclude_modules")
+                .map(|excluded| Modules::parse("exclude_modules", excluded))
+                .transpose()?,
+            layers,
+            ranks: Patterns::parse("rank_pattern", ordered.rank_pattern)?,
+            alphas: Patterns::parse("alpha_pattern", ordered.alpha_pattern)?,
         })
     }
-}
 
-/// `[2, 3, 4]` or `2` as a range.
-fn layer_range(layers: &Value) -> Option<Range<usize>> {
-    let layers: Vec<u64> = match layers {
-        Value::Array(layers) => layers.iter().map(Value::as_u64).collect::<Option<_>>()?,
-        layer => vec![layer.as_u64()?],
-    };
-    let consecutive = layers.windows(2).all(|pair| pair[0].checked_add(1) == Some(pair[1]));
-    let (first, last) = (*layers.first()?, *layers.last()?);
-    let end = usize::try_from(last).ok()?.checked_add(1)?;
-    consecutive.then_some(first as usize..end)
+    /// Rank and alpha of a module; `None` where it is not adapted.
+    fn of(&self, model: &Architecture, block: usize, target: Target) -> Option<(usize, f32)> {
+        let module = module_name(model, block, target);
+        if self.excluded.as_ref().is_some_and(|excluded| excluded.match_of(&module).is_some()) {
+            return None;
+        }
+        let found = self.modules.match_of(&module)?;
+        let listed = |layers: &Vec<u64>| layers.contains(&(block as u64));
+        if found == Match::End && !self.layers.as_ref().is_none_or(listed) {
+            return None;
+        }
+        let rank = self.ranks.find(&module).map_or(self.rank, |rank| rank as usize);
+        let alpha = self.alphas.find(&module).map_or(self.alpha, |alpha| alpha as f32);
+        Some((rank, alpha))
+    }
+
+    fn spec(&self, model: &Architecture) -> Result<LoraSpec, AdapterError> {
+        if let Some(layer) = self.layers.iter().flatten().find(|&&layer| layer >= model.blocks as u64) {
+            return Err(AdapterError::Unsupported {
+                field: "layers_to_transform",
+                found: layer.to_string(),
+                supported: "a block of this model is",
+            });
+        }
+        let all = (0..model.blocks).flat_map(|block| model.targets().iter().map(move |&target| (block, target)));
+        let adapted: Vec<_> = all.map(|(block, target)| (block, target, self.of(model, block, target))).collect();
+        let targets: Vec<Target> = adapted
+            .iter()
+            .filter(|(_, _, of)| of.is_some())
+            .map(|&(_, target, _)| target)
+            .collect();
+        if targets.is_empty() {
+            return Err(match &self.modules {
+                Modules::Names(names) if names.len() == 1 => no_target(model, &names[0]),
+                _ => AdapterError::NoTarget,
+            });
+        }
+        let spec = LoraSpec::new(self.rank, self.alpha, targets)?;
+        let exceptions = adapted
+            .into_iter()
+            .filter(|(_, target, of)| spec.targets.contains(target) && *of != Some((self.rank, self.alpha)))
+            .map(|(block, target, of)| {
+                let (rank, alpha) = of.unwrap_or((0, self.alpha));
+                Exception {
+                    block,
+                    target,
+                    rank,
+                    alpha,
+                }
+            })
+            .collect();
+        let mut spec = spec.with_exceptions(exceptions)?;
+        spec.rank_stabilised = self.rank_stabilised;
+        self.check_names(model)?;
+        Ok(spec)
+    }
+
+    /// A listed name that means no module is a mistake in the list, or another model's.
+    fn check_names(&self, model: &Architecture) -> Result<(), AdapterError> {
+        let Modules::Names(names) = &self.modules else {
+            return Ok(());
+        };
+        for name in names {
+            let means = |block: usize, target: Target| {
+                let module = module_name(model, block, target);
+                Modules::Names(vec![name.clone()]).match_of(&module).is_some()
+            };
+            let any = (0..model.blocks).any(|block| model.targets().iter().any(|&target| means(block, target)));
+            if !any {
+                return Err(no_target(model, name));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Settings that change the mathematics: each must be absent, null or what this crate implements.
@@ -333,17 +521,14 @@ fn check_settings(fields: &Map<String, Value>) -> Result<(), AdapterError> {
         _ => value.is_null(),
     };
     // Variants of LoRA, and things PEFT can train beside it: each must be off.
-    const OFF: [(&str, &str); 17] = [
+    const OFF: [(&str, &str); 14] = [
         ("alora_invocation_tokens", "plain LoRA is"),
-        ("alpha_pattern", "one alpha for all modules is"),
         ("arrow_config", "plain LoRA is"),
-        ("exclude_modules", "naming the adapted ones in target_modules is"),
         ("kasa_config", "plain LoRA is"),
         ("layer_replication", "a model as its files have it is"),
         ("lora_bias", "an adapter without biases is"),
         ("modules_to_save", "an adapter of LoRA matrices alone is"),
         ("monteclora_config", "plain LoRA is"),
-        ("rank_pattern", "one rank for all modules is"),
         ("target_parameters", "naming the adapted modules in target_modules is"),
         ("trainable_token_indices", "an adapter of LoRA matrices alone is"),
         ("use_bdlora", "plain LoRA is"),
