@@ -9,6 +9,9 @@ use serde_json::{Map, Value, json};
 use super::adapter::Target;
 use crate::kernels::rotary::Scaling;
 
+/// Of our own: a GPT-2 whose matrices are not as Hugging Face keeps them, because they come from a GGUF file.
+const STORED_TRANSPOSED: &str = "stored_transposed";
+
 /// No tensor of a model may hold more elements than this, so that sizes in bytes fit 32-bit targets.
 const MAX_ELEMENTS: u64 = 1 << 29;
 
@@ -103,6 +106,8 @@ pub struct Architecture {
     pub rotary: Option<Rotary>,
     /// The head is the token embedding.
     pub tied: bool,
+    /// Matrices are stored (outputs, inputs): all but those of GPT-2 as Hugging Face keeps it.
+    pub transposed: bool,
     /// End-of-text token; `None` when the file names none inside the vocabulary.
     pub eos: Option<u32>,
 }
@@ -180,11 +185,6 @@ impl Architecture {
     /// Whether queries and keys are normed, head by head, before they are rotated.
     pub fn qk_norm(&self) -> bool {
         self.family == Family::Qwen3
-    }
-
-    /// Whether matrices are stored (outputs, inputs), as all but GPT-2's are.
-    pub fn transposed(&self) -> bool {
-        self.family != Family::Gpt2
     }
 
     /// Whether a projection has a bias.
@@ -303,6 +303,7 @@ fn gpt2(fields: &Fields) -> Result<Architecture, ArchitectureError> {
         norm_epsilon: fields.epsilon("layer_norm_epsilon", 1e-5)?,
         rotary: None,
         tied: true,
+        transposed: fields.optional(STORED_TRANSPOSED) == Some(&Value::Bool(true)),
         eos: fields.eos(vocab),
     })
 }
@@ -387,6 +388,7 @@ fn llama(family: Family, fields: &Fields) -> Result<Architecture, ArchitectureEr
         norm_epsilon: fields.epsilon("rms_norm_eps", 1e-6)?,
         rotary: Some(fields.rotary()?),
         tied,
+        transposed: true,
         eos: fields.eos(vocab),
     })
 }
@@ -458,6 +460,9 @@ impl From<Architecture> for Value {
                     "original_max_position_embeddings": original_positions,
                 }),
             };
+        }
+        if model.family == Family::Gpt2 && model.transposed {
+            value[STORED_TRANSPOSED] = json!(true);
         }
         value["model_type"] = json!(model.family.model_type());
         value["architectures"] = json!([model.family.class()]);

@@ -150,7 +150,7 @@ impl Linear {
                 first_row: 0,
                 rows: layout.rows,
                 columns: layout.columns,
-                transposed: model.transposed(),
+                transposed: model.transposed,
             },
             bias: model
                 .biased(target)

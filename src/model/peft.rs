@@ -39,7 +39,7 @@ impl Adapter {
             "lora_alpha": number(self.spec.alpha),
             "lora_dropout": 0.0,
             "target_modules": self.target_modules(model),
-            "fan_in_fan_out": !model.transposed(),
+            "fan_in_fan_out": model.family == Family::Gpt2,
             "bias": "none",
             "inference_mode": true,
             "init_lora_weights": true,

@@ -76,7 +76,7 @@ impl Unit {
                         _ => {}
                     }
                     let (inputs, outputs) = model.dimensions(target);
-                    let shape = if model.transposed() { vec![outputs, inputs] } else { vec![inputs, outputs] };
+                    let shape = if model.transposed { vec![outputs, inputs] } else { vec![inputs, outputs] };
                     tensors.push((target.weight(), shape));
                     if model.biased(target) {
                         tensors.push((target.bias(), vec![outputs]));

@@ -1,4 +1,4 @@
-//! The frozen weights where they are kept: a Hugging Face directory, or bytes in memory, read one unit at a time.
+//! The frozen weights where they are kept: a Hugging Face directory, a GGUF file, or bytes in memory, read one unit at a time.
 //!
 //! Weights are separate from the forward pass because a server hands units out without ever running them,
 //! and because a device loads only its own.
@@ -8,9 +8,11 @@ use std::sync::{Arc, Mutex};
 
 use serde::Deserialize;
 
-use super::architecture::{Architecture, Family};
+use super::architecture::{Architecture, ArchitectureError, Family};
 use super::archive::{Archive, ArchiveError, Source};
 use super::ends::embedding::{Embedding, RowSource, Rows};
+#[cfg(not(target_arch = "wasm32"))]
+use super::gguf::{GgufError, GgufModel};
 use super::unit::{HEAD, Tensor, Unit, UnitData, layout};
 use crate::terms::format::{Encoder, Format, FormatError, Layout};
 
@@ -19,6 +21,11 @@ use crate::terms::format::{Encoder, Format, FormatError, Layout};
 pub enum WeightsError {
     #[error(transparent)]
     Archive(#[from] ArchiveError),
+    #[cfg(not(target_arch = "wasm32"))]
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    #[error(transparent)]
+    Architecture(#[from] ArchitectureError),
     #[error("tensor `{tensor}` cannot be held as {format}: {error}")]
     Format {
         tensor: String,
@@ -59,12 +66,15 @@ pub enum Holding {
 }
 
 impl Holding {
-    /// The format for a matrix of a safetensors file.
-    fn format(self) -> Format {
+    fn given(self) -> Option<Format> {
         match self {
-            Holding::Auto => Format::F16,
-            Holding::As(format) => format,
+            Holding::Auto => None,
+            Holding::As(format) => Some(format),
         }
+    }
+
+    fn or(self, natural: Format) -> Format {
+        self.given().unwrap_or(natural)
     }
 }
 
@@ -122,15 +132,22 @@ impl UnitSource for HeldUnits<'_> {
 /// A safetensors file that several readers share.
 type Shared = Arc<Mutex<Archive>>;
 
-fn lock(archive: &Shared) -> std::sync::MutexGuard<'_, Archive> {
-    archive.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+fn lock<T>(shared: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 /// The weights of a model on disk or in memory, read one unit at a time.
 #[derive(Debug)]
 pub struct Weights {
     model: Architecture,
-    archives: Vec<Shared>,
+    store: Store,
+}
+
+#[derive(Debug)]
+enum Store {
+    Safetensors(Vec<Shared>),
+    #[cfg(not(target_arch = "wasm32"))]
+    Gguf(Arc<Mutex<GgufModel>>),
 }
 
 impl Weights {
@@ -187,21 +204,45 @@ impl Weights {
     }
 
     fn from_archives(archives: Vec<Archive>, model: &Architecture) -> Result<Self, WeightsError> {
-        let weights = Self {
-            model: model.clone(),
-            archives: archives
-                .into_iter()
-                .map(|archive| Arc::new(Mutex::new(archive)))
-                .collect(),
+        let archives: Vec<Shared> = archives
+            .into_iter()
+            .map(|archive| Arc::new(Mutex::new(archive)))
+            .collect();
+        let files = Files {
+            model,
+            archives: &archives,
         };
         for unit in Unit::all(model) {
             for (tensor, shape) in unit.tensors(model) {
-                let (archive, name) = weights.find(unit, tensor)?;
+                let (archive, name) = files.find(unit, tensor)?;
                 lock(archive).check(&name, &shape)?;
             }
         }
-        weights.check_tied_head()?;
-        Ok(weights)
+        files.check_tied_head()?;
+        Ok(Self {
+            model: model.clone(),
+            store: Store::Safetensors(archives),
+        })
+    }
+
+    /// Takes a model in a GGUF file, whose metadata say its shape.
+    ///
+    /// # Errors
+    /// [`WeightsError::Gguf`] names what is missing, [`WeightsError::Architecture`] what is not supported.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn from_gguf(gguf: GgufModel) -> Result<Self, WeightsError> {
+        let mut model = Architecture::try_from(gguf.header().config(gguf.gguf().file())?)?;
+        // GGUF has every matrix (outputs, inputs), GPT-2's too.
+        model.transposed = true;
+        for unit in Unit::all(&model) {
+            for (tensor, shape) in unit.tensors(&model) {
+                gguf.check(&unit.file_name(&model, tensor), &shape)?;
+            }
+        }
+        Ok(Self {
+            model,
+            store: Store::Gguf(Arc::new(Mutex::new(gguf))),
+        })
     }
 
     /// The shape the weights were checked against.
@@ -218,9 +259,7 @@ impl Weights {
         unit.check(&self.model)?;
         let mut tensors = Vec::new();
         for (tensor, shape) in unit.tensors(&self.model) {
-            let (archive, name) = self.find(unit, tensor)?;
-            let format = if shape.len() == 2 { holding.format() } else { Format::F32 };
-            let words = read(&mut lock(archive), &name, &shape, format)?;
+            let (format, words) = self.tensor(unit, tensor, &shape, holding)?;
             tensors.push(Tensor {
                 name: tensor.to_owned(),
                 shape,
@@ -231,9 +270,49 @@ impl Weights {
         Ok(UnitData { unit, tensors })
     }
 
+    fn tensor(
+        &self,
+        unit: Unit,
+        tensor: &str,
+        shape: &[usize],
+        holding: Holding,
+    ) -> Result<(Format, Vec<u32>), WeightsError> {
+        match &self.store {
+            Store::Safetensors(archives) => {
+                let (archive, name) = self.files(archives).find(unit, tensor)?;
+                let format = if shape.len() == 2 { holding.or(Format::F16) } else { Format::F32 };
+                Ok((format, read(&mut lock(archive), &name, shape, format)?))
+            }
+            #[cfg(not(target_arch = "wasm32"))]
+            Store::Gguf(gguf) => {
+                let name = unit.file_name(&self.model, tensor);
+                let mut gguf = lock(gguf);
+                match *shape {
+                    [rows, columns] => {
+                        let packed = gguf.matrix(&name, [rows, columns], holding.given())?.packed;
+                        Ok((packed.layout().format, packed.into_words()))
+                    }
+                    _ => {
+                        let values = gguf.vector(&name, shape.iter().product())?;
+                        Ok((Format::F32, values.into_iter().map(f32::to_bits).collect()))
+                    }
+                }
+            }
+        }
+    }
+
     /// How matrices of blocks are held, most of them.
     pub fn format(&self, holding: Holding) -> Format {
-        holding.format()
+        match &self.store {
+            Store::Safetensors(_) => holding.or(Format::F16),
+            #[cfg(not(target_arch = "wasm32"))]
+            Store::Gguf(gguf) => {
+                let gguf = lock(gguf);
+                let first = self.model.targets()[0].weight();
+                let natural = gguf.natural(&Unit::Block(0).file_name(&self.model, first));
+                holding.or(natural.unwrap_or(Format::F16))
+            }
+        }
     }
 
     /// The embedding, whose rows stay where they are kept until they are asked for. They are what [`Weights::unit`] gives for the
@@ -246,27 +325,56 @@ impl Weights {
             .tensors(&self.model)
             .into_iter()
             .map(|(tensor, shape)| {
-                let (archive, name) = self.find(Unit::Embedding, tensor)?;
-                let format = holding.format();
-                Ok(Rows::Stored(Arc::new(ArchiveRows {
-                    archive: archive.clone(),
-                    name,
-                    layout: layout(&shape, format),
-                })))
+                let source: Arc<dyn RowSource> = match &self.store {
+                    Store::Safetensors(archives) => {
+                        let (archive, name) = self.files(archives).find(Unit::Embedding, tensor)?;
+                        Arc::new(ArchiveRows {
+                            archive: archive.clone(),
+                            name,
+                            layout: layout(&shape, holding.or(Format::F16)),
+                        })
+                    }
+                    #[cfg(not(target_arch = "wasm32"))]
+                    Store::Gguf(gguf) => {
+                        let name = Unit::Embedding.file_name(&self.model, tensor);
+                        let natural = lock(gguf).natural(&name).unwrap_or(Format::F16);
+                        Arc::new(GgufRows {
+                            gguf: gguf.clone(),
+                            layout: layout(&shape, holding.or(natural)),
+                            name,
+                        })
+                    }
+                };
+                Ok(Rows::Stored(source))
             })
             .collect::<Result<Vec<_>, WeightsError>>()?;
         Ok(Embedding::new(&self.model, rows))
     }
 
+    fn files<'a>(&'a self, archives: &'a [Shared]) -> Files<'a> {
+        Files {
+            model: &self.model,
+            archives,
+        }
+    }
+}
+
+/// Safetensors files with the model they hold.
+struct Files<'a> {
+    model: &'a Architecture,
+    archives: &'a [Shared],
+}
+
+impl<'a> Files<'a> {
     /// The archive that holds a tensor, and its full name there. Files keep it with or without the name of the whole model before
     /// it; and a tied head, which is the embedding, under both names or either.
-    fn find(&self, unit: Unit, tensor: &str) -> Result<(&Shared, String), ArchiveError> {
-        let name = unit.file_name(&self.model, tensor);
+    fn find(&self, unit: Unit, tensor: &str) -> Result<(&'a Shared, String), ArchiveError> {
+        let name = unit.file_name(self.model, tensor);
         let other = match self.model.family {
             Family::Gpt2 => format!("transformer.{name}"),
             _ => name.strip_prefix("model.").unwrap_or(&name).to_owned(),
         };
-        let tied = (self.model.tied && tensor == Unit::token_embedding(&self.model)).then(|| HEAD.to_owned());
+        let tied = (self.model.tied && tensor == Unit::token_embedding(self.model)).then(|| HEAD.to_owned());
         for name in [name.clone(), other].into_iter().chain(tied) {
             if let Some(archive) = self.archives.iter().find(|archive| lock(archive).contains(&name)) {
                 return Ok((archive, name));
@@ -285,7 +393,7 @@ impl Weights {
 
     /// A file may carry a tied head a second time; it must then be the same matrix.
     fn check_tied_head(&self) -> Result<(), WeightsError> {
-        let embedding = Unit::token_embedding(&self.model);
+        let embedding = Unit::token_embedding(self.model);
         let Some(head) = self.archives.iter().find(|archive| lock(archive).contains(HEAD)) else {
             return Ok(());
         };
@@ -341,16 +449,43 @@ impl RowSource for ArchiveRows {
     fn read(&self, row: usize, values: &mut [f32]) -> Result<(), WeightsError> {
         let shape = [self.layout.rows, self.layout.columns];
         lock(&self.archive).read_row(&self.name, &shape, row, values)?;
-        if self.layout.format != Format::F32 {
-            // As the devices have it.
-            let of_row = self.layout.format.layout(1, self.layout.columns);
-            let words = of_row
-                .encode(values)
-                .map_err(|error| refused(&self.name, self.layout.format, error))?;
-            of_row.decode_row(&words, 0, values);
-        }
-        Ok(())
+        as_held(self.layout, &self.name, values)
     }
+}
+
+/// The rows of a matrix in a GGUF file.
+#[cfg(not(target_arch = "wasm32"))]
+#[derive(Debug)]
+struct GgufRows {
+    gguf: Arc<Mutex<GgufModel>>,
+    name: String,
+    /// What devices hold of it.
+    layout: Layout,
+}
+
+#[cfg(not(target_arch = "wasm32"))]
+impl RowSource for GgufRows {
+    fn read(&self, row: usize, values: &mut [f32]) -> Result<(), WeightsError> {
+        let shape = [self.layout.rows, self.layout.columns];
+        let mut gguf = lock(&self.gguf);
+        gguf.row(&self.name, shape, row, values)?;
+        if gguf.keeps(&self.name, self.layout.format) {
+            return Ok(());
+        }
+        as_held(self.layout, &self.name, values)
+    }
+}
+
+/// Rounds a row as a matrix of this layout holds it. Groups lie within rows, so a row alone gives what the whole matrix gives.
+fn as_held(layout: Layout, name: &str, values: &mut [f32]) -> Result<(), WeightsError> {
+    if layout.format != Format::F32 {
+        let of_row = layout.format.layout(1, layout.columns);
+        let words = of_row
+            .encode(values)
+            .map_err(|error| refused(name, layout.format, error))?;
+        of_row.decode_row(&words, 0, values);
+    }
+    Ok(())
 }
 
 /// File names of the shards in an index, each once, in order.
