@@ -3,9 +3,6 @@
 
 const WORKGROUP: u32 = 64u;
 const ROWS: u32 = 8u;
-const F16: bool = true;  // wte holds pairs of halves
-
-const SCALAR_FACTOR: u32 = 1u;
 
 // Below every logit, with a finite difference to it.
 const LOWEST: f32 = -3e38;
@@ -169,54 +166,4 @@ fn loss(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) g
         return;
     }
     row_loss[row] = log(final_state[row * 3u + 1u]) + final_state[row * 3u] - final_state[row * 3u + 2u];
-}
-
-struct BackwardHiddenParams {
-    rows: u32,
-    width: u32,
-    vocab_start: u32,
-    vocab_end: u32,
-    first: u32, // non-zero for the first chunk
-    f16: u32,
-}
-
-@group(0) @binding(0) var<uniform> hidden_params: BackwardHiddenParams;
-@group(0) @binding(2) var<storage, read> wte: array<u32>;                // (vocab_end - vocab_start, width)
-@group(0) @binding(3) var<storage, read> row_state: array<f32>;          // (rows, 3)
-@group(0) @binding(4) var<storage, read> scalars: array<f32>;
-@group(0) @binding(5) var<storage, read_write> d_hidden: array<f32>;     // (rows, width)
-
-fn wte_at(element: u32) -> f32 {
-    if F16 {
-        let pair = unpack2x16float(wte[element / 2u]);
-        return select(pair.x, pair.y, (element & 1u) == 1u);
-    }
-    return bitcast<f32>(wte[element]);
-}
-
-@compute @workgroup_size(WORKGROUP)
-fn backward_hidden(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
-    let at = id.x + id.y * groups.x * WORKGROUP;
-    if at >= hidden_params.rows * hidden_params.width {
-        return;
-    }
-    let row = at / hidden_params.width;
-    let token = targets[row];
-    let inside = token >= i32(hidden_params.vocab_start) && token < i32(hidden_params.vocab_end);
-    if hidden_params.first == 0u && !inside {
-        return;
-    }
-    let factor = scalars[SCALAR_FACTOR];
-    // Where there is no target the sum may be anything, so that it is not multiplied by zero.
-    var value = 0.0;
-    if token >= 0 {
-        value = d_hidden[at];
-        if hidden_params.first != 0u {
-            value *= factor / row_state[row * 3u + 1u];
-        }
-        if inside {
-            value -= factor * wte_at((u32(token) - hidden_params.vocab_start) * hidden_params.width + at % hidden_params.width);
-        }
-    }
-    d_hidden[at] = value;
 }

@@ -8,27 +8,21 @@ const BLOCK: u32 = 4u;
 
 const SCALAR_WEIGHT: u32 = 0u;
 
-struct ForwardDownParams {
+struct ThinParams {
     rows: u32,
-    inputs: u32,
+    columns: u32,
     rank: u32,
+    first: u32,   // row i of the wide factor begins at element first + i * stride
+    stride: u32,
     offset: u32,
 }
 
-@group(0) @binding(0) var<uniform> down_params: ForwardDownParams;
-@group(0) @binding(1) var<storage, read> x: array<f32>;          // (rows, inputs)
-@group(0) @binding(2) var<storage, read> adapter: array<f32>;    // A (rank, inputs) or B (outputs, rank), at offset
+@group(0) @binding(0) var<uniform> thin_params: ThinParams;
+@group(0) @binding(1) var<storage, read> x: array<f32>;          // (rows, columns)
+@group(0) @binding(2) var<storage, read> adapter: array<f32>;    // A (rank, columns) or B (columns, rank), at offset
 @group(0) @binding(3) var<storage, read_write> u: array<f32>;    // (rows, rank)
 
-struct BackwardUpParams {
-    rows: u32,
-    outputs: u32,
-    rank: u32,
-    offset: u32,
-}
-
-@group(0) @binding(0) var<uniform> up_params: BackwardUpParams;
-@group(0) @binding(1) var<storage, read> d_y: array<f32>;        // (rows, outputs)
+@group(0) @binding(1) var<storage, read> d_y: array<f32>;        // (rows, columns)
 @group(0) @binding(3) var<storage, read_write> v: array<f32>;    // (rows, rank)
 
 var<workgroup> sh_sums: array<mat4x4<f32>, WORKGROUP>;
@@ -48,22 +42,22 @@ fn workgroup_sum(lane: u32, value: mat4x4<f32>) -> mat4x4<f32> {
 
 // Rows and ranks past the end repeat the last one; they are not stored.
 fn down_sums(row: u32, r: u32, first: u32, step: u32) -> mat4x4<f32> {
-    let inputs = down_params.inputs;
-    let last_row = down_params.rows - 1u;
-    let last_rank = down_params.rank - 1u;
-    let x0 = min(row, last_row) * inputs;
-    let x1 = min(row + 1u, last_row) * inputs;
-    let x2 = min(row + 2u, last_row) * inputs;
-    let x3 = min(row + 3u, last_row) * inputs;
-    let a0 = down_params.offset + min(r, last_rank) * inputs;
-    let a1 = down_params.offset + min(r + 1u, last_rank) * inputs;
-    let a2 = down_params.offset + min(r + 2u, last_rank) * inputs;
-    let a3 = down_params.offset + min(r + 3u, last_rank) * inputs;
+    let columns = thin_params.columns;
+    let last_row = thin_params.rows - 1u;
+    let last_rank = thin_params.rank - 1u;
+    let x0 = thin_params.first + min(row, last_row) * thin_params.stride;
+    let x1 = thin_params.first + min(row + 1u, last_row) * thin_params.stride;
+    let x2 = thin_params.first + min(row + 2u, last_row) * thin_params.stride;
+    let x3 = thin_params.first + min(row + 3u, last_row) * thin_params.stride;
+    let a0 = thin_params.offset + min(r, last_rank) * columns;
+    let a1 = thin_params.offset + min(r + 1u, last_rank) * columns;
+    let a2 = thin_params.offset + min(r + 2u, last_rank) * columns;
+    let a3 = thin_params.offset + min(r + 3u, last_rank) * columns;
     var sum0 = vec4(0.0);
     var sum1 = vec4(0.0);
     var sum2 = vec4(0.0);
     var sum3 = vec4(0.0);
-    for (var i = first; i < inputs; i += step) {
+    for (var i = first; i < columns; i += step) {
         let a = vec4(adapter[a0 + i], adapter[a1 + i], adapter[a2 + i], adapter[a3 + i]);
         sum0 = fma(vec4(x[x0 + i]), a, sum0);
         sum1 = fma(vec4(x[x1 + i]), a, sum1);
@@ -74,23 +68,23 @@ fn down_sums(row: u32, r: u32, first: u32, step: u32) -> mat4x4<f32> {
 }
 
 fn up_sums(row: u32, r: u32, first: u32, step: u32) -> mat4x4<f32> {
-    let outputs = up_params.outputs;
-    let last_row = up_params.rows - 1u;
-    let last_rank = up_params.rank - 1u;
-    let y0 = min(row, last_row) * outputs;
-    let y1 = min(row + 1u, last_row) * outputs;
-    let y2 = min(row + 2u, last_row) * outputs;
-    let y3 = min(row + 3u, last_row) * outputs;
-    let b0 = up_params.offset + min(r, last_rank);
-    let b1 = up_params.offset + min(r + 1u, last_rank);
-    let b2 = up_params.offset + min(r + 2u, last_rank);
-    let b3 = up_params.offset + min(r + 3u, last_rank);
+    let columns = thin_params.columns;
+    let last_row = thin_params.rows - 1u;
+    let last_rank = thin_params.rank - 1u;
+    let y0 = thin_params.first + min(row, last_row) * thin_params.stride;
+    let y1 = thin_params.first + min(row + 1u, last_row) * thin_params.stride;
+    let y2 = thin_params.first + min(row + 2u, last_row) * thin_params.stride;
+    let y3 = thin_params.first + min(row + 3u, last_row) * thin_params.stride;
+    let b0 = thin_params.offset + min(r, last_rank);
+    let b1 = thin_params.offset + min(r + 1u, last_rank);
+    let b2 = thin_params.offset + min(r + 2u, last_rank);
+    let b3 = thin_params.offset + min(r + 3u, last_rank);
     var sum0 = vec4(0.0);
     var sum1 = vec4(0.0);
     var sum2 = vec4(0.0);
     var sum3 = vec4(0.0);
-    for (var i = first; i < outputs; i += step) {
-        let at = i * up_params.rank;
+    for (var i = first; i < columns; i += step) {
+        let at = i * thin_params.rank;
         let b = vec4(adapter[b0 + at], adapter[b1 + at], adapter[b2 + at], adapter[b3 + at]);
         sum0 = fma(vec4(d_y[y0 + i]), b, sum0);
         sum1 = fma(vec4(d_y[y1 + i]), b, sum1);
@@ -101,8 +95,8 @@ fn up_sums(row: u32, r: u32, first: u32, step: u32) -> mat4x4<f32> {
 }
 
 fn store_u(row: u32, r: u32, sums: vec4<f32>) {
-    let rank = down_params.rank;
-    if row >= down_params.rows {
+    let rank = thin_params.rank;
+    if row >= thin_params.rows {
         return;
     }
     let at = row * rank + r;
@@ -113,8 +107,8 @@ fn store_u(row: u32, r: u32, sums: vec4<f32>) {
 }
 
 fn store_v(row: u32, r: u32, sums: vec4<f32>) {
-    let rank = up_params.rank;
-    if row >= up_params.rows {
+    let rank = thin_params.rank;
+    if row >= thin_params.rows {
         return;
     }
     let at = row * rank + r;
@@ -132,7 +126,7 @@ fn forward_down(
 ) {
     let row = (group.x + group.y * groups.x) * BLOCK;
     let r = group.z * BLOCK;
-    if row >= down_params.rows {
+    if row >= thin_params.rows {
         return;
     }
     let sums = workgroup_sum(lane, down_sums(row, r, lane, WORKGROUP));
@@ -145,7 +139,7 @@ fn forward_down(
 fn forward_down_registers(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
     let row = (id.x + id.y * groups.x * WORKGROUP) * BLOCK;
     let r = id.z * BLOCK;
-    if row >= down_params.rows {
+    if row >= thin_params.rows {
         return;
     }
     let sums = down_sums(row, r, 0u, 1u);
@@ -163,7 +157,7 @@ fn backward_up(
 ) {
     let row = (group.x + group.y * groups.x) * BLOCK;
     let r = group.z * BLOCK;
-    if row >= up_params.rows {
+    if row >= thin_params.rows {
         return;
     }
     let sums = workgroup_sum(lane, up_sums(row, r, lane, WORKGROUP));
@@ -176,7 +170,7 @@ fn backward_up(
 fn backward_up_registers(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
     let row = (id.x + id.y * groups.x * WORKGROUP) * BLOCK;
     let r = id.z * BLOCK;
-    if row >= up_params.rows {
+    if row >= thin_params.rows {
         return;
     }
     let sums = up_sums(row, r, 0u, 1u);
@@ -191,6 +185,8 @@ struct PartialParams {
     columns: u32,
     rank: u32,
     split_rows: u32,
+    first: u32,   // row i of the wide factor begins at element first + i * stride
+    stride: u32,
 }
 
 @group(0) @binding(0) var<uniform> partial_params: PartialParams;
@@ -216,7 +212,7 @@ fn backward_partial(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invo
     var sums = vec4(0.0);
     for (var row = first; row < end; row += 1u) {
         let at = row * rank;
-        sums = fma(vec4(wide[row * columns + column]), vec4(thin[at + r], thin[at + r1], thin[at + r2], thin[at + r3]), sums);
+        sums = fma(vec4(wide[partial_params.first + row * partial_params.stride + column]), vec4(thin[at + r], thin[at + r1], thin[at + r2], thin[at + r3]), sums);
     }
     let at = (group.z * rank + r) * columns + column;
     partial[at] = sums.x;

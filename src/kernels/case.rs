@@ -5,8 +5,10 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::compute::{Buffer, Engine, Error, Recording};
+use crate::terms::format::Format;
 
 use super::scalar;
+use super::weight::Weight;
 
 /// The shapes that cases have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,6 +118,19 @@ impl Builder<'_> {
         let mut half = || u32::from(half::f16::from_f32(0.1 * (2.0 * self.rng.random::<f32>() - 1.0)).to_bits());
         let words: Vec<u32> = (0..elements.div_ceil(2)).map(|_| half() | half() << 16).collect();
         self.engine.buffer_from(name, &words)
+    }
+
+    /// An f16 matrix of `rows` rows.
+    pub(super) fn weight(&mut self, name: &str, rows: usize, columns: usize, transposed: bool) -> Result<Weight, Error> {
+        Ok(Weight {
+            buffer: self.weights(name, rows * columns)?,
+            format: Format::F16,
+            stored_rows: rows,
+            first_row: 0,
+            rows,
+            columns,
+            transposed,
+        })
     }
 
     pub(super) fn zeros(&mut self, name: &str, words: usize) -> Result<Buffer, Error> {

@@ -1,25 +1,30 @@
-//! The tied head fused with softmax cross entropy, in one pass over the vocabulary and without ever holding all logits.
+//! The head fused with softmax cross entropy, in one pass over the vocabulary and without ever holding all logits.
 //!
 //! The vocabulary is taken in tiles. Each row keeps a running maximum and a running sum of exponentials (online softmax:
 //! Milakov & Gimelshein, arXiv 1805.02867), and its gradient is accumulated unnormalised, rescaled whenever the maximum grows:
 //!
 //! ```text
-//! for each tile of wte:  logits   = hidden · tileᵀ                        matmul.backward_x
-//!                        logits   = exp(logits - max), row_scale, state   cross_entropy.forward
-//!                        d_hidden = row_scale · d_hidden + logits · tile  matmul.forward
-//! d_hidden = factor · (d_hidden / sum - wte[target])                      cross_entropy.backward_hidden
-//! loss     = ln sum + max - target logit                                  cross_entropy.loss
+//! for each tile of head:  logits   = hidden · tileᵀ                        matmul.forward
+//!                         logits   = exp(logits - max), row_scale, state   cross_entropy.forward
+//!                         d_hidden = row_scale · d_hidden + logits · tile  matmul.backward_x
+//! d_hidden = factor · (d_hidden / sum - head[target])                      cross_entropy.backward_hidden
+//! loss     = ln sum + max - target logit                                   cross_entropy.loss
 //! ```
+//!
+//! | version | idea | measured |
+//! |---|---|---|
+//! | 1 | vocabulary tiles, maxima and sums by a workgroup a row | not measured on a GPU yet |
+//! | `rows` | an invocation a row, for adapters emulated on a CPU | |
 
-use super::attention::exp;
-use super::matmul::{self, Epilogue, Shape};
+use super::case::{Example, case};
+use super::matmul::{self, Epilogue};
 use super::scalar;
+use super::weight::{self, Columns, Weight};
 use crate::compute::cpu::for_each_row;
-use crate::compute::kernel::Kernel;
+use crate::compute::host::exp;
+use crate::compute::kernel::Contract;
 use crate::compute::{Buffer, Cost, DeviceClass, Recording, linear_workgroups};
-use crate::{kernel, params};
-use half::f16;
-use half::slice::HalfBitsSliceExt;
+use crate::{contract, params, variant};
 
 /// Invocations in a workgroup, the default of `WORKGROUP` in the shader.
 const WORKGROUP: u32 = 64;
@@ -61,48 +66,92 @@ params! {
     pub struct BackwardHiddenParams {
         pub rows: u32,
         pub width: u32,
-        /// The tokens whose embeddings `wte` holds.
+        /// The tokens whose rows of the head `w` holds.
         pub vocab_start: u32,
         pub vocab_end: u32,
         /// Non-zero for the first chunk: divide by the sum and multiply by the factor.
         pub first: u32,
-        /// Non-zero: `wte` holds pairs of halves.
-        pub f16: u32,
+        /// Format of `w`: 0 f32, 1 f16, 2 q8, 3 q4.
+        pub format: u32,
+        /// The row of `w` that stands for `vocab_start`.
+        pub first_row: u32,
+        /// The word at which the scales of `w` begin.
+        pub scales_at: u32,
     }
 }
 
-kernel! {
+contract! {
     /// Starts the running maximum and sums of every row.
-    pub static RESET = "cross_entropy.reset", "cross_entropy", "reset", ResetParams,
-    [state: Write f32], reset_cpu
+    pub static RESET = "cross_entropy.reset", ResetParams,
+    [state: Write f32],
+    spec: spec::reset, host: spec::reset, variants: [RESET_ROW]
 }
 
-kernel! {
-    /// One vocabulary tile of the online softmax, a workgroup a row.
-    pub static FORWARD = "cross_entropy.forward", "cross_entropy", "forward", ForwardParams,
-    [targets: Read i32, logits: Write f32, state: Write f32, row_scale: Write f32], forward_cpu
+variant! {
+    /// An invocation a row.
+    static RESET_ROW = RESET, "row", ["cross_entropy"], "reset", ResetParams,
+    grid: |params| linear_workgroups(params.rows as usize, WORKGROUP),
 }
 
-kernel! {
-    /// [`FORWARD`], an invocation a row.
-    pub static FORWARD_ROWS = "cross_entropy.forward", "cross_entropy", "forward_rows", ForwardParams,
-    [targets: Read i32, logits: Write f32, state: Write f32, row_scale: Write f32], forward_cpu
+contract! {
+    /// One vocabulary tile of the online softmax.
+    pub static FORWARD = "cross_entropy.forward", ForwardParams,
+    [targets: Read i32, logits: Write f32, state: Write f32, row_scale: Write f32],
+    spec: spec::forward, host: forward_host, variants: [FORWARD_ROWS, FORWARD_WORKGROUP]
 }
 
-kernel! {
+variant! {
+    /// An invocation a row, for adapters emulated on a CPU.
+    static FORWARD_ROWS = FORWARD, "rows", ["cross_entropy"], "forward_rows", ForwardParams,
+    fits: |profile, _| profile.class == DeviceClass::CpuAdapter,
+    grid: |params| linear_workgroups(params.rows as usize, ROWS),
+}
+
+variant! {
+    /// A workgroup a row.
+    static FORWARD_WORKGROUP = FORWARD, "workgroup", ["cross_entropy"], "forward", ForwardParams,
+    grid: |params| linear_workgroups(params.rows as usize, 1),
+}
+
+contract! {
     /// The loss of every row.
-    pub static LOSS = "cross_entropy.loss", "cross_entropy", "loss", LossParams,
-    [targets: Read i32, state: Read f32, loss: Write f32], loss_cpu
+    pub static LOSS = "cross_entropy.loss", LossParams,
+    [targets: Read i32, state: Read f32, loss: Write f32],
+    spec: spec::loss, host: spec::loss, variants: [LOSS_ROW]
 }
 
-kernel! {
-    /// Normalises the accumulated gradient and takes the target's embedding from it.
-    pub static BACKWARD_HIDDEN = "cross_entropy.backward_hidden", "cross_entropy", "backward_hidden", BackwardHiddenParams,
-    [targets: Read i32, wte: Read u32, state: Read f32, scalars: Read f32, d_hidden: Write f32], backward_hidden_cpu
+variant! {
+    /// An invocation a row.
+    static LOSS_ROW = LOSS, "row", ["cross_entropy"], "loss", LossParams,
+    grid: |params| linear_workgroups(params.rows as usize, WORKGROUP),
 }
 
-/// Every kernel of the family.
-pub static ALL: &[&Kernel] = &[&RESET, &FORWARD, &FORWARD_ROWS, &LOSS, &BACKWARD_HIDDEN];
+contract! {
+    /// Normalises the accumulated gradient and takes the target's row of the head from it.
+    pub static BACKWARD_HIDDEN = "cross_entropy.backward_hidden", BackwardHiddenParams,
+    [targets: Read i32, w: Read u32, state: Read f32, scalars: Read f32, d_hidden: Write f32],
+    spec: spec::backward_hidden, host: backward_hidden_host, variants: [BACKWARD_HIDDEN_ELEMENT]
+}
+
+variant! {
+    /// An invocation a value.
+    static BACKWARD_HIDDEN_ELEMENT = BACKWARD_HIDDEN, "element", ["weight", "cross_entropy_hidden"], "backward_hidden",
+    BackwardHiddenParams,
+    constants: |params| vec![("W_FORMAT", params.format.into())],
+    grid: |params| linear_workgroups(params.rows as usize * params.width as usize, WORKGROUP),
+}
+
+/// The contracts of this family.
+pub static ALL: &[&Contract] = &[&RESET, &FORWARD, &LOSS, &BACKWARD_HIDDEN];
+
+/// Some rows of the head.
+#[derive(Clone, Debug)]
+pub struct Chunk {
+    /// Stored (vocabulary rows, width).
+    pub weight: Weight,
+    /// The token that its first row stands for.
+    pub start: usize,
+}
 
 /// The operands of the fused head.
 #[derive(Clone, Copy, Debug)]
@@ -111,12 +160,10 @@ pub struct Head<'a> {
     pub width: usize,
     /// Vocabulary columns taken at a time.
     pub tile: usize,
-    /// The chunks of `wte` hold pairs of halves.
-    pub f16: bool,
     /// (rows, width): after the final norm.
     pub hidden: &'a Buffer,
-    /// The token embedding in parts: weights (end - start, width), start, end; together the whole vocabulary.
-    pub chunks: &'a [(Buffer, u32, u32)],
+    /// The head in parts; together the whole vocabulary, in order.
+    pub chunks: &'a [Chunk],
     /// (rows) i32: a token below the vocabulary's size, or negative (-100) where there is none.
     pub targets: &'a Buffer,
     /// See [`scalar`]: `FACTOR` multiplies the gradient.
@@ -150,30 +197,19 @@ pub fn record(recording: &mut Recording, head: &Head<'_>) {
     } = head.scratch;
     reset(recording, ResetParams { rows: rows as u32 }, state);
     let mut first = true;
-    for (wte, vocab_start, vocab_end) in head.chunks {
-        for start in (*vocab_start..*vocab_end).step_by(head.tile) {
-            let columns = head.tile.min((vocab_end - start) as usize);
-            let w_offset = (start - vocab_start) as usize * width;
-            matmul::backward_x(
-                recording,
-                Shape {
-                    m: rows,
-                    n: width,
-                    k: columns,
-                    w_offset,
-                },
-                head.f16,
-                head.hidden,
-                wte,
-                logits,
-                Epilogue::default(),
-            );
+    for chunk in head.chunks {
+        for start in (0..chunk.weight.rows).step_by(head.tile) {
+            let columns = head.tile.min(chunk.weight.rows - start);
+            let tile = chunk.weight.row_range(start..start + columns);
+            let hidden = Columns::all(head.hidden, width);
+            let tile_logits = Columns::all(logits, columns);
+            matmul::forward(recording, rows, &tile, hidden, tile_logits, Epilogue::default());
             forward(
                 recording,
                 ForwardParams {
                     rows: rows as u32,
                     columns: columns as u32,
-                    vocab_start: start,
+                    vocab_start: (chunk.start + start) as u32,
                     keep: head.d_hidden.is_some().into(),
                 },
                 head.targets,
@@ -182,23 +218,12 @@ pub fn record(recording: &mut Recording, head: &Head<'_>) {
                 row_scale,
             );
             if let Some(d_hidden) = head.d_hidden {
-                matmul::forward(
-                    recording,
-                    Shape {
-                        m: rows,
-                        n: width,
-                        k: columns,
-                        w_offset,
-                    },
-                    head.f16,
-                    logits,
-                    wte,
-                    d_hidden,
-                    Epilogue {
-                        row_scale: (!first).then_some(row_scale),
-                        ..Epilogue::default()
-                    },
-                );
+                let epilogue = Epilogue {
+                    row_scale: (!first).then_some(row_scale),
+                    ..Epilogue::default()
+                };
+                let d_hidden = Columns::all(d_hidden, width);
+                matmul::backward_x(recording, rows, &tile, tile_logits, d_hidden, epilogue);
             }
             first = false;
         }
@@ -211,23 +236,19 @@ pub fn record(recording: &mut Recording, head: &Head<'_>) {
         head.loss,
     );
     if let Some(d_hidden) = head.d_hidden {
-        for (i, (wte, vocab_start, vocab_end)) in head.chunks.iter().enumerate() {
-            backward_hidden(
-                recording,
-                BackwardHiddenParams {
-                    rows: rows as u32,
-                    width: width as u32,
-                    vocab_start: *vocab_start,
-                    vocab_end: *vocab_end,
-                    first: (i == 0).into(),
-                    f16: head.f16.into(),
-                },
-                head.targets,
-                wte,
-                state,
-                head.scalars,
-                d_hidden,
-            );
+        for (i, chunk) in head.chunks.iter().enumerate() {
+            let params = BackwardHiddenParams {
+                rows: rows as u32,
+                width: width as u32,
+                vocab_start: chunk.start as u32,
+                vocab_end: (chunk.start + chunk.weight.rows) as u32,
+                first: (i == 0).into(),
+                format: weight::code(chunk.weight.format),
+                first_row: chunk.weight.first_row as u32,
+                scales_at: chunk.weight.scales_at() as u32,
+            };
+            let w = &chunk.weight.buffer;
+            backward_hidden(recording, params, head.targets, w, state, head.scalars, d_hidden);
         }
     }
 }
@@ -237,10 +258,8 @@ pub fn reset(recording: &mut Recording, params: ResetParams, state: &Buffer) {
     let rows = params.rows as usize;
     recording.dispatch(
         &RESET,
-        vec![],
         params,
         &[state],
-        linear_workgroups(rows, WORKGROUP),
         Cost {
             flops: 0.0,
             bytes: 12.0 * rows as f64,
@@ -259,17 +278,10 @@ pub fn forward(
     row_scale: &Buffer,
 ) {
     let elements = f64::from(params.rows) * f64::from(params.columns);
-    let rows = params.rows as usize;
-    let (kernel, workgroups) = match recording.class() {
-        DeviceClass::CpuAdapter => (&FORWARD_ROWS, linear_workgroups(rows, ROWS)),
-        _ => (&FORWARD, linear_workgroups(rows, 1)),
-    };
     recording.dispatch(
-        kernel,
-        vec![],
+        &FORWARD,
         params,
         &[targets, logits, state, row_scale],
-        workgroups,
         Cost {
             flops: 4.0 * elements,
             bytes: if params.keep != 0 { 8.0 } else { 4.0 } * elements,
@@ -282,10 +294,8 @@ pub fn loss(recording: &mut Recording, params: LossParams, targets: &Buffer, sta
     let rows = params.rows as usize;
     recording.dispatch(
         &LOSS,
-        vec![],
         params,
         &[targets, state, loss],
-        linear_workgroups(rows, WORKGROUP),
         Cost {
             flops: 3.0 * rows as f64,
             bytes: 20.0 * rows as f64,
@@ -298,7 +308,7 @@ pub fn backward_hidden(
     recording: &mut Recording,
     params: BackwardHiddenParams,
     targets: &Buffer,
-    wte: &Buffer,
+    w: &Buffer,
     state: &Buffer,
     scalars: &Buffer,
     d_hidden: &Buffer,
@@ -306,10 +316,8 @@ pub fn backward_hidden(
     let elements = params.rows as usize * params.width as usize;
     recording.dispatch(
         &BACKWARD_HIDDEN,
-        vec![("F16", (params.f16 != 0).into())],
         params,
-        &[targets, wte, state, scalars, d_hidden],
-        linear_workgroups(elements, WORKGROUP),
+        &[targets, w, state, scalars, d_hidden],
         Cost {
             flops: 3.0 * elements as f64,
             bytes: 10.0 * elements as f64,
@@ -317,18 +325,157 @@ pub fn backward_hidden(
     );
 }
 
-/// The specification of `cross_entropy.reset`.
-pub fn reset_cpu(
-    params: &ResetParams,
-    state: &mut [f32], // (rows, STATE_WORDS)
-) {
-    for state in state.chunks_exact_mut(STATE_WORDS).take(params.rows as usize) {
-        state.copy_from_slice(&[LOWEST, 0.0, 0.0]);
+/// What benches time.
+pub static EXAMPLES: &[Example] = &[Example {
+    name: "cross_entropy",
+    shape: |s| format!("{}x{}x{}", s.rows(), s.width, s.vocab),
+    build: |b, s| {
+        let tile = 2048.min(s.vocab);
+        let hidden = b.random("hidden", s.rows() * s.width)?;
+        let half = s.vocab / 2;
+        let chunks = [(0, half), (half, s.vocab - half)];
+        let chunks = chunks
+            .into_iter()
+            .filter(|&(_, rows)| rows > 0)
+            .map(|(start, rows)| {
+                Ok(Chunk {
+                    weight: b.weight("head", rows, s.width, true)?,
+                    start,
+                })
+            })
+            .collect::<Result<Vec<_>, crate::compute::Error>>()?;
+        let targets = b.below("targets", s.rows(), s.vocab)?;
+        let scalars = b.scalars()?;
+        let logits = b.zeros("logits", s.rows() * tile)?;
+        let state = b.zeros("state", s.rows() * STATE_WORDS)?;
+        let row_scale = b.zeros("row_scale", s.rows())?;
+        let loss = b.zeros("loss", s.rows())?;
+        let d_hidden = b.zeros("d_hidden", s.rows() * s.width)?;
+        let outputs = [
+            (&loss.clone(), s.rows()),
+            (&d_hidden.clone(), s.rows() * s.width),
+        ];
+        Ok(case(&outputs, false, move |recording| {
+            let head = Head {
+                rows: s.rows(),
+                width: s.width,
+                tile,
+                chunks: &chunks,
+                hidden: &hidden,
+                targets: &targets,
+                scalars: &scalars,
+                scratch: Scratch {
+                    logits: &logits,
+                    state: &state,
+                    row_scale: &row_scale,
+                },
+                loss: &loss,
+                d_hidden: Some(&d_hidden),
+            };
+            record(recording, &head);
+        }))
+    },
+}];
+
+/// The mathematics in plain loops.
+pub mod spec {
+    use super::{BackwardHiddenParams, ForwardParams, LOWEST, LossParams, ResetParams, STATE_WORDS, scalar, weight};
+    use crate::compute::real::Real;
+
+    pub fn reset<T: Real>(
+        params: &ResetParams,
+        state: &mut [T], // (rows, STATE_WORDS)
+    ) {
+        for row in 0..params.rows as usize {
+            state[row * STATE_WORDS] = T::from(LOWEST);
+            state[row * STATE_WORDS + 1] = T::ZERO;
+            state[row * STATE_WORDS + 2] = T::ZERO;
+        }
+    }
+
+    pub fn forward<T: Real>(
+        params: &ForwardParams,
+        targets: &[i32],     // (rows)
+        logits: &mut [T],    // (rows, columns)
+        state: &mut [T],     // (rows, STATE_WORDS)
+        row_scale: &mut [T], // (rows)
+    ) {
+        let columns = params.columns as usize;
+        for row in 0..params.rows as usize {
+            let state = &mut state[row * STATE_WORDS..][..STATE_WORDS];
+            let logits = &mut logits[row * columns..][..columns];
+            let target = i64::from(targets[row]) - i64::from(params.vocab_start);
+            if (0..columns as i64).contains(&target) {
+                state[2] = logits[target as usize];
+            }
+            let mut max = state[0];
+            for logit in logits.iter() {
+                max = max.max(*logit);
+            }
+            let mut sum = T::ZERO;
+            for logit in logits.iter_mut() {
+                let value = (*logit - max).exp();
+                if params.keep != 0 {
+                    *logit = value;
+                }
+                sum += value;
+            }
+            row_scale[row] = (state[0] - max).exp();
+            state[1] = state[1] * row_scale[row] + sum;
+            state[0] = max;
+        }
+    }
+
+    pub fn loss<T: Real>(
+        params: &LossParams,
+        targets: &[i32], // (rows)
+        state: &[T],     // (rows, STATE_WORDS)
+        loss: &mut [T],  // (rows)
+    ) {
+        for row in 0..params.rows as usize {
+            let state = &state[row * STATE_WORDS..][..STATE_WORDS];
+            loss[row] = if targets[row] < 0 {
+                T::ZERO
+            } else {
+                state[1].ln() + state[0] - state[2]
+            };
+        }
+    }
+
+    pub fn backward_hidden<T: Real>(
+        params: &BackwardHiddenParams,
+        targets: &[i32],    // (rows)
+        w: &[u32],          // (vocab_end - vocab_start, width) from first_row on
+        state: &[T],        // (rows, STATE_WORDS)
+        scalars: &[T],      // see `scalar`
+        d_hidden: &mut [T], // (rows, width)
+    ) {
+        let width = params.width as usize;
+        let stored = weight::stored(w, params.format, params.width, params.scales_at);
+        let factor = scalars[scalar::FACTOR];
+        for row in 0..params.rows as usize {
+            let token = i64::from(targets[row]);
+            let inside = (i64::from(params.vocab_start)..i64::from(params.vocab_end)).contains(&token);
+            for i in 0..width {
+                let d = &mut d_hidden[row * width + i];
+                if params.first != 0 {
+                    *d = if token < 0 {
+                        T::ZERO
+                    } else {
+                        *d * (factor / state[row * STATE_WORDS + 1])
+                    };
+                }
+                if inside {
+                    let head_row = params.first_row as usize + token as usize - params.vocab_start as usize;
+                    *d -= factor * T::from(stored.at(head_row, i));
+                }
+            }
+        }
     }
 }
 
-/// The specification of `cross_entropy.forward`.
-pub fn forward_cpu(
+/// [`spec::forward`] on all cores, without branches in its loops.
+fn forward_host(
     params: &ForwardParams,
     targets: &[i32],       // (rows)
     logits: &mut [f32],    // (rows, columns)
@@ -364,58 +511,20 @@ pub fn forward_cpu(
     }
 }
 
-/// The specification of `cross_entropy.loss`.
-pub fn loss_cpu(
-    params: &LossParams,
-    targets: &[i32],  // (rows)
-    state: &[f32],    // (rows, STATE_WORDS)
-    loss: &mut [f32], // (rows)
-) {
-    for (row, loss) in loss[..params.rows as usize].iter_mut().enumerate() {
-        let state = &state[row * STATE_WORDS..][..STATE_WORDS];
-        *loss = if targets[row] < 0 {
-            0.0
-        } else {
-            state[1].ln() + state[0] - state[2]
-        };
-    }
-}
-
-/// The specification of `cross_entropy.backward_hidden`.
-pub fn backward_hidden_cpu(
+/// [`spec::backward_hidden`] on all cores.
+fn backward_hidden_host(
     params: &BackwardHiddenParams,
-    targets: &[i32],      // (rows)
-    wte: &[u32],          // (vocab_end - vocab_start, width)
-    state: &[f32],        // (rows, STATE_WORDS)
-    scalars: &[f32],      // see `scalar`
-    d_hidden: &mut [f32], // (rows, width)
+    targets: &[i32],
+    w: &[u32],
+    state: &[f32],
+    scalars: &[f32],
+    d_hidden: &mut [f32],
 ) {
-    let (rows, width) = (params.rows as usize, params.width as usize);
-    let factor = scalars[scalar::FACTOR];
-    let halves: &[f16] = bytemuck::cast_slice::<u32, u16>(wte).reinterpret_cast();
-    let singles: &[f32] = bytemuck::cast_slice(wte);
-    for_each_row(&mut d_hidden[..rows * width], width, |row, d_hidden| {
-        let target = targets[row];
-        if params.first != 0 {
-            if target < 0 {
-                d_hidden.fill(0.0);
-            } else {
-                let scale = factor / state[row * STATE_WORDS + 1];
-                d_hidden.iter_mut().for_each(|d| *d *= scale);
-            }
-        }
-        let token = i64::from(target);
-        if (i64::from(params.vocab_start)..i64::from(params.vocab_end)).contains(&token) {
-            let start = (token as usize - params.vocab_start as usize) * width;
-            for (i, d) in d_hidden.iter_mut().enumerate() {
-                let embedding = if params.f16 != 0 {
-                    halves[start + i].to_f32()
-                } else {
-                    singles[start + i]
-                };
-                *d -= factor * embedding;
-            }
-        }
+    let width = params.width as usize;
+    for_each_row(&mut d_hidden[..params.rows as usize * width], width, |row, d_hidden| {
+        let of_row = BackwardHiddenParams { rows: 1, ..*params };
+        let state = &state[row * STATE_WORDS..];
+        spec::backward_hidden(&of_row, &targets[row..], w, state, scalars, d_hidden);
     });
 }
 
