@@ -40,6 +40,11 @@ impl Family {
         }
     }
 
+    /// The family of this `model_type`.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|family| family.model_type() == name)
+    }
+
     /// The class of transformers that loads it.
     pub fn class(self) -> &'static str {
         match self {
@@ -48,6 +53,12 @@ impl Family {
             Family::Qwen2 => "Qwen2ForCausalLM",
             Family::Qwen3 => "Qwen3ForCausalLM",
         }
+    }
+}
+
+impl std::fmt::Display for Family {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.pad(self.model_type())
     }
 }
 
@@ -522,8 +533,7 @@ impl Fields {
     fn family(&self) -> Result<Family, ArchitectureError> {
         let found = match (self.optional("model_type"), self.optional("architectures")) {
             (Some(model_type), _) => {
-                let known = |family: &Family| model_type.as_str() == Some(family.model_type());
-                if let Some(family) = Family::ALL.into_iter().find(known) {
+                if let Some(family) = model_type.as_str().and_then(Family::from_name) {
                     return Ok(family);
                 }
                 shown(model_type)

@@ -14,6 +14,8 @@ pub mod central;
 pub mod cost;
 pub mod ends;
 pub mod generation;
+#[cfg(not(target_arch = "wasm32"))]
+pub mod gguf;
 pub mod linear;
 pub mod optimizer;
 pub mod part;

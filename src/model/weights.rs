@@ -12,7 +12,7 @@ use super::architecture::{Architecture, ArchitectureError, Family};
 use super::archive::{Archive, ArchiveError, Source};
 use super::ends::embedding::{Embedding, RowSource, Rows};
 #[cfg(not(target_arch = "wasm32"))]
-use super::gguf::{GgufError, GgufModel};
+use super::gguf::{GgufError, model::GgufModel};
 use super::unit::{HEAD, Tensor, Unit, UnitData, layout};
 use crate::terms::format::{Encoder, Format, FormatError, Layout};
 

@@ -261,7 +261,7 @@ impl Layout {
             Format::F16 => {
                 let first = row * self.columns;
                 for (element, value) in (first..).zip(values) {
-                    *value = half_at(words, element);
+                    *value = half_at(words, element).to_f32();
                 }
             }
             Format::Q8 | Format::Q4 => {
@@ -299,19 +299,19 @@ impl Layout {
                 values.fill(0.0);
                 let length = self.group_length(group);
                 for (element, value) in (first..).zip(&mut values[..length]) {
-                    *value = half_at(words, element);
+                    *value = half_at(words, element).to_f32();
                 }
             }
             Format::Q8 => {
-                let scale = half_at(&words[self.scales_at()..], index);
-                let codes = &words[index * Q8_CODE_WORDS..][..Q8_CODE_WORDS];
+                let (scale, codes) = self.q8_group(words, index);
+                let scale = scale.to_f32();
                 for (values, word) in values.as_chunks_mut::<4>().0.iter_mut().zip(codes) {
                     *values = word.to_le_bytes().map(|code| scale * f32::from(code.cast_signed()));
                 }
             }
             Format::Q4 => {
-                let (scale, minimum) = halves(words[self.scales_at() + index]);
-                let codes = &words[index * Q4_CODE_WORDS..][..Q4_CODE_WORDS];
+                let (scale, minimum, codes) = self.q4_group(words, index);
+                let (scale, minimum) = (scale.to_f32(), minimum.to_f32());
                 for (values, word) in values.as_chunks_mut::<8>().0.iter_mut().zip(codes) {
                     for (i, value) in values.iter_mut().enumerate() {
                         *value = scale * (word >> (4 * i) & 15) as f32 + minimum;
@@ -321,6 +321,29 @@ impl Layout {
                 values[self.group_length(group)..].fill(0.0);
             }
         }
+    }
+
+    /// Scale and codes of a group of a `q8` matrix; `index` counts all groups, row · groups + group.
+    ///
+    /// # Panics
+    /// When the group does not exist or `words` is too short.
+    #[inline]
+    pub fn q8_group(&self, words: &[u32], index: usize) -> (f16, [u32; Q8_CODE_WORDS]) {
+        let mut codes = [0; Q8_CODE_WORDS];
+        codes.copy_from_slice(&words[index * Q8_CODE_WORDS..][..Q8_CODE_WORDS]);
+        (half_at(&words[self.scales_at()..], index), codes)
+    }
+
+    /// Scale, minimum and codes of a group of a `q4` matrix; `index` counts all groups, row · groups + group.
+    ///
+    /// # Panics
+    /// When the group does not exist or `words` is too short.
+    #[inline]
+    pub fn q4_group(&self, words: &[u32], index: usize) -> (f16, f16, [u32; Q4_CODE_WORDS]) {
+        let mut codes = [0; Q4_CODE_WORDS];
+        codes.copy_from_slice(&words[index * Q4_CODE_WORDS..][..Q4_CODE_WORDS]);
+        let pair = words[self.scales_at() + index];
+        (f16::from_bits(pair as u16), f16::from_bits((pair >> 16) as u16), codes)
     }
 
     /// Compares the length of `words` with the layout's, and checks that every value is finite and every padding zero, as
@@ -417,6 +440,11 @@ impl Encoder {
         }
     }
 
+    /// Values taken so far.
+    pub fn pushed(&self) -> usize {
+        self.pushed
+    }
+
     /// Takes the next values, row major; a piece may end anywhere.
     ///
     /// # Errors
@@ -486,21 +514,55 @@ impl Encoder {
         }
     }
 
+    /// Takes the next group of a `q8` matrix as it is, four codes a word.
+    ///
+    /// # Panics
+    /// When the matrix is of another format, has rows that are no whole groups, or is complete, and in the middle of a group.
+    pub fn push_q8_group(&mut self, scale: f16, codes: [u32; Q8_CODE_WORDS]) {
+        let index = self.next_whole_group(Format::Q8);
+        self.put_q8(index, scale, codes);
+    }
+
+    /// Takes the next group of a `q4` matrix as it is, eight codes a word.
+    ///
+    /// # Panics
+    /// When the matrix is of another format, has rows that are no whole groups, or is complete, and in the middle of a group.
+    pub fn push_q4_group(&mut self, scale: f16, minimum: f16, codes: [u32; Q4_CODE_WORDS]) {
+        let index = self.next_whole_group(Format::Q4);
+        self.put_q4(index, scale, minimum, codes);
+    }
+
+    fn next_whole_group(&mut self, format: Format) -> usize {
+        let layout = self.layout;
+        assert!(
+            layout.format == format && layout.columns.is_multiple_of(GROUP) && self.pushed.is_multiple_of(GROUP),
+            "a group of {format} for {layout:?} after {} values",
+            self.pushed
+        );
+        let index = self.pushed / GROUP;
+        self.pushed += GROUP;
+        index
+    }
+
+    fn put_q8(&mut self, index: usize, scale: f16, codes: [u32; Q8_CODE_WORDS]) {
+        self.words[index * Q8_CODE_WORDS..][..Q8_CODE_WORDS].copy_from_slice(&codes);
+        set_half(&mut self.words[self.layout.scales_at()..], index, scale);
+    }
+
+    fn put_q4(&mut self, index: usize, scale: f16, minimum: f16, codes: [u32; Q4_CODE_WORDS]) {
+        self.words[index * Q4_CODE_WORDS..][..Q4_CODE_WORDS].copy_from_slice(&codes);
+        self.words[self.layout.scales_at() + index] = u32::from(scale.to_bits()) | u32::from(minimum.to_bits()) << 16;
+    }
+
     /// Writes the group with this index among all groups of the matrix; `pushed` stands behind it.
     fn close_group(&mut self, index: usize, length: usize) -> Result<(), FormatError> {
-        let scales_at = self.layout.scales_at();
         let encoded = match self.layout.format {
             Format::Q8 => {
                 self.group[length..].fill(0.0);
-                encode_q8(&self.group).map(|(scale, codes)| {
-                    self.words[index * Q8_CODE_WORDS..][..Q8_CODE_WORDS].copy_from_slice(&codes);
-                    set_half(&mut self.words[scales_at..], index, scale);
-                })
+                encode_q8(&self.group).map(|(scale, codes)| self.put_q8(index, scale, codes))
             }
-            _ => encode_q4(&mut self.group, length).map(|(scale, minimum, codes)| {
-                self.words[index * Q4_CODE_WORDS..][..Q4_CODE_WORDS].copy_from_slice(&codes);
-                self.words[scales_at + index] = pair(scale, minimum);
-            }),
+            _ => encode_q4(&mut self.group, length)
+                .map(|(scale, minimum, codes)| self.put_q4(index, scale, minimum, codes)),
         };
         if encoded.is_none() {
             let magnitude = |i: &usize| self.group[*i].abs();
@@ -592,32 +654,18 @@ impl Packed {
 /// Copies row `source` of halves to row `target`, rows being `length` halves long.
 fn copy_halves(from: &[u32], source: usize, to: &mut [u32], target: usize, length: usize) {
     for i in 0..length {
-        let element = source * length + i;
-        let bits = (from[element / 2] >> (16 * (element % 2))) as u16;
-        set_half(to, target * length + i, f16::from_bits(bits));
+        set_half(to, target * length + i, half_at(from, source * length + i));
     }
 }
 
 /// Half `element` of words that hold two each, the earlier low.
-fn half_at(words: &[u32], element: usize) -> f32 {
-    f16::from_bits((words[element / 2] >> (16 * (element % 2))) as u16).to_f32()
+fn half_at(words: &[u32], element: usize) -> f16 {
+    f16::from_bits((words[element / 2] >> (16 * (element % 2))) as u16)
 }
 
 /// Sets a half that is still zero.
 fn set_half(words: &mut [u32], element: usize, half: f16) {
     words[element / 2] |= u32::from(half.to_bits()) << (16 * (element % 2));
-}
-
-/// The two halves of a word, the low one first.
-fn halves(word: u32) -> (f32, f32) {
-    (
-        f16::from_bits(word as u16).to_f32(),
-        f16::from_bits((word >> 16) as u16).to_f32(),
-    )
-}
-
-fn pair(low: f16, high: f16) -> u32 {
-    u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16
 }
 
 /// A group in 8-bit codes; `None` when its scale is beyond f16.
