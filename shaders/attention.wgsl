@@ -1,6 +1,7 @@
 // Causal multi-head attention. The tiled entry points give a workgroup a tile of tokens of one head and walk over the tiles it
 // attends to (or is attended by), the head in slices of 32 so that workgroup memory does not grow with it. The `_rows` entry
-// points, for adapters emulated on a CPU, give each invocation a token and need neither workgroup memory nor barriers.
+// points, for adapters emulated on a CPU, give each invocation a token and need neither workgroup memory nor barriers. Query head
+// h reads key-value head h / (heads / kv_heads); gradients of keys and values sum over the heads that share them in their order.
 
 const WORKGROUP: u32 = 64u;
 const HEAD_SLICES: u32 = 2u; // ceil(head_size / 32), for the tiled entry points
@@ -15,30 +16,27 @@ const SCORE_PITCH: u32 = 33u;
 const ACCUMULATORS: u32 = 4u * HEAD_SLICES;
 const MASKED: f32 = -1e30;
 
-const QUERY: u32 = 0u;
-const KEY: u32 = 1u;
-const VALUE: u32 = 2u;
-
 struct Params {
     batch: u32,
     seq: u32,
     heads: u32,
+    kv_heads: u32,
     head_size: u32,
     scale: f32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> qkv: array<f32>;        // (batch * seq, 3 * width)
-@group(0) @binding(2) var<storage, read_write> out: array<f32>;  // (batch * seq, width)
+@group(0) @binding(1) var<storage, read> qkv: array<f32>;        // (batch * seq, slots * head_size)
+@group(0) @binding(2) var<storage, read_write> out: array<f32>;  // (batch * seq, heads * head_size)
 @group(0) @binding(3) var<storage, read_write> lse: array<f32>;  // (batch, heads, seq)
 
-@group(0) @binding(1) var<storage, read> saved_out: array<f32>;  // (batch * seq, width)
+@group(0) @binding(1) var<storage, read> saved_out: array<f32>;  // (batch * seq, heads * head_size)
 @group(0) @binding(3) var<storage, read_write> dot_out: array<f32>; // (batch, heads, seq)
 
-@group(0) @binding(2) var<storage, read> d_out: array<f32>;      // (batch * seq, width)
+@group(0) @binding(2) var<storage, read> d_out: array<f32>;      // (batch * seq, heads * head_size)
 @group(0) @binding(3) var<storage, read> saved_lse: array<f32>;  // (batch, heads, seq)
 @group(0) @binding(4) var<storage, read> saved_dot: array<f32>;  // (batch, heads, seq)
-@group(0) @binding(5) var<storage, read_write> d_qkv: array<f32>; // (batch * seq, 3 * width)
+@group(0) @binding(5) var<storage, read_write> d_qkv: array<f32>; // (batch * seq, slots * head_size)
 
 // A token's place: which sequence, which head.
 struct Group {
@@ -46,18 +44,32 @@ struct Group {
     head: u32,
 }
 
-fn width() -> u32 {
-    return params.heads * params.head_size;
+// Query heads that share a key-value head.
+fn sharing() -> u32 {
+    return params.heads / params.kv_heads;
 }
 
-// Index of the first of a head's values of token t in qkv (part 0, 1, 2) or d_qkv.
-fn qkv_start(group: Group, part: u32, t: u32) -> u32 {
-    return ((group.batch * params.seq + t) * 3u + part) * width() + group.head * params.head_size;
+// A row of qkv has `slots` heads: the query heads, then the key heads, then the value heads.
+fn slots() -> u32 {
+    return params.heads + 2u * params.kv_heads;
 }
 
-// The same in out and d_out.
+fn key_slot(kv_head: u32) -> u32 {
+    return params.heads + kv_head;
+}
+
+fn value_slot(kv_head: u32) -> u32 {
+    return params.heads + params.kv_heads + kv_head;
+}
+
+// Index of the first value of a slot of token t in qkv or d_qkv.
+fn qkv_start(batch: u32, slot: u32, t: u32) -> u32 {
+    return ((batch * params.seq + t) * slots() + slot) * params.head_size;
+}
+
+// Index of the first of a head's values of token t in out or d_out.
 fn out_start(group: Group, t: u32) -> u32 {
-    return (group.batch * params.seq + t) * width() + group.head * params.head_size;
+    return ((group.batch * params.seq + t) * params.heads + group.head) * params.head_size;
 }
 
 // Index of token t in lse and dot.
@@ -119,11 +131,11 @@ var<workgroup> sh_reduce: array<f32, TILE * LANES>;
 alias Scores = array<vec4<f32>, 4>;                  // of rows 4y..4y+4 and columns x, x+8, x+16, x+24
 alias Accumulator = array<vec4<f32>, ACCUMULATORS>;  // [4 * slice + row], values 4x..4x+4 of the slice
 
-fn qkv_tile_quad(group: Group, part: u32, t: u32, quad: u32) -> vec4<f32> {
+fn qkv_tile_quad(batch: u32, slot: u32, t: u32, quad: u32) -> vec4<f32> {
     if t >= params.seq || 4u * quad >= params.head_size {
         return vec4(0.0);
     }
-    return qkv_quad(qkv_start(group, part, t), quad);
+    return qkv_quad(qkv_start(batch, slot, t), quad);
 }
 
 fn d_out_tile_quad(group: Group, t: u32, quad: u32) -> vec4<f32> {
@@ -133,20 +145,20 @@ fn d_out_tile_quad(group: Group, t: u32, quad: u32) -> vec4<f32> {
     return d_out_quad(out_start(group, t), quad);
 }
 
-// Puts a slice of a part of the tokens from `row` on into sh_rows.
-fn stage_qkv_rows(lane: u32, group: Group, part: u32, row: u32, slice: u32) {
+// Puts a slice of a slot of the tokens from `row` on into sh_rows.
+fn stage_qkv_rows(lane: u32, batch: u32, slot: u32, row: u32, slice: u32) {
     for (var i = lane; i < TILE * SLICE_QUADS; i += WORKGROUP) {
         let t = i / SLICE_QUADS;
         let quad = i % SLICE_QUADS;
-        sh_rows[t * QUAD_PITCH + quad] = qkv_tile_quad(group, part, row + t, slice * SLICE_QUADS + quad);
+        sh_rows[t * QUAD_PITCH + quad] = qkv_tile_quad(batch, slot, row + t, slice * SLICE_QUADS + quad);
     }
 }
 
-fn stage_qkv_cols(lane: u32, group: Group, part: u32, column: u32, slice: u32) {
+fn stage_qkv_cols(lane: u32, batch: u32, slot: u32, column: u32, slice: u32) {
     for (var i = lane; i < TILE * SLICE_QUADS; i += WORKGROUP) {
         let t = i / SLICE_QUADS;
         let quad = i % SLICE_QUADS;
-        sh_cols[t * QUAD_PITCH + quad] = qkv_tile_quad(group, part, column + t, slice * SLICE_QUADS + quad);
+        sh_cols[t * QUAD_PITCH + quad] = qkv_tile_quad(batch, slot, column + t, slice * SLICE_QUADS + quad);
     }
 }
 
@@ -219,6 +231,7 @@ fn forward(
     @builtin(local_invocation_index) lane: u32,
 ) {
     let group = Group(id.z, id.y);
+    let kv_head = id.y / sharing();
     let x = lane % LANES;
     let y = lane / LANES;
     let tile = groups.x - 1u - id.x; // the longest walks first
@@ -231,8 +244,8 @@ fn forward(
         var scores: Scores;
         for (var slice = 0u; slice < HEAD_SLICES; slice++) {
             workgroupBarrier();
-            stage_qkv_rows(lane, group, QUERY, first_query, slice);
-            stage_qkv_cols(lane, group, KEY, first_key, slice);
+            stage_qkv_rows(lane, id.z, id.y, first_query, slice);
+            stage_qkv_cols(lane, id.z, key_slot(kv_head), first_key, slice);
             workgroupBarrier();
             add_products(x, y, &scores);
         }
@@ -262,7 +275,7 @@ fn forward(
         share_scores(x, y, &scores);
         for (var slice = 0u; slice < HEAD_SLICES; slice++) {
             workgroupBarrier();
-            stage_qkv_cols(lane, group, VALUE, first_key, slice);
+            stage_qkv_cols(lane, id.z, value_slot(kv_head), first_key, slice);
             workgroupBarrier();
             add_weighted(x, y, slice, &accumulator);
         }
@@ -295,6 +308,7 @@ fn backward_q(
     @builtin(local_invocation_index) lane: u32,
 ) {
     let group = Group(id.z, id.y);
+    let kv_head = id.y / sharing();
     let x = lane % LANES;
     let y = lane / LANES;
     let tile = groups.x - 1u - id.x;
@@ -314,8 +328,8 @@ fn backward_q(
         var scores: Scores;
         for (var slice = 0u; slice < HEAD_SLICES; slice++) {
             workgroupBarrier();
-            stage_qkv_rows(lane, group, QUERY, first_query, slice);
-            stage_qkv_cols(lane, group, KEY, first_key, slice);
+            stage_qkv_rows(lane, id.z, id.y, first_query, slice);
+            stage_qkv_cols(lane, id.z, key_slot(kv_head), first_key, slice);
             workgroupBarrier();
             add_products(x, y, &scores);
         }
@@ -323,7 +337,7 @@ fn backward_q(
         for (var slice = 0u; slice < HEAD_SLICES; slice++) {
             workgroupBarrier();
             stage_d_out_rows(lane, group, first_query, slice);
-            stage_qkv_cols(lane, group, VALUE, first_key, slice);
+            stage_qkv_cols(lane, id.z, value_slot(kv_head), first_key, slice);
             workgroupBarrier();
             add_products(x, y, &d_probabilities);
         }
@@ -337,7 +351,7 @@ fn backward_q(
         share_scores(x, y, &scores);
         for (var slice = 0u; slice < HEAD_SLICES; slice++) {
             workgroupBarrier();
-            stage_qkv_cols(lane, group, KEY, first_key, slice);
+            stage_qkv_cols(lane, id.z, key_slot(kv_head), first_key, slice);
             workgroupBarrier();
             add_weighted(x, y, slice, &d_q);
         }
@@ -346,81 +360,86 @@ fn backward_q(
         let query = first_query + 4u * y + i;
         if query < params.seq {
             for (var slice = 0u; slice < HEAD_SLICES; slice++) {
-                store_d_qkv(qkv_start(group, QUERY, query), slice * SLICE_QUADS + x, d_q[4u * slice + i]);
+                store_d_qkv(qkv_start(id.z, id.y, query), slice * SLICE_QUADS + x, d_q[4u * slice + i]);
             }
         }
     }
 }
 
-// Rows are keys here and columns queries.
+// Rows are keys here and columns queries, of one head after the other of those that share the keys.
 @compute @workgroup_size(WORKGROUP)
 fn backward_kv(
     @builtin(workgroup_id) id: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let group = Group(id.z, id.y);
+    let batch = id.z;
+    let k_slot = key_slot(id.y);
+    let v_slot = value_slot(id.y);
     let x = lane % LANES;
     let y = lane / LANES;
     let first_key = id.x * TILE;
     var d_k: Accumulator;
     var d_v: Accumulator;
-    for (var query_tile = id.x; query_tile < groups.x; query_tile++) {
-        let first_query = query_tile * TILE;
-        var scores: Scores;
-        for (var slice = 0u; slice < HEAD_SLICES; slice++) {
-            workgroupBarrier();
-            stage_qkv_rows(lane, group, KEY, first_key, slice);
-            stage_qkv_cols(lane, group, QUERY, first_query, slice);
-            workgroupBarrier();
-            add_products(x, y, &scores);
-        }
-        var d_probabilities: Scores;
-        for (var slice = 0u; slice < HEAD_SLICES; slice++) {
-            workgroupBarrier();
-            stage_qkv_rows(lane, group, VALUE, first_key, slice);
-            stage_d_out_cols(lane, group, first_query, slice);
-            workgroupBarrier();
-            add_products(x, y, &d_probabilities);
-        }
-        let query = columns(first_query, x);
-        var column_lse = vec4(0.0);
-        var column_dot = vec4(0.0);
-        for (var j = 0u; j < 4u; j++) {
-            if query[j] < params.seq {
-                column_lse[j] = saved_lse[row_index(group, query[j])];
-                column_dot[j] = saved_dot[row_index(group, query[j])];
+    for (var head = id.y * sharing(); head < (id.y + 1u) * sharing(); head++) {
+        let group = Group(batch, head);
+        for (var query_tile = id.x; query_tile < groups.x; query_tile++) {
+            let first_query = query_tile * TILE;
+            var scores: Scores;
+            for (var slice = 0u; slice < HEAD_SLICES; slice++) {
+                workgroupBarrier();
+                stage_qkv_rows(lane, batch, k_slot, first_key, slice);
+                stage_qkv_cols(lane, batch, head, first_query, slice);
+                workgroupBarrier();
+                add_products(x, y, &scores);
             }
-        }
-        var d_scores: Scores;
-        for (var i = 0u; i < 4u; i++) {
-            let key = vec4(first_key + 4u * y + i);
-            let probability = exp(params.scale * scores[i] - column_lse);
-            scores[i] = select(vec4(0.0), probability, attends(query, key));
-            d_scores[i] = params.scale * scores[i] * (d_probabilities[i] - column_dot);
-        }
-        share_scores(x, y, &scores);
-        for (var slice = 0u; slice < HEAD_SLICES; slice++) {
+            var d_probabilities: Scores;
+            for (var slice = 0u; slice < HEAD_SLICES; slice++) {
+                workgroupBarrier();
+                stage_qkv_rows(lane, batch, v_slot, first_key, slice);
+                stage_d_out_cols(lane, group, first_query, slice);
+                workgroupBarrier();
+                add_products(x, y, &d_probabilities);
+            }
+            let query = columns(first_query, x);
+            var column_lse = vec4(0.0);
+            var column_dot = vec4(0.0);
+            for (var j = 0u; j < 4u; j++) {
+                if query[j] < params.seq {
+                    column_lse[j] = saved_lse[row_index(group, query[j])];
+                    column_dot[j] = saved_dot[row_index(group, query[j])];
+                }
+            }
+            var d_scores: Scores;
+            for (var i = 0u; i < 4u; i++) {
+                let key = vec4(first_key + 4u * y + i);
+                let probability = exp(params.scale * scores[i] - column_lse);
+                scores[i] = select(vec4(0.0), probability, attends(query, key));
+                d_scores[i] = params.scale * scores[i] * (d_probabilities[i] - column_dot);
+            }
+            share_scores(x, y, &scores);
+            for (var slice = 0u; slice < HEAD_SLICES; slice++) {
+                workgroupBarrier();
+                stage_d_out_cols(lane, group, first_query, slice);
+                workgroupBarrier();
+                add_weighted(x, y, slice, &d_v);
+            }
             workgroupBarrier();
-            stage_d_out_cols(lane, group, first_query, slice);
-            workgroupBarrier();
-            add_weighted(x, y, slice, &d_v);
-        }
-        workgroupBarrier();
-        share_scores(x, y, &d_scores);
-        for (var slice = 0u; slice < HEAD_SLICES; slice++) {
-            workgroupBarrier();
-            stage_qkv_cols(lane, group, QUERY, first_query, slice);
-            workgroupBarrier();
-            add_weighted(x, y, slice, &d_k);
+            share_scores(x, y, &d_scores);
+            for (var slice = 0u; slice < HEAD_SLICES; slice++) {
+                workgroupBarrier();
+                stage_qkv_cols(lane, batch, head, first_query, slice);
+                workgroupBarrier();
+                add_weighted(x, y, slice, &d_k);
+            }
         }
     }
     for (var i = 0u; i < 4u; i++) {
         let key = first_key + 4u * y + i;
         if key < params.seq {
             for (var slice = 0u; slice < HEAD_SLICES; slice++) {
-                store_d_qkv(qkv_start(group, KEY, key), slice * SLICE_QUADS + x, d_k[4u * slice + i]);
-                store_d_qkv(qkv_start(group, VALUE, key), slice * SLICE_QUADS + x, d_v[4u * slice + i]);
+                store_d_qkv(qkv_start(batch, k_slot, key), slice * SLICE_QUADS + x, d_k[4u * slice + i]);
+                store_d_qkv(qkv_start(batch, v_slot, key), slice * SLICE_QUADS + x, d_v[4u * slice + i]);
             }
         }
     }
@@ -459,9 +478,9 @@ fn group_of(i: u32) -> Group {
     return Group(group / params.heads, group % params.heads);
 }
 
-fn load_qkv(group: Group, part: u32, t: u32, token: ptr<function, Token>) {
+fn load_qkv(batch: u32, slot: u32, t: u32, token: ptr<function, Token>) {
     for (var quad = 0u; quad < quads(); quad++) {
-        (*token)[quad] = qkv_quad(qkv_start(group, part, t), quad);
+        (*token)[quad] = qkv_quad(qkv_start(batch, slot, t), quad);
     }
 }
 
@@ -485,9 +504,9 @@ fn token_add(sum: ptr<function, Token>, keep: f32, weight: f32, value: ptr<funct
     }
 }
 
-fn store_d_token(group: Group, part: u32, t: u32, token: ptr<function, Token>) {
+fn store_d_token(batch: u32, slot: u32, t: u32, token: ptr<function, Token>) {
     for (var quad = 0u; quad < quads(); quad++) {
-        store_d_qkv(qkv_start(group, part, t), quad, (*token)[quad]);
+        store_d_qkv(qkv_start(batch, slot, t), quad, (*token)[quad]);
     }
 }
 
@@ -498,20 +517,22 @@ fn forward_rows(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workg
         return;
     }
     let group = group_of(i);
+    let k_slot = key_slot(group.head / sharing());
+    let v_slot = value_slot(group.head / sharing());
     let query = i % params.seq;
     var q: Token;
-    load_qkv(group, QUERY, query, &q);
+    load_qkv(group.batch, group.head, query, &q);
     var sum: Token;
     var row_max = MASKED;
     var row_sum = 0.0;
     var other: Token;
     for (var key = 0u; key <= query; key++) {
-        load_qkv(group, KEY, key, &other);
+        load_qkv(group.batch, k_slot, key, &other);
         let score = params.scale * token_dot(&q, &other);
         let new_max = max(row_max, score);
         let correction = exp(row_max - new_max);
         let probability = exp(score - new_max);
-        load_qkv(group, VALUE, key, &other);
+        load_qkv(group.batch, v_slot, key, &other);
         token_add(&sum, correction, probability, &other);
         row_sum = row_sum * correction + probability;
         row_max = new_max;
@@ -529,47 +550,53 @@ fn backward_q_rows(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_wo
         return;
     }
     let group = group_of(i);
+    let k_slot = key_slot(group.head / sharing());
+    let v_slot = value_slot(group.head / sharing());
     let query = i % params.seq;
     var q: Token;
     var d_o: Token;
-    load_qkv(group, QUERY, query, &q);
+    load_qkv(group.batch, group.head, query, &q);
     load_d_out(group, query, &d_o);
     var d_q: Token;
     var other: Token;
     for (var key = 0u; key <= query; key++) {
-        load_qkv(group, VALUE, key, &other);
+        load_qkv(group.batch, v_slot, key, &other);
         let d_probability = token_dot(&d_o, &other);
-        load_qkv(group, KEY, key, &other);
+        load_qkv(group.batch, k_slot, key, &other);
         let probability = exp(params.scale * token_dot(&q, &other) - saved_lse[i]);
         token_add(&d_q, 1.0, params.scale * probability * (d_probability - saved_dot[i]), &other);
     }
-    store_d_token(group, QUERY, query, &d_q);
+    store_d_token(group.batch, group.head, query, &d_q);
 }
 
 @compute @workgroup_size(ROWS_WORKGROUP)
 fn backward_kv_rows(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
     let i = id.x + id.y * groups.x * ROWS_WORKGROUP;
-    if i >= params.batch * params.heads * params.seq {
+    if i >= params.batch * params.kv_heads * params.seq {
         return;
     }
-    let group = group_of(i);
     let key = i % params.seq;
+    let batch = i / params.seq / params.kv_heads;
+    let kv_head = i / params.seq % params.kv_heads;
     var k: Token;
     var v: Token;
-    load_qkv(group, KEY, key, &k);
-    load_qkv(group, VALUE, key, &v);
+    load_qkv(batch, key_slot(kv_head), key, &k);
+    load_qkv(batch, value_slot(kv_head), key, &v);
     var d_k: Token;
     var d_v: Token;
     var q: Token;
     var d_o: Token;
-    for (var query = key; query < params.seq; query++) {
-        let row = row_index(group, query);
-        load_qkv(group, QUERY, query, &q);
-        load_d_out(group, query, &d_o);
-        let probability = exp(params.scale * token_dot(&k, &q) - saved_lse[row]);
-        token_add(&d_v, 1.0, probability, &d_o);
-        token_add(&d_k, 1.0, params.scale * probability * (token_dot(&v, &d_o) - saved_dot[row]), &q);
+    for (var head = kv_head * sharing(); head < (kv_head + 1u) * sharing(); head++) {
+        let group = Group(batch, head);
+        for (var query = key; query < params.seq; query++) {
+            let row = row_index(group, query);
+            load_qkv(batch, head, query, &q);
+            load_d_out(group, query, &d_o);
+            let probability = exp(params.scale * token_dot(&k, &q) - saved_lse[row]);
+            token_add(&d_v, 1.0, probability, &d_o);
+            token_add(&d_k, 1.0, params.scale * probability * (token_dot(&v, &d_o) - saved_dot[row]), &q);
+        }
     }
-    store_d_token(group, KEY, key, &d_k);
-    store_d_token(group, VALUE, key, &d_v);
+    store_d_token(batch, key_slot(kv_head), key, &d_k);
+    store_d_token(batch, value_slot(kv_head), key, &d_v);
 }

@@ -11,6 +11,7 @@
 pub mod cpu;
 pub mod device;
 mod gpu;
+pub(crate) mod host;
 pub mod kernel;
 pub mod real;
 pub mod recording;

@@ -4,6 +4,7 @@
 use std::ops::Range;
 
 use crate::compute::Buffer;
+use crate::compute::host::weight::Stored;
 use crate::terms::format::Format;
 
 /// `rows` rows of `columns` values each, from row `first_row` on of a buffer that holds `stored_rows` of them.
@@ -32,17 +33,61 @@ impl Weight {
         if self.transposed { self.rows } else { self.columns }
     }
 
+    /// The word of the buffer at which the scales of a quantised format begin; 0 for the others.
+    pub fn scales_at(&self) -> usize {
+        if self.format.is_quantised() {
+            self.format.layout(self.stored_rows, self.columns).scales_at()
+        } else {
+            0
+        }
+    }
+
+    /// Bytes of its values and scales.
+    pub fn bytes(&self) -> f64 {
+        4.0 * self.format.words(self.rows, self.columns) as f64
+    }
+
     /// Some of its rows, on the same buffer.
     ///
     /// # Panics
     /// If the range leaves the matrix.
     pub fn row_range(&self, rows: Range<usize>) -> Self {
-        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {self:?}");
+        assert!(
+            rows.start <= rows.end && rows.end <= self.rows,
+            "rows {rows:?} of {self:?}"
+        );
         Self {
             first_row: self.first_row + rows.start,
             rows: rows.len(),
             ..self.clone()
         }
+    }
+}
+
+/// The number by which params and `W_FORMAT` of `shaders/weight.wgsl` name a format.
+pub(super) fn code(format: Format) -> u32 {
+    match format {
+        Format::F32 => 0,
+        Format::F16 => 1,
+        Format::Q8 => 2,
+        Format::Q4 => 3,
+    }
+}
+
+/// The matrix that params describe: the format by its [`code`], `columns` values a row, scales from word `scales_at` on.
+pub(super) fn stored(words: &[u32], format: u32, columns: u32, scales_at: u32) -> Stored<'_> {
+    let format = match format {
+        0 => Format::F32,
+        1 => Format::F16,
+        2 => Format::Q8,
+        3 => Format::Q4,
+        _ => panic!("{format} is the code of no weight format"),
+    };
+    Stored {
+        words,
+        format,
+        columns: columns as usize,
+        scales_at: scales_at as usize,
     }
 }
 
