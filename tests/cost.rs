@@ -131,7 +131,10 @@ fn flops(record: impl FnOnce(&mut Recording)) -> f64 {
 #[track_caller]
 fn assert_equal(found: f64, expected: f64, what: &str) {
     // Sums of the same terms in another order.
-    assert!((found - expected).abs() <= 1e-9 * expected, "{what}: {found}, not {expected}");
+    assert!(
+        (found - expected).abs() <= 1e-9 * expected,
+        "{what}: {found}, not {expected}"
+    );
 }
 
 #[test]
@@ -146,8 +149,16 @@ fn issued_work_is_what_both_sides_of_a_split_step_record() {
             let client = case.stack(&engine, 0..cut, &targets, Format::F16);
             let forward = flops(|recording| client.record_blocks(recording, seq));
             let backward = flops(|recording| client.record_backward(recording, seq, false));
-            assert_equal(workload.client_forward_flops(cut, rank), forward, &what("client forward"));
-            assert_equal(workload.client_backward_flops(cut, rank), backward, &what("client backward"));
+            assert_equal(
+                workload.client_forward_flops(cut, rank),
+                forward,
+                &what("client forward"),
+            );
+            assert_equal(
+                workload.client_backward_flops(cut, rank),
+                backward,
+                &what("client backward"),
+            );
 
             let server = case.stack(&engine, cut..case.config.blocks, &targets, Format::F16);
             let step = flops(|recording| {
@@ -160,8 +171,16 @@ fn issued_work_is_what_both_sides_of_a_split_step_record() {
                 server.record_loss(recording, seq, false);
             });
             assert_equal(workload.server_flops(cut, rank), step, &what("server"));
-            assert_equal(workload.server_forward_flops(cut, rank), evaluation, &what("server forward"));
-            assert_equal(workload.step_flops(cut, rank), forward + backward + step, &what("both sides"));
+            assert_equal(
+                workload.server_forward_flops(cut, rank),
+                evaluation,
+                &what("server forward"),
+            );
+            assert_equal(
+                workload.step_flops(cut, rank),
+                forward + backward + step,
+                &what("both sides"),
+            );
         }
     }
 }
@@ -174,7 +193,11 @@ fn dense_products_are_what_is_issued_but_for_the_mask_and_element_wise_work() {
             let issued = case.workload(&targets, Convention::Issued);
             let (rank, blocks) = (case.rank, case.config.blocks);
             let ratio = issued.step_flops(blocks, rank) / dense.step_flops(blocks, rank);
-            assert!((ratio - 1.0).abs() < share, "{targets:?}, width {}: {ratio}", case.config.width);
+            assert!(
+                (ratio - 1.0).abs() < share,
+                "{targets:?}, width {}: {ratio}",
+                case.config.width
+            );
         }
     }
 }
@@ -218,7 +241,8 @@ fn adapter_values_are_those_of_the_layout() {
             for blocks in 0..=case.config.blocks {
                 let adapter = Adapter::init(&case.config, &spec, 0..blocks, 0).unwrap();
                 assert_eq!(
-                    case.workload(&targets, Convention::Dense).adapter_values(blocks, case.rank),
+                    case.workload(&targets, Convention::Dense)
+                        .adapter_values(blocks, case.rank),
                     adapter.values.len() as f64
                 );
             }

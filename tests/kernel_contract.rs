@@ -88,7 +88,9 @@ fn specialisations() -> Vec<(&'static Variant, Constants)> {
     let mut add = |variant: &'static Variant, constants: Constants| {
         found.insert(format!("{variant:?} {constants:?}"), (variant, constants));
     };
-    let variants: Vec<&'static Variant> = kernels::all().flat_map(|contract| contract.variants.iter().copied()).collect();
+    let variants: Vec<&'static Variant> = kernels::all()
+        .flat_map(|contract| contract.variants.iter().copied())
+        .collect();
     for variant in &variants {
         add(variant, vec![]);
     }
@@ -99,7 +101,11 @@ fn specialisations() -> Vec<(&'static Variant, Constants)> {
         },
         ..Profile::of(DeviceClass::Gpu)
     };
-    for profile in [Profile::of(DeviceClass::Gpu), Profile::of(DeviceClass::CpuAdapter), all_features] {
+    for profile in [
+        Profile::of(DeviceClass::Gpu),
+        Profile::of(DeviceClass::CpuAdapter),
+        all_features,
+    ] {
         for dispatch in dispatches(profile) {
             // What is not chosen first may be chosen by tuning.
             for variant in dispatch.contract.variants {
@@ -277,7 +283,11 @@ fn every_part_parses_with_those_before_it() {
         for variant in contract.variants {
             for (i, part) in variant.parts.iter().enumerate() {
                 let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("shaders/{}.wgsl", part.stem));
-                assert_eq!(std::fs::read_to_string(path).unwrap(), part.source, "{variant:?}: part {i}");
+                assert_eq!(
+                    std::fs::read_to_string(path).unwrap(),
+                    part.source,
+                    "{variant:?}: part {i}"
+                );
             }
         }
     }
@@ -291,7 +301,10 @@ fn every_contract_has_a_variant_for_every_device_and_belongs_to_its_family() {
         let (family, _) = contract.name.split_once('.').expect("names are <family>.<entry>");
         let mut variants = BTreeSet::new();
         for variant in contract.variants {
-            assert!(std::ptr::eq(variant.contract, contract), "{variant:?} is another contract's");
+            assert!(
+                std::ptr::eq(variant.contract, contract),
+                "{variant:?} is another contract's"
+            );
             assert!(variants.insert(variant.name), "{variant:?} is declared twice");
             let own = variant.parts.last().expect("a variant has a text").stem;
             assert!(own.starts_with(family), "{variant:?} ends with {own}.wgsl");
@@ -322,7 +335,11 @@ fn every_entry_point_is_a_variant() {
     for variant in kernels::all().flat_map(|contract| contract.variants) {
         let own = variant.parts.last().expect("a variant has a text").stem;
         for entry in &Shader::parse(variant, &vec![]).module.entry_points {
-            assert!(entries[own].contains(entry.name.as_str()), "{own}.wgsl: `{}` has no variant", entry.name);
+            assert!(
+                entries[own].contains(entry.name.as_str()),
+                "{own}.wgsl: `{}` has no variant",
+                entry.name
+            );
         }
     }
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("shaders");

@@ -268,12 +268,7 @@ fn matrices_are_packed_two_halves_a_word_and_vectors_stay_f32() {
     let mut weights = open(&stored_model(&config(), "")).unwrap();
     let block = weights.unit(Unit::Block(1), Holding::As(Format::F16)).unwrap();
     for tensor in &block.tensors {
-        assert_eq!(
-            tensor.format == Format::F16,
-            tensor.shape.len() == 2,
-            "{}",
-            tensor.name
-        );
+        assert_eq!(tensor.format == Format::F16, tensor.shape.len() == 2, "{}", tensor.name);
     }
     // (7, 6) is even and mlp.c_fc (6, 5) too; an odd count needs an odd shape.
     let odd = Architecture {
@@ -306,7 +301,10 @@ fn f16_rounds_to_nearest_even() {
     let mut values = [0.0; 42];
     values[..4].copy_from_slice(&[2049.0, 2051.0, -2049.0, 1e-9]);
     tensors[0] = f32_tensor("wte.weight", &[7, 6], &values);
-    let embedding = open(&tensors).unwrap().unit(Unit::Embedding, Holding::As(Format::F16)).unwrap();
+    let embedding = open(&tensors)
+        .unwrap()
+        .unit(Unit::Embedding, Holding::As(Format::F16))
+        .unwrap();
     assert_eq!(
         embedding.tensor("wte.weight").unwrap().to_f32()[..4],
         [2048.0, 2052.0, -2048.0, 0.0]
@@ -320,7 +318,10 @@ fn a_value_beyond_f16_names_the_tensor_and_the_remedy() {
     values[17] = 70000.0;
     tensors[0] = f32_tensor("wte.weight", &[7, 6], &values);
     let mut weights = open(&tensors).unwrap();
-    let error = weights.unit(Unit::Embedding, Holding::As(Format::F16)).unwrap_err().to_string();
+    let error = weights
+        .unit(Unit::Embedding, Holding::As(Format::F16))
+        .unwrap_err()
+        .to_string();
     assert!(
         error.contains("wte.weight") && error.contains("70000") && error.contains("--weights f32"),
         "{error}"
@@ -328,7 +329,10 @@ fn a_value_beyond_f16_names_the_tensor_and_the_remedy() {
     assert!(weights.unit(Unit::Embedding, Holding::As(Format::F32)).is_ok());
     values[17] = f32::NAN;
     tensors[0] = f32_tensor("wte.weight", &[7, 6], &values);
-    let error = open(&tensors).unwrap().unit(Unit::Embedding, Holding::As(Format::F32)).unwrap_err();
+    let error = open(&tensors)
+        .unwrap()
+        .unit(Unit::Embedding, Holding::As(Format::F32))
+        .unwrap_err();
     assert!(
         matches!(error, WeightsError::Archive(ArchiveError::NotFinite { .. })),
         "{error}"

@@ -315,7 +315,15 @@ fn centralised(engine: &Engine, initial: &Adapter, rounds: u32) -> (Vec<f64>, Ve
     let config = config();
     let training = training(&config, &initial.spec, rounds);
     let source = weights(&config);
-    let loaded = StackWeights::load(engine, &config, &mut HeldUnits { weights: &source, holding: Holding::As(Format::F32) }).unwrap();
+    let loaded = StackWeights::load(
+        engine,
+        &config,
+        &mut HeldUnits {
+            weights: &source,
+            holding: Holding::As(Format::F32),
+        },
+    )
+    .unwrap();
     let extent = Extent {
         batch: BATCH,
         seq: config.positions,
@@ -459,7 +467,11 @@ fn assign(cut: usize) -> (Assignment, Vec<Vec<u8>>) {
     let (blobs, files) = units
         .map(|unit| {
             let mut bytes = Vec::new();
-            source.unit(unit, Holding::As(Format::F32)).unwrap().encode(&mut bytes).unwrap();
+            source
+                .unit(unit, Holding::As(Format::F32))
+                .unwrap()
+                .encode(&mut bytes)
+                .unwrap();
             let blob = Blob {
                 name: unit.to_string(),
                 sha256: Digest::of(&bytes),
@@ -660,7 +672,15 @@ fn clients_with_cuts_of_their_own_train_one_model() {
     let valid = mixed.lines("round").last().unwrap()["valid_loss"].as_f64().unwrap();
     let source = weights(&config);
     let engine = Engine::cpu();
-    let loaded = StackWeights::load(&engine, &config, &mut HeldUnits { weights: &source, holding: Holding::As(Format::F32) }).unwrap();
+    let loaded = StackWeights::load(
+        &engine,
+        &config,
+        &mut HeldUnits {
+            weights: &source,
+            holding: Holding::As(Format::F32),
+        },
+    )
+    .unwrap();
     let extent = Extent {
         batch: BATCH,
         seq: config.positions,

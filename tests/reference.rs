@@ -85,13 +85,7 @@ impl Fixture {
         }
     }
 
-    fn central(
-        &self,
-        engine: &Engine,
-        batch: usize,
-        adapter: bool,
-        optimizer: Option<OptimizerSettings>,
-    ) -> Central {
+    fn central(&self, engine: &Engine, batch: usize, adapter: bool, optimizer: Option<OptimizerSettings>) -> Central {
         let weights = StackWeights::load(engine, &self.config, &mut self.units()).unwrap();
         let extent = Extent {
             batch,
@@ -275,15 +269,7 @@ impl Fixture {
         let blocks: Vec<UnitData> = (0..cut).map(|block| self.unit(Unit::Block(block))).collect();
         Parts {
             client: ClientPart::new(engine, &self.config, embedding, &blocks, training, &client_values).unwrap(),
-            server: ServerPart::new(
-                engine,
-                &self.config,
-                &mut self.units(),
-                cut,
-                training,
-                &server_values,
-            )
-            .unwrap(),
+            server: ServerPart::new(engine, &self.config, &mut self.units(), cut, training, &server_values).unwrap(),
         }
     }
 }

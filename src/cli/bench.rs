@@ -89,7 +89,9 @@ fn bench_kernel(engine: &Engine, example: &Example, sizes: Sizes) -> anyhow::Res
         .commands()
         .iter()
         .filter_map(|command| match command {
-            crate::compute::Command::Dispatch(dispatch) => Some(dispatch.launch.as_ref().map_or("host", |launch| launch.variant.name)),
+            crate::compute::Command::Dispatch(dispatch) => {
+                Some(dispatch.launch.as_ref().map_or("host", |launch| launch.variant.name))
+            }
             _ => None,
         })
         .next()

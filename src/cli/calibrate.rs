@@ -14,16 +14,14 @@ use crate::compute::Engine;
 use crate::data::{Batch, Batches, Dataset, Example, Sharding, pass};
 use crate::federated;
 use crate::model::adapter::{Adapter, LoraSpec, Target};
-use crate::model::central::{Central, Counted};
 use crate::model::architecture::Architecture;
+use crate::model::central::{Central, Counted};
 use crate::model::rounds::RoundsTable;
 use crate::model::stack::StackWeights;
 use crate::model::workspace::Extent;
 use crate::split::{ClientPart, Contribution, ServerPart, Training};
 
-use super::options::{
-    BatchOptions, DeviceOptions, ModelOptions, OptimizerOptions, OutputOptions, targets,
-};
+use super::options::{BatchOptions, DeviceOptions, ModelOptions, OptimizerOptions, OutputOptions, targets};
 use super::source::{DEMO_TRAIN, DEMO_VALID, Source};
 use super::{interrupt, progress};
 use crate::terms::format::Format;
@@ -407,13 +405,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     ranks.dedup();
     let specs = ranks
         .iter()
-        .map(|&rank| {
-            LoraSpec::new(
-                rank,
-                options.alpha.unwrap_or(2.0 * rank as f32),
-                adapted.clone(),
-            )
-        })
+        .map(|&rank| LoraSpec::new(rank, options.alpha.unwrap_or(2.0 * rank as f32), adapted.clone()))
         .collect::<Result<Vec<_>, _>>()?;
     anyhow::ensure!(!ranks.is_empty(), "--ranks needs at least one rank");
 

@@ -14,10 +14,10 @@ use super::source::{DEMO_TRAIN, DEMO_VALID, Source};
 use crate::compute::Engine;
 use crate::data::{Dataset, Sharding, Tokenize};
 use crate::model::adapter::{Adapter, LoraSpec};
+use crate::model::weights::Holding;
 use crate::server::store::RunDirectory;
 use crate::server::{self, Ending, Listen, Role, Run};
 use crate::split::Training;
-use crate::model::weights::Holding;
 use crate::terms::format::Format;
 use crate::terms::optimizer::{OptimizerSettings, Schedule};
 use crate::terms::tensor::WireForm;
@@ -223,7 +223,14 @@ fn write(
     let source = open()?;
     let weights = source.load(engine)?;
     let tokenizer = source.tokenizer()?;
-    let mut writer = Writer::new(engine, &source.config, weights, adapter, source.config.positions, Some(tokenizer.eos()?))?;
+    let mut writer = Writer::new(
+        engine,
+        &source.config,
+        weights,
+        adapter,
+        source.config.positions,
+        Some(tokenizer.eos()?),
+    )?;
     meanings
         .iter()
         .map(|meaning| {

@@ -231,7 +231,12 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
     let seq = options.batches.seq(source.config.positions)?;
     let initial = match &options.lora.init_adapter {
         Some(directory) => source.adapter(directory)?,
-        None => Adapter::init(&source.config, &options.lora.spec(&source.config)?, 0..source.config.blocks, seed)?,
+        None => Adapter::init(
+            &source.config,
+            &options.lora.spec(&source.config)?,
+            0..source.config.blocks,
+            seed,
+        )?,
     };
     let training = Training {
         spec: initial.spec.clone(),

@@ -11,8 +11,8 @@ use serde_json::json;
 
 use crate::data::{Batches, Example, pass};
 use crate::model::adapter::{Adapter, AdapterLayout};
-use crate::model::central::{Central, Counted};
 use crate::model::architecture::Architecture;
+use crate::model::central::{Central, Counted};
 use crate::model::stack::StackWeights;
 use crate::model::workspace::Extent;
 use crate::split::Evaluation;

@@ -80,7 +80,10 @@ fn run_command(command: &Command, runs: Runs) {
 }
 
 pub(super) fn run(recording: &Recording, runs: Runs) {
-    recording.commands().iter().for_each(|command| run_command(command, runs));
+    recording
+        .commands()
+        .iter()
+        .for_each(|command| run_command(command, runs));
 }
 
 /// Calls `row(index, slice)` for every `width`-long row of `out`, on all cores natively and in order in a browser. Rows are

@@ -147,26 +147,24 @@ pub fn update(
 }
 
 /// What benches time.
-pub static EXAMPLES: &[Example] = &[
-    Example {
-        name: "adamw.update",
-        shape: |s| s.adapter_length().to_string(),
-        build: |b, s| {
-            let n = s.adapter_length();
-            let gradient = b.random("gradient", n)?;
-            let scalars = b.scalars()?;
-            let partial = b.zeros("partial", partial_words(n))?;
-            let adapter = b.random("adapter", n)?;
-            let first = b.zeros("moment1", n)?;
-            let second = b.zeros("moment2", n)?;
-            Ok(case(&[(&adapter.clone(), n)], false, move |recording| {
-                norm(recording, n, &gradient, &partial, &scalars);
-                let state = (&adapter, &first, &second);
-                update(recording, n, &gradient, &scalars, state);
-            }))
-        },
+pub static EXAMPLES: &[Example] = &[Example {
+    name: "adamw.update",
+    shape: |s| s.adapter_length().to_string(),
+    build: |b, s| {
+        let n = s.adapter_length();
+        let gradient = b.random("gradient", n)?;
+        let scalars = b.scalars()?;
+        let partial = b.zeros("partial", partial_words(n))?;
+        let adapter = b.random("adapter", n)?;
+        let first = b.zeros("moment1", n)?;
+        let second = b.zeros("moment2", n)?;
+        Ok(case(&[(&adapter.clone(), n)], false, move |recording| {
+            norm(recording, n, &gradient, &partial, &scalars);
+            let state = (&adapter, &first, &second);
+            update(recording, n, &gradient, &scalars, state);
+        }))
     },
-];
+}];
 
 /// The mathematics in plain loops.
 pub mod spec {

@@ -121,10 +121,51 @@ impl Builder<'_> {
     }
 
     /// An f16 matrix of `rows` rows.
-    pub(super) fn weight(&mut self, name: &str, rows: usize, columns: usize, transposed: bool) -> Result<Weight, Error> {
+    pub(super) fn weight(
+        &mut self,
+        name: &str,
+        rows: usize,
+        columns: usize,
+        transposed: bool,
+    ) -> Result<Weight, Error> {
         Ok(Weight {
             buffer: self.weights(name, rows * columns)?,
             format: Format::F16,
+            stored_rows: rows,
+            first_row: 0,
+            rows,
+            columns,
+            transposed,
+        })
+    }
+
+    /// A matrix of `rows` rows in any format, of random codes and small scales.
+    pub(super) fn weight_in(
+        &mut self,
+        name: &str,
+        format: Format,
+        (rows, columns): (usize, usize),
+        transposed: bool,
+    ) -> Result<Weight, Error> {
+        if format == Format::F16 {
+            return self.weight(name, rows, columns, transposed);
+        }
+        let layout = format.layout(rows, columns);
+        let codes = layout.scales_at();
+        let small = |rng: &mut ChaCha8Rng| 0.1 * (2.0 * rng.random::<f32>() - 1.0);
+        let words: Vec<u32> = (0..layout.words())
+            .map(|i| match format {
+                Format::F32 => small(&mut self.rng).to_bits(),
+                _ if i < codes => self.rng.random(),
+                _ => {
+                    let mut half = || u32::from(half::f16::from_f32(0.1 * small(&mut self.rng)).to_bits());
+                    half() | half() << 16
+                }
+            })
+            .collect();
+        Ok(Weight {
+            buffer: self.engine.buffer_from(name, &words)?,
+            format,
             stored_rows: rows,
             first_row: 0,
             rows,
@@ -202,4 +243,3 @@ impl Example {
 pub(super) fn rows_width(s: Sizes) -> String {
     format!("{}x{}", s.rows(), s.width)
 }
-

@@ -351,10 +351,7 @@ pub static EXAMPLES: &[Example] = &[Example {
         let row_scale = b.zeros("row_scale", s.rows())?;
         let loss = b.zeros("loss", s.rows())?;
         let d_hidden = b.zeros("d_hidden", s.rows() * s.width)?;
-        let outputs = [
-            (&loss.clone(), s.rows()),
-            (&d_hidden.clone(), s.rows() * s.width),
-        ];
+        let outputs = [(&loss.clone(), s.rows()), (&d_hidden.clone(), s.rows() * s.width)];
         Ok(case(&outputs, false, move |recording| {
             let head = Head {
                 rows: s.rows(),

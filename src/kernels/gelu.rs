@@ -73,21 +73,19 @@ pub(super) fn gelu(x: f32) -> f32 {
 }
 
 /// What benches time.
-pub static EXAMPLES: &[Example] = &[
-    Example {
-        name: "gelu.backward_x",
-        shape: |s| format!("{}x{}", s.rows(), 4 * s.width),
-        build: |b, s| {
-            let n = s.rows() * 4 * s.width;
-            let x = b.random("x", n)?;
-            let d_out = b.random("d_out", n)?;
-            let d_x = b.zeros("d_x", n)?;
-            Ok(case(&[(&d_x.clone(), n)], false, move |recording| {
-                backward_x(recording, n, &x, &d_out, &d_x);
-            }))
-        },
+pub static EXAMPLES: &[Example] = &[Example {
+    name: "gelu.backward_x",
+    shape: |s| format!("{}x{}", s.rows(), 4 * s.width),
+    build: |b, s| {
+        let n = s.rows() * 4 * s.width;
+        let x = b.random("x", n)?;
+        let d_out = b.random("d_out", n)?;
+        let d_x = b.zeros("d_x", n)?;
+        Ok(case(&[(&d_x.clone(), n)], false, move |recording| {
+            backward_x(recording, n, &x, &d_out, &d_x);
+        }))
     },
-];
+}];
 
 /// The mathematics in plain loops.
 pub mod spec {

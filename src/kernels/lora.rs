@@ -6,15 +6,18 @@
 //! |---|---|---|
 //! | `block` | a workgroup reduces 4 rows to 4 ranks; gradients in two deterministic passes over splits of the rows | not measured on a GPU yet |
 //! | `registers` | an invocation a block, for adapters emulated on a CPU | |
-//! | host | packed panels, as all products of the CPU engine | |
+//! | host | packed panels, as all products of the CPU engine; at most 4 rows: A is read once and in its own order | |
 
 use super::case::{Example, case};
 use super::scalar;
 use super::weight::Columns;
 use crate::compute::cpu::for_each_row;
 use crate::compute::host::product::{Matrix, Term, add_products};
+use crate::compute::host::vector::{FewRows, MOST_ROWS};
+use crate::compute::host::weight::Stored;
 use crate::compute::kernel::Contract;
 use crate::compute::{Buffer, Cost, DeviceClass, Recording, linear_workgroups};
+use crate::terms::format::Format;
 use crate::{contract, params, variant};
 
 /// Rows a workgroup of `forward_down` and `backward_up` reduces, and ranks it reduces them to: the `BLOCK` of the shader.
@@ -224,7 +227,14 @@ pub fn backward_up(recording: &mut Recording, params: UpParams, d_y: Columns<'_>
         rank,
         offset,
     } = params;
-    thin(recording, &BACKWARD_UP, (rows, outputs, rank), d_y, (adapter, offset), v);
+    thin(
+        recording,
+        &BACKWARD_UP,
+        (rows, outputs, rank),
+        d_y,
+        (adapter, offset),
+        v,
+    );
 }
 
 fn thin(
@@ -534,15 +544,36 @@ pub mod spec {
     }
 }
 
+/// [`spec::forward_down`] on all cores; for few rows, A is read once and in its own order.
 fn forward_down_host(params: &ThinParams, x: &[f32], adapter: &[f32], u: &mut [f32]) {
-    let columns = params.columns as usize;
+    let (rows, columns, rank) = (params.rows as usize, params.columns as usize, params.rank as usize);
+    let (first, stride) = (params.first as usize, params.stride as usize);
+    if rows <= MOST_ROWS {
+        let product = FewRows {
+            rows,
+            columns: rank,
+            inner: columns,
+            x,
+            first,
+            stride,
+            matrix: Stored {
+                words: bytemuck::cast_slice(&adapter[params.offset as usize..]),
+                format: Format::F32,
+                columns,
+                scales_at: 0,
+            },
+            first_row: 0,
+            transposed: true,
+        };
+        return product.compute(|row, r, value| u[row * rank + r] = value);
+    }
     let term = Term {
         inner: columns,
-        left: Matrix::rows(x, params.first as usize, params.stride as usize),
+        left: Matrix::rows(x, first, stride),
         right: Matrix::rows(adapter, params.offset as usize, columns),
         scale: 1.0,
     };
-    set_product(params.rows as usize, params.rank as usize, term, u);
+    set_product(rows, rank, term, u);
 }
 
 fn backward_up_host(params: &ThinParams, d_y: &[f32], adapter: &[f32], v: &mut [f32]) {

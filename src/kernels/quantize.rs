@@ -8,7 +8,7 @@
 //! |---|---|---|
 //! | 1 | a word an invocation; 8-bit rows a workgroup a row for the maximum | not measured on a GPU yet |
 
-use super::case::{Example, case, rows_width, Sizes};
+use super::case::{Example, Sizes, case, rows_width};
 use crate::compute::cpu::for_each_row;
 use crate::compute::kernel::Contract;
 use crate::compute::{Buffer, Cost, DeviceClass, Recording, linear_workgroups};

@@ -13,8 +13,8 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
 
-use super::archive::ArchiveError;
 use super::architecture::Architecture;
+use super::archive::ArchiveError;
 
 /// The largest rank accepted.
 pub const MAX_RANK: usize = 1 << 14;
@@ -608,4 +608,3 @@ impl fmt::Display for LoraSpec {
         write!(formatter, "rank {}, alpha {}, targets {names}", self.rank, self.alpha)
     }
 }
-

@@ -130,7 +130,9 @@ pub enum ArchitectureError {
     Json(#[from] serde_json::Error),
     #[error("config.json must hold a JSON object")]
     NotAnObject,
-    #[error("unknown model architecture {found}: models of type gpt2, llama (SmolLM2 too), qwen2 and qwen3 can be loaded")]
+    #[error(
+        "unknown model architecture {found}: models of type gpt2, llama (SmolLM2 too), qwen2 and qwen3 can be loaded"
+    )]
     Family { found: String },
     #[error("config.json has no `{field}`")]
     Missing { field: &'static str },
@@ -363,7 +365,12 @@ fn llama(family: Family, fields: &Fields) -> Result<Architecture, ArchitectureEr
             return Err(unsupported(field, value, "1"));
         }
     }
-    for field in ["final_logit_softcapping", "attn_logit_softcapping", "num_experts", "num_local_experts"] {
+    for field in [
+        "final_logit_softcapping",
+        "attn_logit_softcapping",
+        "num_experts",
+        "num_local_experts",
+    ] {
         if let Some(value) = fields.optional(field) {
             return Err(unsupported(field, value, "a model without it"));
         }
@@ -512,7 +519,12 @@ impl Fields {
     }
 
     /// A setting that changes the mathematics must be absent or have the value that this crate implements.
-    fn must_be(&self, field: &'static str, implemented: &Value, supported: &'static str) -> Result<(), ArchitectureError> {
+    fn must_be(
+        &self,
+        field: &'static str,
+        implemented: &Value,
+        supported: &'static str,
+    ) -> Result<(), ArchitectureError> {
         match self.optional(field) {
             Some(value) if value != implemented => Err(unsupported(field, value, supported)),
             _ => Ok(()),
@@ -575,10 +587,12 @@ impl Fields {
         };
         let scaling = if parameters.is_empty() { scaling } else { parameters };
         let kind = scaling.get("rope_type").or_else(|| scaling.get("type"));
-        let needed = |field: &'static str| {
-            positive(field, scaling.get(field))?.ok_or(ArchitectureError::Missing { field })
-        };
-        if let Some(value) = scaling.get("partial_rotary_factor").filter(|value| value.as_f64() != Some(1.0)) {
+        let needed =
+            |field: &'static str| positive(field, scaling.get(field))?.ok_or(ArchitectureError::Missing { field });
+        if let Some(value) = scaling
+            .get("partial_rotary_factor")
+            .filter(|value| value.as_f64() != Some(1.0))
+        {
             return Err(unsupported("partial_rotary_factor", value, "1"));
         }
         let scaling = match kind.map(|kind| (kind, kind.as_str())) {

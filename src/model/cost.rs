@@ -77,7 +77,12 @@ impl Workload {
     pub fn new(model: &Architecture, targets: &[Target], extent: Extent, convention: Convention) -> Self {
         Self {
             model: model.clone(),
-            targets: model.targets().iter().copied().filter(|t| targets.contains(t)).collect(),
+            targets: model
+                .targets()
+                .iter()
+                .copied()
+                .filter(|t| targets.contains(t))
+                .collect(),
             extent,
             convention,
             recorded: Arc::default(),
@@ -178,7 +183,14 @@ impl Workload {
                 advice: "; take a smaller rank",
             })?;
         let values = vec![0.0; layout.len()];
-        let stack = Stack::new(&engine, &self.model, weights, Some((&layout, &values)), self.extent, true)?;
+        let stack = Stack::new(
+            &engine,
+            &self.model,
+            weights,
+            Some((&layout, &values)),
+            self.extent,
+            true,
+        )?;
         Ok((engine, stack))
     }
 

@@ -239,7 +239,15 @@ impl Linear {
                 scale,
             };
             let x = Columns::all(x, inputs);
-            lora::backward_a(recording, of_a, &scratch.v, x, &lora.scalars, &scratch.partial, &lora.gradient);
+            lora::backward_a(
+                recording,
+                of_a,
+                &scratch.v,
+                x,
+                &lora.scalars,
+                &scratch.partial,
+                &lora.gradient,
+            );
             matmul::Lora {
                 u: &scratch.v,
                 adapter: &lora.values,
@@ -280,7 +288,11 @@ impl Projection {
     }
 
     /// Each map with the columns of a tensor that are its own, whose row is `stride` long.
-    pub(super) fn columns<'a>(&'a self, buffer: &'a Buffer, stride: usize) -> impl Iterator<Item = (&'a Linear, Columns<'a>)> {
+    pub(super) fn columns<'a>(
+        &'a self,
+        buffer: &'a Buffer,
+        stride: usize,
+    ) -> impl Iterator<Item = (&'a Linear, Columns<'a>)> {
         let mut first = 0;
         self.0.iter().map(move |map| {
             let columns = Columns { buffer, first, stride };

@@ -23,7 +23,11 @@ impl Adapter {
     ///
     /// # Errors
     /// [`AdapterError::Length`] when `values` does not fit the layout.
-    pub fn to_peft(&self, model: &Architecture, base_model: &str) -> Result<[(&'static str, Vec<u8>); 2], AdapterError> {
+    pub fn to_peft(
+        &self,
+        model: &Architecture,
+        base_model: &str,
+    ) -> Result<[(&'static str, Vec<u8>); 2], AdapterError> {
         if self.values.len() != self.layout.len() {
             return Err(AdapterError::Length {
                 expected: self.layout.len(),
@@ -79,7 +83,9 @@ impl Adapter {
     fn target_modules(&self, model: &Architecture) -> Vec<String> {
         if self.spec.exceptions.iter().any(|exception| exception.rank == 0) {
             let entries = self.layout.entries().iter();
-            return entries.map(|entry| module_name(model, entry.block, entry.target)).collect();
+            return entries
+                .map(|entry| module_name(model, entry.block, entry.target))
+                .collect();
         }
         let names = Target::peft_names(&self.spec.targets).into_iter();
         names.map(str::to_owned).collect()
@@ -238,7 +244,10 @@ fn tensor_name(model: &Architecture, entry: &AdapterEntry, matrix: &str) -> Stri
 fn canonical_name(model: &Architecture, name: &str) -> Option<String> {
     let (body, _) = names(model.family);
     let name = name.strip_prefix("base_model.model.").unwrap_or(name);
-    let name = name.strip_prefix(body).and_then(|rest| rest.strip_prefix('.')).unwrap_or(name);
+    let name = name
+        .strip_prefix(body)
+        .and_then(|rest| rest.strip_prefix('.'))
+        .unwrap_or(name);
     let (module, matrix) = name.rsplit_once(".lora_")?;
     let matrix = matrix.strip_suffix(".weight")?;
     let matrix = matrix.strip_suffix(".default").unwrap_or(matrix);
@@ -250,7 +259,11 @@ fn parse_tensor_name(model: &Architecture, name: &str) -> Option<(usize, Target)
     let name = canonical_name(model, name)?;
     let (module, _) = name.rsplit_once(".lora_")?;
     let (block, module) = module.strip_prefix(&format!("{body}.{blocks}."))?.split_once('.')?;
-    let target = model.targets().iter().copied().find(|target| target.module() == module)?;
+    let target = model
+        .targets()
+        .iter()
+        .copied()
+        .find(|target| target.module() == module)?;
     let index: usize = block.parse().ok()?;
     (index.to_string() == block).then_some((index, target))
 }
@@ -288,7 +301,11 @@ impl Modules {
 
     /// Whether a module is meant, and whether by its whole name.
     fn match_of(&self, module: &str) -> Option<Match> {
-        let ends = |name: &String| module.strip_suffix(name.as_str()).is_some_and(|rest| rest.ends_with('.'));
+        let ends = |name: &String| {
+            module
+                .strip_suffix(name.as_str())
+                .is_some_and(|rest| rest.ends_with('.'))
+        };
         match self {
             Modules::All => Some(Match::End),
             Modules::Pattern(pattern) => pattern.is_match(module).unwrap_or(false).then_some(Match::Whole),
@@ -401,7 +418,8 @@ impl Description {
         let alpha = present("lora_alpha")
             .and_then(Value::as_f64)
             .ok_or_else(|| bad("lora_alpha", "a number"))?;
-        let modules = present("target_modules").ok_or_else(|| bad("target_modules", "a list of module names, or one"))?;
+        let modules =
+            present("target_modules").ok_or_else(|| bad("target_modules", "a list of module names, or one"))?;
         let layers = match present("layers_to_transform") {
             None => None,
             Some(layers) => {
@@ -429,7 +447,11 @@ impl Description {
     /// Rank and alpha of a module; `None` where it is not adapted.
     fn of(&self, model: &Architecture, block: usize, target: Target) -> Option<(usize, f32)> {
         let module = module_name(model, block, target);
-        if self.excluded.as_ref().is_some_and(|excluded| excluded.match_of(&module).is_some()) {
+        if self
+            .excluded
+            .as_ref()
+            .is_some_and(|excluded| excluded.match_of(&module).is_some())
+        {
             return None;
         }
         let found = self.modules.match_of(&module)?;
@@ -443,7 +465,12 @@ impl Description {
     }
 
     fn spec(&self, model: &Architecture) -> Result<LoraSpec, AdapterError> {
-        if let Some(layer) = self.layers.iter().flatten().find(|&&layer| layer >= model.blocks as u64) {
+        if let Some(layer) = self
+            .layers
+            .iter()
+            .flatten()
+            .find(|&&layer| layer >= model.blocks as u64)
+        {
             return Err(AdapterError::Unsupported {
                 field: "layers_to_transform",
                 found: layer.to_string(),
@@ -451,7 +478,9 @@ impl Description {
             });
         }
         let all = (0..model.blocks).flat_map(|block| model.targets().iter().map(move |&target| (block, target)));
-        let adapted: Vec<_> = all.map(|(block, target)| (block, target, self.of(model, block, target))).collect();
+        let adapted: Vec<_> = all
+            .map(|(block, target)| (block, target, self.of(model, block, target)))
+            .collect();
         let targets: Vec<Target> = adapted
             .iter()
             .filter(|(_, _, of)| of.is_some())

@@ -244,7 +244,13 @@ impl Stack {
     }
 
     /// Records the forward passes of the next `rows` tokens of one text, of which the blocks' caches hold what went before.
-    pub(super) fn record_blocks_cached(&self, recording: &mut Recording, rows: usize, caches: &[Buffer], capacity: usize) {
+    pub(super) fn record_blocks_cached(
+        &self,
+        recording: &mut Recording,
+        rows: usize,
+        caches: &[Buffer],
+        capacity: usize,
+    ) {
         for (position, keys_values) in caches.iter().enumerate() {
             let cache = Cache {
                 keys_values,
@@ -470,7 +476,12 @@ impl Stack {
     }
 
     /// Records the logits after a row of the last block's output.
-    pub(super) fn record_logits(&self, recording: &mut Recording, row: usize, (last, logits): (&Buffer, &LogitBuffers)) {
+    pub(super) fn record_logits(
+        &self,
+        recording: &mut Recording,
+        row: usize,
+        (last, logits): (&Buffer, &LogitBuffers),
+    ) {
         let width = self.model.width;
         let head = self.weights.head.as_ref().expect("a stack with a head");
         recording.copy((self.output(), row * width), (last, 0), width);

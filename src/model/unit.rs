@@ -76,7 +76,11 @@ impl Unit {
                         _ => {}
                     }
                     let (inputs, outputs) = model.dimensions(target);
-                    let shape = if model.transposed { vec![outputs, inputs] } else { vec![inputs, outputs] };
+                    let shape = if model.transposed {
+                        vec![outputs, inputs]
+                    } else {
+                        vec![inputs, outputs]
+                    };
                     tensors.push((target.weight(), shape));
                     if model.biased(target) {
                         tensors.push((target.bias(), vec![outputs]));
@@ -137,7 +141,10 @@ type NormNames = (&'static str, Option<&'static str>);
 pub(super) fn block_norms(family: Family) -> (NormNames, NormNames) {
     match family {
         Family::Gpt2 => (("ln_1.weight", Some("ln_1.bias")), ("ln_2.weight", Some("ln_2.bias"))),
-        _ => (("input_layernorm.weight", None), ("post_attention_layernorm.weight", None)),
+        _ => (
+            ("input_layernorm.weight", None),
+            ("post_attention_layernorm.weight", None),
+        ),
     }
 }
 
@@ -327,7 +334,10 @@ impl UnitData {
             formats.push(format);
             at += 4 * (2 + shape.len());
         }
-        let described = table.iter().zip(&formats).map(|((name, shape), &format)| (*name, &shape[..], format));
+        let described = table
+            .iter()
+            .zip(&formats)
+            .map(|((name, shape), &format)| (*name, &shape[..], format));
         let header = encode_header(unit, described);
         if !bytes.starts_with(&header) {
             return Err(other());
@@ -346,7 +356,12 @@ impl UnitData {
         for (((name, shape), format), length) in table.into_iter().zip(formats).zip(lengths) {
             let (data, after) = rest.split_at(4 * length);
             rest = after;
-            let words: Vec<u32> = data.as_chunks::<4>().0.iter().map(|&word| u32::from_le_bytes(word)).collect();
+            let words: Vec<u32> = data
+                .as_chunks::<4>()
+                .0
+                .iter()
+                .map(|&word| u32::from_le_bytes(word))
+                .collect();
             layout(&shape, format).check(&words).map_err(|error| match error {
                 FormatError::Padding { .. } => fail(format!("the padding after tensor `{name}` is not zero")),
                 FormatError::NotFinite { .. } => fail(format!("tensor `{name}` holds a value that is not finite")),

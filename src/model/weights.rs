@@ -35,11 +35,7 @@ pub enum WeightsError {
     #[error(
         "tensor `{tensor}` holds {value}, which is beyond {format}'s largest value: hold the weights with --weights f32"
     )]
-    Overflow {
-        tensor: String,
-        format: Format,
-        value: f32,
-    },
+    Overflow { tensor: String, format: Format, value: f32 },
     #[error(
         "the model's head `lm_head.weight` differs from `{embedding}`: this model's config.json says that they are one (tie_word_embeddings)"
     )]
@@ -280,7 +276,11 @@ impl Weights {
         match &self.store {
             Store::Safetensors(archives) => {
                 let (archive, name) = self.files(archives).find(unit, tensor)?;
-                let format = if shape.len() == 2 { holding.or(Format::F16) } else { Format::F32 };
+                let format = if shape.len() == 2 {
+                    holding.or(Format::F16)
+                } else {
+                    Format::F32
+                };
                 Ok((format, read(&mut lock(archive), &name, shape, format)?))
             }
             #[cfg(not(target_arch = "wasm32"))]

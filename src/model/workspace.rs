@@ -53,7 +53,13 @@ impl Buffers<'_> {
     }
 
     /// The input of the projections of a level, which only the gradients of their adapters read.
-    pub fn input_of_level(&self, level: usize, name: &str, words: usize, old: Option<&Buffer>) -> Result<Buffer, Error> {
+    pub fn input_of_level(
+        &self,
+        level: usize,
+        name: &str,
+        words: usize,
+        old: Option<&Buffer>,
+    ) -> Result<Buffer, Error> {
         let adapted = self
             .lora
             .into_iter()

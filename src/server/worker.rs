@@ -133,12 +133,7 @@ fn clock() -> Duration {
 }
 
 /// Writes the parts of the model that a client with blocks 0..`cut` needs, unless they are there.
-pub fn parts(
-    units: &mut dyn UnitSource,
-    blobs: &Blobs,
-    known: &[Blob],
-    cut: usize,
-) -> Result<Vec<Blob>, Error> {
+pub fn parts(units: &mut dyn UnitSource, blobs: &Blobs, known: &[Blob], cut: usize) -> Result<Vec<Blob>, Error> {
     std::iter::once(Unit::Embedding)
         .chain((0..cut).map(Unit::Block))
         .map(|unit| {

@@ -74,14 +74,7 @@ impl ClientPart {
         };
         let rows = training.batch * training.seq;
         Ok(Self {
-            stack: Stack::new(
-                engine,
-                model,
-                weights,
-                Some((&layout, adapter)),
-                extent,
-                true,
-            )?,
+            stack: Stack::new(engine, model, weights, Some((&layout, adapter)), extent, true)?,
             activations: CutBuffers::new(engine, training.wire, rows, model.width)?,
             gradient: CutBuffers::new(engine, training.wire, rows, model.width)?,
             training: training.clone(),
@@ -144,7 +137,7 @@ impl ClientPart {
         self.stack.upload_tokens(&vec![0; batch * seq], seq)?;
         let forward = speed::rate(&mut self.stack, clock, (FORWARD, seq), |stack, seq| {
             stack.run(FORWARD, seq, |stack, recording| {
-                    stack.record_blocks(recording, seq);
+                stack.record_blocks(recording, seq);
             })
         })
         .await?;

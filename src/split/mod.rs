@@ -30,8 +30,8 @@ pub use server::{Contribution, Evaluation, Moved, Reply, ServerPart};
 pub use speed::Clock;
 
 use crate::compute;
-use crate::model::adapter::{AdapterError, AdapterLayout, LoraSpec};
 use crate::model::ModelError;
+use crate::model::adapter::{AdapterError, AdapterLayout, LoraSpec};
 use crate::model::architecture::Architecture;
 use crate::model::weights::WeightsError;
 use crate::terms::optimizer::OptimizerSettings;

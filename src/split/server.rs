@@ -159,14 +159,7 @@ impl ServerPart {
         };
         let rows = training.batch * training.seq;
         Ok(Self {
-            stack: Stack::new(
-                engine,
-                model,
-                weights,
-                Some((&layout, adapter)),
-                extent,
-                true,
-            )?,
+            stack: Stack::new(engine, model, weights, Some((&layout, adapter)), extent, true)?,
             training: training.clone(),
             cut,
             activations: CutBuffers::new(engine, training.wire, rows, model.width)?,

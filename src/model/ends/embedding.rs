@@ -59,7 +59,11 @@ impl Embedding {
             positions: rows.next(),
             width: model.width,
         };
-        assert_eq!(embedding.positions.is_some(), model.rotary.is_none(), "learned positions");
+        assert_eq!(
+            embedding.positions.is_some(),
+            model.rotary.is_none(),
+            "learned positions"
+        );
         embedding
     }
 

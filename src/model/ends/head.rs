@@ -5,11 +5,11 @@ use crate::compute::{Buffer, Engine, Error, Recording};
 use crate::kernels::cross_entropy::{self, Chunk};
 use crate::kernels::matmul;
 use crate::kernels::weight::{Columns, Weight};
+use crate::model::ModelError;
 use crate::model::architecture::Architecture;
 use crate::model::part::norm::{Norm, STATS};
 use crate::model::unit::{HEAD, Tensor, Unit, UnitData, final_norm};
 use crate::model::weights::{UnitSource, WeightsError};
-use crate::model::ModelError;
 use crate::terms::format::Packed;
 
 /// The final norm and the head on a device; clones share them.
@@ -140,7 +140,9 @@ impl LogitBuffers {
         Ok(Self {
             hidden: engine.buffer("last.hidden", model.width)?,
             stats: engine.buffer("last.stats", STATS)?,
-            logits: rows.map(|rows| engine.buffer("last.logits", rows)).collect::<Result<_, _>>()?,
+            logits: rows
+                .map(|rows| engine.buffer("last.logits", rows))
+                .collect::<Result<_, _>>()?,
         })
     }
 

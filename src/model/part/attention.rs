@@ -167,7 +167,11 @@ impl AttentionPart<'_> {
     }
 
     /// Where each map of the projection writes, and its gradient is found: queries and keys apart where a norm follows.
-    fn columns<'a>(&'a self, qkv: &'a Buffer, qk: Option<&'a Buffer>) -> impl Iterator<Item = (&'a Linear, Columns<'a>)> {
+    fn columns<'a>(
+        &'a self,
+        qkv: &'a Buffer,
+        qk: Option<&'a Buffer>,
+    ) -> impl Iterator<Item = (&'a Linear, Columns<'a>)> {
         let normed = (self.model.heads + self.model.kv_heads) * self.model.head_size;
         self.weights
             .qkv
