@@ -207,7 +207,7 @@ fn blocks(rows: usize, columns: usize, inner: usize, simd: Simd) -> (usize, usiz
     #[cfg(target_arch = "wasm32")]
     let threads = 1;
     let (tile_rows, tile_columns) = simd.tile();
-    let most = if threads == 1 { 1 } else { 4 * threads };
+    let most = if threads == 1 { 1 } else { 2 * threads };
     let wanted = (rows * columns * inner / TASK).clamp(1, most);
     let block = |size: usize, blocks: usize, tile: usize| size.div_ceil(blocks).next_multiple_of(tile);
     (rows.div_ceil(BLOCK_ROWS)..=wanted.max(rows.div_ceil(BLOCK_ROWS)))
