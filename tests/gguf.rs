@@ -11,11 +11,13 @@ use serde_json::{Value as Json, json};
 use sflllm::model::architecture::Family;
 use sflllm::model::gguf::GgufError;
 use sflllm::model::gguf::blocks::{BlockType, Repacker, blocks_of};
-use sflllm::model::gguf::container::{Array, Gguf, GgufWriter, Metadata, Value};
+use sflllm::model::gguf::container::Gguf;
 use sflllm::model::gguf::header::{ModelHeader, Rope, RopeScaling};
+use sflllm::model::gguf::metadata::{Array, Metadata, Value};
 use sflllm::model::gguf::model::GgufModel;
 use sflllm::model::gguf::names::{half_split_rows, interleaved_rows};
 use sflllm::model::gguf::tokenizer::GgufTokenizer;
+use sflllm::model::gguf::writer::GgufWriter;
 use sflllm::terms::format::{Encoder, Format, FormatError, GROUP, Layout, Packed};
 
 /// A reproducible sequence of numbers from a standard normal distribution.
@@ -128,7 +130,8 @@ proptest! {
         prop_assert_eq!(words.len(), layout.words());
         prop_assert_eq!(layout.check(&words), Ok(()));
         let decoded = layout.decode(&words);
-        for (row, (found, expected)) in decoded.chunks(layout.columns.max(1)).zip(values.chunks(layout.columns.max(1))).enumerate() {
+        let width = layout.columns.max(1);
+        for (row, (found, expected)) in decoded.chunks(width).zip(values.chunks(width)).enumerate() {
             let mut one = vec![0.0; layout.columns];
             layout.decode_row(&words, row, &mut one);
             prop_assert_eq!(&one[..], found);
@@ -171,12 +174,15 @@ proptest! {
         let all = packed.decode();
         let selected = packed.select_rows(&order);
         prop_assert_eq!(selected.layout().check(selected.words()), Ok(()));
-        let expected: Vec<f32> = order.iter().flat_map(|&row| &all[row * layout.columns..][..layout.columns]).copied().collect();
+        let rows = order.iter().flat_map(|&row| &all[row * layout.columns..][..layout.columns]);
+        let expected: Vec<f32> = rows.copied().collect();
         prop_assert_eq!(selected.decode(), expected);
     }
 
     #[test]
-    fn words_from_outside_are_taken_or_refused(layout in layouts(), words in prop::collection::vec(any::<u32>(), 0..200), fit: bool) {
+    fn words_from_outside_are_taken_or_refused(
+        layout in layouts(), words in prop::collection::vec(any::<u32>(), 0..200), fit: bool,
+    ) {
         let mut words = words;
         if fit {
             words.resize(layout.words(), 0);
@@ -628,7 +634,8 @@ proptest! {
                 }
             }
         }
-        // Texts, pairs of merges and their JSON take more room than their bytes in the file; values take four bytes for one.
+        // Texts, pairs of merges and their JSON take more room than their bytes in the file; values take four bytes for
+        // one.
         let bound = 64 * bytes.len() + (1 << 18);
         let peak = peak_of(|| read_everything(bytes));
         prop_assert!(peak < bound, "{} bytes held, {} allowed", peak, bound);
@@ -737,6 +744,24 @@ proptest! {
 }
 
 #[test]
+fn every_scale_of_q4_0_has_its_minimum_in_q4() {
+    let scales: Vec<f16> = (0..=u16::MAX)
+        .map(f16::from_bits)
+        .filter(|scale| scale.is_finite() && 8.0 * scale.to_f32().abs() <= 65504.0)
+        .collect();
+    let mut bytes = Vec::new();
+    for scale in &scales {
+        bytes.extend(scale.to_le_bytes());
+        bytes.extend((0..16).map(|i| 17 * i));
+    }
+    let mut expected = Vec::new();
+    BlockType::Q4_0.decode_into(&bytes, &mut expected);
+    let packed = repacked(BlockType::Q4_0, &bytes, scales.len(), 32).unwrap();
+    assert_eq!(packed.layout().format, Format::Q4);
+    assert!(packed.decode() == expected);
+}
+
+#[test]
 fn matrices_that_gguf_cannot_hold_are_told_apart() {
     for format in Format::ALL {
         let packed = Packed::encode(format.layout(2, 33), &gaussian(1, 66)).unwrap();
@@ -832,8 +857,14 @@ fn values_that_are_not_finite_are_refused() {
         let mut gguf = one_tensor(block, &[stored.elements, 1], &bytes);
         let shape = [1, stored.elements as usize];
         let refused = |error: GgufError| {
-            let named = matches!(&error, GgufError::Format { tensor, source: FormatError::NotFinite { row: 0 }, .. } if tensor == "t");
-            assert!(named || block == BlockType::Q4K, "{block}: {error}");
+            let GgufError::Format { tensor, source, .. } = &error else {
+                panic!("{block}: {error}");
+            };
+            let not_finite = *source == FormatError::NotFinite { row: 0 };
+            assert!(
+                tensor == "t" && (not_finite || block == BlockType::Q4K),
+                "{block}: {error}"
+            );
         };
         refused(gguf.read("t", &shape).unwrap_err());
         refused(gguf.packed("t", shape, None).unwrap_err());
@@ -970,8 +1001,9 @@ fn headers_give_the_config_of_the_model() {
         config["max_position_embeddings"] = json!(64);
     };
     let gpt2 = json!({
-        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 1, "n_embd": 20, "n_head": 2, "n_inner": 48,
-        "n_positions": 16, "vocab_size": 368, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new",
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 1, "n_embd": 20, "n_head": 2,
+        "n_inner": 48, "n_positions": 16, "vocab_size": 368, "layer_norm_epsilon": 1e-5,
+        "activation_function": "gelu_new",
         "tie_word_embeddings": true, "bos_token_id": 360, "eos_token_id": 361,
     });
     let mut llama = json!({

@@ -1,20 +1,23 @@
 //! The formats of frozen weight matrices: how many words a matrix takes, where its parts lie, encoding and decoding.
 //!
-//! A matrix is row major in an array of 32-bit words. `columns` is its contiguous axis, whatever that means to the model: an
-//! In×Out matrix has Out columns and an Out×In matrix has In. Quantised formats cut every row into groups of [`GROUP`] columns,
-//! the last of which may be short, and keep all codes before all scales ("planar"), so that four neighbouring weights are always
-//! found in one place whichever product reads them:
+//! A matrix is row major in an array of 32-bit words. `columns` is its contiguous axis, whatever that means to the
+//! model: an In×Out matrix has Out columns and an Out×In matrix has In. Quantised formats cut every row into groups of
+//! [`GROUP`] columns, the last of which may be short, and keep all codes before all scales ("planar"), so that four
+//! neighbouring weights are always found in one place whichever product reads them:
 //!
-//! | format | codes | scales, from [`Layout::scales_at`] | value |
-//! |---|---|---|---|
-//! | `f32` | one a word | | the bits |
-//! | `f16` | two halves a word over the whole matrix, the earlier low; an odd count is padded with a zero half | | the half |
-//! | `q8` | four int8 a word, little endian; 8 words a group, a short group's rest zero | one f16 a group, two a word, padded as `f16` | scale · code |
-//! | `q4` | eight nibbles a word, lowest first; 4 words a group, a short group's rest zero | one word a group: f16 scale low, f16 minimum high | scale · code + minimum |
+//! * `f32`: one value a word.
+//! * `f16`: two halves a word over the whole matrix, the earlier in the low bits; an odd count is padded with a zero
+//!   half.
+//! * `q8`: four int8 codes a word, little endian, 8 words a group; then, from [`Layout::scales_at`], one f16 scale a
+//!   group, two a word and padded as in `f16`. A weight is scale · code.
+//! * `q4`: eight 4-bit codes a word, the first in the lowest bits, 4 words a group; then one word a group, an f16 scale
+//!   low and an f16 minimum high. A weight is scale · code + minimum.
 //!
-//! Scales times codes are exact in f32, so a fused multiply-add and a multiplication before an addition give the same weight.
+//! Codes behind the end of a short group are zero. Scales times codes are exact in f32, so a fused multiply-add and a
+//! multiplication before an addition give the same weight.
 //!
-//! It is separate from the model's weights because kernels, the engines, the files and the wire all read the same layout.
+//! It is separate from the model's weights because kernels, the engines, the files and the wire all read the same
+//! layout.
 
 use std::fmt;
 use std::ops::Range;
@@ -346,8 +349,8 @@ impl Layout {
         (f16::from_bits(pair as u16), f16::from_bits((pair >> 16) as u16), codes)
     }
 
-    /// Compares the length of `words` with the layout's, and checks that every value is finite and every padding zero, as
-    /// [`Layout::encode`] leaves them.
+    /// Compares the length of `words` with the layout's, and checks that every value is finite and every padding zero,
+    /// as [`Layout::encode`] leaves them.
     ///
     /// # Errors
     /// [`FormatError`] names the row.
@@ -448,8 +451,8 @@ impl Encoder {
     /// Takes the next values, row major; a piece may end anywhere.
     ///
     /// # Errors
-    /// As [`Format::encode`], with [`FormatError::Length`] for more values than the matrix has. An encoder that has failed is of
-    /// no more use.
+    /// As [`Format::encode`], with [`FormatError::Length`] for more values than the matrix has. An encoder that has
+    /// failed is of no more use.
     pub fn push(&mut self, values: &[f32]) -> Result<(), FormatError> {
         let layout = self.layout;
         if values.len() > layout.elements() - self.pushed {
@@ -517,7 +520,8 @@ impl Encoder {
     /// Takes the next group of a `q8` matrix as it is, four codes a word.
     ///
     /// # Panics
-    /// When the matrix is of another format, has rows that are no whole groups, or is complete, and in the middle of a group.
+    /// When the matrix is of another format, has rows that are no whole groups, or is complete, and in the middle of a
+    /// group.
     pub fn push_q8_group(&mut self, scale: f16, codes: [u32; Q8_CODE_WORDS]) {
         let index = self.next_whole_group(Format::Q8);
         self.put_q8(index, scale, codes);
@@ -526,7 +530,8 @@ impl Encoder {
     /// Takes the next group of a `q4` matrix as it is, eight codes a word.
     ///
     /// # Panics
-    /// When the matrix is of another format, has rows that are no whole groups, or is complete, and in the middle of a group.
+    /// When the matrix is of another format, has rows that are no whole groups, or is complete, and in the middle of a
+    /// group.
     pub fn push_q4_group(&mut self, scale: f16, minimum: f16, codes: [u32; Q4_CODE_WORDS]) {
         let index = self.next_whole_group(Format::Q4);
         self.put_q4(index, scale, minimum, codes);
@@ -619,7 +624,8 @@ impl Packed {
         self.layout.decode(&self.words)
     }
 
-    /// The matrix of the given rows in the given order, which loses nothing in any format. A row may be taken more than once.
+    /// The matrix of the given rows in the given order, which loses nothing in any format. A row may be taken more than
+    /// once.
     ///
     /// # Panics
     /// When a row does not exist.
@@ -688,11 +694,11 @@ fn encode_q8(values: &[f32; GROUP]) -> Option<(f16, [u32; Q8_CODE_WORDS])> {
     Some((scale, words))
 }
 
-/// A group in 4-bit codes, with the scale and minimum that leave the least squared error among those searched; `None` when
-/// they are beyond f16. Values from `length` on are overwritten.
+/// A group in 4-bit codes, with the scale and minimum that leave the least squared error among those searched; `None`
+/// when they are beyond f16. Values from `length` on are overwritten.
 ///
-/// The search narrows the range from both ends in steps, because one clipped outlier costs less than coarser codes for all the
-/// others, and fits scale and minimum to the codes by least squares.
+/// The search narrows the range from both ends in steps, because one clipped outlier costs less than coarser codes for
+/// all the others, and fits scale and minimum to the codes by least squares.
 fn encode_q4(values: &mut [f32; GROUP], length: usize) -> Option<(f16, f16, [u32; Q4_CODE_WORDS])> {
     for i in length..GROUP {
         values[i] = values[i - length];
@@ -736,7 +742,8 @@ fn q4_code(value: f32, inverse: f32, minimum: f32) -> f32 {
     ((value - minimum) * inverse).clamp(0.0, 15.0) + ROUND - ROUND
 }
 
-/// Squared error of a whole group under a scale and minimum, summed in eight lanes so that it is the same on every machine.
+/// Squared error of a whole group under a scale and minimum, summed in eight lanes so that it is the same on every
+/// machine.
 fn q4_error(values: &[f32; GROUP], scale: f16, minimum: f16) -> f32 {
     let (inverse, scale, minimum) = (inverse(scale), scale.to_f32(), minimum.to_f32());
     let mut lanes = [0.0; 8];
@@ -749,8 +756,8 @@ fn q4_error(values: &[f32; GROUP], scale: f16, minimum: f16) -> f32 {
     lanes.iter().sum()
 }
 
-/// The scale and minimum of least squared error for the codes that the given ones lead to; `None` when all codes are equal or
-/// the fit is beyond f16.
+/// The scale and minimum of least squared error for the codes that the given ones lead to; `None` when all codes are
+/// equal or the fit is beyond f16.
 fn fit_q4(values: &[f32; GROUP], scale: f16, minimum: f16) -> Option<(f16, f16)> {
     let (inverse, minimum) = (inverse(scale), minimum.to_f32());
     let (mut codes, mut squares, mut sums, mut products) = ([0.0f32; 8], [0.0f32; 8], [0.0f32; 8], [0.0f32; 8]);

@@ -1,9 +1,10 @@
-//! The types in which GGUF tensors are stored: their sizes, decoding, and the way into the formats of [`crate::terms::format`].
+//! The types in which GGUF tensors are stored: their sizes, decoding, and the way into the formats of
+//! [`crate::terms::format`].
 //!
-//! A tensor is a sequence of blocks, and a row is a whole number of them. Decoding gives the values of ggml's own formulas bit for
-//! bit: all products of codes and scales are exact in f32, so that one rounding is left at most. Q8_0, Q4_0 and Q4_1 have the
-//! groups of `q8` and `q4`, only in another order, so they change places without loss; so does Q4_K but for its scales, which are
-//! products of two numbers and are rounded to f16.
+//! A tensor is a sequence of blocks, and a row is a whole number of them. Decoding gives the values of ggml's own
+//! formulas bit for bit: all products of codes and scales are exact in f32, so that one rounding is left at most. Q8_0,
+//! Q4_0 and Q4_1 have the groups of `q8` and `q4`, only in another order, so they change places without loss; so does
+//! Q4_K but for its scales, which are products of two numbers and are rounded to f16.
 
 use half::{bf16, f16};
 
@@ -222,7 +223,8 @@ impl BlockType {
                 for block in blocks {
                     let scale = half(block, 208).to_f32();
                     for i in 0..SUPER {
-                        // Halves of 128; in each, quarters of 32 share bytes of high bits, and two quarters bytes of low bits.
+                        // Halves of 128; in each, quarters of 32 share bytes of high bits, and two quarters bytes of
+                        // low bits.
                         let (side, quarter, lane) = (i / 128, i % 128 / 32, i % 32);
                         let low = block[64 * side + 32 * (quarter % 2) + lane] >> (4 * (quarter / 2)) & 15;
                         let high = block[128 + 32 * side + lane] >> (2 * quarter) & 3;
@@ -237,7 +239,8 @@ impl BlockType {
     /// Encodes whole rows in a type that is written: F32, F16 or Q8_0, rounded as ggml does.
     ///
     /// # Errors
-    /// [`FormatError::Overflow`] for a value beyond F16 or Q8_0, [`FormatError::NotFinite`]; their row is 0, their column the index.
+    /// [`FormatError::Overflow`] for a value beyond F16 or Q8_0, [`FormatError::NotFinite`]; their row is 0, their
+    /// column the index.
     ///
     /// # Panics
     /// For another type, and when `values` is not a whole number of blocks.
@@ -456,8 +459,8 @@ fn q4_words(codes: impl Iterator<Item = u8>) -> [u32; Q4_CODE_WORDS] {
     words
 }
 
-/// A matrix in its type of GGUF, all its values kept: F32, F16, Q8_0 or Q4_1. `None` when a quantised one has rows that are no
-/// whole groups, which GGUF cannot hold.
+/// A matrix in its type of GGUF, all its values kept: F32, F16, Q8_0 or Q4_1. `None` when a quantised one has rows that
+/// are no whole groups, which GGUF cannot hold.
 pub fn blocks_of(packed: &Packed) -> Option<(BlockType, Vec<u8>)> {
     let (layout, words) = (packed.layout(), packed.words());
     let groups = layout.rows * layout.groups();

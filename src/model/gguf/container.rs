@@ -1,310 +1,22 @@
-//! The container: metadata and the table of tensors read from any seekable source, ranges of its data, and the writer.
+//! The container: metadata and the table of tensors read from any seekable source, and ranges of its data.
 //!
 //! It is separate from the block types because it moves bytes whose meaning it does not know.
 
 use std::collections::HashMap;
-use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
+use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::ops::Range;
 
 use super::blocks::{BlockType, Repacked, Repacker, Stored};
-use super::{GgufError, shown};
+use super::metadata::{Metadata, Value};
+use super::parser::Parser;
+use super::{ALIGNMENT, ALIGNMENT_KEY, GgufError, MAGIC, shown};
 use crate::model::archive::Source;
 use crate::terms::format::{Format, FormatError};
 
-const MAGIC: [u8; 4] = *b"GGUF";
-/// The version written.
-const VERSION: u32 = 3;
-/// Alignment of tensor data when the metadata says nothing.
-const ALIGNMENT: u32 = 32;
-/// The metadata key of another alignment.
-pub const ALIGNMENT_KEY: &str = "general.alignment";
-/// Arrays inside arrays are read to this depth.
-const MAX_DEPTH: usize = 8;
 /// Dimensions a tensor may have.
 const MAX_DIMENSIONS: u32 = 4;
 /// Bytes of a tensor read at a time.
 const CHUNK: usize = 1 << 17;
-
-macro_rules! numbers {
-    ($($kind:ident($number:ty) = $id:literal),* $(,)?) => {
-        /// One metadata value.
-        #[derive(Clone, Debug, PartialEq)]
-        pub enum Value {
-            $($kind($number),)*
-            Bool(bool),
-            String(String),
-            Array(Array),
-        }
-
-        /// A metadata array, all of one kind.
-        #[derive(Clone, Debug, PartialEq)]
-        pub enum Array {
-            $($kind(Vec<$number>),)*
-            Bool(Vec<bool>),
-            String(Vec<String>),
-            Array(Vec<Array>),
-        }
-
-        impl Value {
-            fn kind(&self) -> u32 {
-                match self {
-                    $(Value::$kind(_) => $id,)*
-                    Value::Bool(_) => BOOL,
-                    Value::String(_) => STRING,
-                    Value::Array(_) => ARRAY,
-                }
-            }
-
-            fn write(&self, bytes: &mut Vec<u8>) {
-                match self {
-                    $(Value::$kind(value) => bytes.extend(value.to_le_bytes()),)*
-                    Value::Bool(value) => bytes.push(u8::from(*value)),
-                    Value::String(value) => write_string(value, bytes),
-                    Value::Array(value) => value.write(bytes),
-                }
-            }
-        }
-
-        impl Array {
-            fn kind(&self) -> u32 {
-                match self {
-                    $(Array::$kind(_) => $id,)*
-                    Array::Bool(_) => BOOL,
-                    Array::String(_) => STRING,
-                    Array::Array(_) => ARRAY,
-                }
-            }
-
-            pub fn len(&self) -> usize {
-                match self {
-                    $(Array::$kind(values) => values.len(),)*
-                    Array::Bool(values) => values.len(),
-                    Array::String(values) => values.len(),
-                    Array::Array(values) => values.len(),
-                }
-            }
-
-            fn write(&self, bytes: &mut Vec<u8>) {
-                bytes.extend(self.kind().to_le_bytes());
-                bytes.extend((self.len() as u64).to_le_bytes());
-                match self {
-                    $(Array::$kind(values) => bytes.extend(values.iter().flat_map(|value| value.to_le_bytes())),)*
-                    Array::Bool(values) => bytes.extend(values.iter().map(|&value| u8::from(value))),
-                    Array::String(values) => values.iter().for_each(|value| write_string(value, bytes)),
-                    Array::Array(values) => values.iter().for_each(|value| value.write(bytes)),
-                }
-            }
-        }
-
-        $(impl From<$number> for Value {
-            fn from(value: $number) -> Self {
-                Value::$kind(value)
-            }
-        }
-
-        impl From<Vec<$number>> for Value {
-            fn from(values: Vec<$number>) -> Self {
-                Value::Array(Array::$kind(values))
-            }
-        })*
-
-        impl Parser<'_> {
-            fn value(&mut self, kind: u32, key: &str) -> Result<Value, GgufError> {
-                Ok(match kind {
-                    $($id => Value::$kind(<$number>::from_le_bytes(self.fixed(key)?)),)*
-                    BOOL => Value::Bool(self.bools(1, key)?[0]),
-                    STRING => Value::String(self.string(key)?),
-                    ARRAY => Value::Array(self.array(key, 0)?),
-                    _ => return Err(self.damaged(format!("`{}` has a value of unknown kind {kind}", shown(key)))),
-                })
-            }
-
-            fn array(&mut self, key: &str, depth: usize) -> Result<Array, GgufError> {
-                if depth == MAX_DEPTH {
-                    return Err(self.damaged(format!("`{}` has arrays nested deeper than {MAX_DEPTH}", shown(key))));
-                }
-                let kind = u32::from_le_bytes(self.fixed(key)?);
-                let count = u64::from_le_bytes(self.fixed(key)?);
-                Ok(match kind {
-                    $($id => {
-                        let bytes = self.bytes(count.saturating_mul(size_of::<$number>() as u64), key)?;
-                        let values = bytes.as_chunks().0.iter().map(|&value| <$number>::from_le_bytes(value));
-                        Array::$kind(values.collect())
-                    })*
-                    BOOL => Array::Bool(self.bools(count, key)?),
-                    // A string takes at least its length, an array its kind and length.
-                    STRING => {
-                        let count = self.room(count, 8, key)?;
-                        let mut values = Vec::with_capacity(count);
-                        for _ in 0..count {
-                            values.push(self.string(key)?);
-                        }
-                        Array::String(values)
-                    }
-                    ARRAY => {
-                        let count = self.room(count, 12, key)?;
-                        let mut values = Vec::with_capacity(count);
-                        for _ in 0..count {
-                            values.push(self.array(key, depth + 1)?);
-                        }
-                        Array::Array(values)
-                    }
-                    _ => return Err(self.damaged(format!("`{}` has an array of unknown kind {kind}", shown(key)))),
-                })
-            }
-        }
-    };
-}
-
-const BOOL: u32 = 7;
-const STRING: u32 = 8;
-const ARRAY: u32 = 9;
-numbers! {
-    U8(u8) = 0, I8(i8) = 1, U16(u16) = 2, I16(i16) = 3, U32(u32) = 4, I32(i32) = 5, F32(f32) = 6,
-    U64(u64) = 10, I64(i64) = 11, F64(f64) = 12,
-}
-
-impl Array {
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// The numbers of an array of any integer kind that fit.
-    pub fn integers(&self) -> Option<Vec<i64>> {
-        Some(match self {
-            Array::U8(values) => values.iter().map(|&value| i64::from(value)).collect(),
-            Array::I8(values) => values.iter().map(|&value| i64::from(value)).collect(),
-            Array::U16(values) => values.iter().map(|&value| i64::from(value)).collect(),
-            Array::I16(values) => values.iter().map(|&value| i64::from(value)).collect(),
-            Array::U32(values) => values.iter().map(|&value| i64::from(value)).collect(),
-            Array::I32(values) => values.iter().map(|&value| i64::from(value)).collect(),
-            Array::U64(values) => values
-                .iter()
-                .map(|&value| value.try_into().ok())
-                .collect::<Option<_>>()?,
-            Array::I64(values) => values.clone(),
-            _ => return None,
-        })
-    }
-}
-
-impl Value {
-    /// A number of any integer kind that is not negative.
-    pub fn unsigned(&self) -> Option<u64> {
-        match *self {
-            Value::U8(value) => Some(value.into()),
-            Value::U16(value) => Some(value.into()),
-            Value::U32(value) => Some(value.into()),
-            Value::U64(value) => Some(value),
-            Value::I8(value) => value.try_into().ok(),
-            Value::I16(value) => value.try_into().ok(),
-            Value::I32(value) => value.try_into().ok(),
-            Value::I64(value) => value.try_into().ok(),
-            _ => None,
-        }
-    }
-
-    /// A number of either float kind.
-    pub fn float(&self) -> Option<f64> {
-        match *self {
-            Value::F32(value) => Some(value.into()),
-            Value::F64(value) => Some(value),
-            _ => None,
-        }
-    }
-
-    pub fn string(&self) -> Option<&str> {
-        match self {
-            Value::String(value) => Some(value),
-            _ => None,
-        }
-    }
-
-    pub fn bool(&self) -> Option<bool> {
-        match *self {
-            Value::Bool(value) => Some(value),
-            _ => None,
-        }
-    }
-
-    pub fn strings(&self) -> Option<&[String]> {
-        match self {
-            Value::Array(Array::String(values)) => Some(values),
-            _ => None,
-        }
-    }
-
-    /// The value for an error message, cut when it is long.
-    pub fn shown(&self) -> String {
-        match self {
-            Value::String(value) => format!("\"{}\"", shown(value)),
-            Value::Array(array) => format!("an array of {}", array.len()),
-            Value::Bool(value) => value.to_string(),
-            _ => match (self.unsigned(), self.float()) {
-                (Some(value), _) => value.to_string(),
-                (_, Some(value)) => value.to_string(),
-                _ => "a negative number".to_owned(),
-            },
-        }
-    }
-}
-
-impl From<bool> for Value {
-    fn from(value: bool) -> Self {
-        Value::Bool(value)
-    }
-}
-
-impl From<&str> for Value {
-    fn from(value: &str) -> Self {
-        Value::String(value.to_owned())
-    }
-}
-
-impl From<String> for Value {
-    fn from(value: String) -> Self {
-        Value::String(value)
-    }
-}
-
-impl From<Vec<String>> for Value {
-    fn from(values: Vec<String>) -> Self {
-        Value::Array(Array::String(values))
-    }
-}
-
-fn write_string(text: &str, bytes: &mut Vec<u8>) {
-    bytes.extend((text.len() as u64).to_le_bytes());
-    bytes.extend(text.as_bytes());
-}
-
-/// Keys and values in the order of the file; a key is there once.
-#[derive(Clone, Debug, Default)]
-pub struct Metadata {
-    entries: Vec<(String, Value)>,
-    index: HashMap<String, usize>,
-}
-
-impl Metadata {
-    pub fn get(&self, key: &str) -> Option<&Value> {
-        self.index.get(key).map(|&i| &self.entries[i].1)
-    }
-
-    /// Sets a value, in the place of the key's former one or at the end.
-    pub fn set(&mut self, key: &str, value: impl Into<Value>) {
-        match self.index.get(key) {
-            Some(&i) => self.entries[i].1 = value.into(),
-            None => {
-                self.index.insert(key.to_owned(), self.entries.len());
-                self.entries.push((key.to_owned(), value.into()));
-            }
-        }
-    }
-
-    pub fn iter(&self) -> impl Iterator<Item = (&str, &Value)> {
-        self.entries.iter().map(|(key, value)| (key.as_str(), value))
-    }
-}
 
 /// A tensor's entry in the table.
 #[derive(Clone, Debug, PartialEq)]
@@ -326,7 +38,7 @@ impl TensorInfo {
 }
 
 /// Bytes of a tensor of these dimensions; `None` when they cannot be counted or rows are no whole blocks.
-fn tensor_bytes(dimensions: &[u64], stored: &Stored) -> Option<u64> {
+pub(super) fn tensor_bytes(dimensions: &[u64], stored: &Stored) -> Option<u64> {
     let elements = dimensions
         .iter()
         .try_fold(1u64, |product, &size| product.checked_mul(size))?;
@@ -338,75 +50,7 @@ fn tensor_bytes(dimensions: &[u64], stored: &Stored) -> Option<u64> {
     (elements / stored.elements).checked_mul(stored.bytes)
 }
 
-/// Reads forward through the header, counting what is left.
-struct Parser<'a> {
-    file: &'a str,
-    source: BufReader<&'a mut dyn Source>,
-    position: u64,
-    length: u64,
-}
-
 impl Parser<'_> {
-    fn damaged(&self, reason: String) -> GgufError {
-        GgufError::Damaged {
-            file: self.file.to_owned(),
-            reason,
-        }
-    }
-
-    fn left(&self) -> u64 {
-        self.length - self.position
-    }
-
-    /// Checks that `count` things of at least `bytes` each can still come.
-    fn room(&self, count: u64, bytes: u64, what: &str) -> Result<usize, GgufError> {
-        let needed = count.saturating_mul(bytes);
-        match usize::try_from(count) {
-            Ok(count) if needed <= self.left() => Ok(count),
-            _ => Err(GgufError::Truncated {
-                file: self.file.to_owned(),
-                what: shown(what),
-                needed,
-                left: self.left(),
-            }),
-        }
-    }
-
-    fn read(&mut self, bytes: &mut [u8]) -> Result<(), GgufError> {
-        self.position += bytes.len() as u64;
-        self.source.read_exact(bytes).map_err(|source| GgufError::Read {
-            file: self.file.to_owned(),
-            source,
-        })
-    }
-
-    fn bytes(&mut self, count: u64, what: &str) -> Result<Vec<u8>, GgufError> {
-        let mut bytes = vec![0; self.room(count, 1, what)?];
-        self.read(&mut bytes)?;
-        Ok(bytes)
-    }
-
-    fn fixed<const N: usize>(&mut self, what: &str) -> Result<[u8; N], GgufError> {
-        self.room(N as u64, 1, what)?;
-        let mut bytes = [0; N];
-        self.read(&mut bytes)?;
-        Ok(bytes)
-    }
-
-    fn string(&mut self, what: &str) -> Result<String, GgufError> {
-        let length = u64::from_le_bytes(self.fixed(what)?);
-        let bytes = self.bytes(length, what)?;
-        String::from_utf8(bytes).map_err(|_| self.damaged(format!("a text of {} is not UTF-8", shown(what))))
-    }
-
-    fn bools(&mut self, count: u64, what: &str) -> Result<Vec<bool>, GgufError> {
-        let bytes = self.bytes(count, what)?;
-        if bytes.iter().any(|&byte| byte > 1) {
-            return Err(self.damaged(format!("`{}` holds a truth value that is neither 0 nor 1", shown(what))));
-        }
-        Ok(bytes.iter().map(|&byte| byte == 1).collect())
-    }
-
     fn version(&mut self) -> Result<(), GgufError> {
         let file = self.file.to_owned();
         if self.left() < 4 || self.fixed::<4>("the header")? != MAGIC {
@@ -652,7 +296,8 @@ impl Gguf {
     /// All values of a tensor as f32, row major.
     ///
     /// # Errors
-    /// As [`Gguf::check`] and [`Gguf::block_type`]; [`GgufError::Read`]; [`GgufError::Format`] when a value is not finite.
+    /// As [`Gguf::check`] and [`Gguf::block_type`]; [`GgufError::Read`]; [`GgufError::Format`] when a value is not
+    /// finite.
     pub fn read(&mut self, name: &str, expected: &[usize]) -> Result<Vec<f32>, GgufError> {
         let info = self.check(name, expected)?.clone();
         let block = self.block_type(&info)?;
@@ -698,7 +343,8 @@ impl Gguf {
         }
     }
 
-    /// The given rows of a matrix as f32, into `values` of `rows.len() · columns`: an embedding is gathered without being loaded.
+    /// The given rows of a matrix as f32, into `values` of `rows.len() · columns`: an embedding is gathered without
+    /// being loaded.
     ///
     /// # Errors
     /// As [`Gguf::read`]; [`GgufError::Row`].
@@ -807,109 +453,5 @@ fn format_error(file: &str, info: &TensorInfo, source: FormatError) -> GgufError
         file: file.to_owned(),
         tensor: shown(&info.name),
         source,
-    }
-}
-
-/// Writes a GGUF file forward, tensor after tensor, to any output.
-#[derive(Debug)]
-pub struct GgufWriter<W> {
-    output: W,
-    alignment: u64,
-    /// Names and bytes of the tensors.
-    tensors: Vec<(String, u64)>,
-    /// The tensor being written, and how much of it has been.
-    current: usize,
-    written: u64,
-}
-
-impl<W: Write> GgufWriter<W> {
-    /// Writes the header and the table: names, dimensions (the contiguous one first) and types in the order of the data.
-    ///
-    /// # Errors
-    /// The output's.
-    ///
-    /// # Panics
-    /// When a tensor's rows are no whole blocks of its type, or the metadata's alignment is no power of two.
-    pub fn begin(mut output: W, metadata: &Metadata, table: &[(String, Vec<u64>, BlockType)]) -> io::Result<Self> {
-        let alignment = match metadata.get(ALIGNMENT_KEY) {
-            None => ALIGNMENT,
-            Some(Value::U32(alignment)) if alignment.is_power_of_two() => *alignment,
-            Some(other) => panic!("an alignment of {}", other.shown()),
-        };
-        let alignment = u64::from(alignment);
-        let mut header = MAGIC.to_vec();
-        header.extend(VERSION.to_le_bytes());
-        header.extend((table.len() as u64).to_le_bytes());
-        header.extend((metadata.entries.len() as u64).to_le_bytes());
-        for (key, value) in metadata.iter() {
-            write_string(key, &mut header);
-            header.extend(value.kind().to_le_bytes());
-            value.write(&mut header);
-        }
-        let mut offset = 0;
-        let mut tensors = Vec::with_capacity(table.len());
-        for (name, dimensions, block) in table {
-            write_string(name, &mut header);
-            header.extend((dimensions.len() as u32).to_le_bytes());
-            header.extend(dimensions.iter().flat_map(|size| size.to_le_bytes()));
-            header.extend(block.stored().id.to_le_bytes());
-            header.extend(u64::to_le_bytes(offset));
-            let Some(bytes) = tensor_bytes(dimensions, block.stored()) else {
-                panic!("`{name}` of {dimensions:?} in {block}");
-            };
-            tensors.push((name.clone(), bytes));
-            offset = (offset + bytes).next_multiple_of(alignment);
-        }
-        header.resize(header.len().next_multiple_of(alignment as usize), 0);
-        output.write_all(&header)?;
-        Ok(Self {
-            output,
-            alignment,
-            tensors,
-            current: 0,
-            written: 0,
-        })
-    }
-
-    /// Writes the next bytes of the next tensor; a piece may end anywhere, but not in another tensor.
-    ///
-    /// # Errors
-    /// The output's.
-    ///
-    /// # Panics
-    /// When the bytes are more than the tensor still has.
-    pub fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        let Some((name, size)) = self.tensors.get(self.current) else {
-            panic!("{} bytes after the last tensor", bytes.len());
-        };
-        self.written += bytes.len() as u64;
-        assert!(
-            self.written <= *size,
-            "{} bytes of `{name}`, which has {size}",
-            self.written
-        );
-        self.output.write_all(bytes)?;
-        if self.written == *size {
-            let padding = size.next_multiple_of(self.alignment) - size;
-            self.output.write_all(&vec![0; padding as usize])?;
-            self.current += 1;
-            self.written = 0;
-        }
-        Ok(())
-    }
-
-    /// Flushes the file when every tensor has been written.
-    ///
-    /// # Errors
-    /// The output's.
-    ///
-    /// # Panics
-    /// When tensors are missing.
-    pub fn finish(mut self) -> io::Result<W> {
-        if let Some((name, size)) = self.tensors.get(self.current) {
-            panic!("`{name}` ends after {} of {size} bytes", self.written);
-        }
-        self.output.flush()?;
-        Ok(self.output)
     }
 }

@@ -1,11 +1,12 @@
 //! The shape of a model, read from a GGUF file's metadata and table, and written back.
 //!
-//! It is separate from the container because it knows what keys mean, and from `config` because it does not decide what this crate
-//! can run: [`ModelHeader::config`] hands that question to the reader of `config.json`.
+//! It is separate from the container because it knows what keys mean, and from `config` because it does not decide what
+//! this crate can run: [`ModelHeader::config`] hands that question to the reader of `config.json`.
 
 use serde_json::{Map, Value as Json, json};
 
-use super::container::{Gguf, Metadata, Value};
+use super::container::Gguf;
+use super::metadata::{Metadata, Value};
 use super::{GgufError, shown};
 use crate::model::architecture::Family;
 
@@ -13,7 +14,8 @@ const ARCHITECTURE_KEY: &str = "general.architecture";
 const CHAT_TEMPLATE_KEY: &str = "tokenizer.chat_template";
 /// The tensor of divisors of Llama 3's rotary frequencies.
 const ROPE_FACTORS: &str = "rope_freqs.weight";
-/// Llama 3 and its descendants differ in the factor alone: low and high frequency factor, and the context they were first made for.
+/// Llama 3 and its descendants differ in the factor alone: low and high frequency factor, and the context they were
+/// first made for.
 const LLAMA3_LOW: f32 = 1.0;
 const LLAMA3_HIGH: f32 = 4.0;
 const LLAMA3_CONTEXT: usize = 8192;
@@ -330,7 +332,8 @@ impl ModelHeader {
     /// The `config.json` that transformers would keep beside the same model.
     ///
     /// # Errors
-    /// [`GgufError::Unsupported`] for rotary factors that no setting of `config.json` stands for; `file` names the file in it.
+    /// [`GgufError::Unsupported`] for rotary factors that no setting of `config.json` stands for; `file` names the file
+    /// in it.
     pub fn config(&self, file: &str) -> Result<Json, GgufError> {
         let mut config = Map::new();
         let mut set = |name: &str, value: Json| config.insert(name.to_owned(), value);
@@ -403,8 +406,8 @@ impl ModelHeader {
         Ok(config.into())
     }
 
-    /// The metadata that [`ModelHeader::read`] and llama.cpp read as the same model, without its tokenizer. Llama 3's rotary
-    /// factors are a tensor, `rope_freqs.weight` of [`Rope::factors`].
+    /// The metadata that [`ModelHeader::read`] and llama.cpp read as the same model, without its tokenizer. Llama 3's
+    /// rotary factors are a tensor, `rope_freqs.weight` of [`Rope::factors`].
     pub fn metadata(&self) -> Metadata {
         let mut metadata = Metadata::default();
         metadata.set(ARCHITECTURE_KEY, self.family.model_type());

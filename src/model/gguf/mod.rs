@@ -1,18 +1,29 @@
-//! GGUF files, the form in which llama.cpp keeps a model: one file with metadata, tokenizer and tensors, mostly quantised.
+//! GGUF files, the form in which llama.cpp keeps a model: one file with metadata, tokenizer and tensors, mostly
+//! quantised.
 //!
-//! `container` reads and writes the file, `blocks` the types its tensors are stored in, `header` turns metadata into the shape of
-//! a model, `names` translates tensor names and row orders between GGUF and Hugging Face, `model` joins these, and `tokenizer` makes
-//! a `tokenizer.json` of the vocabulary inside. It is separate from `weights` because nothing here knows how a model is run, and it takes every length
-//! in a file as a claim: nothing is allocated before the claim is compared with the bytes that are left.
+//! `container` reads the file and `writer` writes it, with the `metadata` of every kind; `blocks` are the types its
+//! tensors are stored in; `header` turns metadata into the shape of a model; `names` translates tensor names and row
+//! orders between GGUF and Hugging Face; `model` joins these; `tokenizer` makes a `tokenizer.json` of the vocabulary
+//! inside. It is separate from `weights` because nothing here knows how a model is run, and it takes every length in a
+//! file as a claim: nothing is allocated before the claim is compared with the bytes that are left.
 
 pub mod blocks;
 pub mod container;
 pub mod header;
+pub mod metadata;
 pub mod model;
 pub mod names;
+mod parser;
 pub mod tokenizer;
+pub mod writer;
 
 use crate::terms::format::FormatError;
+
+const MAGIC: [u8; 4] = *b"GGUF";
+/// Alignment of tensor data when the metadata says nothing.
+const ALIGNMENT: u32 = 32;
+/// The metadata key of another alignment.
+const ALIGNMENT_KEY: &str = "general.alignment";
 
 /// Why a GGUF file was refused, or could not be written. `file` is the name it was opened with.
 #[derive(Debug, thiserror::Error)]
@@ -68,8 +79,8 @@ pub enum GgufError {
         rows: usize,
     },
     #[error(
-        "{file}: tensor `{tensor}` is stored as {found}; F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K and Q6_K can \
-         be read: take a file in one of these, such as the model's Q8_0 or Q4_K_M"
+        "{file}: tensor `{tensor}` is stored as {found}; F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K and \
+         Q6_K can be read: take a file in one of these, such as the model's Q8_0 or Q4_K_M"
     )]
     Type {
         file: String,

@@ -29,8 +29,8 @@ impl GgufModel {
     /// Takes a file that has been opened.
     ///
     /// # Errors
-    /// As [`ModelHeader::read`]; [`GgufError::Unsupported`] for a tensor that the family does not have, [`GgufError::Type`] for one
-    /// that cannot be read.
+    /// As [`ModelHeader::read`]; [`GgufError::Unsupported`] for a tensor that the family does not have,
+    /// [`GgufError::Type`] for one that cannot be read.
     pub fn new(mut gguf: Gguf) -> Result<Self, GgufError> {
         let header = ModelHeader::read(&mut gguf)?;
         for info in gguf.tensors() {
@@ -63,7 +63,8 @@ impl GgufModel {
         self.name(tensor).is_ok_and(|name| self.gguf.tensor(&name).is_some())
     }
 
-    /// Whether [`GgufModel::matrix`] gives a matrix Out×In that is In×Out in Hugging Face's files, as GPT-2's projections are.
+    /// Whether [`GgufModel::matrix`] gives a matrix Out×In that is In×Out in Hugging Face's files, as GPT-2's
+    /// projections are.
     pub fn is_transposed(&self, tensor: &str) -> bool {
         self.name(tensor)
             .is_ok_and(|name| self.header.family.is_transposed(&name))

@@ -1,8 +1,8 @@
 //! Tensor names and row orders, between GGUF and Hugging Face.
 //!
-//! Two things differ beside the names. GPT-2's projections are In×Out in Hugging Face's files and Out×In in GGUF. And llama.cpp
-//! rotates neighbouring rows of Llama's queries and keys where Hugging Face rotates the two halves of a head, so GGUF holds these
-//! rows interleaved; rows are whole in every format, so they move without loss.
+//! Two things differ beside the names. GPT-2's projections are In×Out in Hugging Face's files and Out×In in GGUF. And
+//! llama.cpp rotates neighbouring rows of Llama's queries and keys where Hugging Face rotates the two halves of a head,
+//! so GGUF holds these rows interleaved; rows are whole in every format, so they move without loss.
 
 use crate::model::architecture::Family;
 
@@ -59,8 +59,8 @@ impl Family {
         }
     }
 
-    /// The Hugging Face name of a GGUF tensor: `blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`. GPT-2's come
-    /// without the optional `transformer.` before them.
+    /// The Hugging Face name of a GGUF tensor: `blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`.
+    /// GPT-2's come without the optional `transformer.` before them.
     pub fn hugging_face_name(self, gguf: &str) -> Option<String> {
         let (stem, kind) = split_kind(gguf)?;
         if let Some((block, part)) = split_block(stem, "blk.") {
@@ -97,7 +97,8 @@ impl Family {
         self == Family::Gpt2 && gguf.starts_with("blk.") && projection.iter().any(|name| gguf.ends_with(name))
     }
 
-    /// Whether the rows of a matrix, or the values of a bias, stand in llama.cpp's rotary order: [`half_split_rows`] undoes it.
+    /// Whether the rows of a matrix, or the values of a bias, stand in llama.cpp's rotary order: [`half_split_rows`]
+    /// undoes it.
     pub fn is_interleaved(self, gguf: &str) -> bool {
         self == Family::Llama
             && split_kind(gguf)
@@ -120,8 +121,8 @@ fn split_block<'a>(stem: &'a str, prefix: &str) -> Option<(usize, &'a str)> {
     (block.to_string() == index).then_some((block, part))
 }
 
-/// For every row of a query or key projection in Hugging Face's order, its row in llama.cpp's. `heads` are those of the tensor:
-/// query heads or key heads.
+/// For every row of a query or key projection in Hugging Face's order, its row in llama.cpp's. `heads` are those of the
+/// tensor: query heads or key heads.
 pub fn half_split_rows(heads: usize, head_size: usize) -> Vec<usize> {
     let half = head_size / 2;
     (0..heads * head_size)

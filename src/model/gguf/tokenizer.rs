@@ -1,12 +1,14 @@
 //! The tokenizer in a GGUF file's metadata as the `tokenizer.json` of Hugging Face.
 //!
-//! GGUF names the rule that splits text before the merges (`tokenizer.ggml.pre`) and leaves the rule itself to llama.cpp; here each
-//! name stands for the pre-tokenizer of the model's own `tokenizer.json`, so that ids are those the model was trained on. It is
-//! separate from the data's tokenizer because it makes text only: the browser reads the same JSON with another library.
+//! GGUF names the rule that splits text before the merges (`tokenizer.ggml.pre`) and leaves the rule itself to
+//! llama.cpp; here each name stands for the pre-tokenizer of the model's own `tokenizer.json`, so that ids are those
+//! the model was trained on. It is separate from the data's tokenizer because it makes text only: the browser reads the
+//! same JSON with another library.
 
 use serde_json::{Map, Value as Json, json};
 
-use super::container::{Gguf, Value};
+use super::container::Gguf;
+use super::metadata::Value;
 use super::{GgufError, shown};
 
 const MODEL_KEY: &str = "tokenizer.ggml.model";
@@ -26,10 +28,15 @@ const UNUSED: i64 = 5;
 const END_OF_TURN: [&str; 4] = ["<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>"];
 
 /// Words, numbers of up to three digits, punctuation with the line ends after it, white space: Llama 3.
-const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const LLAMA3_SPLIT: &str = concat!(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*",
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+);
 /// As Llama 3's, with every digit alone: Qwen 2 and 3.
-const QWEN2_SPLIT: &str =
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN2_SPLIT: &str = concat!(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*",
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+);
 
 /// How text is split before merging.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -206,7 +213,8 @@ impl GgufTokenizer {
                 "end_of_word_suffix": null,
                 "fuse_unk": false,
                 "byte_fallback": false,
-                // Llama 3 takes a whole piece that is in the vocabulary as it is, even where the merges would not lead to it.
+                // Llama 3 takes a whole piece that is in the vocabulary as it is, even where the merges would not lead
+                // to it.
                 "ignore_merges": pre == Pre::Llama3,
                 "vocab": vocab,
                 "merges": merges,
