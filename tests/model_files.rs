@@ -265,7 +265,7 @@ fn every_stored_dtype_prefix_and_held_dtype_gives_the_same_values() {
 
 #[test]
 fn matrices_are_packed_two_halves_a_word_and_vectors_stay_f32() {
-    let mut weights = open(&stored_model(&config(), "")).unwrap();
+    let weights = open(&stored_model(&config(), "")).unwrap();
     let block = weights.unit(Unit::Block(1), Holding::As(Format::F16)).unwrap();
     for tensor in &block.tensors {
         assert_eq!(tensor.format == Format::F16, tensor.shape.len() == 2, "{}", tensor.name);
@@ -279,7 +279,7 @@ fn matrices_are_packed_two_halves_a_word_and_vectors_stay_f32() {
         ffn: 5,
         ..config()
     };
-    let mut weights = Weights::from_bytes(safetensors(&stored_model(&odd, "")), &odd).unwrap();
+    let weights = Weights::from_bytes(safetensors(&stored_model(&odd, "")), &odd).unwrap();
     let embedding = weights.unit(Unit::Embedding, Holding::As(Format::F16)).unwrap();
     let words = &embedding.tensor("wte.weight").unwrap().words;
     assert_eq!(words.len(), 32);
@@ -317,7 +317,7 @@ fn a_value_beyond_f16_names_the_tensor_and_the_remedy() {
     let mut values = [0.0; 42];
     values[17] = 70000.0;
     tensors[0] = f32_tensor("wte.weight", &[7, 6], &values);
-    let mut weights = open(&tensors).unwrap();
+    let weights = open(&tensors).unwrap();
     let error = weights
         .unit(Unit::Embedding, Holding::As(Format::F16))
         .unwrap_err()
@@ -474,7 +474,7 @@ proptest! {
             file[at] = byte;
         }
         file.truncate(file.len() - cut.min(file.len()).saturating_sub(1500));
-        if let Ok(mut weights) = Weights::from_bytes(file, &config()) {
+        if let Ok(weights) = Weights::from_bytes(file, &config()) {
             for unit in Unit::all(&config()) {
                 let _ = weights.unit(unit, Holding::As(Format::F16));
             }
@@ -503,7 +503,7 @@ fn a_unit_decoded_is_the_unit_encoded() {
         head_size: 3,
         ..config()
     };
-    let mut weights = Weights::from_bytes(safetensors(&stored_model(&odd, "")), &odd).unwrap();
+    let weights = Weights::from_bytes(safetensors(&stored_model(&odd, "")), &odd).unwrap();
     for unit in Unit::all(&odd) {
         for dtype in [Format::F16, Format::F32] {
             let data = weights.unit(unit, Holding::As(dtype)).unwrap();
@@ -523,7 +523,7 @@ fn a_unit_decoded_is_the_unit_encoded() {
 
 #[test]
 fn bytes_of_another_unit_or_model_are_refused() {
-    let mut weights = open(&stored_model(&config(), "")).unwrap();
+    let weights = open(&stored_model(&config(), "")).unwrap();
     let bytes = encoded(&weights.unit(Unit::Block(0), Holding::As(Format::F16)).unwrap());
     assert!(UnitData::decode(&bytes, Unit::Block(1), &config()).is_err());
     assert!(UnitData::decode(&bytes, Unit::Final, &config()).is_err());
@@ -582,7 +582,7 @@ proptest! {
 
     #[test]
     fn a_unit_with_changed_bytes_is_the_same_unit_or_refused(at in 0usize..1000, byte: u8) {
-        let mut weights = open(&stored_model(&config(), "")).unwrap();
+        let weights = open(&stored_model(&config(), "")).unwrap();
         let mut bytes = encoded(&weights.unit(Unit::Block(0), Holding::As(Format::F16)).unwrap());
         let at = at % bytes.len();
         bytes[at] = byte;
