@@ -362,6 +362,22 @@ fn attention_masks_and_a_tied_head_are_ignored() {
     assert!(matches!(open(&tensors), Err(WeightsError::UntiedHead { .. })));
 }
 
+/// huggingface/transformers#38870: safetensors' own `save_model` keeps one of two tied tensors, and for GPT-2 that is the head.
+#[test]
+fn a_tied_head_stored_alone_is_the_embedding() {
+    for prefix in ["", "transformer."] {
+        let tensors = stored_model(&config(), prefix);
+        let expected = open(&tensors).unwrap().unit(Unit::Embedding, Format::F32).unwrap();
+        let mut head_only = tensors;
+        head_only[0].name = "lm_head.weight".into();
+        let found = open(&head_only).unwrap().unit(Unit::Embedding, Format::F32).unwrap();
+        assert_eq!(found, expected);
+        head_only[0].shape.reverse();
+        let error = refused(&head_only);
+        assert!(error.contains("lm_head.weight") && error.contains("[6, 7]"), "{error}");
+    }
+}
+
 #[test]
 fn missing_and_misshapen_tensors_are_named() {
     let tensors = stored_model(&config(), "");
