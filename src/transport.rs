@@ -53,11 +53,17 @@ pub enum Error {
     #[error("{path}: {reason}; --ca needs a file with PEM certificates")]
     Authority { path: String, reason: String },
     #[error("TLS cannot be set up: {0}")]
-    Tls(#[from] rustls::Error),
+    Tls(rustls::Error),
     #[error("HTTP cannot be set up: {0}")]
     Http(reqwest::Error),
     #[error("no directory for this program's data: set SFLLLM_HOME, XDG_DATA_HOME or HOME")]
     NoHome,
+}
+
+impl From<rustls::Error> for Error {
+    fn from(error: rustls::Error) -> Self {
+        Self::Tls(error)
+    }
 }
 
 impl Error {

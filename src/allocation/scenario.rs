@@ -34,25 +34,49 @@ use crate::terms::tensor::WireForm;
 #[derive(Debug, thiserror::Error)]
 pub enum ScenarioError {
     #[error("not valid JSON: {0}")]
-    Json(#[from] serde_json::Error),
+    Json(serde_json::Error),
     /// Valid JSON or TOML, and no scenario: a field that is unknown, missing or of another type.
     #[error("{0}")]
     Shape(serde_json::Error),
     #[error("not valid TOML: {0}")]
-    Toml(#[from] toml::de::Error),
+    Toml(toml::de::Error),
     #[error("`{name}` is no preset; choose paper, cell, selective or slow-server")]
     Preset { name: String },
     #[error("{field}: {reason}")]
     Field { field: &'static str, reason: String },
     #[error("[model]: {0}")]
-    Model(#[from] ArchitectureError),
+    Model(ArchitectureError),
     #[error("rounds_file: {0}")]
-    Rounds(#[from] RoundsError),
+    Rounds(RoundsError),
     #[error(transparent)]
     Problem(#[from] Error),
     #[cfg(not(target_arch = "wasm32"))]
     #[error("cannot read {path}: {source}")]
-    Read { path: String, source: std::io::Error },
+    Read { path: String, r#source: std::io::Error },
+}
+
+impl From<serde_json::Error> for ScenarioError {
+    fn from(error: serde_json::Error) -> Self {
+        Self::Json(error)
+    }
+}
+
+impl From<toml::de::Error> for ScenarioError {
+    fn from(error: toml::de::Error) -> Self {
+        Self::Toml(error)
+    }
+}
+
+impl From<ArchitectureError> for ScenarioError {
+    fn from(error: ArchitectureError) -> Self {
+        Self::Model(error)
+    }
+}
+
+impl From<RoundsError> for ScenarioError {
+    fn from(error: RoundsError) -> Self {
+        Self::Rounds(error)
+    }
 }
 
 /// A scenario, complete: presets fill in what a file leaves out.
@@ -854,6 +878,7 @@ fn each_client(name: &'static str, values: &[f64], clients: usize) -> Result<Vec
 /// # Errors
 /// [`ScenarioError::Json`], [`ScenarioError::Toml`].
 pub fn value_of(text: &str) -> Result<Value, ScenarioError> {
+    let text = text.trim_start_matches('\u{feff}');
     // A TOML document starts with a key, a comment or a `[table]`, never with a brace.
     match text.trim_start().starts_with('{') {
         true => Ok(serde_json::from_str(text)?),

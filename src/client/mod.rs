@@ -41,7 +41,7 @@ pub enum Error {
     #[error("the server's assignment cannot be used: {0}")]
     Assignment(String),
     #[error("the server's model: {0}")]
-    Config(#[from] ArchitectureError),
+    Config(ArchitectureError),
     #[error(
         "{name} from the server has another hash than announced; fetch it again, and if it stays tell the server's owner"
     )]
@@ -56,6 +56,12 @@ pub enum Error {
     Data(#[from] DataError),
     #[error(transparent)]
     Split(#[from] split::Error),
+}
+
+impl From<ArchitectureError> for Error {
+    fn from(error: ArchitectureError) -> Self {
+        Self::Config(error)
+    }
 }
 
 /// What this program can do on `device`, for the handshake.

@@ -50,7 +50,7 @@ pub enum Error {
     File {
         action: &'static str,
         path: String,
-        source: io::Error,
+        r#source: io::Error,
     },
     #[error("{name} could not be fetched from {url}: {reason}")]
     Download { name: String, url: String, reason: String },

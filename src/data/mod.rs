@@ -39,7 +39,7 @@ impl Example {
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
     #[error("cannot read {path}: {source}")]
-    Read { path: String, source: std::io::Error },
+    Read { path: String, r#source: std::io::Error },
     #[error("{file}, line {line}: {reason} (--skip-bad-lines leaves such lines out)")]
     BadLine { file: String, line: usize, reason: String },
     #[error("{name} holds no example to learn from{}", .why.as_deref().map(|why| format!(": {why}")).unwrap_or_default())]

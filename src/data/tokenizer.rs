@@ -3,6 +3,7 @@
 //! It is separate from the reader because a browser tokenises in JavaScript instead, from the one
 //! `tokenizer.json` that [`Tokenizer::json`] gives for both layouts.
 
+use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
@@ -70,6 +71,7 @@ impl Tokenizer {
     /// # Errors
     /// [`DataError::Tokenizer`].
     pub fn from_json(json: &[u8], model_eos: Option<u32>) -> Result<Self, DataError> {
+        let json = without_mark(json);
         let parsed: Value = serde_json::from_slice(json).map_err(|error| bad(TOKENIZER_FILE, error.to_string()))?;
         check_merges(&parsed).map_err(|reason| bad(TOKENIZER_FILE, reason))?;
         let inner = guarded(TOKENIZER_FILE, || Inner::from_bytes(json))?;
@@ -82,8 +84,8 @@ impl Tokenizer {
     /// [`DataError::Tokenizer`].
     pub fn from_vocab_and_merges(vocab: &[u8], merges: &[u8], model_eos: Option<u32>) -> Result<Self, DataError> {
         let vocab: std::collections::HashMap<String, u32> =
-            serde_json::from_slice(vocab).map_err(|error| bad("vocab.json", error.to_string()))?;
-        let merges = std::str::from_utf8(merges).map_err(|error| bad("merges.txt", error.to_string()))?;
+            serde_json::from_slice(without_mark(vocab)).map_err(|error| bad("vocab.json", error.to_string()))?;
+        let merges = std::str::from_utf8(without_mark(merges)).map_err(|error| bad("merges.txt", error.to_string()))?;
         let mut pairs: Merges = Vec::new();
         for (index, line) in merges.lines().enumerate() {
             if line.is_empty() || (index == 0 && line.starts_with("#version")) {
@@ -224,9 +226,26 @@ fn bad(file: &str, reason: String) -> DataError {
     }
 }
 
+/// Without the byte order mark that some editors put before a text.
+fn without_mark(bytes: &[u8]) -> &[u8] {
+    bytes.strip_prefix("\u{feff}".as_bytes()).unwrap_or(bytes)
+}
+
+thread_local! {
+    static GUARDED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether a panic of this thread is taken as an error about a tokenizer's file, which needs no word of the panic's own.
+pub fn is_guarded() -> bool {
+    GUARDED.get()
+}
+
 /// Builds a tokenizer, taking a panic of the tokenizer library on a malformed file as an error.
 fn guarded(file: &str, build: impl FnOnce() -> tokenizers::Result<Inner>) -> Result<Inner, DataError> {
-    match catch_unwind(AssertUnwindSafe(build)) {
+    GUARDED.set(true);
+    let built = catch_unwind(AssertUnwindSafe(build));
+    GUARDED.set(false);
+    match built {
         Ok(built) => built.map_err(|error| bad(file, error.to_string())),
         Err(_) => Err(bad(file, "the tokenizer library cannot read it".to_owned())),
     }

@@ -127,7 +127,7 @@ pub struct Architecture {
 #[derive(Debug, thiserror::Error)]
 pub enum ArchitectureError {
     #[error("config.json is not valid JSON: {0}")]
-    Json(#[from] serde_json::Error),
+    Json(serde_json::Error),
     #[error("config.json must hold a JSON object")]
     NotAnObject,
     #[error(
@@ -150,7 +150,13 @@ pub enum ArchitectureError {
     },
     #[cfg(not(target_arch = "wasm32"))]
     #[error("cannot read {path}: {source}")]
-    Read { path: String, source: std::io::Error },
+    Read { path: String, r#source: std::io::Error },
+}
+
+impl From<serde_json::Error> for ArchitectureError {
+    fn from(error: serde_json::Error) -> Self {
+        Self::Json(error)
+    }
 }
 
 impl Architecture {

@@ -18,7 +18,7 @@ const CHUNK: usize = 1 << 15;
 #[derive(Debug, thiserror::Error)]
 pub enum ArchiveError {
     #[error("cannot read {file}: {source}")]
-    Read { file: String, source: std::io::Error },
+    Read { file: String, r#source: std::io::Error },
     #[error("{file} is not a safetensors file: {reason}")]
     Header { file: String, reason: String },
     #[error("{file} is truncated or damaged: its header describes {described} bytes and the file has {actual}")]

@@ -495,6 +495,7 @@ fn shard_names(index: &str) -> Result<Vec<String>, WeightsError> {
     struct Index {
         weight_map: std::collections::BTreeMap<String, String>,
     }
+    let index = index.trim_start_matches('\u{feff}');
     let index: Index = serde_json::from_str(index).map_err(|error| WeightsError::Index(error.to_string()))?;
     let mut shards: Vec<String> = index.weight_map.into_values().collect();
     shards.sort();

@@ -61,7 +61,13 @@ pub enum GreetingError {
     #[error("the other side speaks protocol {theirs}, this side {ours}")]
     Version { ours: Version, theirs: Version },
     #[error("malformed greeting: {0}")]
-    Malformed(#[from] DecodeError),
+    Malformed(DecodeError),
+}
+
+impl From<DecodeError> for GreetingError {
+    fn from(error: DecodeError) -> Self {
+        Self::Malformed(error)
+    }
 }
 
 /// What a server answers to a greeting.
