@@ -11,15 +11,15 @@
 //! ```text
 //! terms                                uses nothing of ours; all that follow may use it
 //! compute, data, federated             nothing else
-//! transport (native)                   nothing of ours
+//! transport, disk (native)             nothing of ours
 //! protocol                             federated
 //! kernels                              compute
-//! model                                kernels, compute
+//! model                                kernels, compute (native: disk)
 //! split                                model, kernels, compute
 //! allocation                           model
 //! simulation                           protocol, federated
 //! client                               split, model, protocol, data, compute (native: transport)
-//! server (native)                      split, model, protocol, data, compute, federated, allocation, transport
+//! server (native)                      split, model, protocol, data, compute, federated, allocation, transport, disk
 //! cli (native)                         all of them
 //! ```
 //!
@@ -64,6 +64,8 @@ pub mod terms;
 
 #[cfg(not(target_arch = "wasm32"))]
 pub mod cli;
+#[cfg(not(target_arch = "wasm32"))]
+pub mod disk;
 #[cfg(not(target_arch = "wasm32"))]
 pub mod server;
 #[cfg(not(target_arch = "wasm32"))]

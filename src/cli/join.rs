@@ -208,6 +208,7 @@ impl Shown {
                 ),
                 None => format!("round {} of {} done", result.round + 1, result.rounds),
             }),
+            Report::Unsaved { detail } => console.important(format!("{detail}; it is tried again with every round")),
         }
     }
 }

@@ -724,6 +724,7 @@ impl Shown {
             Report::Averaged { round, adapters } => {
                 console.line(format!("round {round}: {adapters} adapters averaged"));
             }
+            Report::Trouble { detail } => console.important(detail),
         }
     }
 }

@@ -125,6 +125,10 @@ pub enum Report {
         tokens: u64,
     },
     Round(RoundResult),
+    /// The adapter could not be saved; the next is tried again.
+    Unsaved {
+        detail: String,
+    },
 }
 
 /// A finished session in numbers.
@@ -175,6 +179,7 @@ pub async fn join(
         loaded: (0, Vec::new()),
         has_connected: false,
         last_error: None,
+        unsaved: None,
         summary: Summary {
             reason: FinishReason::Left,
             steps: 0,
@@ -380,6 +385,8 @@ struct Driver {
     loaded: (u64, Vec<Blob>),
     has_connected: bool,
     last_error: Option<transport::Error>,
+    /// The last adapter, where it could not be saved.
+    unsaved: Option<Vec<f32>>,
     summary: Summary,
     outcome: Option<Result<FinishReason, Error>>,
 }
@@ -429,6 +436,9 @@ impl Driver {
         }
         self.close(socket_events).await;
         self.summary.seconds = self.origin.elapsed().as_secs_f64();
+        if let (Some(values), Some(Ok(_))) = (self.unsaved.take(), &self.outcome) {
+            self.save(&values)?;
+        }
         match self.outcome {
             Some(Ok(reason)) => Ok(Summary { reason, ..self.summary }),
             Some(Err(error)) => Err(error),
@@ -623,7 +633,7 @@ impl Driver {
                 self.task(Task::BeginRound)?;
             }
             ClientEvent::InstallAdapter { values, moments, .. } => {
-                self.save(&values)?;
+                self.keep(&values);
                 self.task(Task::Install { values, moments })?;
             }
             ClientEvent::ComputeForward { key } => self.task(Task::Forward(key))?,
@@ -723,6 +733,20 @@ impl Driver {
             let _ = fetch.send((generation, files)).await;
         });
         Ok(())
+    }
+
+    /// Saves a round's adapter, for which there will be another time.
+    fn keep(&mut self, values: &[f32]) {
+        match self.save(values) {
+            Ok(()) => self.unsaved = None,
+            Err(error) => {
+                if self.unsaved.is_none() {
+                    let detail = error.to_string();
+                    (self.report)(Report::Unsaved { detail });
+                }
+                self.unsaved = Some(values.to_vec());
+            }
+        }
     }
 
     /// Saves the client's side of the adapter, if asked to.

@@ -226,12 +226,9 @@ pub enum AdapterError {
         "adapter_model.safetensors has the tensor `{tensor}`, which this adapter of a model with {blocks} blocks does not"
     )]
     Extra { tensor: String, blocks: usize },
-    #[error("cannot {action} {path}: {source}")]
-    File {
-        action: &'static str,
-        path: String,
-        source: std::io::Error,
-    },
+    #[cfg(not(target_arch = "wasm32"))]
+    #[error(transparent)]
+    File(#[from] crate::disk::Error),
 }
 
 impl LoraSpec {

@@ -13,8 +13,9 @@ use super::adapter::{Adapter, AdapterEntry, AdapterError, AdapterLayout, Excepti
 use super::architecture::{Architecture, Family};
 use super::archive::{Archive, ArchiveError};
 
-const CONFIG_FILE: &str = "adapter_config.json";
-const TENSOR_FILE: &str = "adapter_model.safetensors";
+/// The files of a PEFT directory.
+pub const CONFIG_FILE: &str = "adapter_config.json";
+pub const TENSOR_FILE: &str = "adapter_model.safetensors";
 
 /// PEFT's files.
 impl Adapter {
@@ -163,26 +164,10 @@ impl Adapter {
     /// # Errors
     /// [`AdapterError::File`] with the path; as [`Adapter::to_peft`].
     pub fn save(&self, dir: &std::path::Path, model: &Architecture, base_model: &str) -> Result<(), AdapterError> {
-        use std::io::Write;
-
         let files = self.to_peft(model, base_model)?;
-        let error = |action, path: &std::path::Path, source| AdapterError::File {
-            action,
-            path: path.display().to_string(),
-            source,
-        };
-        std::fs::create_dir_all(dir).map_err(|source| error("create", dir, source))?;
+        std::fs::create_dir_all(dir).map_err(|error| crate::disk::Error::file("create", dir, error))?;
         for (name, bytes) in files {
-            let path = dir.join(name);
-            let temporary = dir.join(format!(".{name}.{}.tmp", std::process::id()));
-            let written = std::fs::File::create(&temporary)
-                .and_then(|mut file| file.write_all(&bytes).and_then(|()| file.sync_all()))
-                .and_then(|()| std::fs::rename(&temporary, &path));
-            if let Err(source) = written {
-                // The first error is the one to report, whether or not the leftover can be removed.
-                let _ = std::fs::remove_file(&temporary);
-                return Err(error("write", &path, source));
-            }
+            crate::disk::replace(&dir.join(name), &bytes)?;
         }
         Ok(())
     }
@@ -193,11 +178,7 @@ impl Adapter {
     /// [`AdapterError::File`] with the path; as [`Adapter::from_peft`].
     pub fn load(dir: &std::path::Path, model: &Architecture) -> Result<Self, AdapterError> {
         let path = dir.join(CONFIG_FILE);
-        let read_error = |path: &std::path::Path, source| AdapterError::File {
-            action: "read",
-            path: path.display().to_string(),
-            source,
-        };
+        let read_error = |path: &std::path::Path, error| crate::disk::Error::file("read", path, error);
         let description = std::fs::read_to_string(&path).map_err(|source| read_error(&path, source))?;
         let path = dir.join(TENSOR_FILE);
         let tensors = match std::fs::File::open(&path) {
@@ -209,7 +190,7 @@ impl Adapter {
                     supported: "adapter_model.safetensors is: save the adapter with save_pretrained(..., safe_serialization=True)",
                 });
             }
-            Err(source) => return Err(read_error(&path, source)),
+            Err(error) => return Err(read_error(&path, error).into()),
         };
         Self::from_peft(&description, tensors, model)
     }

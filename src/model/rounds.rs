@@ -65,7 +65,7 @@ fn one() -> usize {
 #[derive(Debug, thiserror::Error)]
 pub enum RoundsError {
     #[error("the table of rounds is not valid: {0}")]
-    Json(#[from] serde_json::Error),
+    Json(serde_json::Error),
     #[error("the table of rounds has schema {found}, and this program reads schema {SCHEMA}")]
     Schema { found: u32 },
     #[error("the table of rounds has no ranks")]
@@ -95,12 +95,14 @@ pub enum RoundsError {
     #[error("rank {rank} was not calibrated: {ranks} were")]
     NotMeasured { rank: usize, ranks: String },
     #[cfg(not(target_arch = "wasm32"))]
-    #[error("cannot {action} {path}: {source}")]
-    File {
-        action: &'static str,
-        path: String,
-        source: std::io::Error,
-    },
+    #[error(transparent)]
+    File(#[from] crate::disk::Error),
+}
+
+impl From<serde_json::Error> for RoundsError {
+    fn from(error: serde_json::Error) -> Self {
+        Self::Json(error)
+    }
 }
 
 /// Rounds until a loss first comes down to `target`, where `losses[n]` is the loss after n rounds. Between the two evaluations
@@ -270,7 +272,7 @@ impl RoundsTable {
     /// # Errors
     /// [`RoundsError::Json`]; as [`RoundsTable::check`].
     pub fn from_json(text: &str) -> Result<Self, RoundsError> {
-        let table: Self = serde_json::from_str(text)?;
+        let table: Self = serde_json::from_str(text.trim_start_matches('\u{feff}'))?;
         table.check()?;
         Ok(table)
     }
@@ -289,11 +291,7 @@ impl RoundsTable {
     /// [`RoundsError::File`]; as [`RoundsTable::from_json`].
     #[cfg(not(target_arch = "wasm32"))]
     pub fn load(path: &std::path::Path) -> Result<Self, RoundsError> {
-        let text = std::fs::read_to_string(path).map_err(|source| RoundsError::File {
-            action: "read",
-            path: path.display().to_string(),
-            source,
-        })?;
+        let text = std::fs::read_to_string(path).map_err(|error| crate::disk::Error::file("read", path, error))?;
         Self::from_json(&text)
     }
 
@@ -303,25 +301,8 @@ impl RoundsTable {
     /// [`RoundsError::File`].
     #[cfg(not(target_arch = "wasm32"))]
     pub fn save(&self, path: &std::path::Path) -> Result<(), RoundsError> {
-        use std::io::Write;
-
-        let text = self.to_json()?;
-        let mut name = std::ffi::OsString::from(".");
-        name.push(path.file_name().unwrap_or_default());
-        name.push(format!(".{}.tmp", std::process::id()));
-        let temporary = path.with_file_name(name);
-        let written = std::fs::File::create(&temporary)
-            .and_then(|mut file| writeln!(file, "{text}").and_then(|()| file.sync_all()))
-            .and_then(|()| std::fs::rename(&temporary, path));
-        written.map_err(|source| {
-            // The first error is the one to report, whether or not the leftover can be removed.
-            let _ = std::fs::remove_file(&temporary);
-            RoundsError::File {
-                action: "write",
-                path: path.display().to_string(),
-                source,
-            }
-        })
+        let text = self.to_json()? + "\n";
+        Ok(crate::disk::replace(path, text.as_bytes())?)
     }
 }
 

@@ -4,7 +4,7 @@
 //! It is separate from the sessions because they have no clock, no channel and no file, and from everything that can be slow
 //! because a session's deadlines are real.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -84,6 +84,10 @@ pub enum Report {
     Averaged {
         round: u32,
         adapters: usize,
+    },
+    /// Something could not be written, or can be again; the run goes on.
+    Trouble {
+        detail: String,
     },
 }
 
@@ -380,6 +384,27 @@ pub struct Coordinator {
     end_by: Option<Instant>,
     abandoned: bool,
     failure: Option<Error>,
+    /// What cannot be written at present.
+    unwritten: Unwritten,
+}
+
+/// What was said to be unwritten, so that it is said once.
+#[derive(Default)]
+struct Unwritten(BTreeSet<&'static str>);
+
+impl Unwritten {
+    /// Notes how writing `what` went, which is tried again with the next round, and reports a failure that is new.
+    fn note(&mut self, what: &'static str, written: Result<(), Error>, report: &dyn Fn(Report)) {
+        match written {
+            Ok(()) => {
+                self.0.remove(what);
+            }
+            Err(error) if self.0.insert(what) => report(Report::Trouble {
+                detail: format!("{error}; the run goes on, and {what} is tried again with every round"),
+            }),
+            Err(_) => {}
+        }
+    }
 }
 
 impl Coordinator {
@@ -403,7 +428,15 @@ impl Coordinator {
             end_by: None,
             abandoned: false,
             failure: None,
+            unwritten: Unwritten::default(),
         }
+    }
+
+    /// From here on the directory holds a run.
+    pub fn begin(&mut self) -> Result<(), Error> {
+        self.parts.directory.begin()?;
+        self.parts.metrics.open();
+        Ok(())
     }
 
     /// Waits until the model is loaded.
@@ -474,7 +507,7 @@ impl Coordinator {
         let perplexity = |evaluation: Option<Evaluation>| evaluation.map(|evaluation| evaluation.perplexity);
         let totals = json!({
             "rounds": summary.rounds, "steps": summary.steps, "tokens": summary.tokens, "seconds": summary.seconds,
-            "bytes_up": summary.bytes_up, "bytes_down": summary.bytes_down,
+            "bytes_up": summary.bytes_up, "bytes_down": summary.bytes_down, "metrics_lost": self.parts.metrics.lost(),
             "first_valid_perplexity": perplexity(summary.baseline), "last_valid_perplexity": perplexity(summary.last),
         });
         let reason = match &self.failure {
@@ -615,7 +648,7 @@ impl Coordinator {
                     (self.parts.report)(Report::Baseline(evaluation));
                     self.parts
                         .metrics
-                        .round(&validated(RoundRecord::default(), Some(evaluation)))?;
+                        .round(&validated(RoundRecord::default(), Some(evaluation)));
                 }
             }
             Done::Step {
@@ -647,7 +680,7 @@ impl Coordinator {
                 self.summary.tokens += tokens;
                 // The one before may belong to a round that was lost.
                 if let Some((_, record)) = main.pending_step.replace((key, record.clone())) {
-                    self.parts.metrics.step(&record)?;
+                    self.parts.metrics.step(&record);
                 }
                 (self.parts.report)(Report::Step(record));
             }
@@ -659,7 +692,9 @@ impl Coordinator {
                 round,
                 evaluation,
                 placement,
+                saved,
             } => {
+                self.unwritten.note("the adapter", saved, &self.parts.report);
                 if let Some(placement) = &placement {
                     main.cut = placement.split() as usize;
                 }
@@ -670,15 +705,14 @@ impl Coordinator {
                 self.summary.last = evaluation.or(self.summary.last);
                 if let Some(record) = main.pending_round.take() {
                     let record = validated(record, evaluation);
-                    self.parts.metrics.round(&record)?;
+                    self.parts.metrics.round(&record);
                     (self.parts.report)(Report::Round(record));
                 }
                 let state = json!({
                     "rounds": self.summary.rounds, "steps": self.summary.steps, "tokens": self.summary.tokens,
                 });
-                self.parts
-                    .directory
-                    .write_state("progress.json", state.to_string().as_bytes())?;
+                let written = (self.parts.directory).write_state("progress.json", state.to_string().as_bytes());
+                self.unwritten.note("its state", written, &self.parts.report);
             }
             Done::Finished => main.saved = true,
             Done::Failed(error) => return Err(error),
@@ -719,7 +753,8 @@ impl Coordinator {
             let plan = json!({
                 "split": split, "splits": cuts, "rank": rank, "alpha": alpha, "rounds": rounds, "local_steps": local_steps,
             });
-            self.parts.directory.note(json!({ "plan": plan }))?;
+            let written = self.parts.directory.note(json!({ "plan": plan }));
+            self.unwritten.note("run.json", written, &self.parts.report);
         }
         let plan = decision.as_ref().map(|decision| RoundPlan {
             split: Some(u32::try_from(decision.cut).unwrap_or(u32::MAX)),
@@ -757,7 +792,7 @@ impl Coordinator {
             "round": round, "cut": cut, "cuts": own_cuts, "rank": rank, "reason": reason, "rates": rates,
             "predicted_s": predicted_s,
         });
-        self.parts.metrics.event(at, "plan", fields)?;
+        self.parts.metrics.event(at, "plan", fields);
         (self.parts.report)(Report::Planned {
             round,
             cut,
@@ -785,14 +820,16 @@ impl Coordinator {
                 .and_then(FederatedServerSession::poll_event)
             {
                 quiet = false;
-                let handled = self.federated_event(event);
-                self.check(handled);
+                self.federated_event(event);
             }
             quiet &= !self.exchange_control();
             quiet &= !self.transmit();
             if quiet {
                 break;
             }
+        }
+        if let Some(detail) = self.parts.metrics.take_trouble() {
+            (self.parts.report)(Report::Trouble { detail });
         }
         self.publish();
     }
@@ -809,7 +846,7 @@ impl Coordinator {
         };
         let (metrics, report) = (&mut self.parts.metrics, &self.parts.report);
         match event {
-            MainEvent::ClientRefused { connection, reason } => return self.refused(connection, reason),
+            MainEvent::ClientRefused { connection, reason } => self.refused(connection, reason),
             MainEvent::ClientJoined {
                 connection,
                 client,
@@ -819,21 +856,21 @@ impl Coordinator {
                 let address = address(&self.connections, &connection);
                 main.names.insert(client.0, name.clone());
                 let fields = json!({ "client": client.0, "name": name, "device": device, "address": address });
-                metrics.event(at, "joined", fields)?;
+                metrics.event(at, "joined", fields);
                 report(Report::Joined {
                     client: client.0,
                     name,
                     device,
                 });
             }
-            MainEvent::ClientReady { client } => metrics.event(at, "ready", json!({ "client": client.0 }))?,
+            MainEvent::ClientReady { client } => metrics.event(at, "ready", json!({ "client": client.0 })),
             MainEvent::ClientLeft { client, name, reason } => {
                 let reason = reason.to_string();
                 metrics.event(
                     at,
                     "left",
                     json!({ "client": client.0, "name": name, "reason": reason }),
-                )?;
+                );
                 report(Report::Left {
                     client: client.0,
                     name,
@@ -851,7 +888,7 @@ impl Coordinator {
                 };
                 let clients: Vec<u64> = members.iter().map(|client| client.0).collect();
                 let fields = json!({ "round": round.round + 1, "attempt": round.attempt, "clients": clients });
-                metrics.event(at, "round_started", fields)?;
+                metrics.event(at, "round_started", fields);
                 report(Report::RoundStarted {
                     round: round.round + 1,
                     members: members.len(),
@@ -867,7 +904,7 @@ impl Coordinator {
                 }
                 if let Some((_, mut record)) = main.pending_step.take_if(|(pending, _)| *pending == key) {
                     record.phases = clients.iter().map(phases).collect();
-                    metrics.step(&record)?;
+                    metrics.step(&record);
                 }
             }
             MainEvent::PlanWanted { occasion } => {
@@ -921,19 +958,19 @@ impl Coordinator {
                     at,
                     "round_lost",
                     json!({ "round": round.round + 1, "attempt": round.attempt }),
-                )?;
+                );
                 report(Report::RoundLost { round: round.round + 1 });
                 main.compute(Work::Restore)?;
             }
             MainEvent::CopyWanted { round } => main.compute(Work::Copy { round })?,
             MainEvent::Waiting { until } => {
                 let limit = until.saturating_sub(self.parts.origin.elapsed());
-                metrics.event(at, "waiting", json!({ "seconds": limit.as_secs_f64() }))?;
+                metrics.event(at, "waiting", json!({ "seconds": limit.as_secs_f64() }));
                 report(Report::Waiting { limit });
             }
             MainEvent::Finished { reason } => {
                 if let Some((_, record)) = main.pending_step.take() {
-                    metrics.step(&record)?;
+                    metrics.step(&record);
                 }
                 main.outcome = Some(reason);
                 self.end_by.get_or_insert(Instant::now() + DRAIN_LIMIT);
@@ -947,15 +984,15 @@ impl Coordinator {
         Ok(())
     }
 
-    fn federated_event(&mut self, event: FederatedEvent) -> Result<(), Error> {
+    fn federated_event(&mut self, event: FederatedEvent) {
         let at = self.parts.origin.elapsed().as_secs_f64();
         // In one process the main server's side tells the same.
         let alone = self.parts.main.is_none();
         let (metrics, report) = (&mut self.parts.metrics, &self.parts.report);
         match event {
-            FederatedEvent::ClientRefused { connection, reason } => return self.refused(connection, reason),
+            FederatedEvent::ClientRefused { connection, reason } => self.refused(connection, reason),
             FederatedEvent::ClientJoined { client, name, .. } if alone => {
-                metrics.event(at, "joined", json!({ "client": client.0, "name": name }))?;
+                metrics.event(at, "joined", json!({ "client": client.0, "name": name }));
                 report(Report::Joined {
                     client: client.0,
                     name,
@@ -964,7 +1001,7 @@ impl Coordinator {
             }
             FederatedEvent::ClientLeft { client, reason } if alone => {
                 let reason = reason.to_string();
-                metrics.event(at, "left", json!({ "client": client.0, "reason": reason }))?;
+                metrics.event(at, "left", json!({ "client": client.0, "reason": reason }));
                 report(Report::Left {
                     client: client.0,
                     name: String::new(),
@@ -976,7 +1013,7 @@ impl Coordinator {
                     .connections
                     .get(&connection)
                     .map(|connection| connection.address.to_string());
-                metrics.event(at, "main_server_connected", json!({ "address": address }))?;
+                metrics.event(at, "main_server_connected", json!({ "address": address }));
                 report(Report::Link {
                     connected: true,
                     detail: address.unwrap_or_default(),
@@ -985,7 +1022,7 @@ impl Coordinator {
             // After the end of the run it is expected.
             FederatedEvent::ControlLost if self.run_closed => {}
             FederatedEvent::ControlLost => {
-                metrics.event(at, "main_server_lost", json!({}))?;
+                metrics.event(at, "main_server_lost", json!({}));
                 report(Report::Link {
                     connected: false,
                     detail: "the main server's connection is lost".to_owned(),
@@ -997,16 +1034,16 @@ impl Coordinator {
                 examples,
             } => {
                 let fields = json!({ "client": client.0, "round": round.round + 1, "examples": examples });
-                metrics.event(at, "update", fields)?;
+                metrics.event(at, "update", fields);
             }
             FederatedEvent::ClientExcluded { client, round, reason } => {
                 let fields = json!({ "client": client.0, "round": round.round + 1, "reason": reason.to_string() });
-                metrics.event(at, "excluded", fields)?;
+                metrics.event(at, "excluded", fields);
             }
             FederatedEvent::RoundClosed { round, included, .. } if alone => {
                 self.summary.rounds = self.summary.rounds.max(round.round + 1);
                 let fields = json!({ "round": round.round + 1, "adapters": included.len() });
-                metrics.event(at, "averaged", fields)?;
+                metrics.event(at, "averaged", fields);
                 report(Report::Averaged {
                     round: round.round + 1,
                     adapters: included.len(),
@@ -1022,13 +1059,12 @@ impl Coordinator {
             | FederatedEvent::ClientLeft { .. }
             | FederatedEvent::RoundClosed { .. } => {}
         }
-        Ok(())
     }
 
-    fn refused(&mut self, connection: ConnectionId, reason: RefusalReason) -> Result<(), Error> {
+    fn refused(&mut self, connection: ConnectionId, reason: RefusalReason) {
         let now = self.now();
         let Some(Connection { address, .. }) = self.connections.get(&connection) else {
-            return Ok(());
+            return;
         };
         if reason.is_authorisation_failure() {
             self.parts
@@ -1038,12 +1074,11 @@ impl Coordinator {
                 .failed(*address, now);
         }
         let fields = json!({ "address": address.to_string(), "reason": reason.to_string() });
-        self.parts.metrics.event(now.as_secs_f64(), "refused", fields)?;
+        self.parts.metrics.event(now.as_secs_f64(), "refused", fields);
         (self.parts.report)(Report::Refused {
             address: *address,
             reason: reason.to_string(),
         });
-        Ok(())
     }
 
     /// Hands control messages between the two sessions, or to and from the link. Returns whether there were any.

@@ -95,6 +95,8 @@ pub enum Done {
         round: RoundKey,
         evaluation: Option<Evaluation>,
         placement: Option<Box<Placement>>,
+        /// Whether the adapter could be written; it is tried again with the next round.
+        saved: Result<(), Error>,
     },
     Finished,
     /// The worker cannot go on.

@@ -1,16 +1,16 @@
 //! The run's log for machines: `metrics.jsonl`, one object a line.
 //!
-//! It is separate from the coordinator so that the fields have one definition. Rounds and steps count from 1; the line of
-//! round 0 is the validation before training.
+//! It is separate from the coordinator so that the fields have one definition, and so that a full disk is met in one place: it
+//! costs lines, which are counted, and never the run. Rounds and steps count from 1; the line of round 0 is the validation
+//! before training.
 
 use std::fs::File;
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::io::{self, Seek, SeekFrom, Write};
+use std::path::Path;
 
 use serde::{Serialize, Serializer};
 use serde_json::{Value, json};
 
-use super::Error;
 use super::planner::ClientPrediction;
 use crate::terms::phases::Phases;
 
@@ -101,52 +101,134 @@ pub struct RoundRecord {
     pub server: ServerPhase,
 }
 
+/// Where lines go.
+trait Sink: Write + Send {
+    /// Takes back what was written beyond `length` bytes.
+    fn cut(&mut self, length: u64) -> io::Result<()>;
+}
+
+impl Sink for File {
+    fn cut(&mut self, length: u64) -> io::Result<()> {
+        self.set_len(length)?;
+        self.seek(SeekFrom::Start(length)).map(|_| ())
+    }
+}
+
 /// Appends to `metrics.jsonl`.
-#[derive(Debug)]
 pub struct Metrics {
-    file: File,
-    path: PathBuf,
+    open: Box<dyn FnMut() -> io::Result<Box<dyn Sink>> + Send>,
+    sink: Option<Box<dyn Sink>>,
+    /// Bytes of whole lines.
+    length: u64,
+    /// Whether there may be a part of a line beyond them.
+    torn: bool,
+    /// Lines that are missing, in all and since the last that was written.
+    lost: u64,
+    missing: u64,
+    trouble: Option<String>,
 }
 
 impl Metrics {
-    /// # Errors
-    /// [`Error::File`].
-    pub fn create(directory: &Path) -> Result<Self, Error> {
+    /// Of the run in `directory`. The file is made with the first line, if not before.
+    pub fn new(directory: &Path) -> Self {
         let path = directory.join("metrics.jsonl");
-        let file = File::create(&path).map_err(|error| Error::file("create", &path, error))?;
-        Ok(Self { file, path })
+        Self::into(move || {
+            let file = File::create(&path)?;
+            Ok(Box::new(file))
+        })
     }
 
-    /// # Errors
-    /// [`Error::File`].
-    pub fn step(&mut self, record: &StepRecord) -> Result<(), Error> {
-        self.line("step", serde_json::to_value(record).expect("a record has a JSON form"))
+    fn into(open: impl FnMut() -> io::Result<Box<dyn Sink>> + Send + 'static) -> Self {
+        Self {
+            open: Box::new(open),
+            sink: None,
+            length: 0,
+            torn: false,
+            lost: 0,
+            missing: 0,
+            trouble: None,
+        }
     }
 
-    /// # Errors
-    /// [`Error::File`].
-    pub fn round(&mut self, record: &RoundRecord) -> Result<(), Error> {
-        self.line("round", serde_json::to_value(record).expect("a record has a JSON form"))
+    /// Makes the file, where that is possible yet.
+    pub fn open(&mut self) {
+        if self.sink.is_none() {
+            self.sink = (self.open)().ok();
+        }
+    }
+
+    pub fn step(&mut self, record: &StepRecord) {
+        self.line("step", serde_json::to_value(record).expect("a record has a JSON form"));
+    }
+
+    pub fn round(&mut self, record: &RoundRecord) {
+        self.line("round", serde_json::to_value(record).expect("a record has a JSON form"));
     }
 
     /// Something that happened `at` seconds after the start; `fields` must be an object.
-    ///
-    /// # Errors
-    /// [`Error::File`].
-    pub fn event(&mut self, at: f64, event: &str, fields: Value) -> Result<(), Error> {
+    pub fn event(&mut self, at: f64, event: &str, fields: Value) {
         let mut line = json!({ "at": at, "event": event });
         merge(&mut line, fields);
-        self.line("event", line)
+        self.line("event", line);
     }
 
-    fn line(&mut self, kind: &str, fields: Value) -> Result<(), Error> {
+    /// A line of another kind of run; `fields` must be an object.
+    pub fn line(&mut self, kind: &str, fields: Value) {
         let mut line = json!({ "kind": kind });
         merge(&mut line, fields);
-        // One write a line, so that a reader never sees half of one.
-        let text = format!("{line}\n");
-        self.file
-            .write_all(text.as_bytes())
-            .map_err(|error| Error::file("write", &self.path, error))
+        match self.write(&line) {
+            Ok(()) if self.missing == 0 => {}
+            Ok(()) => {
+                self.trouble = Some(format!(
+                    "metrics.jsonl is written again; {} of its lines are missing",
+                    self.missing
+                ));
+                self.missing = 0;
+            }
+            Err(error) => {
+                if self.missing == 0 {
+                    self.trouble = Some(format!(
+                        "metrics.jsonl cannot be written ({error}); the run goes on without its lines until it can"
+                    ));
+                }
+                self.missing += 1;
+                self.lost += 1;
+            }
+        }
+    }
+
+    /// Lines that could not be written.
+    pub fn lost(&self) -> u64 {
+        self.lost
+    }
+
+    /// That lines have begun to be lost, or no more are: once each time, for people.
+    pub fn take_trouble(&mut self) -> Option<String> {
+        self.trouble.take()
+    }
+
+    /// One write a line, so that a reader never sees half of one.
+    fn write(&mut self, line: &Value) -> io::Result<()> {
+        let sink = match &mut self.sink {
+            Some(sink) => sink,
+            none => none.insert((self.open)()?),
+        };
+        if self.torn {
+            sink.cut(self.length)?;
+            self.torn = false;
+        }
+        let mut text = String::new();
+        if self.missing > 0 {
+            let lost = json!({ "kind": "event", "event": "lines_lost", "lines": self.missing });
+            text = format!("{lost}\n");
+        }
+        text += &format!("{line}\n");
+        let written = sink.write_all(text.as_bytes());
+        match &written {
+            Ok(()) => self.length += text.len() as u64,
+            Err(_) => self.torn = sink.cut(self.length).is_err(),
+        }
+        written
     }
 }
 
@@ -158,12 +240,14 @@ fn merge(line: &mut Value, fields: Value) {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{Arc, Mutex};
+
     use super::*;
 
     #[test]
     fn every_line_is_an_object_with_its_kind() {
         let directory = tempfile::tempdir().unwrap();
-        let mut metrics = Metrics::create(directory.path()).unwrap();
+        let mut metrics = Metrics::new(directory.path());
         let step = StepRecord {
             round: 1,
             step: 2,
@@ -183,7 +267,7 @@ mod tests {
                 },
             }],
         };
-        metrics.step(&step).unwrap();
+        metrics.step(&step);
         let round = RoundRecord {
             round: 1,
             adapters: 2,
@@ -196,8 +280,8 @@ mod tests {
             phases: vec![RoundPhases::default()],
             server: ServerPhase::default(),
         };
-        metrics.round(&round).unwrap();
-        metrics.event(0.5, "joined", json!({ "client": 1 })).unwrap();
+        metrics.round(&round);
+        metrics.event(0.5, "joined", json!({ "client": 1 }));
         let text = std::fs::read_to_string(directory.path().join("metrics.jsonl")).unwrap();
         let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
         assert_eq!(lines.len(), 3);
@@ -217,5 +301,75 @@ mod tests {
             (&lines[2]["kind"], &lines[2]["event"]),
             (&json!("event"), &json!("joined"))
         );
+    }
+
+    /// A disk with room for so many bytes more, and what it holds.
+    #[derive(Clone, Default)]
+    struct Disk(Arc<Mutex<(usize, Vec<u8>)>>);
+
+    impl Write for Disk {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let (room, held) = &mut *self.0.lock().unwrap();
+            let taken = bytes.len().min(*room);
+            if taken == 0 {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            *room -= taken;
+            held.extend_from_slice(&bytes[..taken]);
+            Ok(taken)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Sink for Disk {
+        fn cut(&mut self, length: u64) -> io::Result<()> {
+            self.0.lock().unwrap().1.truncate(length as usize);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_full_disk_costs_lines_which_are_counted_and_never_a_part_of_one() {
+        let disk = Disk::default();
+        let opened = disk.clone();
+        let mut opens = 0;
+        let mut metrics = Metrics::into(move || {
+            opens += 1;
+            match opens {
+                1 => Err(io::ErrorKind::StorageFull.into()),
+                _ => Ok(Box::new(opened.clone())),
+            }
+        });
+        let room = |bytes| disk.0.lock().unwrap().0 = bytes;
+        let held = || -> Vec<Value> {
+            let text = String::from_utf8(disk.0.lock().unwrap().1.clone()).unwrap();
+            text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+        };
+        let step = |metrics: &mut Metrics, step: u32| metrics.line("step", json!({ "step": step }));
+        // No file, no room, and room for half a line: said once.
+        step(&mut metrics, 1);
+        let said = metrics.take_trouble().unwrap();
+        assert!(said.contains("metrics.jsonl cannot be written"), "{said}");
+        step(&mut metrics, 2);
+        room(10);
+        step(&mut metrics, 3);
+        assert_eq!((metrics.take_trouble(), metrics.lost(), held().len()), (None, 3, 0));
+        room(1000);
+        step(&mut metrics, 4);
+        let said = metrics.take_trouble().unwrap();
+        assert!(said.contains("written again; 3 of its lines"), "{said}");
+        step(&mut metrics, 5);
+        room(5);
+        step(&mut metrics, 6);
+        assert!(metrics.take_trouble().is_some());
+        room(1000);
+        step(&mut metrics, 7);
+        assert_eq!(metrics.lost(), 4);
+        let steps: Vec<Value> = held().iter().map(|line| line["step"].clone()).collect();
+        assert_eq!(steps, [json!(null), json!(4), json!(5), json!(null), json!(7)]);
+        assert_eq!((&held()[0]["lines"], &held()[3]["lines"]), (&json!(3), &json!(1)));
     }
 }

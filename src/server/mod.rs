@@ -38,6 +38,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::compute::Engine;
 use crate::data::{DataError, Example};
+use crate::disk;
 use crate::model::adapter::{Adapter, AdapterError, AdapterLayout, LoraSpec, Target};
 use crate::model::architecture::Architecture;
 use crate::model::weights::{HeldUnits, Holding, Weights, WeightsError};
@@ -86,12 +87,10 @@ pub enum Error {
     Busy { address: String, port: u16 },
     #[error("the server's certificate cannot be made: {0}")]
     Certificate(String),
-    #[error("cannot {action} {path}: {source}")]
-    File {
-        action: &'static str,
-        path: String,
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Disk(#[from] disk::Error),
+    #[error("{error}; the adapter is in {place} instead")]
+    Elsewhere { error: Box<Error>, place: String },
     #[error("cannot start a thread: {0}")]
     Thread(io::Error),
     #[error("the HTTP server stopped: {0}")]
@@ -118,11 +117,7 @@ pub enum Error {
 
 impl Error {
     fn file(action: &'static str, path: &Path, source: io::Error) -> Self {
-        Self::File {
-            action,
-            path: path.display().to_string(),
-            source,
-        }
+        Self::Disk(disk::Error::file(action, path, source))
     }
 }
 
@@ -263,7 +258,7 @@ impl Server {
         let (status_sender, status) = watch::channel(http::starting());
         let failures = Arc::new(Mutex::new(limit::FailureLimit::default()));
         let max_frame_bytes = Arc::new(AtomicUsize::new(socket::SMALL_FRAME_BYTES));
-        let metrics = Metrics::create(directory.path())?;
+        let metrics = Metrics::new(directory.path());
         let serves = (!matches!(role, Role::Federated), !matches!(role, Role::Main { .. }));
 
         let (main, blobs) = match run {
@@ -314,7 +309,13 @@ impl Server {
             max_frame_bytes: max_frame_bytes.clone(),
             report,
         });
-        coordinator.ready().await?;
+        if let Err(error) = coordinator.ready().await {
+            // Before the directory is given up, which is empty then.
+            if let Some(blobs) = &blobs {
+                blobs.remove();
+            }
+            return Err(error);
+        }
 
         let site = Arc::new(http::Site {
             blobs,
@@ -335,6 +336,7 @@ impl Server {
         for bound in bound {
             server.listen(bound, identity.as_ref(), http::router(site.clone()))?;
         }
+        server.coordinator.begin()?;
         Ok(server)
     }
 

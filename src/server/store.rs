@@ -14,68 +14,64 @@ use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
 
 use super::Error;
+use crate::disk::{self, Claim};
 use crate::protocol::message::{Blob, Digest};
 
-/// Replaces the file at `path`: a reader sees the old contents or the new, never a part.
-///
-/// # Errors
-/// [`Error::File`] with the path.
-pub fn write_atomically(path: &Path, contents: &[u8]) -> Result<(), Error> {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(format!(".{}.tmp", std::process::id()));
-    let temporary = path.with_file_name(name);
-    let written = fs::File::create(&temporary)
-        .and_then(|mut file| file.write_all(contents).and_then(|()| file.sync_all()))
-        .and_then(|()| fs::rename(&temporary, path));
-    written.map_err(|error| {
-        // The first error is the one to report, whether or not the leftover can be removed.
-        let _ = fs::remove_file(&temporary);
-        Error::file("write", path, error)
-    })
-}
+/// What says that a directory holds a run.
+const MARKS: [&str; 4] = ["run.json", "metrics.jsonl", "adapter", "state"];
 
-/// The directory of one run.
+/// The directory of one run, which nobody else may write in meanwhile.
+///
+/// A run that never begins leaves nothing behind, so that the same command can be given again.
 #[derive(Debug)]
 pub struct RunDirectory {
     path: PathBuf,
     run: Map<String, Value>,
+    begun: bool,
+    /// Held for as long as the run lasts.
+    _claim: Claim,
 }
 
 impl RunDirectory {
-    /// Makes `out`, or `runs/<time>-<name>` without one. A directory that holds an earlier run's `run.json` and
-    /// `metrics.jsonl` keeps them as `run.previous.json` and `metrics.previous.jsonl`.
+    /// Claims `out`, or without one a new `runs/<time>-<name>`.
     ///
     /// # Errors
-    /// [`Error::File`] with the path.
+    /// [`disk::Error::Taken`] for a directory that holds a run, [`disk::Error::Busy`] for one whose run goes on,
+    /// [`disk::Error::File`] with the path.
     pub fn create(out: Option<&Path>, name: &str) -> Result<Self, Error> {
         let now = SystemTime::now();
-        let path = match out {
-            Some(out) => out.to_owned(),
+        let claim = |path: &Path| Claim::directory(path, "--out", "a run", &MARKS);
+        let (path, claim) = match out {
+            Some(out) => (out.to_owned(), claim(out)?),
             None => {
                 let name: String = name
                     .chars()
                     .map(|c| if c.is_ascii_alphanumeric() { c } else { '-' })
                     .collect();
-                Path::new("runs").join(format!("{}-{name}", file_time(now)))
+                let path = Path::new("runs").join(format!("{}-{name}", file_time(now)));
+                // Several may begin in one second.
+                let mut number = 1;
+                loop {
+                    let path = match number {
+                        1 => path.clone(),
+                        number => path.with_file_name(format!("{}-{name}-{number}", file_time(now))),
+                    };
+                    match claim(&path) {
+                        Err(disk::Error::Taken { .. } | disk::Error::Busy { .. }) if number < 1000 => number += 1,
+                        claim => break (path, claim?),
+                    }
+                }
             }
         };
-        fs::create_dir_all(&path).map_err(|error| Error::file("create", &path, error))?;
-        for (name, kept) in [
-            ("run.json", "run.previous.json"),
-            ("metrics.jsonl", "metrics.previous.jsonl"),
-        ] {
-            let file = path.join(name);
-            match fs::rename(&file, path.join(kept)) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(Error::file("rename", &file, error));
-                }
-                _ => {}
-            }
-        }
         let mut run = Map::new();
         run.insert("version".to_owned(), json!(env!("CARGO_PKG_VERSION")));
         run.insert("start".to_owned(), json!(text_time(now)));
-        Ok(Self { path, run })
+        Ok(Self {
+            path,
+            run,
+            begun: false,
+            _claim: claim,
+        })
     }
 
     pub fn path(&self) -> &Path {
@@ -92,23 +88,39 @@ impl RunDirectory {
         self.path.join("weights")
     }
 
-    /// Adds to `run.json` and rewrites it.
+    /// What `run.json` says, or is to say once the run has begun.
+    pub fn run(&self) -> &Map<String, Value> {
+        &self.run
+    }
+
+    /// Adds to `run.json`, and rewrites it if the run has begun.
     ///
     /// # Errors
-    /// [`Error::File`].
+    /// [`disk::Error::File`]; what was added is then written with what is added next.
     pub fn note(&mut self, fields: Value) -> Result<(), Error> {
         if let Value::Object(fields) = fields {
             self.run.extend(fields);
         }
-        let mut text = serde_json::to_string_pretty(&self.run).expect("a JSON value has a text");
-        text.push('\n');
-        write_atomically(&self.path.join("run.json"), text.as_bytes())
+        match self.begun {
+            true => self.write(),
+            false => Ok(()),
+        }
+    }
+
+    /// From here on this directory holds a run.
+    ///
+    /// # Errors
+    /// [`disk::Error::File`].
+    pub fn begin(&mut self) -> Result<(), Error> {
+        self.write()?;
+        self.begun = true;
+        Ok(())
     }
 
     /// Notes the end of the run.
     ///
     /// # Errors
-    /// [`Error::File`].
+    /// [`disk::Error::File`].
     pub fn end(&mut self, reason: &str, totals: Value) -> Result<(), Error> {
         self.note(json!({ "end": text_time(SystemTime::now()), "ended": reason, "totals": totals }))
     }
@@ -116,11 +128,38 @@ impl RunDirectory {
     /// Replaces a file below `state/`.
     ///
     /// # Errors
-    /// [`Error::File`].
+    /// [`disk::Error::File`].
     pub fn write_state(&self, name: &str, contents: &[u8]) -> Result<(), Error> {
         let directory = self.path.join("state");
         fs::create_dir_all(&directory).map_err(|error| Error::file("create", &directory, error))?;
-        write_atomically(&directory.join(name), contents)
+        Ok(disk::replace(&directory.join(name), contents)?)
+    }
+
+    fn write(&self) -> Result<(), Error> {
+        let mut text = serde_json::to_string_pretty(&self.run).expect("a JSON value has a text");
+        text.push('\n');
+        Ok(disk::replace(&self.path.join("run.json"), text.as_bytes())?)
+    }
+}
+
+/// Saves what a run has trained, for which there is no later time: where it belongs, else in a place of its own.
+///
+/// # Errors
+/// Those of `save`; [`Error::Elsewhere`] says where it is instead.
+pub fn save_at_last(directory: &Path, save: &dyn Fn(&Path) -> Result<(), Error>) -> Result<(), Error> {
+    let Err(error) = save(directory) else {
+        return Ok(());
+    };
+    let name = format!("rescued-{}-{}", file_time(SystemTime::now()), std::process::id());
+    let homes = crate::transport::data_directory()
+        .into_iter()
+        .chain([std::env::temp_dir().join("sflllm")]);
+    match homes.map(|home| home.join(&name)).find(|place| save(place).is_ok()) {
+        Some(place) => Err(Error::Elsewhere {
+            error: Box::new(error),
+            place: place.display().to_string(),
+        }),
+        None => Err(error),
     }
 }
 
@@ -150,7 +189,10 @@ impl Blobs {
     /// [`Error::File`].
     pub fn add(&self, name: &str, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<Blob, Error> {
         let temporary = self.directory.join(format!(".{name}.tmp"));
-        let fail = |error| Error::file("write", &temporary, error);
+        let fail = |error| {
+            let _ = fs::remove_file(&temporary);
+            Error::file("write", &temporary, error)
+        };
         let file = fs::File::create(&temporary).map_err(fail)?;
         let mut output = Hashing {
             inner: BufWriter::new(file),
@@ -185,6 +227,12 @@ impl Blobs {
             let _ = fs::remove_file(path);
         }
         let _ = fs::remove_dir(&self.directory);
+    }
+}
+
+impl Drop for Blobs {
+    fn drop(&mut self) {
+        self.remove();
     }
 }
 
@@ -287,28 +335,54 @@ mod tests {
         let path = blobs.path(&blob.sha256).unwrap();
         assert_eq!(file_digest(&path).unwrap(), blob.sha256);
         assert_eq!(blobs.path(&Digest::of(b"other")), None);
-        blobs.remove();
+        drop(blobs);
         assert!(!path.exists());
     }
 
     #[test]
-    fn an_earlier_run_in_the_same_directory_is_kept() {
+    fn a_directory_that_holds_a_run_is_refused_and_one_whose_run_never_began_is_not() {
         let directory = tempfile::tempdir().unwrap();
-        RunDirectory::create(Some(directory.path()), "x")
-            .unwrap()
-            .note(json!({ "mark": 1 }))
-            .unwrap();
-        fs::write(directory.path().join("metrics.jsonl"), "old\n").unwrap();
-        let mut second = RunDirectory::create(Some(directory.path()), "x").unwrap();
-        second.note(json!({ "mark": 2 })).unwrap();
-        second.end("completed", json!({ "rounds": 3 })).unwrap();
-        let read = |name: &str| fs::read_to_string(directory.path().join(name)).unwrap();
-        assert!(read("run.previous.json").contains("\"mark\": 1"));
-        assert_eq!(read("metrics.previous.jsonl"), "old\n");
-        let run: Value = serde_json::from_str(&read("run.json")).unwrap();
+        let path = directory.path().join("run");
+        let create = || RunDirectory::create(Some(&path), "x");
+        let mut failed = create().unwrap();
+        failed.note(json!({ "mark": 0 })).unwrap();
+        drop(failed);
+        assert!(!path.exists());
+
+        let mut first = create().unwrap();
+        first.note(json!({ "mark": 1 })).unwrap();
+        first.begin().unwrap();
+        let busy = create().unwrap_err();
+        assert!(matches!(busy, Error::Disk(disk::Error::Busy { .. })), "{busy}");
+        first.end("completed", json!({ "rounds": 3 })).unwrap();
+        drop(first);
+        let taken = create().unwrap_err();
+        assert!(matches!(taken, Error::Disk(disk::Error::Taken { .. })), "{taken}");
+        let run: Value = serde_json::from_str(&fs::read_to_string(path.join("run.json")).unwrap()).unwrap();
         assert_eq!(
             (&run["mark"], &run["totals"]["rounds"], &run["ended"]),
-            (&json!(2), &json!(3), &json!("completed"))
+            (&json!(1), &json!(3), &json!("completed"))
         );
+    }
+
+    #[test]
+    fn what_was_trained_is_saved_elsewhere_rather_than_nowhere() {
+        let directory = tempfile::tempdir().unwrap();
+        let full = directory.path().join("adapter");
+        let tried = Mutex::new(Vec::new());
+        let save = |place: &Path| {
+            tried.lock().unwrap().push(place.to_owned());
+            match place == full {
+                true => Err(Error::file("write", place, io::ErrorKind::StorageFull.into())),
+                false => Ok(()),
+            }
+        };
+        let error = save_at_last(&full, &save).unwrap_err().to_string();
+        let place = tried.lock().unwrap()[1].display().to_string();
+        assert!(
+            error.contains("cannot write") && error.ends_with(&format!("the adapter is in {place} instead")),
+            "{error}"
+        );
+        assert!(save_at_last(&directory.path().join("free"), &save).is_ok());
     }
 }

@@ -82,13 +82,13 @@ impl Identity {
         if kept.is_none() {
             let not_after = now + DAY * VALID_DAYS as u32;
             let pem = certificate(&key, names, now, not_after)?;
-            super::store::write_atomically(&certificate_file, pem.as_bytes())?;
+            crate::disk::replace(&certificate_file, pem.as_bytes())?;
             let validity = Validity {
                 names: names.clone(),
                 not_after: not_after.as_secs(),
             };
             let text = serde_json::to_string_pretty(&validity).expect("a validity has a JSON form");
-            super::store::write_atomically(&validity_file, text.as_bytes())?;
+            crate::disk::replace(&validity_file, text.as_bytes())?;
         }
         let config = server_config(&certificate_file, &key)?;
         Ok(Self {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::Error;
 use super::inbox::{Done, Input, Work};
 use super::planner::{Decision, Facts, Planner};
-use super::store::Blobs;
+use super::store::{self, Blobs};
 use crate::compute::Engine;
 use crate::data::{self, Example};
 use crate::model::adapter::{Adapter, LoraSpec};
@@ -105,17 +105,18 @@ async fn run(
                 moments,
                 split,
             } => {
-                let evaluation = worker.close(average).await?;
+                let (saved, evaluation) = worker.close(average).await?;
                 let placement;
                 (worker, placement) = worker.recut(split, moments).await?;
                 Done::Closed {
                     round,
                     evaluation,
                     placement: placement.map(Box::new),
+                    saved,
                 }
             }
             Work::Finish => {
-                worker.save()?;
+                worker.save_at_last()?;
                 Done::Finished
             }
         };
@@ -232,7 +233,8 @@ impl Worker {
         })
     }
 
-    async fn close(&mut self, mut average: Vec<f32>) -> Result<Option<Evaluation>, Error> {
+    /// Takes a round's average in; whether it could be saved, and its validation.
+    async fn close(&mut self, mut average: Vec<f32>) -> Result<(Result<(), Error>, Option<Evaluation>), Error> {
         self.server_values = self.part.adapter().await?;
         if self.shared > 0 {
             let above = average.split_off(self.client_values.len().min(average.len()));
@@ -243,8 +245,8 @@ impl Worker {
         }
         self.client_values = average;
         self.saved = false;
-        self.save()?;
-        self.evaluate().await
+        let saved = self.save();
+        Ok((saved, self.evaluate().await?))
     }
 
     /// Asks the planner. Nothing is trained before the start, so cut and rank are changed there and then.
@@ -373,24 +375,39 @@ impl Worker {
 
     /// Writes the whole model's adapter.
     fn save(&mut self) -> Result<(), Error> {
+        if !self.saved {
+            let settings = &self.settings;
+            self.adapter()?
+                .save(&settings.adapter_directory, &settings.config, &settings.base_model)?;
+            self.saved = true;
+        }
+        Ok(())
+    }
+
+    /// The same at the end of the run, when there is no next time: rather elsewhere than nowhere.
+    fn save_at_last(&self) -> Result<(), Error> {
         if self.saved {
             return Ok(());
         }
-        let cut = self.part.cut();
         let WorkerSettings {
             config,
-            training,
             adapter_directory,
             base_model,
             ..
         } = &self.settings;
+        let adapter = self.adapter()?;
+        store::save_at_last(adapter_directory, &|directory| {
+            Ok(adapter.save(directory, config, base_model)?)
+        })
+    }
+
+    /// The whole model's adapter at the end of the last closed round.
+    fn adapter(&self) -> Result<Adapter, Error> {
+        let cut = self.part.cut();
+        let WorkerSettings { config, training, .. } = &self.settings;
         let client = Adapter::from_values(config, &training.spec, 0..cut, self.client_values.clone())?;
         let server = Adapter::from_values(config, &training.spec, cut..config.blocks, self.server_values.clone())?;
-        client
-            .merge(config, &server)?
-            .save(adapter_directory, config, base_model)?;
-        self.saved = true;
-        Ok(())
+        Ok(client.merge(config, &server)?)
     }
 
     async fn evaluate(&mut self) -> Result<Option<Evaluation>, Error> {
