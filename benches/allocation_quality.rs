@@ -2,6 +2,8 @@
 //! baselines, certified gaps, and times. `cargo bench --bench allocation_quality`, with a number of seeds after `--` if other
 //! than 200.
 
+#![expect(clippy::print_stdout, reason = "a table for a terminal")]
+
 use std::time::Instant;
 
 use serde_json::{Value, json};

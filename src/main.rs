@@ -3,6 +3,13 @@
 use std::process::ExitCode;
 
 use clap::Parser;
+use sflllm::cli::console::{self, Unprinted};
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+
+/// What a shell says of a program that a closed pipe has ended: 128 and the number of SIGPIPE.
+const PIPE_CLOSED: u8 = 141;
 
 /// Keeps Mesa's device-selection layer from printing an error about a missing desktop session on machines without one.
 #[cfg(target_os = "linux")]
@@ -13,22 +20,40 @@ fn quieten_device_selection() {
     }
 }
 
+/// Shows this program's own warnings. Those of its libraries say nothing to whoever has not read them; `SFLLLM_LOG=debug`, or
+/// `SFLLLM_LOG=wgpu_core=info,sflllm=debug`, shows them to whoever looks for a fault.
+fn log() {
+    let asked = std::env::var("SFLLLM_LOG")
+        .ok()
+        .and_then(|asked| asked.parse::<Targets>().ok());
+    let shown = asked.unwrap_or_else(|| Targets::new().with_target("sflllm", LevelFilter::WARN));
+    let lines = tracing_subscriber::fmt::layer()
+        .with_writer(console::Log::default)
+        .without_time()
+        .with_target(false)
+        .with_ansi(false)
+        .log_internal_errors(false);
+    tracing_subscriber::registry().with(lines).with(shown).init();
+}
+
 fn main() -> ExitCode {
     #[cfg(target_os = "linux")]
     quieten_device_selection();
+    std::panic::set_hook(Box::new(console::panicked));
     let cli = sflllm::cli::Cli::parse();
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_max_level(tracing_subscriber::filter::LevelFilter::WARN)
-        .init();
-    match cli.command.run() {
+    log();
+    let ended = cli.command.run();
+    let code = match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => match error.downcast::<clap::Error>() {
             Ok(usage) => usage.exit(),
+            Err(error) if matches!(error.downcast_ref(), Some(Unprinted::ReaderGone)) => ExitCode::from(PIPE_CLOSED),
             Err(error) => {
-                eprintln!("error: {error:#}");
+                console::say(format!("error: {}", console::sentence(&error)));
                 ExitCode::FAILURE
             }
         },
-    }
+    };
+    console::close();
+    code
 }

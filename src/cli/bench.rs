@@ -14,6 +14,7 @@ use crate::model::adapter::{Adapter, LoraSpec, Target};
 use crate::model::central::Central;
 use crate::model::workspace::Extent;
 
+use super::console;
 use super::options::{DeviceOptions, OutputOptions};
 use super::source::{DEMO_TRAIN, Source};
 use crate::model::weights::Holding;
@@ -186,14 +187,16 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let peaks = options.peak.then(|| peaks(&engine)).transpose()?;
     let quiet = options.output.quiet;
     if !quiet {
-        eprintln!("device: {}", engine.name());
+        console::say(format!("device: {}", engine.name()));
         if let Some((bandwidth, rate)) = peaks {
-            eprintln!("its copy bandwidth {bandwidth:.1} GB/s, multiply-add {rate:.0} GFLOP/s");
+            console::say(format!(
+                "its copy bandwidth {bandwidth:.1} GB/s, multiply-add {rate:.0} GFLOP/s"
+            ));
         }
     }
     let sizes = Sizes::GPT2_SMALL;
     let mut rows = Vec::new();
-    let mut show = |row: Row| {
+    let mut show = |row: Row| -> anyhow::Result<()> {
         if !options.output.json {
             let of_peak = peaks.map_or(String::new(), |(bandwidth, rate)| {
                 format!(
@@ -202,27 +205,28 @@ pub fn run(options: Options) -> anyhow::Result<()> {
                     100.0 * row.gbytes_per_s / bandwidth
                 )
             });
-            println!(
+            console::print(format!(
                 "{:<52} {:>10.3} ms {:>9.1} GFLOP/s {:>8.1} GB/s  {}{of_peak}",
                 row.id,
                 1e3 * row.median_s,
                 row.gflops,
                 row.gbytes_per_s,
                 row.config
-            );
+            ))?;
         } else if !quiet {
-            eprintln!("{}", row.id);
+            console::say(&row.id);
         }
         rows.push(row);
+        Ok(())
     };
     for example in crate::kernels::examples() {
         if filter.is_match(&example.id(sizes)) {
-            show(bench_kernel(&engine, example, sizes)?);
+            show(bench_kernel(&engine, example, sizes)?)?;
         }
     }
     for (id, batch) in STEPS {
         if filter.is_match(id) {
-            show(bench_step(&engine, id, batch)?);
+            show(bench_step(&engine, id, batch)?)?;
         }
     }
     anyhow::ensure!(!rows.is_empty(), "--filter matches no benchmark");
@@ -241,7 +245,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
                 value
             })
             .collect();
-        println!("{:#}", serde_json::Value::from(rows));
+        console::print(format!("{:#}", serde_json::Value::from(rows)))?;
     }
     Ok(())
 }

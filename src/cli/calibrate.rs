@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use crate::compute::Engine;
 use crate::data::{Batch, Batches, Dataset, Example, Sharding, pass};
+use crate::disk::Claim;
 use crate::federated;
 use crate::model::adapter::{Adapter, LoraSpec, Target};
 use crate::model::architecture::Architecture;
@@ -21,9 +22,10 @@ use crate::model::stack::StackWeights;
 use crate::model::workspace::Extent;
 use crate::split::{ClientPart, Contribution, ServerPart, Training};
 
+use super::console::{self, Bar, Rewritten};
+use super::interrupt;
 use super::options::{BatchOptions, DeviceOptions, ModelOptions, OptimizerOptions, OutputOptions, targets};
 use super::source::{DEMO_TRAIN, DEMO_VALID, Source};
-use super::{interrupt, progress};
 use crate::terms::format::Format;
 use crate::terms::optimizer::OptimizerSettings;
 use crate::terms::tensor::WireForm;
@@ -409,6 +411,8 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         .collect::<Result<Vec<_>, _>>()?;
     anyhow::ensure!(!ranks.is_empty(), "--ranks needs at least one rank");
 
+    // For as long as the table is measured and written.
+    let _claim = Claim::file(&options.out, "--out")?;
     let blocks = source.config.blocks;
     let cut = match options.split {
         None if options.clients == 1 => None,
@@ -488,11 +492,9 @@ pub fn run(options: Options) -> anyhow::Result<()> {
 fn measure(options: &Options, setup: &Setup<'_>, specs: &[LoraSpec], table: &mut RoundsTable) -> anyhow::Result<()> {
     let (quiet, rounds) = (options.output.quiet, options.max_rounds);
     // Before hours of work: that it can be kept.
-    if let Some(directory) = options.out.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-        std::fs::create_dir_all(directory).with_context(|| format!("cannot create {}", directory.display()))?;
-    }
     table.save(&options.out)?;
-    let stop = interrupt::flag("ending; finished runs are saved")?;
+    let interrupt = interrupt::watch("ending; finished runs are saved")?;
+    let stop = interrupt.flag();
     let runs = table.ranks.len() * table.seeds;
     let there: usize = table.losses.iter().map(Vec::len).sum();
     if !quiet {
@@ -504,13 +506,14 @@ fn measure(options: &Options, setup: &Setup<'_>, specs: &[LoraSpec], table: &mut
             0 => String::new(),
             there => format!(", {there} of them already in {}", options.out.display()),
         };
-        eprintln!(
+        console::say(format!(
             "{runs} runs{kept}, of at most {rounds} rounds of {} steps, {how}, on {}",
             setup.local_steps,
             setup.engine.name()
-        );
+        ));
     }
-    let bar = progress::bar((runs - there) as u64 * u64::from(rounds), "rounds", quiet);
+    let mut saved = Rewritten::default();
+    let bar = Bar::over((runs - there) as u64 * u64::from(rounds), "rounds", quiet);
     // The largest rank first: the target may follow from its runs.
     let (last, others) = (specs.len() - 1, 0..specs.len() - 1);
     for index in std::iter::once(last).chain(others) {
@@ -533,9 +536,9 @@ fn measure(options: &Options, setup: &Setup<'_>, specs: &[LoraSpec], table: &mut
                 );
             }
             while losses.len() <= rounds as usize && !reached(&losses, table.target_loss) {
-                if !round(&mut trainee, setup.local_steps, &stop)? {
+                if !round(&mut trainee, setup.local_steps, stop)? {
                     bar.finish_and_clear();
-                    return Ok(());
+                    return saved.finish();
                 }
                 losses.push(setup.loss(evaluator, &trainee.end_round()?)?);
                 bar.set_message(format!(
@@ -550,20 +553,18 @@ fn measure(options: &Options, setup: &Setup<'_>, specs: &[LoraSpec], table: &mut
             bar.set_length(bar.length().unwrap_or(0).saturating_sub(spared));
             if !quiet {
                 let (taken, loss) = (losses.len() - 1, losses.last().copied().unwrap_or(f64::NAN));
-                bar.suspend(|| {
-                    eprintln!(
-                        "rank {}, seed {seed}: validation loss {:.4} before, {loss:.4} after {taken} rounds",
-                        spec.rank, losses[0]
-                    );
-                });
+                console::say(format!(
+                    "rank {}, seed {seed}: validation loss {:.4} before, {loss:.4} after {taken} rounds",
+                    spec.rank, losses[0]
+                ));
             }
             table.losses[index].push(losses);
             table.measure(target(options, table)?);
-            table.save(&options.out)?;
+            saved.note(table.save(&options.out).map_err(Into::into));
         }
     }
     bar.finish_and_clear();
-    Ok(())
+    saved.finish()
 }
 
 fn reached(losses: &[f64], target: Option<f64>) -> bool {
@@ -583,44 +584,50 @@ fn round(trainee: &mut Trainee, steps: u32, stop: &AtomicBool) -> anyhow::Result
 
 fn report(options: &Options, table: &RoundsTable) -> anyhow::Result<()> {
     let out = options.out.display();
+    let mut text = String::new();
     if options.output.json {
-        println!("{}", table.to_json()?);
+        text = table.to_json()?;
     } else {
         let shown = |number: Option<f64>| number.map_or_else(|| "-".to_owned(), |number| format!("{number:.2}"));
         if let Some(target) = table.target_loss {
-            println!(
-                "rounds of {} steps to a validation loss of {target:.4}",
-                table.local_steps
+            text = format!(
+                "rounds of {} steps to a validation loss of {target:.4}\n{:>6}  {:>8}  {:>8}  runs\n",
+                table.local_steps, "rank", "mean", "spread"
             );
-            println!("{:>6}  {:>8}  {:>8}  runs", "rank", "mean", "spread");
             for (index, rank) in table.ranks.iter().enumerate() {
                 let runs: Vec<String> = table.runs[index].iter().map(|&run| shown(run)).collect();
-                println!(
-                    "{rank:>6}  {:>8}  {:>8}  {}",
+                text += &format!(
+                    "{rank:>6}  {:>8}  {:>8}  {}\n",
                     shown(table.rounds[index]),
                     shown(table.spread[index]),
                     runs.join("  ")
                 );
             }
         }
+        if table.complete {
+            text += &out.to_string();
+        }
     }
+    let text = text.trim_end();
+    let printed = match text.is_empty() {
+        true => Ok(()),
+        false => console::print_kept(text),
+    };
     if !table.complete {
         let there: usize = table.losses.iter().map(Vec::len).sum();
         let runs = table.ranks.len() * table.seeds;
-        eprintln!("{there} of {runs} runs are in {out}; the same command goes on with it");
-        return Ok(());
+        console::say(format!(
+            "{there} of {runs} runs are in {out}; the same command goes on with it"
+        ));
     }
     for (rank, rounds) in table.ranks.iter().zip(&table.rounds) {
-        if rounds.is_none() {
-            eprintln!(
+        if table.complete && rounds.is_none() {
+            console::say(format!(
                 "rank {rank} did not reach the target in {} rounds with every seed, so it has no E(r): give more --max-rounds, a \
                  higher target, or leave the rank out",
                 options.max_rounds
-            );
+            ));
         }
     }
-    if !options.output.json {
-        println!("{out}");
-    }
-    Ok(())
+    printed.with_context(|| format!("the calibration is in {out}"))
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::Context;
 use serde_json::json;
 
+use super::console;
 use super::generate::{Sampling, Writer, prompt_ids};
 use super::options::{DeviceOptions, OutputOptions};
 use super::serve::{Hosting, conclude, host, model, token};
@@ -76,6 +77,7 @@ pub struct Options {
 /// One sentence that says what to do.
 pub fn run(options: Options) -> anyhow::Result<()> {
     let quiet = options.output.quiet;
+    let mut directory = RunDirectory::create(options.out.as_deref(), "demo")?;
     let listen = match &options.listen[..] {
         [] => vec![free("https://0.0.0.0:8443")?, free("http://127.0.0.1:8080")?],
         given => given.to_vec(),
@@ -118,18 +120,17 @@ pub fn run(options: Options) -> anyhow::Result<()> {
 
     let meanings = meanings();
     if !quiet {
-        eprintln!("Before training, the model writes plain English and takes no notice of what it is asked for:\n");
+        console::say("Before training, the model writes plain English and takes no notice of what it is asked for:\n");
     }
     let before = write(&engine, None, &meanings, UNTRAINED)?;
     if !quiet {
         show(&meanings, &before);
-        eprintln!(
+        console::say(format!(
             "Now {CLIENTS} clients fine-tune it, each on its half of {} examples.\n",
             train.examples.len()
-        );
+        ));
     }
 
-    let mut directory = RunDirectory::create(options.out.as_deref(), "demo")?;
     directory.note(json!({
         "role": "both",
         "configuration": {
@@ -165,24 +166,24 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let summary = host(hosting, Role::Both, directory, Some(run), local)?;
     if summary.ending == Ending::Completed && !quiet {
         let adapter = Adapter::load(&adapter_directory, &config)?;
-        eprintln!("\nAfter training, its texts follow the meanings:\n");
+        console::say("\nAfter training, its texts follow the meanings:\n");
         show(
             &meanings,
             &write(&engine, Some(&adapter), &meanings, Sampling::greedy(SAMPLE_TOKENS))?,
         );
         if let (Some(before), Some(after)) = (summary.baseline, summary.last) {
-            eprintln!(
+            console::say(format!(
                 "Validation perplexity: {:.2} before, {:.2} after: {:.1} times lower.",
                 before.perplexity,
                 after.perplexity,
                 before.perplexity / after.perplexity
-            );
+            ));
         }
-        eprintln!(
+        console::say(format!(
             "Try it: sflllm generate --model demo --adapter {} --prompt '{}||'",
             adapter_directory.display(),
             meanings[0]
-        );
+        ));
     }
     conclude(&summary, Some(&adapter_directory), &options.output)
 }
@@ -235,7 +236,7 @@ fn write(
         .iter()
         .map(|meaning| {
             let prompt = prompt_ids(tokenizer, &format!("{meaning}||"))?;
-            let ids = writer.write(&prompt, &sampling, |_| {})?;
+            let ids = writer.write(&prompt, &sampling, |_| Ok(()))?;
             tokenizer
                 .decode(&ids)
                 .context("the model wrote something its tokenizer cannot read")
@@ -245,6 +246,6 @@ fn write(
 
 fn show(meanings: &[String], texts: &[String]) {
     for (meaning, text) in meanings.iter().zip(texts) {
-        eprintln!("  {meaning}\n    -> {}\n", text.trim());
+        console::say(format!("  {meaning}\n    -> {}\n", text.trim()));
     }
 }

@@ -5,6 +5,7 @@ use serde_json::json;
 
 use crate::compute::{DeviceClass, device};
 
+use super::console;
 use super::options::OutputOptions;
 
 /// Show what this machine can do: adapters, features, limits, addresses, and what to install when something is missing.
@@ -20,7 +21,8 @@ pub struct Options {
 pub fn run(options: Options) -> anyhow::Result<()> {
     let adapters = pollster::block_on(device::list());
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-    let addresses: Vec<(String, String)> = if_addrs::get_if_addrs()?
+    let addresses: Vec<(String, String)> = if_addrs::get_if_addrs()
+        .unwrap_or_default()
         .into_iter()
         .filter(|interface| !interface.is_loopback())
         .map(|interface| (interface.name.clone(), interface.ip().to_string()))
@@ -53,7 +55,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         );
     }
     if options.output.json {
-        println!(
+        console::print(format!(
             "{:#}",
             json!({
                 "version": env!("CARGO_PKG_VERSION"),
@@ -70,18 +72,22 @@ pub fn run(options: Options) -> anyhow::Result<()> {
                 "browser_client": crate::server::has_browser_client(),
                 "advice": advice,
             })
-        );
+        ))?;
         return Ok(());
     }
-    println!("sflllm {}", env!("CARGO_PKG_VERSION"));
-    println!("device     {chosen} (what `--device auto` takes), {threads} CPU threads");
+    let mut text = Vec::new();
+    let mut line = |line: String| text.push(line);
+    line(format!("sflllm {}", env!("CARGO_PKG_VERSION")));
+    line(format!(
+        "device     {chosen} (what `--device auto` takes), {threads} CPU threads"
+    ));
     if adapters.is_empty() {
-        println!("adapters   none");
+        line("adapters   none".to_owned());
     }
     for adapter in &adapters {
-        println!("adapter    {}", adapter.label());
-        println!("           driver {}", adapter.driver);
-        println!(
+        line(format!("adapter    {}", adapter.label()));
+        line(format!("           driver {}", adapter.driver));
+        line(format!(
             "           {}, bindings up to {} MiB, workgroups of {} invocations and {} KiB",
             match adapter.class {
                 DeviceClass::Gpu => "GPU",
@@ -90,27 +96,28 @@ pub fn run(options: Options) -> anyhow::Result<()> {
             adapter.max_binding_bytes >> 20,
             adapter.workgroup_invocations,
             adapter.workgroup_bytes >> 10
-        );
-        println!("           features {}", adapter.features.join(", "));
+        ));
+        line(format!("           features {}", adapter.features.join(", ")));
     }
     for (name, ip) in &addresses {
-        println!("network    {ip} ({name})");
+        line(format!("network    {ip} ({name})"));
     }
     match (&home, &certificate) {
-        (_, Some(path)) => println!("certificate {}", path.display()),
-        (Some(_), None) => println!("certificate none yet: `sflllm serve` makes one"),
-        (None, None) => println!("certificate no place for one: set SFLLLM_HOME or HOME"),
+        (_, Some(path)) => line(format!("certificate {}", path.display())),
+        (Some(_), None) => line("certificate none yet: `sflllm serve` makes one".to_owned()),
+        (None, None) => line("certificate no place for one: set SFLLLM_HOME or HOME".to_owned()),
     }
-    println!(
+    line(format!(
         "web page   {}",
         if !crate::server::has_browser_client() {
             "not built in"
         } else {
             "built in"
         }
-    );
-    for line in advice {
-        println!("advice     {line}");
+    ));
+    for advice in advice {
+        line(format!("advice     {advice}"));
     }
+    console::print(text.join("\n"))?;
     Ok(())
 }

@@ -9,8 +9,8 @@ use crate::model::central::{Central, Counted};
 use crate::model::workspace::Extent;
 use crate::split::Evaluation;
 
+use super::console::{self, Bar};
 use super::options::{DeviceOptions, ModelOptions, OutputOptions};
-use super::progress;
 use super::source::Source;
 
 /// Loss and perplexity of a model, with or without an adapter, on a data file.
@@ -54,7 +54,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let adapter = options.adapter.as_deref().map(|dir| source.adapter(dir)).transpose()?;
     let engine = options.device.engine()?;
     let batches = pass(&data.examples, options.batch as usize, seq)?;
-    let bar = progress::bar(batches.len() as u64, "eval", options.output.quiet);
+    let bar = Bar::over(batches.len() as u64, "eval", options.output.quiet);
     let batches: Vec<_> = batches.collect();
     let longest = batches.iter().map(|batch| batch.seq).max().unwrap_or(1);
     let weights = source.load(&engine)?;
@@ -77,12 +77,13 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     } = Evaluation::new(counted);
     let examples = data.examples.len();
     if options.output.json {
-        println!(
-            "{}",
-            serde_json::json!({"loss": loss, "perplexity": perplexity, "tokens": tokens, "examples": examples})
-        );
+        console::print(
+            serde_json::json!({"loss": loss, "perplexity": perplexity, "tokens": tokens, "examples": examples}),
+        )?;
     } else {
-        println!("loss {loss:.5}, perplexity {perplexity:.4} over {tokens} tokens of {examples} examples");
+        console::print(format!(
+            "loss {loss:.5}, perplexity {perplexity:.4} over {tokens} tokens of {examples} examples"
+        ))?;
     }
     Ok(())
 }

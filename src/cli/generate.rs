@@ -1,6 +1,5 @@
 //! `generate`: text from a prompt.
 
-use std::io::Write;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -13,6 +12,7 @@ use crate::model::architecture::Architecture;
 use crate::model::generation::Generator;
 use crate::model::stack::StackWeights;
 
+use super::console;
 use super::options::{DeviceOptions, ModelOptions, OutputOptions};
 use super::source::Source;
 
@@ -109,12 +109,13 @@ impl Writer {
         })
     }
 
-    /// Continues `prompt` until the end-of-text token, `max_tokens` or the end of the room; `each` sees every new id.
+    /// Continues `prompt` until the end-of-text token, `max_tokens` or the end of the room; `each` sees every new id, and an error
+    /// of its ends the text.
     pub fn write(
         &mut self,
         prompt: &[u32],
         sampling: &Sampling,
-        mut each: impl FnMut(u32),
+        mut each: impl FnMut(u32) -> anyhow::Result<()>,
     ) -> anyhow::Result<Vec<u32>> {
         let room = self.generator.capacity();
         anyhow::ensure!(
@@ -132,7 +133,7 @@ impl Writer {
                 break;
             }
             ids.push(next);
-            each(next);
+            each(next)?;
             if self.generator.len() == room || ids.len() == sampling.max_tokens {
                 break;
             }
@@ -203,17 +204,14 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     };
     let tokenizer = source.tokenizer()?;
     if options.output.json {
-        let ids = writer.write(&prompt, &sampling, |_| {})?;
-        println!(
-            "{}",
-            serde_json::json!({"prompt": options.prompt, "text": tokenizer.decode(&ids)?, "ids": ids})
-        );
+        let ids = writer.write(&prompt, &sampling, |_| Ok(()))?;
+        console::print(serde_json::json!({"prompt": options.prompt, "text": tokenizer.decode(&ids)?, "ids": ids}))?;
         return Ok(());
     }
     // Byte-level tokens may end inside a character: print what is complete.
     let mut shown = 0;
     let mut ids = Vec::new();
-    let mut print = |ids: &[u32], all: bool| {
+    let mut print = |ids: &[u32], all: bool| -> anyhow::Result<()> {
         let text = tokenizer.decode(ids).unwrap_or_default();
         let complete = if all {
             text.len()
@@ -221,17 +219,16 @@ pub fn run(options: Options) -> anyhow::Result<()> {
             text.trim_end_matches('\u{fffd}').len()
         };
         if complete > shown && text.is_char_boundary(shown) {
-            print!("{}", &text[shown..complete]);
-            // A closed pipe is noticed by the last line.
-            let _ = std::io::stdout().flush();
+            console::print_part(&text[shown..complete])?;
             shown = complete;
         }
+        Ok(())
     };
     let written = writer.write(&prompt, &sampling, |id| {
         ids.push(id);
-        print(&ids, false);
+        print(&ids, false)
     })?;
-    print(&written, true);
-    println!();
+    print(&written, true)?;
+    console::print("")?;
     Ok(())
 }

@@ -6,9 +6,12 @@ use std::sync::Mutex;
 use anyhow::Context;
 use tokio::sync::watch;
 
-use super::console::Console;
+use super::console::{self, Console};
+use super::interrupt;
 use super::options::{DeviceOptions, OutputOptions};
 use crate::client::native::{self, Report, Settings, Source};
+use crate::disk::Claim;
+use crate::model::adapter::{CONFIG_FILE, TENSOR_FILE};
 use crate::protocol::FinishReason;
 use crate::transport::{self, Dialer, JoinLink, Trust};
 
@@ -60,7 +63,12 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         (None, true) => Trust::Anyone,
         (None, false) => Trust::Known,
     };
+    // For as long as the adapter is written there.
+    let _claim = (options.adapter_out.as_deref())
+        .map(|dir| Claim::directory(dir, "--adapter-out", "an adapter", &[CONFIG_FILE, TENSOR_FILE]))
+        .transpose()?;
     let console = Console::new(options.output.quiet);
+    let mut interrupt = interrupt::watch("leaving")?;
     let engine = options.device.engine()?;
     console.line(format!("joining {} with {}", options.url.origin, engine.name()));
     let settings = Settings {
@@ -83,14 +91,10 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let runtime = super::serve::runtime()?;
     let summary = runtime.block_on(async {
         let (stop_sender, stop) = watch::channel(false);
-        let signals = console.clone();
         tokio::spawn(async move {
-            super::serve::interrupted().await;
-            signals.important("leaving; press Ctrl-C again to quit at once");
+            interrupt.wait().await;
             // The client may be done already.
             let _ = stop_sender.send(true);
-            super::serve::interrupted().await;
-            std::process::exit(130);
         });
         let shown = Shown {
             console: console.clone(),
@@ -100,14 +104,16 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     });
     console.finish();
     let summary = summary?;
-    if options.output.json {
+    let printed = if options.output.json {
         let line = serde_json::json!({
             "steps": summary.steps, "tokens": summary.tokens, "seconds": summary.seconds,
             "bytes_up": summary.bytes_up, "bytes_down": summary.bytes_down,
             "completed": summary.reason == FinishReason::Completed,
         });
-        println!("{line}");
-    }
+        console::print_kept(line)
+    } else {
+        Ok(())
+    };
     let ending = match &summary.reason {
         FinishReason::Completed => "the run is complete".to_owned(),
         FinishReason::Left => "left the run".to_owned(),
@@ -133,7 +139,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
             .map(|directory| format!("; adapter in {}", directory.display()))
             .unwrap_or_default(),
     ));
-    Ok(())
+    Ok(printed?)
 }
 
 /// `1.5 MB`.

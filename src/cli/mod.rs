@@ -14,7 +14,6 @@ pub mod interrupt;
 pub mod join;
 pub mod options;
 pub mod plan;
-pub mod progress;
 pub mod report;
 pub mod scenario;
 pub mod serve;

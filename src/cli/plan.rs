@@ -11,7 +11,9 @@ use serde_json::{Value, json};
 use crate::allocation::instance::Instance;
 use crate::allocation::scenario::Scenario;
 use crate::allocation::{Method, Problem, SolveOptions, solve};
+use crate::disk::Claim;
 
+use super::console;
 use super::answer::{Answer, Compared};
 use super::options::OutputOptions;
 use super::report;
@@ -134,7 +136,7 @@ fn chosen(instances: Vec<Instance>, options: &Options) -> anyhow::Result<Vec<Ins
 fn write_report(options: &Options, dir: &Path, answer: &Answer, scenario: Option<&Scenario>) -> anyhow::Result<()> {
     report::write(dir, answer, scenario, options.report_seeds, options.output.quiet)?;
     if !options.output.quiet {
-        eprintln!("the report is {}", dir.join("index.html").display());
+        console::say(format!("the report is {}", dir.join("index.html").display()));
     }
     Ok(())
 }
@@ -146,6 +148,10 @@ pub fn run(options: Options) -> anyhow::Result<()> {
             format!("--per-client-split is for --method best, not {}", options.method),
         ));
     }
+    // For as long as the report is written.
+    let _claim = (options.report.as_deref())
+        .map(|dir| Claim::directory(dir, "--report", "a report", &["index.html"]))
+        .transpose()?;
     let file = &options.scenario.file;
     match options.scenario.read()? {
         Input::Scenario(scenario) => {
@@ -157,13 +163,15 @@ pub fn run(options: Options) -> anyhow::Result<()> {
             }
             let problem = scenario.problem().map_err(|error| anyhow!("{file}: {error}"))?;
             let answer = answer(file.clone(), problem, &options).map_err(|error| anyhow!("{file}: {error:#}"))?;
-            match options.output.json {
-                true => println!("{}", answer.json()),
-                false => print!("{}", answer.text()?),
-            }
+            let text = match options.output.json {
+                true => format!("{}\n", answer.json()),
+                false => answer.text()?,
+            };
+            let printed = console::print_part(text);
             if let Some(dir) = &options.report {
                 write_report(&options, dir, &answer, Some(&scenario))?;
             }
+            printed?;
         }
         Input::Instances(instances) => {
             let instances = chosen(instances, &options)?;
@@ -187,17 +195,18 @@ pub fn run(options: Options) -> anyhow::Result<()> {
                     .map_err(|error| anyhow!("{file}, instance {name}: {error:#}"))?;
                 answers.push(answer);
             }
-            if options.output.json {
-                println!("{}", json_of(&answers));
-            } else {
-                for (position, answer) in answers.iter().enumerate() {
-                    let separator = if position == 0 { "" } else { "\n" };
-                    print!("{separator}{}", answer.text()?);
+            let text = match options.output.json {
+                true => format!("{}\n", json_of(&answers)),
+                false => {
+                    let texts = answers.iter().map(Answer::text).collect::<Result<Vec<_>, _>>()?;
+                    texts.join("\n")
                 }
-            }
+            };
+            let printed = console::print_part(text);
             if let (Some(dir), [answer]) = (&options.report, &answers[..]) {
                 write_report(&options, dir, answer, None)?;
             }
+            printed?;
         }
     }
     Ok(())

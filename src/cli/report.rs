@@ -4,18 +4,18 @@ use std::fmt::Write;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, anyhow};
-use indicatif::ProgressBar;
+use anyhow::anyhow;
 use rayon::iter::{IntoParallelIterator, ParallelIterator};
 
 use crate::allocation::scenario::Scenario;
 use crate::allocation::{LinkPlan, Method, Problem, SolveOptions, solve};
+use crate::disk;
 
 use super::answer::{Answer, ClientRow, Share, power};
 use super::charts::{self, Hue, Line, Marker, Names, Part, Point, Stroke};
 use super::human::{certificate, digits, duration, percent, prefix, with_prefix};
 use super::sweep::{Axis, CSV_HEAD, Measured, csv, draws, measure};
-use super::{interrupt, progress};
+use super::{console::Bar, interrupt};
 
 /// A picture, and what it is.
 struct Figure {
@@ -71,8 +71,8 @@ fn clock_unit(largest_s: f64) -> (f64, &'static str) {
 
 /// Writes `dir/index.html`, its pictures as files of their own, and the curves' numbers.
 pub fn write(dir: &Path, answer: &Answer, scenario: Option<&Scenario>, seeds: u32, quiet: bool) -> anyhow::Result<()> {
-    std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
-    let interrupted = interrupt::flag("ending; the report has what is finished")?;
+    let interrupt = interrupt::watch("ending; the report has what is finished")?;
+    let interrupted = interrupt.flag();
     let problem = &answer.problem;
     let cells = problem.splits.len() * problem.ranks.len();
     let sweeps: Vec<(Axis, Vec<f64>)> = (scenario.iter())
@@ -80,13 +80,13 @@ pub fn write(dir: &Path, answer: &Answer, scenario: Option<&Scenario>, seeds: u3
         .collect();
     let points: usize = sweeps.iter().map(|(_, values)| values.len()).sum();
     let draws = (points + usize::from(scenario.is_some())) as u64 * u64::from(seeds);
-    let bar = progress::bar(cells as u64 + draws, "report", quiet);
+    let bar = Bar::over(cells as u64 + draws, "report", quiet);
     let mut page = Page {
         plan: plan_figures(answer)?,
         ..Page::default()
     };
     bar.set_message("cuts and ranks");
-    match cell_figure(answer, &interrupted, &bar)? {
+    match cell_figure(answer, interrupted, &bar)? {
         Some(figure) => page.plan.push(figure),
         None => page.missing.push(Missing {
             title: "Cut and rank".to_owned(),
@@ -94,7 +94,7 @@ pub fn write(dir: &Path, answer: &Answer, scenario: Option<&Scenario>, seeds: u3
         }),
     }
     match scenario {
-        Some(scenario) => around(&mut page, scenario, &sweeps, seeds, &interrupted, &bar)?,
+        Some(scenario) => around(&mut page, scenario, &sweeps, seeds, interrupted, &bar)?,
         None => page.missing.push(Missing {
             title: "Around the scenario, and the gaps".to_owned(),
             reason:
@@ -104,17 +104,15 @@ pub fn write(dir: &Path, answer: &Answer, scenario: Option<&Scenario>, seeds: u3
         }),
     }
     bar.finish_and_clear();
-    let save = |name: &str, text: &str| {
-        let path = dir.join(name);
-        std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
-    };
+    let save = |name: &str, text: &str| disk::replace(&dir.join(name), text.as_bytes());
     for figure in page.plan.iter().chain(&page.around) {
         save(&format!("{}.svg", figure.stem), &with_ground(&figure.svg))?;
     }
     if let Some(csv) = &page.csv {
         save("curves.csv", csv)?;
     }
-    save("index.html", &html(answer, scenario, &page)?)
+    save("index.html", &html(answer, scenario, &page)?)?;
+    Ok(())
 }
 
 /// A picture on its own, on light or dark ground.
@@ -214,7 +212,7 @@ fn cell_problem(problem: &Problem, split: usize, rank: usize) -> Problem {
     }
 }
 
-fn cell_figure(answer: &Answer, interrupted: &AtomicBool, bar: &ProgressBar) -> anyhow::Result<Option<Figure>> {
+fn cell_figure(answer: &Answer, interrupted: &AtomicBool, bar: &Bar) -> anyhow::Result<Option<Figure>> {
     let problem = &answer.problem;
     let ranks = problem.ranks.len();
     let solved: Option<Vec<Option<f64>>> = (0..problem.splits.len() * ranks)
@@ -310,7 +308,7 @@ fn around(
     sweeps: &[(Axis, Vec<f64>)],
     seeds: u32,
     interrupted: &AtomicBool,
-    bar: &ProgressBar,
+    bar: &Bar,
 ) -> anyhow::Result<()> {
     let mut rows = format!("{CSV_HEAD}\n");
     for (axis, values) in sweeps {

@@ -10,7 +10,8 @@ use serde_json::json;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use super::console::Console;
+use super::console::{self, Console};
+use super::interrupt;
 use super::join::bytes;
 use super::options::{BatchOptions, Choice, DeviceOptions, LoraOptions, ModelOptions, OptimizerOptions, OutputOptions};
 use super::scenario::ScenarioOptions;
@@ -376,24 +377,6 @@ pub(super) fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
         .context("cannot start the network threads")
 }
 
-/// Waits for Ctrl-C, or for the request to terminate.
-pub(super) async fn interrupted() {
-    #[cfg(unix)]
-    {
-        use tokio::signal::unix::{SignalKind, signal};
-        if let Ok(mut terminate) = signal(SignalKind::terminate()) {
-            tokio::select! {
-                _ = tokio::signal::ctrl_c() => {}
-                _ = terminate.recv() => {}
-            }
-            return;
-        }
-    }
-    if tokio::signal::ctrl_c().await.is_err() {
-        std::future::pending::<()>().await;
-    }
-}
-
 /// Serves a run with its local clients until it is over.
 pub(super) fn host(
     hosting: Hosting,
@@ -417,6 +400,7 @@ async fn host_here(
     local: Vec<Vec<Example>>,
 ) -> anyhow::Result<Summary> {
     let console = Console::new(hosting.quiet);
+    let mut interrupt = interrupt::watch("stopping")?;
     let engine = run.as_ref().map(|run| run.engine.clone());
     let steps = run
         .as_ref()
@@ -456,13 +440,10 @@ async fn host_here(
 
     let stopper = server.stopper();
     let (stop_sender, stop) = watch::channel(false);
-    let signals = (stopper.clone(), console.clone());
+    let stopped = stopper.clone();
     let watcher = tokio::spawn(async move {
-        interrupted().await;
-        signals.1.important("stopping; press Ctrl-C again to quit at once");
-        signals.0.stop("the server was stopped").await;
-        interrupted().await;
-        std::process::exit(130);
+        interrupt.wait().await;
+        stopped.stop("the server was stopped").await;
     });
     let mut joined = JoinSet::new();
     if let Some(engine) = engine {
@@ -599,13 +580,15 @@ fn open_browser(url: &str) {
         .stderr(std::process::Stdio::null())
         .spawn();
     if let Err(error) = started {
-        eprintln!("cannot open a browser ({program}: {error}); open {url} yourself");
+        console::say(format!(
+            "cannot open a browser ({program}: {error}); open {url} yourself"
+        ));
     }
 }
 
 /// Says how the run ended.
 pub(super) fn conclude(summary: &Summary, adapter: Option<&Path>, output: &OutputOptions) -> anyhow::Result<()> {
-    if output.json {
+    let printed = if output.json {
         let line = json!({
             "rounds": summary.rounds, "steps": summary.steps, "tokens": summary.tokens, "seconds": summary.seconds,
             "bytes_up": summary.bytes_up, "bytes_down": summary.bytes_down,
@@ -613,8 +596,10 @@ pub(super) fn conclude(summary: &Summary, adapter: Option<&Path>, output: &Outpu
             "last_valid_perplexity": summary.last.map(|evaluation| evaluation.perplexity),
             "adapter": adapter, "completed": summary.ending == Ending::Completed,
         });
-        println!("{line}");
-    }
+        console::print_kept(line)
+    } else {
+        Ok(())
+    };
     let saved = adapter
         .map(|adapter| format!("; adapter in {}", adapter.display()))
         .unwrap_or_default();
@@ -627,12 +612,15 @@ pub(super) fn conclude(summary: &Summary, adapter: Option<&Path>, output: &Outpu
         bytes(summary.bytes_down)
     );
     match &summary.ending {
-        Ending::Completed => eprintln!("the run is complete: {text}"),
-        Ending::RunClosed => eprintln!("the main server ended the run: {} rounds averaged", summary.rounds),
-        Ending::Stopped(_) => eprintln!("stopped: {text}"),
+        Ending::Completed => console::say(format!("the run is complete: {text}")),
+        Ending::RunClosed => console::say(format!(
+            "the main server ended the run: {} rounds averaged",
+            summary.rounds
+        )),
+        Ending::Stopped(_) => console::say(format!("stopped: {text}")),
         Ending::NoClients => bail!("all clients left and none came back in time; {text}"),
     }
-    Ok(())
+    Ok(printed?)
 }
 
 struct Shown {

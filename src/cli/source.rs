@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use sha2::{Digest, Sha256};
 
+use super::console;
 use crate::compute::Engine;
 use crate::data::{Dataset, Tokenizer};
 use crate::model::adapter::Adapter;
@@ -83,7 +84,8 @@ impl Source {
             tokenizer.check_vocabulary(config.vocab)?;
         }
         digest.update(config.to_json());
-        let mut files: Vec<PathBuf> = std::fs::read_dir(&dir)?
+        let mut files: Vec<PathBuf> = std::fs::read_dir(&dir)
+            .with_context(|| format!("cannot read {}", dir.display()))?
             .filter_map(|entry| Some(entry.ok()?.path()))
             .filter(|path| path.extension().is_some_and(|e| e == "safetensors"))
             .collect();
@@ -109,7 +111,7 @@ impl Source {
         let options = self.data_options(seq, skip_bad_lines);
         let data = Dataset::load(path, self.tokenize(), &options)?;
         if !quiet {
-            eprintln!("{}: {}", path.display(), data.summary);
+            console::say(format!("{}: {}", path.display(), data.summary));
         }
         Ok(data)
     }

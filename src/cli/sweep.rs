@@ -1,22 +1,22 @@
 //! `sweep`: the total delay by method while one of a scenario's numbers varies, each point over several draws of the places.
 
 use std::fmt;
-use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, anyhow};
 use clap::Args;
-use indicatif::ProgressBar;
 use rayon::iter::{IntoParallelIterator, ParallelIterator};
 use serde_json::{Value, json};
 
 use crate::allocation::scenario::Scenario;
 use crate::allocation::{Method, SolveOptions, solve};
+use crate::disk::{self, Claim};
 
+use super::console::{self, Bar, Rewritten};
+use super::interrupt;
 use super::scenario::{ScenarioOptions, nested, reason};
-use super::{interrupt, progress};
 
 /// The total delay by method while one of a scenario's numbers varies, as CSV.
 ///
@@ -359,7 +359,7 @@ pub fn draws(
     methods: &[Method],
     (seeds, seed): (u32, u64),
     interrupted: &AtomicBool,
-    bar: &ProgressBar,
+    bar: &Bar,
 ) -> anyhow::Result<Option<Vec<Draw>>> {
     let draw = |index: u64| -> anyhow::Result<Option<Draw>> {
         let drawn = Scenario {
@@ -392,7 +392,7 @@ pub fn measure(
     methods: &[Method],
     seeds: (u32, u64),
     interrupted: &AtomicBool,
-    bar: &ProgressBar,
+    bar: &Bar,
 ) -> anyhow::Result<Option<Vec<Measured>>> {
     let draws = draws(scenario, methods, seeds, interrupted, bar)?;
     Ok(draws.map(|draws| {
@@ -424,6 +424,10 @@ pub fn csv(axis: &Axis, value: f64, measured: &[Measured]) -> String {
 
 pub fn run(options: Options) -> anyhow::Result<()> {
     let file = &options.scenario.file;
+    let claim = match options.out.as_os_str() == "-" {
+        true => None,
+        false => Some(Claim::new_file(&options.out, "--out", "a file")?),
+    };
     let scenario = options.scenario.read_scenario()?;
     let mut series = options.over.clone();
     for axis in options.axis.iter().flat_map(|axes| &axes.0) {
@@ -442,40 +446,66 @@ pub fn run(options: Options) -> anyhow::Result<()> {
             points.push((axis.clone(), value, moved));
         }
     }
-    let interrupted = interrupt::flag("ending; finished rows are written")?;
-    let to_stdout = options.out.as_os_str() == "-";
-    let mut out: Box<dyn Write> = match to_stdout {
-        true => Box::new(std::io::stdout()),
-        false => Box::new(
-            std::fs::File::create(&options.out).with_context(|| format!("cannot write {}", options.out.display()))?,
-        ),
-    };
-    let mut write = |text: &str| {
-        (out.write_all(text.as_bytes()).and_then(|()| out.flush()))
-            .with_context(|| format!("cannot write {}", options.out.display()))
-    };
-    write(&format!("{CSV_HEAD}\n"))?;
+    let interrupt = interrupt::watch("ending; finished rows are written")?;
+    let mut series = Series::new(claim, &options.out)?;
     let draws = points.len() as u64 * u64::from(options.seeds);
-    let bar = progress::bar(draws, "sweep", options.quiet);
+    let bar = Bar::over(draws, "sweep", options.quiet);
     let mut finished = 0;
     for (axis, value, scenario) in &points {
         bar.set_message(format!("{axis} = {value}"));
         let seeds = (options.seeds, options.seed);
-        let measured = measure(scenario, &options.methods, seeds, &interrupted, &bar)
+        let measured = measure(scenario, &options.methods, seeds, interrupt.flag(), &bar)
             .with_context(|| format!("{file} at {axis} = {value}"))?;
         let Some(measured) = measured else { break };
-        write(&csv(axis, *value, &measured))?;
+        series.add(&csv(axis, *value, &measured))?;
         finished += 1;
     }
     bar.finish_and_clear();
-    if !options.quiet && (!to_stdout || finished < points.len()) {
-        let place = match to_stdout {
+    series.saved.finish()?;
+    if !options.quiet && (!series.is_on_stdout() || finished < points.len()) {
+        let place = match series.is_on_stdout() {
             true => "stdout".to_owned(),
             false => options.out.display().to_string(),
         };
-        eprintln!("{finished} of {} points in {place}", points.len());
+        console::say(format!("{finished} of {} points in {place}", points.len()));
     }
     Ok(())
+}
+
+/// Where the rows go.
+struct Series {
+    /// `None` is stdout.
+    file: Option<(PathBuf, Claim)>,
+    text: String,
+    saved: Rewritten,
+}
+
+impl Series {
+    fn new(claim: Option<Claim>, out: &Path) -> anyhow::Result<Self> {
+        let mut series = Self {
+            file: claim.map(|claim| (out.to_owned(), claim)),
+            text: String::new(),
+            saved: Rewritten::default(),
+        };
+        series.add(&format!("{CSV_HEAD}\n"))?;
+        // Before hours of work: that it can be kept.
+        series.saved.finish()?;
+        Ok(series)
+    }
+
+    fn add(&mut self, rows: &str) -> anyhow::Result<()> {
+        let Some((path, _)) = &self.file else {
+            return Ok(console::print_part(rows)?);
+        };
+        self.text += rows;
+        let written = disk::replace(path, self.text.as_bytes());
+        self.saved.note(written.map_err(Into::into));
+        Ok(())
+    }
+
+    fn is_on_stdout(&self) -> bool {
+        self.file.is_none()
+    }
 }
 
 #[cfg(test)]

@@ -1,25 +1,27 @@
 //! `train`: centralised LoRA fine-tuning on one device, the baseline that the split run is held against.
 
-use std::io::Write;
 use std::path::PathBuf;
-use std::sync::atomic::Ordering;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use anyhow::Context;
 use clap::Args;
 use serde_json::json;
 
+use crate::compute::Engine;
 use crate::data::{Batches, Example, pass};
 use crate::model::adapter::{Adapter, AdapterLayout};
 use crate::model::architecture::Architecture;
 use crate::model::central::{Central, Counted};
 use crate::model::stack::StackWeights;
 use crate::model::workspace::Extent;
+use crate::server::metrics::Metrics;
+use crate::server::store::{self, RunDirectory};
 use crate::split::Evaluation;
 
+use super::console::{self, Bar};
+use super::interrupt::{self, Interrupt};
 use super::options::{BatchOptions, DeviceOptions, LoraOptions, ModelOptions, OptimizerOptions, OutputOptions};
 use super::source::Source;
-use super::{interrupt, progress};
 
 /// Centralised LoRA fine-tuning of a model on this device, without a network: the baseline.
 #[derive(Args, Debug)]
@@ -47,7 +49,7 @@ pub struct Options {
     /// Passes over the data; one if neither this nor --steps is given
     #[arg(long, value_name = "N")]
     pub epochs: Option<u64>,
-    /// The run directory; runs/TIME-train if not given
+    /// The run directory, which must not hold a run yet; runs/TIME-train if not given
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
     #[command(flatten)]
@@ -56,31 +58,30 @@ pub struct Options {
     pub output: OutputOptions,
 }
 
-/// Seconds since 1970.
-fn unix_time() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs())
-}
-
+/// `None` when it was interrupted.
 fn evaluate(
-    engine: &crate::compute::Engine,
+    engine: &Engine,
     config: &Architecture,
     weights: &StackWeights,
     adapter: &Adapter,
     examples: &[Example],
     extent: Extent,
-) -> anyhow::Result<Evaluation> {
+    interrupt: &Interrupt,
+) -> anyhow::Result<Option<Evaluation>> {
     let mut model = Central::new(engine, config, weights.clone(), Some(adapter), extent, None)?;
     let mut counted = Counted::default();
     for batch in pass(examples, extent.batch, extent.seq)? {
+        if interrupt.is_set() {
+            return Ok(None);
+        }
         counted += pollster::block_on(model.loss(&batch.tokens, &batch.targets, batch.seq))?;
     }
-    Ok(Evaluation::new(counted))
+    Ok(Some(Evaluation::new(counted)))
 }
 
 pub fn run(options: Options) -> anyhow::Result<()> {
     let quiet = options.output.quiet;
+    let mut directory = RunDirectory::create(options.out.as_deref(), "train")?;
     let source = Source::open(&options.model.model, options.model.weights)?;
     let seq = options.batches.seq(source.config.positions)?;
     let batch = options.batches.batch as usize;
@@ -110,34 +111,37 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let mut batches = Batches::new(data.examples.clone(), batch, seq, shuffle)?;
     let engine = options.device.engine()?;
     if !quiet {
-        eprintln!(
+        console::say(format!(
             "{steps} steps of {batch} examples on {}, {} adapter values of rank {}",
             engine.name(),
             layout.len(),
             adapter.spec.rank
-        );
+        ));
     }
     let weights = source.load(&engine)?;
     let extent = Extent { batch, seq };
-    let out = options
-        .out
-        .clone()
-        .unwrap_or_else(|| PathBuf::from(format!("runs/{}-train", unix_time())));
-    std::fs::create_dir_all(&out).with_context(|| format!("cannot create {}", out.display()))?;
-    let metrics_path = out.join("metrics.jsonl");
-    let mut metrics =
-        std::fs::File::create(&metrics_path).with_context(|| format!("cannot write {}", metrics_path.display()))?;
-    let evaluate_on = |adapter: &Adapter| {
-        valid
-            .as_ref()
-            .map(|valid| evaluate(&engine, &source.config, &weights, adapter, &valid.examples, extent))
-            .transpose()
+    let adapter_dir = directory.adapter();
+    directory.note(json!({
+        "command": "train",
+        "model": source.name,
+        "device": engine.name(),
+        "configuration": {
+            "rank": adapter.spec.rank, "alpha": adapter.spec.alpha,
+            "targets": adapter.spec.targets, "optimizer": settings, "batch": batch, "seq": seq,
+            "seed": options.batches.seed, "shuffle": !options.batches.no_shuffle,
+            "weights": source.dtype,
+        },
+        "adapter": adapter_dir,
+        "data": data.summary,
+    }))?;
+    let interrupt = interrupt::watch("finishing this step and saving")?;
+    let evaluate_on = |adapter: &Adapter| match &valid {
+        Some(valid) => {
+            let config = &source.config;
+            evaluate(&engine, config, &weights, adapter, &valid.examples, extent, &interrupt)
+        }
+        None => Ok(None),
     };
-    let before = evaluate_on(&adapter)?;
-    if let (Some(before), false) = (before, quiet) {
-        eprintln!("validation perplexity before: {:.4}", before.perplexity);
-    }
-    let started = unix_time();
     let mut model = Central::new(
         &engine,
         &source.config,
@@ -146,13 +150,19 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         extent,
         Some(settings),
     )?;
-    let interrupted = interrupt::flag("finishing this step and saving")?;
-    let bar = progress::bar(steps, "train", quiet);
+    let mut metrics = Metrics::new(directory.path());
+    directory.begin()?;
+    metrics.open();
+    let before = evaluate_on(&adapter)?;
+    if let (Some(before), false) = (before, quiet) {
+        console::say(format!("validation perplexity before: {:.4}", before.perplexity));
+    }
+    let bar = Bar::over(steps, "train", quiet);
     let clock = Instant::now();
     let mut tokens = 0;
     let mut last_loss = f64::NAN;
     let mut taken = 0;
-    while taken < steps && !interrupted.load(Ordering::SeqCst) {
+    while taken < steps && !interrupt.is_set() {
         let begin = Instant::now();
         let batch = batches.next_batch();
         let counted = pollster::block_on(model.step(&batch.tokens, &batch.targets, batch.seq))?;
@@ -162,13 +172,13 @@ pub fn run(options: Options) -> anyhow::Result<()> {
             "the loss of step {taken} is {last_loss}: try a lower --lr, or --clip 1"
         );
         tokens += counted.tokens;
-        writeln!(
-            metrics,
-            "{}",
-            json!({"kind": "step", "step": taken, "loss": last_loss, "tokens": counted.tokens,
-                   "seconds": begin.elapsed().as_secs_f64()})
-        )
-        .with_context(|| format!("cannot write {}", metrics_path.display()))?;
+        metrics.line(
+            "step",
+            json!({"step": taken, "loss": last_loss, "tokens": counted.tokens, "seconds": begin.elapsed().as_secs_f64()}),
+        );
+        if let Some(trouble) = metrics.take_trouble() {
+            console::say(trouble);
+        }
         taken += 1;
         bar.set_message(format!("loss {last_loss:.4}"));
         bar.inc(1);
@@ -179,46 +189,47 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         values: pollster::block_on(model.adapter())?,
         ..adapter
     };
-    let adapter_dir = out.join("adapter");
-    trained.save(&adapter_dir, &source.config, &source.name)?;
-    let after = evaluate_on(&trained)?;
+    // First of all: whatever may fail after it, this was the work.
+    store::save_at_last(&adapter_dir, &|dir| {
+        Ok(trained.save(dir, &source.config, &source.name)?)
+    })?;
+    let kept = || format!("the adapter is in {}", adapter_dir.display());
+    let after = match interrupt.is_set() {
+        true => None,
+        false => evaluate_on(&trained).with_context(kept)?,
+    };
     let valid_json = |evaluation: Option<Evaluation>| {
         evaluation.map(|e| json!({"loss": e.loss, "perplexity": e.perplexity, "tokens": e.tokens}))
     };
-    let summary = json!({
-        "version": env!("CARGO_PKG_VERSION"),
-        "command": "train",
-        "model": source.name,
-        "device": engine.name(),
-        "configuration": {
-            "rank": trained.spec.rank, "alpha": trained.spec.alpha,
-            "targets": trained.spec.targets, "optimizer": settings, "batch": batch, "seq": seq,
-            "seed": options.batches.seed, "shuffle": !options.batches.no_shuffle,
-            "weights": source.holding.to_string(),
-        },
-        "adapter": adapter_dir,
-        "data": data.summary,
-        "started": started,
-        "ended": unix_time(),
-        "totals": {"steps": taken, "tokens": tokens, "seconds": seconds, "loss": last_loss},
-        "valid_before": valid_json(before),
-        "valid_after": valid_json(after),
+    // A loss that there is none of is null.
+    let totals = json!({
+        "steps": taken, "tokens": tokens, "seconds": seconds, "loss": last_loss, "metrics_lost": metrics.lost(),
     });
-    std::fs::write(out.join("run.json"), format!("{summary:#}\n"))
-        .with_context(|| format!("cannot write {}", out.join("run.json").display()))?;
+    directory
+        .note(json!({"valid_before": valid_json(before), "valid_after": valid_json(after)}))
+        .with_context(kept)?;
+    let reason = match taken == steps {
+        true => "completed",
+        false => "stopped",
+    };
+    directory.end(reason, totals).with_context(kept)?;
     if options.output.json {
-        println!("{summary}");
-    } else {
-        println!(
-            "{taken} steps in {seconds:.1} s, last loss {last_loss:.4}; adapter in {}",
-            adapter_dir.display()
+        let summary = serde_json::to_string(directory.run())?;
+        return console::print_kept(summary).with_context(kept);
+    }
+    let mut summary = format!(
+        "{taken} steps in {seconds:.1} s, last loss {last_loss:.4}; adapter in {}",
+        adapter_dir.display()
+    );
+    if let (Some(before), Some(after)) = (before, after) {
+        summary += &format!(
+            "\nvalidation perplexity {:.4} before, {:.4} after",
+            before.perplexity, after.perplexity
         );
-        if let (Some(before), Some(after)) = (before, after) {
-            println!(
-                "validation perplexity {:.4} before, {:.4} after",
-                before.perplexity, after.perplexity
-            );
-        }
+    }
+    if let Err(error) = console::print_kept(summary) {
+        // Everything that it would have said is in run.json.
+        console::say(error.to_string());
     }
     Ok(())
 }
