@@ -4,7 +4,7 @@
 //! server elsewhere), and from the protocol because that knows bytes only. Native only.
 
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,23 +15,28 @@ use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signat
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
+use tokio_rustls::client::TlsStream;
 use tokio_tungstenite::WebSocketStream;
-use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
+use tokio_tungstenite::tungstenite::{Error as WebSocketError, Message, http};
 
 /// Frames waiting to be sent or to be handled. The protocol answers before it asks again.
 const QUEUED_FRAMES: usize = 64;
 /// How long a connection may take to open before it counts as failed.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long it is looked into what else answers at an address.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
+/// By this header of its answers an sflllm server is told from others.
+pub const SERVER_HEADER: &str = "x-sflllm";
 
 /// Why a server could not be reached.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("`{url}` is no address of a server: {reason}; write it like https://192.168.1.20:8443")]
-    Url { url: String, reason: String },
+    #[error("`{url}` is no address of a server: {reason}; write it like {like}")]
+    Url { url: String, reason: String, like: String },
     #[error(
         "http://{host} would send training data over the network unencrypted; use the server's https:// address \
          (plain http is accepted on this machine's loopback address only)"
@@ -48,6 +53,24 @@ pub enum Error {
     Certificate { url: String, reason: String, home: String },
     #[error("cannot reach {url}: {reason}")]
     Unreachable { url: String, reason: String },
+    #[error("the name in {url} is not known here; check how it is spelled, or use the server's address in numbers")]
+    UnknownHost { url: String },
+    #[error("{url} does not answer plain http: a server that speaks TLS is there; use {https}")]
+    NeedsTls { url: String, https: String },
+    #[error(
+        "{url} does not answer TLS: an sflllm server without it is there; use {http} on that machine, or start it with --listen https://"
+    )]
+    NoTls { url: String, http: String },
+    #[error(
+        "another program answers at {url}{detail}, no sflllm server; check the address and the port: `sflllm serve` prints its link"
+    )]
+    NotSflllm { url: String, detail: String },
+    #[error("{url} sends visitors on to {to}; use that address")]
+    Redirect { url: String, to: String },
+    #[error("the sflllm server at {url} is no {service} server; the one that is prints its own link")]
+    NoService { url: String, service: String },
+    #[error("no TLS connection with {url} comes about: {reason}; check that both sides run the same version of sflllm")]
+    Handshake { url: String, reason: String },
     #[error("{url} answered {status}{detail}")]
     Status { url: String, status: u16, detail: String },
     #[error("{path}: {reason}; --ca needs a file with PEM certificates")]
@@ -70,7 +93,9 @@ impl Error {
     /// Whether trying again in a moment could help.
     pub fn is_transient(&self) -> bool {
         match self {
-            Error::Refused { .. } | Error::TimedOut { .. } | Error::Unreachable { .. } => true,
+            Error::Refused { .. } | Error::TimedOut { .. } | Error::Unreachable { .. } | Error::UnknownHost { .. } => {
+                true
+            }
             Error::Status { status, .. } => *status == 429 || *status >= 500,
             _ => false,
         }
@@ -168,24 +193,40 @@ impl std::str::FromStr for JoinLink {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self, Error> {
-        let fail = |reason: &str| Error::Url {
-            url: text.chars().take(200).collect(),
+        let fail = |reason: &str, like: Option<String>| Error::Url {
+            url: printable(text, 200),
             reason: reason.to_owned(),
+            like: like.unwrap_or_else(|| "https://192.168.1.20:8443".to_owned()),
         };
-        let url = reqwest::Url::parse(text).map_err(|error| fail(&error.to_string()))?;
+        if !text.contains("://") {
+            let like = format!("https://{text}");
+            let is_host = like.parse::<Self>().is_ok();
+            return Err(fail(
+                "it does not begin with https:// or http://",
+                is_host.then_some(like),
+            ));
+        }
+        let url = reqwest::Url::parse(text).map_err(|error| fail(&error.to_string(), None))?;
         let secure = match url.scheme() {
             "https" | "wss" => true,
             "http" | "ws" => false,
-            other => return Err(fail(&format!("`{other}://` is neither https:// nor http://"))),
+            other => return Err(fail(&format!("`{other}://` is neither https:// nor http://"), None)),
         };
-        let host = url.host_str().ok_or_else(|| fail("it names no host"))?;
+        let host = url.host_str().ok_or_else(|| fail("it names no host", None))?;
         let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
-        let port = url.port_or_known_default().ok_or_else(|| fail("it names no port"))?;
+        let port = url
+            .port_or_known_default()
+            .ok_or_else(|| fail("it names no port", None))?;
         let origin = Origin { secure, host, port };
         if !origin.secure && !origin.is_loopback() {
             return Err(Error::PlainText {
                 host: origin.authority(),
             });
+        }
+        // The page's own address is what a browser shows.
+        if !matches!(url.path(), "/" | "" | "/index.html") {
+            let reason = format!("a server is not at a path such as `{}`", printable(url.path(), 80));
+            return Err(fail(&reason, Some(origin.to_string())));
         }
         let token = url.fragment().and_then(|fragment| {
             fragment
@@ -335,12 +376,7 @@ impl Dialer {
         path: &str,
         max_message: usize,
     ) -> Result<WebSocketStream<ByteStream>, Error> {
-        let url = format!(
-            "{}://{}{path}",
-            if origin.secure { "wss" } else { "ws" },
-            origin.authority()
-        );
-        let opening = self.open_websocket(origin, &url, max_message);
+        let opening = self.open_websocket(origin, path, max_message);
         match tokio::time::timeout(CONNECT_TIMEOUT, opening).await {
             Ok(opened) => opened,
             Err(_) => Err(Error::TimedOut {
@@ -375,25 +411,16 @@ impl Dialer {
     async fn open_websocket(
         &self,
         origin: &Origin,
-        url: &str,
+        path: &str,
         max_message: usize,
     ) -> Result<WebSocketStream<ByteStream>, Error> {
         let place = origin.to_string();
-        let tcp = TcpStream::connect((origin.host.as_str(), origin.port))
-            .await
-            .map_err(|error| io_error(&place, &error))?;
-        // Frames are written whole; waiting to fill a packet only delays a step.
-        tcp.set_nodelay(true).map_err(|error| io_error(&place, &error))?;
+        let tcp = connect(origin).await?;
         let stream = if origin.secure {
-            let name = ServerName::try_from(origin.host.clone()).map_err(|error| Error::Url {
-                url: place.clone(),
-                reason: error.to_string(),
-            })?;
-            let tls = tokio_rustls::TlsConnector::from(self.tls.clone())
-                .connect(name, tcp)
-                .await
-                .map_err(|error| io_error(&place, &error))?;
-            ByteStream(Box::new(tls))
+            match self.handshake(origin, tcp).await? {
+                Ok(tls) => ByteStream(Box::new(tls)),
+                Err(error) => return Err(without_tls(origin, error).await),
+            }
         } else {
             ByteStream(Box::new(tcp))
         };
@@ -401,25 +428,176 @@ impl Dialer {
             .max_message_size(Some(max_message))
             .max_frame_size(Some(max_message))
             .max_write_buffer_size(usize::MAX);
+        let scheme = if origin.secure { "wss" } else { "ws" };
+        let url = format!("{scheme}://{}{path}", origin.authority());
         match tokio_tungstenite::client_async_with_config(url, stream, Some(config)).await {
-            Ok((socket, _)) => Ok(socket),
-            Err(tokio_tungstenite::tungstenite::Error::Http(response)) => {
-                let detail = response.body().as_ref().map(|body| {
-                    let text: String = String::from_utf8_lossy(body).trim().chars().take(200).collect();
-                    format!(": {text}")
-                });
-                Err(Error::Status {
-                    url: url.to_owned(),
-                    status: response.status().as_u16(),
-                    detail: detail.unwrap_or_default(),
-                })
-            }
-            Err(tokio_tungstenite::tungstenite::Error::Io(error)) => Err(io_error(&place, &error)),
-            Err(error) => Err(Error::Unreachable {
+            Ok((socket, response)) if response.headers().contains_key(SERVER_HEADER) => Ok(socket),
+            Ok(_) => Err(Error::NotSflllm {
                 url: place,
-                reason: error.to_string(),
+                detail: String::new(),
+            }),
+            Err(WebSocketError::Http(response)) => Err(refused(place, path, &response)),
+            // What a server that waits for TLS makes of plain text: nothing that could be read.
+            Err(_) if !origin.secure && self.answers_tls(origin).await => Err(Error::NeedsTls {
+                url: place,
+                https: Origin {
+                    secure: true,
+                    ..origin.clone()
+                }
+                .to_string(),
+            }),
+            Err(WebSocketError::Io(error)) => Err(io_error(&place, &error)),
+            // It answered, and not as a web server does.
+            Err(_) => Err(Error::NotSflllm {
+                url: place,
+                detail: String::new(),
             }),
         }
+    }
+
+    /// The inner error is that of the handshake.
+    async fn handshake(&self, origin: &Origin, tcp: TcpStream) -> Result<io::Result<TlsStream<TcpStream>>, Error> {
+        let name = ServerName::try_from(origin.host.clone()).map_err(|_| Error::UnknownHost {
+            url: origin.to_string(),
+        })?;
+        let connector = tokio_rustls::TlsConnector::from(self.tls.clone());
+        Ok(connector.connect(name, tcp).await)
+    }
+
+    /// Whether a TLS server is there, whatever its certificate.
+    async fn answers_tls(&self, origin: &Origin) -> bool {
+        let Ok(anyone) = Self::new(&Trust::Anyone) else {
+            return false;
+        };
+        let asking = async {
+            let tcp = connect(origin).await?;
+            anyone.handshake(origin, tcp).await
+        };
+        match tokio::time::timeout(PROBE_TIMEOUT, asking).await {
+            Ok(Ok(Ok(_))) => true,
+            Ok(Ok(Err(error))) => matches!(tls_reason(&error), Some(rustls::Error::AlertReceived(_))),
+            _ => false,
+        }
+    }
+}
+
+async fn connect(origin: &Origin) -> Result<TcpStream, Error> {
+    let place = origin.to_string();
+    let found = tokio::net::lookup_host((origin.host.as_str(), origin.port)).await;
+    let addresses: Vec<SocketAddr> = found.map_or_else(|_| Vec::new(), Iterator::collect);
+    if addresses.is_empty() {
+        return Err(Error::UnknownHost { url: place });
+    }
+    let tcp = TcpStream::connect(&addresses[..])
+        .await
+        .map_err(|error| io_error(&place, &error))?;
+    // Frames are written whole; waiting to fill a packet only delays a step.
+    tcp.set_nodelay(true).map_err(|error| io_error(&place, &error))?;
+    Ok(tcp)
+}
+
+/// Why no TLS connection came about with `origin`, which may be no TLS server at all.
+async fn without_tls(origin: &Origin, error: io::Error) -> Error {
+    let place = origin.to_string();
+    let is_answer = matches!(
+        tls_reason(&error),
+        Some(
+            rustls::Error::InvalidCertificate(_) | rustls::Error::AlertReceived(_) | rustls::Error::PeerIncompatible(_)
+        )
+    );
+    if is_answer {
+        return io_error(&place, &error);
+    }
+    match plain_answer(origin).await {
+        // It closed the connection: a server that is just ending, perhaps.
+        None if tls_reason(&error).is_none() => io_error(&place, &error),
+        Some(head) if header(&head, SERVER_HEADER).is_some() => Error::NoTls {
+            url: place,
+            http: Origin {
+                secure: false,
+                ..origin.clone()
+            }
+            .to_string(),
+        },
+        answer => Error::NotSflllm {
+            url: place,
+            detail: called(answer.as_deref().and_then(|head| header(head, "server"))),
+        },
+    }
+}
+
+/// What a web server without TLS says of itself: the head of its answer.
+async fn plain_answer(origin: &Origin) -> Option<String> {
+    let asking = async {
+        let mut tcp = connect(origin).await.ok()?;
+        let request = format!(
+            "GET /status HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n\r\n",
+            origin.authority()
+        );
+        tcp.write_all(request.as_bytes()).await.ok()?;
+        let mut answer = Vec::new();
+        // A head is shorter; what comes after it does not matter.
+        tcp.take(16 << 10).read_to_end(&mut answer).await.ok()?;
+        let answer = String::from_utf8_lossy(&answer).into_owned();
+        let head = answer.split("\r\n\r\n").next().unwrap_or_default();
+        head.starts_with("HTTP/").then(|| head.to_owned())
+    };
+    tokio::time::timeout(PROBE_TIMEOUT, asking).await.ok().flatten()
+}
+
+/// A field of an answer's head.
+fn header<'a>(head: &'a str, name: &str) -> Option<&'a str> {
+    let mut fields = head.lines().skip(1).filter_map(|line| line.split_once(':'));
+    let (_, value) = fields.find(|(field, _)| field.eq_ignore_ascii_case(name))?;
+    Some(value.trim())
+}
+
+/// ` (nginx)`, or nothing.
+fn called(name: Option<&str>) -> String {
+    match name.map(|name| printable(name, 60)) {
+        Some(name) if !name.is_empty() => format!(" ({name})"),
+        _ => String::new(),
+    }
+}
+
+/// The start of a text from elsewhere, without what a terminal would act on.
+fn printable(text: &str, most: usize) -> String {
+    text.chars().filter(|c| !c.is_control()).take(most).collect()
+}
+
+/// What an answer means that opens no WebSocket.
+fn refused(url: String, path: &str, response: &http::Response<Option<Vec<u8>>>) -> Error {
+    let status = response.status().as_u16();
+    let field = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok());
+    let is_sflllm = field(SERVER_HEADER).is_some();
+    match status {
+        404 if is_sflllm => Error::NoService {
+            url,
+            service: path.trim_start_matches('/').to_owned(),
+        },
+        _ if is_sflllm => {
+            let body = response.body().as_deref().unwrap_or_default();
+            let text = printable(String::from_utf8_lossy(body).trim(), 200);
+            let detail = match text.is_empty() {
+                true => text,
+                false => format!(": {text}"),
+            };
+            Error::Status { url, status, detail }
+        }
+        300..400 if field("location").is_some() => Error::Redirect {
+            url,
+            to: printable(field("location").unwrap_or_default(), 200),
+        },
+        // Something between here and the server has no answer for now.
+        429 | 500.. => Error::Status {
+            url,
+            status,
+            detail: called(field("server")),
+        },
+        _ => Error::NotSflllm {
+            url,
+            detail: called(field("server")),
+        },
     }
 }
 
@@ -457,14 +635,25 @@ async fn carry<T: Copy>(tag: T, socket: WebSocketStream<ByteStream>, events: &mp
     }
 }
 
+/// The TLS error inside another.
+fn tls_reason(error: &io::Error) -> Option<&rustls::Error> {
+    error.get_ref().and_then(|inner| inner.downcast_ref())
+}
+
 fn io_error(url: &str, error: &io::Error) -> Error {
     let url = url.to_owned();
-    if let Some(tls) = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+    if let Some(tls) = tls_reason(error) {
         return tls_error(url, tls);
     }
     match error.kind() {
         io::ErrorKind::ConnectionRefused => Error::Refused { url },
         io::ErrorKind::TimedOut => Error::TimedOut { url },
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
+            Error::Unreachable {
+                url,
+                reason: "the connection was closed at once; is an sflllm server there?".to_owned(),
+            }
+        }
         _ => Error::Unreachable {
             url,
             reason: error.to_string(),
@@ -482,7 +671,7 @@ fn tls_error(url: String, error: &rustls::Error) -> Error {
             };
             Error::Certificate { url, reason, home }
         }
-        other => Error::Unreachable {
+        other => Error::Handshake {
             url,
             reason: other.to_string(),
         },

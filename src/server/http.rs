@@ -20,11 +20,13 @@ use axum::routing::get;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use tower_http::services::ServeFile;
+use tower_http::set_header::SetResponseHeaderLayer;
 
 use super::socket::Door;
 use super::store::Blobs;
 use crate::protocol::Endpoint;
 use crate::protocol::message::Digest;
+use crate::transport::SERVER_HEADER;
 
 include!(concat!(env!("OUT_DIR"), "/web_assets.rs"));
 
@@ -62,7 +64,11 @@ pub fn router(site: Arc<Site>) -> Router {
     if site.door.federated {
         router = router.route("/federated", get(federated_service));
     }
-    router.with_state(site)
+    let name = SetResponseHeaderLayer::overriding(
+        HeaderName::from_static(SERVER_HEADER),
+        HeaderValue::from_static(env!("CARGO_PKG_VERSION")),
+    );
+    router.layer(name).with_state(site)
 }
 
 async fn status(State(site): State<Arc<Site>>) -> Response {
