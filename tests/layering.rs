@@ -65,6 +65,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("anyhow", &["cli", "main.rs"]),
     ("indicatif", &["cli"]),
     ("plotters", &["cli/charts.rs"]),
+    ("libc", &["cli/interrupt.rs"]),
 ];
 
 fn sources() -> PathBuf {

@@ -181,8 +181,12 @@ fn peaks(engine: &Engine) -> anyhow::Result<(f64, f64)> {
 }
 
 pub fn run(options: Options) -> anyhow::Result<()> {
-    let filter =
-        regex::Regex::new(options.filter.as_deref().unwrap_or("")).context("--filter is no regular expression")?;
+    let filter = regex::Regex::new(options.filter.as_deref().unwrap_or("")).map_err(|error| {
+        // The lines before the last show where in the expression, over several lines.
+        let text = error.to_string();
+        let reason = text.lines().last().unwrap_or_default().trim_start_matches("error: ");
+        anyhow::anyhow!("--filter is no regular expression: {reason}")
+    })?;
     let engine = options.device.engine()?;
     let peaks = options.peak.then(|| peaks(&engine)).transpose()?;
     let quiet = options.output.quiet;

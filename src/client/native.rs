@@ -838,7 +838,10 @@ impl Fetcher {
             .await
             .map_err(|error| Error::file("create", file, error))?;
         let (mut hash, mut done) = (Sha256::new(), 0_u64);
-        while let Some(chunk) = response.chunk().await.map_err(|error| fail(error.to_string()))? {
+        loop {
+            let chunk = response.chunk().await;
+            let chunk = chunk.map_err(|_| fail(format!("the connection broke after {done} of {} bytes", blob.bytes)))?;
+            let Some(chunk) = chunk else { break };
             done += chunk.len() as u64;
             if done > blob.bytes {
                 return Err(fail(format!("it is longer than the {} bytes announced", blob.bytes)));
