@@ -319,6 +319,7 @@ fn check_steps(run: &Path, tabs: u64, count: u64) -> Vec<Value> {
     lines
 }
 
+#[expect(clippy::print_stderr, reason = "the test harness takes it")]
 fn programs() -> Option<browser::Browser> {
     match browser::find() {
         Ok(programs) => Some(programs),

@@ -13,8 +13,8 @@ use crate::allocation::scenario::Scenario;
 use crate::allocation::{Method, Problem, SolveOptions, solve};
 use crate::disk::Claim;
 
-use super::console;
 use super::answer::{Answer, Compared};
+use super::console;
 use super::options::OutputOptions;
 use super::report;
 use super::scenario::{Input, ScenarioOptions};

@@ -840,7 +840,8 @@ impl Fetcher {
         let (mut hash, mut done) = (Sha256::new(), 0_u64);
         loop {
             let chunk = response.chunk().await;
-            let chunk = chunk.map_err(|_| fail(format!("the connection broke after {done} of {} bytes", blob.bytes)))?;
+            let chunk =
+                chunk.map_err(|_| fail(format!("the connection broke after {done} of {} bytes", blob.bytes)))?;
             let Some(chunk) = chunk else { break };
             done += chunk.len() as u64;
             if done > blob.bytes {
