@@ -214,6 +214,9 @@ pub struct Bar {
 struct Shown {
     /// Of what there are `length`.
     what: &'static str,
+    bytes: bool,
+    /// How often the speed was counted from the start.
+    starts: u32,
     position: u64,
     length: Option<u64>,
     message: String,
@@ -231,6 +234,15 @@ impl Bar {
         let shown = Shown {
             what,
             length: Some(length),
+            ..Shown::default()
+        };
+        Self::new(shown, quiet)
+    }
+
+    /// Over bytes, of which it is said later how many there are.
+    pub fn of_bytes(quiet: bool) -> Self {
+        let shown = Shown {
+            bytes: true,
             ..Shown::default()
         };
         Self::new(shown, quiet)
@@ -260,8 +272,21 @@ impl Bar {
         self.change(|shown| shown.position += count);
     }
 
-    pub fn set_position(&self, position: u64) {
-        self.change(|shown| shown.position = position);
+    pub fn dec(&self, count: u64) {
+        self.change(|shown| shown.position = shown.position.saturating_sub(count));
+    }
+
+    /// Back to the start of something whose length is not known yet.
+    pub fn reset(&self) {
+        self.change(|shown| {
+            (shown.position, shown.length) = (0, None);
+            shown.starts += 1;
+        });
+    }
+
+    /// The speed is counted from here on.
+    pub fn reset_eta(&self) {
+        self.change(|shown| shown.starts += 1);
     }
 
     pub fn set_message(&self, text: impl Into<String>) {
@@ -451,12 +476,15 @@ fn draw(drawing: &mut Option<Drawing>, shown: &Mutex<Shown>) {
         bar: ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr()),
         shown: Shown::default(),
     });
-    let look = |shown: &Shown| (shown.what, shown.length.is_some());
+    let look = |shown: &Shown| (shown.length.is_some(), shown.bytes, shown.what);
     if before.is_nothing() || look(before) != look(&shown) {
         let template = match look(&shown) {
-            (_, false) => "{spinner} {msg}",
-            ("", true) => "{bar:30} {pos}/{len} steps  {per_sec}  {eta} left  {msg}",
-            (_, true) => "{prefix} {bar:30} {pos}/{len}  {per_sec}  {eta} left  {msg}",
+            (false, ..) => "{spinner} {msg}",
+            (true, true, _) => {
+                "{bar:30} {decimal_bytes}/{decimal_total_bytes}  {decimal_bytes_per_sec}  {eta} left  {msg}"
+            }
+            (true, false, "") => "{bar:30} {pos}/{len} steps  {per_sec}  {eta} left  {msg}",
+            (true, false, _) => "{prefix} {bar:30} {pos}/{len}  {per_sec}  {eta} left  {msg}",
         };
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style);
@@ -469,6 +497,9 @@ fn draw(drawing: &mut Option<Drawing>, shown: &Mutex<Shown>) {
     }
     if before.position != shown.position {
         bar.set_position(shown.position);
+    }
+    if before.starts != shown.starts {
+        bar.reset_eta();
     }
     if before.message != shown.message {
         bar.set_message(shown.message.clone());
