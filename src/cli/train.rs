@@ -129,7 +129,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
             "rank": adapter.spec.rank, "alpha": adapter.spec.alpha,
             "targets": adapter.spec.targets, "optimizer": settings, "batch": batch, "seq": seq,
             "seed": options.batches.seed, "shuffle": !options.batches.no_shuffle,
-            "weights": source.dtype,
+            "weights": source.holding.to_string(),
         },
         "adapter": adapter_dir,
         "data": data.summary,
