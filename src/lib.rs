@@ -11,7 +11,7 @@
 //! ```text
 //! terms                                uses nothing of ours; all that follow may use it
 //! compute, data, federated             nothing else
-//! transport, disk (native)             nothing of ours
+//! transport, disk, hub (native)        nothing of ours
 //! protocol                             federated
 //! kernels                              compute
 //! model                                kernels, compute (native: disk)
@@ -35,6 +35,7 @@
 //! * [`simulation`]: a seeded network in virtual time around the state machines.
 //! * [`data`]: files into examples, examples into batches.
 //! * [`client`]: an edge client: session + client part + data, natively and in a browser.
+//! * `hub`: models by name from huggingface.co, in the cache that Python's huggingface_hub keeps.
 //!
 //! # One training step
 //!
@@ -66,6 +67,8 @@ pub mod terms;
 pub mod cli;
 #[cfg(not(target_arch = "wasm32"))]
 pub mod disk;
+#[cfg(not(target_arch = "wasm32"))]
+pub mod hub;
 #[cfg(not(target_arch = "wasm32"))]
 pub mod server;
 #[cfg(not(target_arch = "wasm32"))]
