@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -1417,4 +1418,157 @@ fn progress_can_be_any_type_that_listens() {
         .snapshot_blocking(&model("hf:a/b"), &counter)
         .unwrap();
     assert!(counter.0.load(Ordering::Relaxed) > 5);
+}
+
+// ---- the command line
+
+/// `sflllm eval` of a few lines, which asks this server and keeps what it fetches in `cache`.
+fn eval(server: &Server, cache: &Path, model: &str) -> Command {
+    let data = cache.join("data.txt");
+    let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/demo");
+    let text = fs::read_to_string(assets.join("test.txt")).unwrap();
+    fs::write(
+        &data,
+        text.lines().take(4).map(|line| format!("{line}\n")).collect::<String>(),
+    )
+    .unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sflllm"));
+    for name in [
+        "HF_HUB_OFFLINE",
+        "TRANSFORMERS_OFFLINE",
+        "HF_TOKEN",
+        "HUGGING_FACE_HUB_TOKEN",
+        "HF_TOKEN_PATH",
+    ] {
+        command.env_remove(name);
+    }
+    command
+        .env("HF_ENDPOINT", server.endpoint().as_str())
+        .env("HF_HOME", cache)
+        .env("HF_HUB_CACHE", cache)
+        .args(["eval", "--device", "cpu", "--json", "--model", model, "--data"])
+        .arg(&data);
+    command
+}
+
+/// Exit code, stdout and stderr.
+fn run(command: &mut Command) -> (Option<i32>, String, String) {
+    let output = command.output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (output.status.code(), text(output.stdout), text(output.stderr))
+}
+
+#[test]
+fn a_command_takes_a_model_by_its_name() {
+    let (server, cache) = (Server::empty(), cache());
+    let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/demo");
+    for (name, large) in [
+        ("config.json", false),
+        ("tokenizer.json", false),
+        ("model.safetensors", true),
+    ] {
+        server.add(name, fs::read(assets.join(name)).unwrap(), large);
+    }
+    let (_, expected, _) = run(&mut eval(&server, cache.path(), "demo"));
+    for _ in 0..2 {
+        let (code, stdout, stderr) = run(&mut eval(&server, cache.path(), "hf:a/b"));
+        assert_eq!((code, stdout), (Some(0), expected.clone()), "{stderr}");
+    }
+    assert_eq!(
+        server
+            .seen()
+            .iter()
+            .filter(|seen| seen.gets("model.safetensors"))
+            .count(),
+        1
+    );
+}
+
+#[test]
+fn a_command_that_finds_no_model_says_what_to_do() {
+    let (server, cache) = (Server::new(), cache());
+    let eval = |model: &str, variable: (&str, &str)| {
+        let (code, stdout, stderr) = run(eval(&server, cache.path(), model).env(variable.0, variable.1));
+        assert_eq!(stdout, "");
+        (code, stderr)
+    };
+    let nothing = ("UNUSED", "");
+    for (model, variable, code, expected) in [
+        ("hf:../x", nothing, 2, "names no model on the hub"),
+        ("no-such/model", nothing, 1, "did you mean hf:no-such/model"),
+        ("hf:a/c", nothing, 1, "there is no model a/c at http://127.0.0.1"),
+        ("hf:a/b@v9", nothing, 1, "no revision `v9`"),
+        (
+            "hf:a/b",
+            ("HF_HUB_OFFLINE", "1"),
+            1,
+            "HF_HUB_OFFLINE is set, and hf:a/b is not in the cache",
+        ),
+        (
+            "hf:a/b",
+            ("HF_ENDPOINT", "ftp://mirror"),
+            1,
+            "HF_ENDPOINT: it begins with neither https:// nor http://",
+        ),
+        (
+            "hf:a/b",
+            ("HF_ENDPOINT", nowhere().as_str()),
+            1,
+            "cannot reach http://127.0.0.1",
+        ),
+    ] {
+        let (found, stderr) = eval(model, variable);
+        assert!(
+            found == Some(code) && stderr.contains(expected),
+            "{model}: {found:?} {stderr}"
+        );
+        assert_eq!(stderr.matches("error:").count(), 1, "{stderr}");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_command_that_is_ended_leaves_what_has_arrived_for_the_next_run() {
+    use std::os::unix::process::ExitStatusExt;
+    let (server, cache) = (Server::new(), cache());
+    let (started, sending) = std::sync::mpsc::channel();
+    let started = Mutex::new(started);
+    server.instead_of(
+        1,
+        |seen| seen.gets("model.safetensors"),
+        move |_| {
+            started.lock().unwrap().send(()).unwrap();
+            let first = Bytes::from(weights()[..WEIGHTS / 2].to_vec());
+            let pieces = stream::unfold(Some(first), |piece| async move {
+                match piece {
+                    Some(piece) => Some((Ok::<_, std::io::Error>(piece), None)),
+                    None => std::future::pending().await,
+                }
+            });
+            let response = Response::builder().header("content-length", WEIGHTS);
+            response.body(Body::from_stream(pieces)).unwrap()
+        },
+    );
+    let mut child = eval(&server, cache.path(), "hf:a/b").spawn().unwrap();
+    sending.recv().unwrap();
+    let arrived = || fs::metadata(partial(cache.path())).map_or(0, |partial| partial.len());
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while arrived() < WEIGHTS as u64 / 2 && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    // Not Ctrl-C's signal, which a shell makes its background jobs ignore, and so the tests that run in one.
+    let ended = Command::new("kill").args(["-TERM", &child.id().to_string()]).status();
+    assert!(ended.unwrap().success());
+    let status = child.wait().unwrap();
+    assert!(status.signal() == Some(15) || status.code() == Some(143), "{status}");
+    assert_eq!(arrived(), WEIGHTS as u64 / 2);
+    server.seen();
+    assert_whole(&fetch(&server.hub(cache.path()), "hf:a/b").unwrap());
+    let range = server
+        .seen()
+        .into_iter()
+        .find(|seen| seen.gets("model.safetensors"))
+        .unwrap()
+        .range;
+    assert_eq!(range, Some(format!("bytes={}-", WEIGHTS / 2)));
 }

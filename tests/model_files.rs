@@ -875,8 +875,8 @@ fn unsupported_adapters_are_refused_by_name() {
         ("task_type", json!("SEQ_CLS")),
         ("use_dora", json!(true)),
         ("bias", json!("all")),
-        ("rank_pattern", json!({ "c_attn": 8 })),
-        ("alpha_pattern", json!({ "c_attn": 8 })),
+        ("rank_pattern", json!({ "c_attn": "many" })),
+        ("alpha_pattern", json!({ "(": 8 })),
         ("modules_to_save", json!(["lm_head"])),
         ("init_lora_weights", json!("pissa_niter_4")),
         ("r", json!("two")),
@@ -884,7 +884,6 @@ fn unsupported_adapters_are_refused_by_name() {
         ("lora_alpha", Value::Null),
         ("target_modules", Value::Null),
         ("target_modules", json!([1])),
-        ("layers_to_transform", json!([0, 2])),
         ("layers_to_transform", json!([3])),
     ] {
         let mut description = description.clone();

@@ -129,7 +129,7 @@ fn bench_kernel(engine: &Engine, example: &Example, sizes: Sizes) -> anyhow::Res
 const STEPS: [(&str, usize); 2] = [("step/demo.central/4", 4), ("step/demo.central/8", 8)];
 
 fn bench_step(engine: &Engine, id: &str, batch: usize) -> anyhow::Result<Row> {
-    let source = Source::open("demo", Holding::As(Format::F16))?;
+    let source = Source::demo(Holding::As(Format::F16))?;
     let options = source.data_options(source.config.positions, false);
     let data = Dataset::read(DEMO_TRAIN, "demo", source.tokenize(), &options)?;
     let batch = pass(&data.examples, batch, source.config.positions)?

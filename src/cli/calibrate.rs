@@ -25,7 +25,7 @@ use crate::split::{ClientPart, Contribution, ServerPart, Training};
 use super::console::{self, Bar, Rewritten};
 use super::interrupt;
 use super::options::{BatchOptions, DeviceOptions, ModelOptions, OptimizerOptions, OutputOptions, targets};
-use super::source::{DEMO_TRAIN, DEMO_VALID, Source};
+use super::source::{DEMO_TRAIN, DEMO_VALID, ModelName, Source};
 use crate::terms::format::Format;
 use crate::terms::optimizer::OptimizerSettings;
 use crate::terms::tensor::WireForm;
@@ -326,7 +326,7 @@ fn read(source: &Source, path: Option<&Path>, demo: (&[u8], &str), options: &Opt
     );
     match path {
         Some(path) => source.data(path, seq, skip, options.output.quiet),
-        None if options.model.model == "demo" => {
+        None if options.model.model == ModelName::Demo => {
             let (bytes, name) = demo;
             Ok(Dataset::read(
                 bytes,
@@ -400,7 +400,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         options.target_loss.is_none_or(|loss| loss.is_finite() && loss > 0.0),
         "--target-loss must be a number above 0"
     );
-    let source = Source::open(&options.model.model, options.model.weights)?;
+    let source = Source::open(&options.model.model, options.model.weights, options.output.quiet)?;
     let adapted = targets(&source.config, options.targets.as_deref())?;
     let mut ranks = options.ranks.clone();
     ranks.sort_unstable();

@@ -189,7 +189,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
 }
 
 fn open() -> anyhow::Result<Source> {
-    Source::open("demo", Holding::As(Format::F16))
+    Source::demo(Holding::As(Format::F16))
 }
 
 /// The address, on another port where that one is taken.

@@ -43,7 +43,7 @@ pub struct Options {
 }
 
 pub fn run(options: Options) -> anyhow::Result<()> {
-    let source = Source::open(&options.model.model, options.model.weights)?;
+    let source = Source::open(&options.model.model, options.model.weights, options.output.quiet)?;
     let positions = source.config.positions;
     let seq = options.seq.map_or(positions, |seq| seq as usize);
     anyhow::ensure!(

@@ -188,7 +188,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         "--temperature {} must be a number of at least 0",
         options.temperature
     );
-    let source = Source::open(&options.model.model, options.model.weights)?;
+    let source = Source::open(&options.model.model, options.model.weights, options.output.quiet)?;
     let prompt = prompt_ids(source.tokenizer()?, &options.prompt)?;
     let adapter = options.adapter.as_deref().map(|dir| source.adapter(dir)).transpose()?;
     let engine = options.device.engine()?;

@@ -8,6 +8,7 @@ pub mod console;
 pub mod demo;
 pub mod doctor;
 pub mod eval;
+pub mod fetch;
 pub mod generate;
 pub mod human;
 pub mod interrupt;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::source::ModelName;
 use crate::compute::{Engine, Selection};
 use crate::model::adapter::{AdapterError, LoraSpec, Target};
 use crate::model::architecture::{Architecture, Family};
@@ -33,9 +34,14 @@ impl std::str::FromStr for Choice {
 
 #[derive(Args, Clone, Debug)]
 pub struct ModelOptions {
-    /// A Hugging Face GPT-2 directory (config.json, model.safetensors, tokenizer.json or vocab.json + merges.txt), or `demo`
-    #[arg(long, value_name = "DIR|demo", default_value = "demo")]
-    pub model: String,
+    /// A Hugging Face directory (config.json, model.safetensors, tokenizer.json or vocab.json + merges.txt), a .gguf file, a
+    /// name on huggingface.co (fetched once, into the cache that Python uses), or `demo`
+    #[arg(
+        long,
+        value_name = "DIR|FILE.gguf|hf:ORG/NAME[@REVISION]|demo",
+        default_value = "demo"
+    )]
+    pub model: ModelName,
     /// How frozen weights are held: auto keeps what a file has quantised, and takes f16 otherwise
     #[arg(long, default_value_t, value_name = "auto|f32|f16|q8|q4")]
     pub weights: Holding,

@@ -174,18 +174,11 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         Some(_) => bail!("--federated-url belongs to --role main"),
         None => Role::Both,
     };
-    let mut directory = RunDirectory::create(options.out.as_deref(), &name_of(&options.model.model))?;
+    let mut directory = RunDirectory::create(options.out.as_deref(), &options.model.model.short())?;
     let prepared = prepare(&options, &mut directory)?;
     let adapter = directory.adapter();
     let summary = host(hosting, role, directory, Some(prepared.run), prepared.local)?;
     conclude(&summary, Some(&adapter), &options.output)
-}
-
-/// The last part of a model's path.
-fn name_of(model: &str) -> String {
-    Path::new(model)
-        .file_name()
-        .map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
 }
 
 /// The join token: what was asked for, or a generated one where other machines can connect.
@@ -221,7 +214,7 @@ struct Prepared {
 
 /// Reads model and data, and writes down what they are.
 fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Prepared> {
-    let source = Source::open(&options.model.model, options.model.weights)?;
+    let source = Source::open(&options.model.model, options.model.weights, options.output.quiet)?;
     let BatchOptions {
         batch,
         seed,

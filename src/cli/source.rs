@@ -1,15 +1,23 @@
-//! Where `--model` comes from: a Hugging Face directory, or the demo model inside this program.
+//! Where `--model` comes from: a Hugging Face directory, a GGUF file, a name on the hub, or the demo model inside this program.
 
+use std::ffi::OsStr;
+use std::fmt;
+use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use sha2::{Digest, Sha256};
 
 use super::console;
 use crate::compute::Engine;
 use crate::data::{Dataset, Tokenizer};
+use crate::hub;
 use crate::model::adapter::Adapter;
 use crate::model::architecture::Architecture;
+use crate::model::gguf::container::Gguf;
+use crate::model::gguf::model::GgufModel;
+use crate::model::gguf::tokenizer::GgufTokenizer;
 use crate::model::stack::StackWeights;
 use crate::model::weights::{HeldUnits, Holding, UnitSource, Weights};
 
@@ -22,6 +30,163 @@ pub const DEMO_TRAIN: &[u8] = include_bytes!("../../assets/demo/train.txt");
 pub const DEMO_VALID: &[u8] = include_bytes!("../../assets/demo/valid.txt");
 /// The demo's test data.
 pub const DEMO_TEST: &[u8] = include_bytes!("../../assets/demo/test.txt");
+
+/// The name of the demo model.
+const DEMO: &str = "demo";
+
+/// What `--model` says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ModelName {
+    Demo,
+    Hub(hub::Name),
+    Path(PathBuf),
+}
+
+/// A model on this machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ModelSource {
+    Demo,
+    /// With `config.json` and safetensors files.
+    Directory(PathBuf),
+    Gguf(PathBuf),
+}
+
+impl FromStr for ModelName {
+    type Err = hub::Error;
+
+    fn from_str(text: &str) -> Result<Self, hub::Error> {
+        match text {
+            DEMO => Ok(Self::Demo),
+            _ if text.starts_with(hub::name::PREFIX) => text.parse().map(Self::Hub),
+            _ => Ok(Self::Path(PathBuf::from(text))),
+        }
+    }
+}
+
+impl fmt::Display for ModelName {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Demo => formatter.write_str(DEMO),
+            Self::Hub(name) => name.fmt(formatter),
+            Self::Path(path) => path.display().fmt(formatter),
+        }
+    }
+}
+
+impl ModelName {
+    /// The last part, for directories that are named after the model.
+    pub fn short(&self) -> String {
+        let path = match self {
+            Self::Demo => return DEMO.to_owned(),
+            Self::Hub(name) => Path::new(name.repository()),
+            Self::Path(path) => path,
+        };
+        last_part(path).unwrap_or_else(|| "model".to_owned())
+    }
+
+    /// Finds the model; what is missing of one on the hub is fetched, with progress on stderr unless `quiet`.
+    pub fn find(&self, quiet: bool) -> anyhow::Result<ModelSource> {
+        match self {
+            Self::Demo => Ok(ModelSource::Demo),
+            Self::Hub(name) => Ok(match super::fetch::fetch(name, quiet)?.files {
+                hub::Files::Directory(directory) => ModelSource::Directory(directory),
+                hub::Files::Gguf(file) => ModelSource::Gguf(file),
+            }),
+            Self::Path(path) => ModelSource::at(path),
+        }
+    }
+
+    /// What adapters say they belong to, where that is not a path.
+    fn public_name(&self) -> Option<&str> {
+        match self {
+            Self::Demo => Some(DEMO),
+            Self::Hub(name) => Some(name.repository()),
+            Self::Path(_) => None,
+        }
+    }
+}
+
+impl ModelSource {
+    fn at(path: &Path) -> anyhow::Result<Self> {
+        let shown = path.display();
+        match std::fs::metadata(path) {
+            Ok(found) if found.is_dir() => Self::in_directory(path),
+            Ok(_) if is_gguf(path)? => Ok(Self::Gguf(path.to_owned())),
+            Ok(_) => bail!(
+                "--model {shown} is a file that is not GGUF; give the directory that holds config.json and the safetensors files"
+            ),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => match hub_name(path) {
+                Some(name) => bail!("--model {shown} does not exist here; did you mean {name}, from the hub?"),
+                None => bail!(
+                    "--model {shown} does not exist; give a Hugging Face directory, a .gguf file, hf:ORG/NAME, or `{DEMO}`"
+                ),
+            },
+            Err(error) => Err(error).with_context(|| format!("cannot read --model {shown}")),
+        }
+    }
+
+    /// A directory of safetensors, or the one GGUF file in a directory without any.
+    fn in_directory(directory: &Path) -> anyhow::Result<Self> {
+        let entries = std::fs::read_dir(directory).with_context(|| format!("cannot list {}", directory.display()))?;
+        let mut files: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
+        files.sort();
+        let having = |extension: &'static str| files.iter().filter(move |file| has_extension(file, extension));
+        if having("safetensors").next().is_some() {
+            return Ok(Self::Directory(directory.to_owned()));
+        }
+        let gguf: Vec<&PathBuf> = having("gguf").filter(|file| file.is_file()).collect();
+        match gguf[..] {
+            // What is missing in it is said by whoever reads it.
+            [] => Ok(Self::Directory(directory.to_owned())),
+            [file] => Ok(Self::Gguf(file.clone())),
+            _ => {
+                let names: Vec<String> = gguf.iter().map(|file| file.display().to_string()).collect();
+                bail!(
+                    "--model {} holds several models; give one of {}",
+                    directory.display(),
+                    names.join(", ")
+                )
+            }
+        }
+    }
+}
+
+fn last_part(path: &Path) -> Option<String> {
+    path.file_name().map(|name| name.to_string_lossy().into_owned())
+}
+
+fn has_extension(path: &Path, expected: &str) -> bool {
+    path.extension()
+        .and_then(OsStr::to_str)
+        .is_some_and(|extension| extension.eq_ignore_ascii_case(expected))
+}
+
+/// By its name or by its first bytes.
+fn is_gguf(path: &Path) -> anyhow::Result<bool> {
+    if has_extension(path, "gguf") {
+        return Ok(true);
+    }
+    let fail = || format!("cannot read --model {}", path.display());
+    let mut magic = Vec::new();
+    let file = std::fs::File::open(path).with_context(fail)?;
+    file.take(4).read_to_end(&mut magic).with_context(fail)?;
+    Ok(magic == *b"GGUF")
+}
+
+/// The name on the hub that a path which does not exist looks like: `ORG/NAME`, a name without `ORG/`, or a page's address.
+fn hub_name(path: &Path) -> Option<hub::Name> {
+    let text = path.to_str()?.trim_end_matches('/');
+    let text = text
+        .strip_prefix("https://")
+        .or_else(|| text.strip_prefix("hf://"))
+        .unwrap_or(text);
+    let page = text
+        .strip_prefix("huggingface.co/")
+        .or_else(|| text.strip_prefix("hf.co/"));
+    let name: hub::Name = format!("{}{}", hub::name::PREFIX, page.unwrap_or(text)).parse().ok()?;
+    let is_likely = name.file().is_none() && !has_extension(path, "gguf");
+    is_likely.then_some(name)
+}
 
 /// A model as it lies on disk or in this program.
 pub struct Source {
@@ -41,6 +206,11 @@ fn hash_file(digest: &mut Sha256, path: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The same values held otherwise are another model to those who take part in a run.
+fn begin_digest(holding: Holding) -> Sha256 {
+    Sha256::new().chain_update(holding.to_string())
+}
+
 struct HashWriter<'a>(&'a mut Sha256);
 
 impl std::io::Write for HashWriter<'_> {
@@ -55,36 +225,68 @@ impl std::io::Write for HashWriter<'_> {
 }
 
 impl Source {
-    /// Opens `model`: `demo`, or a directory.
-    pub fn open(model: &str, holding: Holding) -> anyhow::Result<Self> {
-        let mut digest = Sha256::new();
-        digest.update(holding.to_string());
-        if model == "demo" {
-            let config = Architecture::from_json(DEMO_CONFIG)?;
-            digest.update(DEMO_CONFIG);
-            digest.update(DEMO_WEIGHTS);
-            return Ok(Self {
-                name: "demo".to_owned(),
-                weights: Weights::from_bytes(DEMO_WEIGHTS, &config)?,
-                tokenizer: Some(Tokenizer::from_json(DEMO_TOKENIZER, config.eos)?),
-                config,
-                holding,
-                digest: digest.finalize().into(),
-            });
+    /// Finds `model` and opens it. Unless `quiet`, a model that is fetched for it says so on stderr.
+    pub fn open(model: &ModelName, holding: Holding, quiet: bool) -> anyhow::Result<Self> {
+        match model.find(quiet)? {
+            ModelSource::Demo => Self::demo(holding),
+            ModelSource::Directory(directory) => Self::directory(&directory, model.public_name(), holding),
+            ModelSource::Gguf(file) => Self::gguf(&file, holding, quiet),
         }
-        let dir = PathBuf::from(model);
-        anyhow::ensure!(
-            dir.is_dir(),
-            "--model {model} is not a directory; give a Hugging Face GPT-2 directory, or `demo`"
-        );
-        let config = Architecture::load(&dir)?;
-        let weights = Weights::open(&dir, &config)?;
-        let tokenizer = Tokenizer::load(&dir, config.eos)?;
+    }
+
+    /// The demo model.
+    pub fn demo(holding: Holding) -> anyhow::Result<Self> {
+        let config = Architecture::from_json(DEMO_CONFIG)?;
+        let mut digest = begin_digest(holding);
+        digest.update(DEMO_CONFIG);
+        digest.update(DEMO_WEIGHTS);
+        Ok(Self {
+            name: DEMO.to_owned(),
+            weights: Weights::from_bytes(DEMO_WEIGHTS, &config)?,
+            tokenizer: Some(Tokenizer::from_json(DEMO_TOKENIZER, config.eos)?),
+            config,
+            holding,
+            digest: digest.finalize().into(),
+        })
+    }
+
+    /// A GGUF file, with the tokenizer inside. It is named after the file.
+    fn gguf(file: &Path, holding: Holding, quiet: bool) -> anyhow::Result<Self> {
+        let gguf = Gguf::open_path(file)?;
+        let tokenizer = GgufTokenizer::read(&gguf)?;
+        let weights = Weights::from_gguf(GgufModel::new(gguf)?)?;
+        let config = weights.model().clone();
+        if !quiet {
+            for notice in &tokenizer.notices {
+                console::say(notice);
+            }
+        }
+        let mut digest = begin_digest(holding);
+        hash_file(&mut digest, file)?;
+        let tokenizer = Tokenizer::from_json(tokenizer.json.as_bytes(), tokenizer.eos.or(config.eos))?;
+        tokenizer.check_vocabulary(config.vocab)?;
+        let name = file.file_stem().unwrap_or(file.as_os_str());
+        Ok(Self {
+            name: name.to_string_lossy().into_owned(),
+            weights,
+            tokenizer: Some(tokenizer),
+            config,
+            holding,
+            digest: digest.finalize().into(),
+        })
+    }
+
+    /// A Hugging Face directory; without a `name` it is named after itself.
+    fn directory(dir: &Path, name: Option<&str>, holding: Holding) -> anyhow::Result<Self> {
+        let config = Architecture::load(dir)?;
+        let weights = Weights::open(dir, &config)?;
+        let tokenizer = Tokenizer::load(dir, config.eos)?;
         if let Some(tokenizer) = &tokenizer {
             tokenizer.check_vocabulary(config.vocab)?;
         }
+        let mut digest = begin_digest(holding);
         digest.update(config.to_json());
-        let mut files: Vec<PathBuf> = std::fs::read_dir(&dir)
+        let mut files: Vec<PathBuf> = std::fs::read_dir(dir)
             .with_context(|| format!("cannot read {}", dir.display()))?
             .filter_map(|entry| Some(entry.ok()?.path()))
             .filter(|path| path.extension().is_some_and(|e| e == "safetensors"))
@@ -93,11 +295,12 @@ impl Source {
         for file in &files {
             hash_file(&mut digest, file)?;
         }
-        let name = dir.canonicalize().unwrap_or(dir);
+        let own_name = || {
+            let whole = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
+            last_part(&whole).unwrap_or_else(|| dir.display().to_string())
+        };
         Ok(Self {
-            name: name
-                .file_name()
-                .map_or_else(|| model.to_owned(), |name| name.to_string_lossy().into_owned()),
+            name: name.map_or_else(own_name, str::to_owned),
             weights,
             tokenizer,
             config,
@@ -156,18 +359,95 @@ impl Source {
         Ok(StackWeights::load(engine, &self.config, &mut self.units())?)
     }
 
-    /// Reads a PEFT adapter of this model.
+    /// Reads a PEFT adapter of this model. Blocks that it leaves alone are left alone.
     pub fn adapter(&self, dir: &Path) -> anyhow::Result<Adapter> {
-        let adapter = Adapter::load(dir, &self.config)?;
-        let covered = adapter.layout.blocks();
-        anyhow::ensure!(
-            covered == (0..self.config.blocks),
-            "the adapter in {} covers blocks {} to {} only, and the model has {}: train or merge one for the whole model",
-            dir.display(),
-            covered.start,
-            covered.end.saturating_sub(1),
-            self.config.blocks
+        Ok(Adapter::load(dir, &self.config)?.over_all_blocks(&self.config)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(text: &str) -> ModelName {
+        text.parse().unwrap()
+    }
+
+    fn refused(path: &Path) -> String {
+        ModelSource::at(path).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_name_is_the_demo_a_path_or_of_the_hub() {
+        assert_eq!(name("demo"), ModelName::Demo);
+        assert_eq!(name("./demo"), ModelName::Path("./demo".into()));
+        assert!(matches!(name("hf:gpt2"), ModelName::Hub(_)));
+        assert!("hf:../x".parse::<ModelName>().is_err());
+        for text in ["demo", "hf:a/b@v1:m.gguf", "models/x"] {
+            assert_eq!(name(text).to_string(), text);
+        }
+        for (text, short) in [
+            ("demo", "demo"),
+            ("hf:a/b@v1", "b"),
+            ("x/gpt2/", "gpt2"),
+            ("x/m.gguf", "m.gguf"),
+            (".", "model"),
+        ] {
+            assert_eq!(name(text).short(), short);
+        }
+    }
+
+    #[test]
+    fn gguf_is_told_by_name_by_content_and_by_being_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = |name: &str| directory.path().join(name);
+        let gguf = file("m.GGUF");
+        std::fs::write(&gguf, "").unwrap();
+        assert_eq!(ModelSource::at(&gguf).unwrap(), ModelSource::Gguf(gguf.clone()));
+        assert_eq!(
+            ModelSource::at(directory.path()).unwrap(),
+            ModelSource::Gguf(gguf.clone())
         );
-        Ok(adapter)
+
+        std::fs::write(file("blob"), "GGUF\x03\0\0\0").unwrap();
+        assert_eq!(ModelSource::at(&file("blob")).unwrap(), ModelSource::Gguf(file("blob")));
+        std::fs::write(file("config.json"), "{}").unwrap();
+        assert!(refused(&file("config.json")).contains("give the directory"));
+        std::fs::write(file("empty"), "").unwrap();
+        assert!(refused(&file("empty")).contains("not GGUF"));
+
+        let second = file("n.gguf");
+        std::fs::write(&second, "").unwrap();
+        let several = refused(directory.path());
+        assert!(
+            several.contains(&format!("give one of {}, {}", gguf.display(), second.display())),
+            "{several}"
+        );
+        std::fs::write(file("model.safetensors"), "").unwrap();
+        assert_eq!(
+            ModelSource::at(directory.path()).unwrap(),
+            ModelSource::Directory(directory.path().to_owned())
+        );
+    }
+
+    #[test]
+    fn a_path_that_is_a_name_on_the_hub_gets_its_prefix() {
+        for text in [
+            "HuggingFaceTB/SmolLM2-135M",
+            "https://huggingface.co/HuggingFaceTB/SmolLM2-135M",
+            "hf.co/HuggingFaceTB/SmolLM2-135M/",
+            "hf://HuggingFaceTB/SmolLM2-135M",
+        ] {
+            let error = refused(Path::new(text));
+            assert!(error.contains("did you mean hf:HuggingFaceTB/SmolLM2-135M,"), "{error}");
+        }
+        assert!(refused(Path::new("gpt2-that-is-not-here")).contains("hf:gpt2-that-is-not-here"));
+        for text in ["models/x.gguf", "/nowhere/at/all", "../model", "a/b/c"] {
+            let error = refused(Path::new(text));
+            assert!(
+                error.contains("does not exist; give a Hugging Face directory"),
+                "{error}"
+            );
+        }
     }
 }

@@ -82,7 +82,7 @@ fn evaluate(
 pub fn run(options: Options) -> anyhow::Result<()> {
     let quiet = options.output.quiet;
     let mut directory = RunDirectory::create(options.out.as_deref(), "train")?;
-    let source = Source::open(&options.model.model, options.model.weights)?;
+    let source = Source::open(&options.model.model, options.model.weights, quiet)?;
     let seq = options.batches.seq(source.config.positions)?;
     let batch = options.batches.batch as usize;
     let skip = options.batches.skip_bad_lines;

@@ -578,6 +578,29 @@ impl Adapter {
         })
     }
 
+    /// This adapter as one of the whole model, in which the blocks it does not cover are not adapted.
+    ///
+    /// # Errors
+    /// As [`AdapterLayout::new`].
+    pub fn over_all_blocks(mut self, model: &Architecture) -> Result<Self, AdapterError> {
+        let own = self.layout.blocks();
+        let left_out = (0..model.blocks).filter(|block| !own.contains(block));
+        let (targets, alpha) = (self.spec.targets.clone(), self.spec.alpha);
+        let mut exceptions = self.spec.exceptions.clone();
+        exceptions.extend(left_out.flat_map(|block| {
+            targets.iter().map(move |&target| Exception {
+                block,
+                target,
+                rank: 0,
+                alpha,
+            })
+        }));
+        exceptions.sort_by_key(|exception| (exception.block, exception.target));
+        self.spec = self.spec.with_exceptions(exceptions)?;
+        self.layout = AdapterLayout::new(model, &self.spec, 0..model.blocks)?;
+        Ok(self)
+    }
+
     /// This adapter and the one of the blocks that follow, as one: the client's part and the server's.
     ///
     /// # Errors

@@ -2,7 +2,8 @@
 //!
 //! It is separate from the adapter's values because only the ends of a run read and write files.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 
 use fancy_regex::Regex;
 use safetensors::Dtype;
@@ -119,10 +120,11 @@ impl Adapter {
         model: &Architecture,
     ) -> Result<Self, AdapterError> {
         let description = Description::parse(description)?;
-        let spec = description.spec(model)?;
         let mut archive = Archive::open(TENSOR_FILE, tensors)?;
         let names = archive.names();
-        let layout = AdapterLayout::new(model, &spec, 0..model.blocks)?;
+        let found = names.iter().filter_map(|name| parse_tensor_name(model, name)).collect();
+        let (spec, blocks) = description.spec(model, &found)?;
+        let layout = AdapterLayout::new(model, &spec, blocks)?;
         let mut by_canonical_name: HashMap<String, &String> = HashMap::with_capacity(names.len());
         for name in &names {
             let extra = || AdapterError::Extra {
@@ -269,6 +271,10 @@ impl Modules {
     fn parse(field: &'static str, value: &Value) -> Result<Self, AdapterError> {
         match value {
             Value::String(all) if all == "all-linear" => Ok(Modules::All),
+            // A plain name in place of a list of one; as a pattern it would mean no module.
+            Value::String(name) if name.chars().all(|c| c.is_alphanumeric() || c == '_') => {
+                Ok(Modules::Names(vec![name.clone()]))
+            }
             Value::String(pattern) => Ok(Modules::Pattern(regex(field, &format!("^(?:{pattern})$"))?)),
             Value::Array(names) => names
                 .iter()
@@ -425,19 +431,19 @@ impl Description {
         })
     }
 
-    /// Rank and alpha of a module; `None` where it is not adapted.
-    fn of(&self, model: &Architecture, block: usize, target: Target) -> Option<(usize, f32)> {
+    /// Rank and alpha of a module; `None` where it is not adapted. What is not listed by name is adapted where there are tensors.
+    fn of(&self, model: &Architecture, place: (usize, Target), found: &HashSet<(usize, Target)>) -> Option<(usize, f32)> {
+        let (block, target) = place;
         let module = module_name(model, block, target);
-        if self
-            .excluded
-            .as_ref()
-            .is_some_and(|excluded| excluded.match_of(&module).is_some())
-        {
+        if self.excluded.as_ref().is_some_and(|excluded| excluded.match_of(&module).is_some()) {
             return None;
         }
-        let found = self.modules.match_of(&module)?;
+        let matched = self.modules.match_of(&module)?;
+        if !matches!(self.modules, Modules::Names(_)) && !found.contains(&place) {
+            return None;
+        }
         let listed = |layers: &Vec<u64>| layers.contains(&(block as u64));
-        if found == Match::End && !self.layers.as_ref().is_none_or(listed) {
+        if matched == Match::End && !self.layers.as_ref().is_none_or(listed) {
             return None;
         }
         let rank = self.ranks.find(&module).map_or(self.rank, |rank| rank as usize);
@@ -445,39 +451,26 @@ impl Description {
         Some((rank, alpha))
     }
 
-    fn spec(&self, model: &Architecture) -> Result<LoraSpec, AdapterError> {
-        if let Some(layer) = self
-            .layers
-            .iter()
-            .flatten()
-            .find(|&&layer| layer >= model.blocks as u64)
-        {
-            return Err(AdapterError::Unsupported {
-                field: "layers_to_transform",
-                found: layer.to_string(),
-                supported: "a block of this model is",
-            });
-        }
-        let all = (0..model.blocks).flat_map(|block| model.targets().iter().map(move |&target| (block, target)));
-        let adapted: Vec<_> = all
-            .map(|(block, target)| (block, target, self.of(model, block, target)))
-            .collect();
+    /// The spec, and the blocks it is for: a run of `layers_to_transform`, else all.
+    fn spec(
+        &self,
+        model: &Architecture,
+        found: &HashSet<(usize, Target)>,
+    ) -> Result<(LoraSpec, Range<usize>), AdapterError> {
+        let blocks = self.blocks(model)?;
+        self.check_names(model)?;
+        let all = blocks.clone().flat_map(|block| model.targets().iter().map(move |&target| (block, target)));
+        let adapted: Vec<_> = all.map(|place| (place, self.of(model, place, found))).collect();
         let targets: Vec<Target> = adapted
             .iter()
-            .filter(|(_, _, of)| of.is_some())
-            .map(|&(_, target, _)| target)
+            .filter(|(_, of)| of.is_some())
+            .map(|&((_, target), _)| target)
             .collect();
-        if targets.is_empty() {
-            return Err(match &self.modules {
-                Modules::Names(names) if names.len() == 1 => no_target(model, &names[0]),
-                _ => AdapterError::NoTarget,
-            });
-        }
         let spec = LoraSpec::new(self.rank, self.alpha, targets)?;
         let exceptions = adapted
             .into_iter()
-            .filter(|(_, target, of)| spec.targets.contains(target) && *of != Some((self.rank, self.alpha)))
-            .map(|(block, target, of)| {
+            .filter(|((_, target), of)| spec.targets.contains(target) && *of != Some((self.rank, self.alpha)))
+            .map(|((block, target), of)| {
                 let (rank, alpha) = of.unwrap_or((0, self.alpha));
                 Exception {
                     block,
@@ -489,8 +482,25 @@ impl Description {
             .collect();
         let mut spec = spec.with_exceptions(exceptions)?;
         spec.rank_stabilised = self.rank_stabilised;
-        self.check_names(model)?;
-        Ok(spec)
+        Ok((spec, blocks))
+    }
+
+    fn blocks(&self, model: &Architecture) -> Result<Range<usize>, AdapterError> {
+        let Some(layers) = &self.layers else {
+            return Ok(0..model.blocks);
+        };
+        if let Some(layer) = layers.iter().find(|&&layer| layer >= model.blocks as u64) {
+            return Err(AdapterError::Unsupported {
+                field: "layers_to_transform",
+                found: layer.to_string(),
+                supported: "a block of this model is",
+            });
+        }
+        let consecutive = layers.windows(2).all(|pair| pair[0] + 1 == pair[1]);
+        Ok(match (layers.first(), layers.last()) {
+            (Some(&first), Some(&last)) if consecutive => first as usize..last as usize + 1,
+            _ => 0..model.blocks,
+        })
     }
 
     /// A listed name that means no module is a mistake in the list, or another model's.
