@@ -5,13 +5,29 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 
-use crate::{bundle, command, setup};
+use crate::{bundle, command, fetch, setup};
+
+/// What the tests run on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Models {
+    /// Those in the repository, or made by the tests.
+    Small,
+    /// A pretrained model besides, named to the tests in `SFLLLM_REAL_MODEL`.
+    Real,
+}
 
 /// Runs all of it.
-pub fn run() -> Result<()> {
+pub fn run(models: Models) -> Result<()> {
     let start = Instant::now();
     let mut times = Times(Vec::new());
     times.step("setup", setup::everything)?;
+    let mut model = None;
+    if models == Models::Real {
+        times.step("pretrained model", || {
+            model = Some(fetch::tested()?);
+            Ok(())
+        })?;
+    }
     times.cargo("format", &["fmt", "--all", "--check"])?;
     times.cargo(
         "lint, native",
@@ -31,7 +47,12 @@ pub fn run() -> Result<()> {
             // Mesa's device selection layer complains about a missing display in every process.
             ("NODEVICE_SELECT", "1"),
         ];
-        command::run(command::cargo().envs(settings).args(["test", "--workspace"]))
+        let mut tests = command::cargo();
+        tests.envs(settings).args(["test", "--workspace"]);
+        if let Some(model) = &model {
+            tests.env("SFLLLM_REAL_MODEL", model);
+        }
+        command::run(&mut tests)
     })?;
     times.step("documentation", || {
         command::run(

