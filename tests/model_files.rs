@@ -69,7 +69,7 @@ fn a_config_written_is_the_config_read() {
 #[test]
 fn unsupported_configs_are_refused_by_name() {
     let cases = [
-        ("model_type", json!("llama"), "llama"),
+        ("model_type", json!("mistral"), "mistral"),
         ("activation_function", json!("relu"), "activation_function"),
         ("scale_attn_weights", json!(false), "scale_attn_weights"),
         (
