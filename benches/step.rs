@@ -30,7 +30,7 @@ fn first_batch(source: &Source) -> Batch {
 fn steps(criterion: &mut Criterion) {
     for engine in std::iter::once(Engine::cpu()).chain(Engine::gpu_for_tests()) {
         let holding = Holding::As(Format::F16);
-        let source = Source::open("demo", holding).unwrap();
+        let source = Source::demo(holding).unwrap();
         let batch = first_batch(&source);
         let config = source.config.clone();
         let spec = LoraSpec::new(8, 16.0, [Target::AttnQkv]).unwrap();

@@ -11,7 +11,7 @@ use super::interrupt;
 use super::options::{DeviceOptions, OutputOptions};
 use crate::client::native::{self, Report, Settings, Source};
 use crate::disk::Claim;
-use crate::model::adapter::{CONFIG_FILE, TENSOR_FILE};
+use crate::model::peft::{CONFIG_FILE, TENSOR_FILE};
 use crate::protocol::FinishReason;
 use crate::transport::{self, Dialer, JoinLink, Trust};
 

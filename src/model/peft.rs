@@ -432,10 +432,19 @@ impl Description {
     }
 
     /// Rank and alpha of a module; `None` where it is not adapted. What is not listed by name is adapted where there are tensors.
-    fn of(&self, model: &Architecture, place: (usize, Target), found: &HashSet<(usize, Target)>) -> Option<(usize, f32)> {
+    fn of(
+        &self,
+        model: &Architecture,
+        place: (usize, Target),
+        found: &HashSet<(usize, Target)>,
+    ) -> Option<(usize, f32)> {
         let (block, target) = place;
         let module = module_name(model, block, target);
-        if self.excluded.as_ref().is_some_and(|excluded| excluded.match_of(&module).is_some()) {
+        if self
+            .excluded
+            .as_ref()
+            .is_some_and(|excluded| excluded.match_of(&module).is_some())
+        {
             return None;
         }
         let matched = self.modules.match_of(&module)?;
@@ -459,7 +468,9 @@ impl Description {
     ) -> Result<(LoraSpec, Range<usize>), AdapterError> {
         let blocks = self.blocks(model)?;
         self.check_names(model)?;
-        let all = blocks.clone().flat_map(|block| model.targets().iter().map(move |&target| (block, target)));
+        let all = blocks
+            .clone()
+            .flat_map(|block| model.targets().iter().map(move |&target| (block, target)));
         let adapted: Vec<_> = all.map(|place| (place, self.of(model, place, found))).collect();
         let targets: Vec<Target> = adapted
             .iter()
