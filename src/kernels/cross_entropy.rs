@@ -379,6 +379,11 @@ pub mod spec {
     use super::{BackwardHiddenParams, ForwardParams, LOWEST, LossParams, ResetParams, STATE_WORDS, scalar, weight};
     use crate::compute::real::Real;
 
+    /// The clamp keeps the argument where every device's exp is defined; e⁻⁸⁷ is the smallest normal number.
+    fn exp_below<T: Real>(x: T) -> T {
+        x.max(T::from(-87.0)).exp()
+    }
+
     pub fn reset<T: Real>(
         params: &ResetParams,
         state: &mut [T], // (rows, STATE_WORDS)
@@ -411,13 +416,13 @@ pub mod spec {
             }
             let mut sum = T::ZERO;
             for logit in logits.iter_mut() {
-                let value = (*logit - max).exp();
+                let value = exp_below(*logit - max);
                 if params.keep != 0 {
                     *logit = value;
                 }
                 sum += value;
             }
-            row_scale[row] = (state[0] - max).exp();
+            row_scale[row] = exp_below(state[0] - max);
             state[1] = state[1] * row_scale[row] + sum;
             state[0] = max;
         }
