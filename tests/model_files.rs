@@ -367,10 +367,16 @@ fn attention_masks_and_a_tied_head_are_ignored() {
 fn a_tied_head_stored_alone_is_the_embedding() {
     for prefix in ["", "transformer."] {
         let tensors = stored_model(&config(), prefix);
-        let expected = open(&tensors).unwrap().unit(Unit::Embedding, Format::F32).unwrap();
+        let expected = open(&tensors)
+            .unwrap()
+            .unit(Unit::Embedding, Holding::As(Format::F32))
+            .unwrap();
         let mut head_only = tensors;
         head_only[0].name = "lm_head.weight".into();
-        let found = open(&head_only).unwrap().unit(Unit::Embedding, Format::F32).unwrap();
+        let found = open(&head_only)
+            .unwrap()
+            .unit(Unit::Embedding, Holding::As(Format::F32))
+            .unwrap();
         assert_eq!(found, expected);
         head_only[0].shape.reverse();
         let error = refused(&head_only);

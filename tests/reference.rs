@@ -175,6 +175,81 @@ fn logits_equal_those_of_transformers_and_peft() {
     }
 }
 
+fn fixture_directory(case: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures")
+        .join(case)
+}
+
+/// Patterns of ranks and alphas, regular expressions, some layers only, other names and types of the tensors.
+#[test]
+fn adapters_in_every_form_that_peft_reads_give_its_losses() {
+    for case in ["families/llama", "families/qwen3"] {
+        let fixture = Fixture::load(case);
+        for (name, expected) in fixture.expected["adapters"].as_object().unwrap() {
+            let directory = fixture_directory(case).join("adapters").join(name);
+            let adapter = Adapter::load(&directory, &fixture.config).unwrap_or_else(|error| panic!("{name}: {error}"));
+            let adapter = adapter.over_all_blocks(&fixture.config).unwrap();
+            let engine = Engine::cpu();
+            let weights = StackWeights::load(&engine, &fixture.config, &mut fixture.units()).unwrap();
+            let extent = Extent {
+                batch: 3,
+                seq: fixture.config.positions,
+            };
+            let mut model = Central::new(&engine, &fixture.config, weights, Some(&adapter), extent, None).unwrap();
+            let (loss, _) = mean_loss(&mut model, &fixture.pass(3));
+            assert_close(loss, expected.as_f64().unwrap(), 2e-6, &format!("{case} {name}"));
+            // What is written of it is read as the same.
+            let written = tempfile::tempdir().unwrap();
+            adapter.save(written.path(), &fixture.config, "base").unwrap();
+            let again = Adapter::load(written.path(), &fixture.config).unwrap();
+            assert_eq!(
+                again.over_all_blocks(&fixture.config).unwrap(),
+                adapter,
+                "{case} {name}"
+            );
+        }
+    }
+}
+
+#[test]
+fn adapters_of_more_than_low_rank_matrices_are_refused_by_name() {
+    let case = "families/llama";
+    let fixture = Fixture::load(case);
+    for (folder, named) in [
+        ("dora", "use_dora"),
+        ("modules_to_save", "modules_to_save"),
+        ("bias", "bias"),
+        ("lora_bias", "lora_bias"),
+        ("trainable_tokens", "trainable_token_indices"),
+        ("bin", "adapter_model.bin"),
+    ] {
+        let directory = fixture_directory(case).join("refused").join(folder);
+        let error = Adapter::load(&directory, &fixture.config).unwrap_err().to_string();
+        assert!(error.contains(named), "{folder}: {error}");
+    }
+}
+
+#[test]
+fn both_spellings_of_rotary_settings_are_one_model() {
+    for case in ["families/llama3", "families/qwen2"] {
+        let other = std::fs::read_to_string(fixture_directory(case).join("config_other_spelling.json")).unwrap();
+        assert_eq!(
+            Architecture::from_json(&other).unwrap(),
+            Fixture::load(case).config,
+            "{case}"
+        );
+    }
+}
+
+#[test]
+fn a_models_description_written_is_the_one_read() {
+    for case in CASES {
+        let model = Fixture::load(case).config;
+        assert_eq!(Architecture::from_json(&model.to_json()).unwrap(), model, "{case}");
+    }
+}
+
 #[test]
 fn adapter_gradients_equal_those_of_transformers_and_peft() {
     for case in CASES {
