@@ -335,8 +335,10 @@ fn every_entry_point_is_a_variant() {
     for variant in kernels::all().flat_map(|contract| contract.variants) {
         let own = variant.parts.last().expect("a variant has a text").stem;
         for entry in &Shader::parse(variant, &vec![]).module.entry_points {
+            // A variant's text has the entry points of all its parts.
+            let mut known = variant.parts.iter().filter_map(|part| entries.get(part.stem));
             assert!(
-                entries[own].contains(entry.name.as_str()),
+                known.any(|entries| entries.contains(entry.name.as_str())),
                 "{own}.wgsl: `{}` has no variant",
                 entry.name
             );

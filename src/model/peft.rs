@@ -397,6 +397,15 @@ impl Description {
         let json = |error: serde_json::Error| AdapterError::Description(error.to_string());
         let fields: Map<String, Value> = serde_json::from_str(text).map_err(json)?;
         check_settings(&fields)?;
+        for field in ["rank_pattern", "alpha_pattern"] {
+            let numbers = |value: &Value| match value {
+                Value::Object(entries) => entries.values().all(Value::is_number),
+                value => value.is_null(),
+            };
+            if !fields.get(field).is_none_or(numbers) {
+                return Err(bad(field, "an object whose values are numbers"));
+            }
+        }
         let ordered: InOrder = serde_json::from_str(text).map_err(json)?;
         let present = |field: &str| fields.get(field).filter(|value| !value.is_null());
         let rank = present("r")
