@@ -567,11 +567,13 @@ fn count(bytes: isize) {
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Allocation) -> *mut u8 {
         count(layout.size() as isize);
+        // SAFETY: the caller keeps to the contract of `GlobalAlloc`, which is passed on.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Allocation) {
         count(-(layout.size() as isize));
+        // SAFETY: the caller keeps to the contract of `GlobalAlloc`, which is passed on.
         unsafe { System.dealloc(pointer, layout) }
     }
 }
