@@ -1,5 +1,5 @@
-//! Claims about fetching models: what is asked of a hub, what is kept in the cache, and what is refused how. The hub is a
-//! server in this process; its files, and how it misbehaves, are each test's own.
+//! Claims about fetching models: what is asked of a hub, what is kept in the cache, and what is refused how. The hub is
+//! a server in this process; its files, and how it misbehaves, are each test's own.
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -247,8 +247,8 @@ fn create_parent(path: &Path) -> Result<(), Error> {
     }
 }
 
-/// Whether the locked file still has a name: Python removes its lock files when it is done, and a lock on one that is gone
-/// keeps nobody out.
+/// Whether the locked file still has a name: Python removes its lock files when it is done, and a lock on one that is
+/// gone keeps nobody out.
 #[cfg(unix)]
 fn is_linked(file: &File) -> bool {
     use std::os::unix::fs::MetadataExt;

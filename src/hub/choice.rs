@@ -199,7 +199,7 @@ mod tests {
 
     #[test]
     fn an_index_names_shards_beside_it_and_nothing_else() {
-        let index = br#"{"metadata": {}, "weight_map": {"a": "m-2.safetensors", "b": "m-1.safetensors", "c": "m-2.safetensors"}}"#;
+        let index = br#"{"weight_map": {"a": "m-2.safetensors", "b": "m-1.safetensors", "c": "m-2.safetensors"}}"#;
         let names: Vec<String> = shards("a/b", index).unwrap().iter().map(FileName::to_string).collect();
         assert_eq!(names, ["m-1.safetensors", "m-2.safetensors"]);
         for bad in [

@@ -27,21 +27,26 @@ pub enum Error {
     NoCacheDirectory,
 
     #[error(
-        "HF_HUB_OFFLINE is set, and {model} is not in the cache {}: unset it, or fetch the model where there is a network",
+        "HF_HUB_OFFLINE is set, and {model} is not in the cache {}: unset it, or fetch the model where there is a \
+         network",
         cache.display()
     )]
     Offline { model: String, cache: PathBuf },
     #[error(
-        "cannot reach {origin} ({reason}): check the network, HTTPS_PROXY if there is a proxy, and HF_ENDPOINT if it is set"
+        "cannot reach {origin} ({reason}): check the network, HTTPS_PROXY if there is a proxy, and HF_ENDPOINT if it \
+         is set"
     )]
     NoConnection { origin: String, reason: String },
     #[error("the connection to {origin} broke: {reason}")]
     Broken { origin: String, reason: String },
-    #[error("{origin} was silent for {} s; HF_HUB_DOWNLOAD_TIMEOUT=SECONDS waits longer", patience.as_secs_f64().ceil())]
+    #[error(
+        "{origin} was silent for {} s; HF_HUB_DOWNLOAD_TIMEOUT=SECONDS waits longer",
+        patience.as_secs_f64().ceil()
+    )]
     Silent { origin: String, patience: Duration },
     #[error(
-        "the certificate of {origin} is not accepted ({reason}). If it should be, install the system's certificates (on Debian the package \
-         ca-certificates), or name the file of your network's own authority in SSL_CERT_FILE"
+        "the certificate of {origin} is not accepted ({reason}). If it should be, install the system's certificates \
+         (on Debian the package ca-certificates), or name the file of your network's own authority in SSL_CERT_FILE"
     )]
     Certificate { origin: String, reason: String },
     #[error("HTTP cannot be set up: {reason}")]
@@ -112,8 +117,8 @@ pub enum Error {
     #[error("{file} would have {} or more, and {} are the most that is taken", size(*bytes), size(*limit))]
     TooLarge { file: String, bytes: u64, limit: u64 },
     #[error(
-        "{file} arrived damaged twice (its SHA-256 is {found} instead of {expected}): a proxy on the way may change it; \
-         nothing was kept"
+        "{file} arrived damaged twice (its SHA-256 is {found} instead of {expected}): a proxy on the way may change \
+         it; nothing was kept"
     )]
     Damaged {
         file: String,
@@ -161,12 +166,12 @@ impl Error {
 fn unauthorized(repository: &str, endpoint: &str, credential: Credential, message: &str) -> String {
     match credential {
         Credential::None => format!(
-            "{endpoint} knows no public model {repository}: check the name; if it is private, set HF_TOKEN to a token that may \
-             read it ({endpoint}/settings/tokens)"
+            "{endpoint} knows no public model {repository}: check the name; if it is private, set HF_TOKEN to a token \
+             that may read it ({endpoint}/settings/tokens)"
         ),
         Credential::Sent => format!(
-            "{endpoint} does not let this token read {repository}{message}: check the name, and HF_TOKEN or the file it was \
-             read from"
+            "{endpoint} does not let this token read {repository}{message}: check the name, and HF_TOKEN or the file \
+             it was read from"
         ),
         Credential::Withheld => withheld(repository, endpoint),
     }
@@ -175,12 +180,12 @@ fn unauthorized(repository: &str, endpoint: &str, credential: Credential, messag
 fn gated(repository: &str, endpoint: &str, credential: Credential) -> String {
     match credential {
         Credential::None => format!(
-            "{repository} is gated: accept its terms at {endpoint}/{repository}, then set HF_TOKEN to a token of that account \
-             ({endpoint}/settings/tokens)"
+            "{repository} is gated: accept its terms at {endpoint}/{repository}, then set HF_TOKEN to a token of that \
+             account ({endpoint}/settings/tokens)"
         ),
         Credential::Sent => format!(
-            "{repository} is gated, and the account of this token has no access: accept its terms at {endpoint}/{repository}, \
-             and see that the token may read gated models"
+            "{repository} is gated, and the account of this token has no access: accept its terms at \
+             {endpoint}/{repository}, and see that the token may read gated models"
         ),
         Credential::Withheld => withheld(repository, endpoint),
     }
@@ -188,8 +193,8 @@ fn gated(repository: &str, endpoint: &str, credential: Credential) -> String {
 
 fn withheld(repository: &str, endpoint: &str) -> String {
     format!(
-        "{endpoint} gives {repository} to those with a token only, and yours was not sent over an unencrypted connection: \
-         set HF_ENDPOINT to an https:// address"
+        "{endpoint} gives {repository} to those with a token only, and yours was not sent over an unencrypted \
+         connection: set HF_ENDPOINT to an https:// address"
     )
 }
 

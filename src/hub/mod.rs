@@ -1,11 +1,11 @@
 //! Models from the hub (huggingface.co, or a mirror of it): a name becomes a directory on this machine.
 //!
-//! Files lie in the cache of Python's huggingface_hub, in its layout: what either has fetched, the other finds. A model that is
-//! there as a whole is taken without asking anyone; to see where a branch is now, remove its file under `refs/`, or name a
-//! commit. Native only, and apart from the model's files, which do not know where they came from.
+//! Files lie in the cache of Python's huggingface_hub, in its layout: what either has fetched, the other finds. A model
+//! that is there as a whole is taken without asking anyone; to see where a branch is now, remove its file under
+//! `refs/`, or name a commit. Native only, and apart from the model's files, which do not know where they came from.
 //!
-//! [`name`]: what is asked for. [`settings`]: where and as whom. `choice`: which files a model is made of. `remote`: the
-//! requests. `transfer`: a file's way into the cache. `cache`: its layout.
+//! [`name`]: what is asked for. [`settings`]: where and as whom. `choice`: which files a model is made of. `remote`:
+//! the requests. `transfer`: a file's way into the cache. `cache`: its layout.
 
 mod cache;
 mod choice;
@@ -87,8 +87,8 @@ impl Hub {
         Self { settings }
     }
 
-    /// Finds a model in the cache, or fetches what is missing of it. What has arrived of a file stays when this is dropped or
-    /// the process ends, and the next call goes on from there.
+    /// Finds a model in the cache, or fetches what is missing of it. What has arrived of a file stays when this is
+    /// dropped or the process ends, and the next call goes on from there.
     ///
     /// # Errors
     /// [`Error`] says what to do.

