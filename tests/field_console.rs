@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use sflllm::data::Tokenizer;
 use sflllm::model::adapter::Adapter;
-use sflllm::model::config::Config;
+use sflllm::model::architecture::Architecture;
 use sflllm::model::rounds::RoundsTable;
 
 /// Generous: a machine may be slow. Nothing is asserted about time but where a process must end at once.
@@ -164,7 +164,7 @@ fn object(path: &Path) -> Value {
 }
 
 fn has_adapter(run: &Path) -> bool {
-    let config = Config::from_json(include_str!("../assets/demo/config.json")).unwrap();
+    let config = Architecture::from_json(include_str!("../assets/demo/config.json")).unwrap();
     Adapter::load(&run.join("adapter"), &config).is_ok()
 }
 
@@ -645,8 +645,8 @@ fn a_byte_order_mark_before_json_is_no_fault() {
     let marked = |text: &str| format!("\u{feff}{text}");
     let config = include_str!("../assets/demo/config.json");
     assert_eq!(
-        Config::from_json(&marked(config)).unwrap(),
-        Config::from_json(config).unwrap()
+        Architecture::from_json(&marked(config)).unwrap(),
+        Architecture::from_json(config).unwrap()
     );
     let tokenizer = include_str!("../assets/demo/tokenizer.json");
     let plain = Tokenizer::from_json(tokenizer.as_bytes(), None).unwrap();
