@@ -19,7 +19,10 @@ const BATCH: usize = 4;
 const CUT: usize = 1;
 
 fn first_batch(source: &Source) -> Batch {
-    let options = source.data_options(source.config.positions, false);
+    let options = source.data_options(
+        source.config.positions,
+        &sflllm::cli::options::ReadingOptions::default(),
+    );
     let data = Dataset::read(DEMO_TRAIN, "demo", source.tokenize(), &options).unwrap();
     pass(&data.examples, BATCH, source.config.positions)
         .unwrap()

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use sflllm::compute::Engine;
-use sflllm::data::{Tokenize, Tokenizer};
+use sflllm::data::{Dataset, Options, Tokenize, Tokenizer};
 use sflllm::model::adapter::{Adapter, LoraSpec, Target};
 use sflllm::model::architecture::Architecture;
 use sflllm::model::weights::{Holding, Weights};
@@ -281,6 +281,85 @@ fn browser_token_ids_are_the_native_ones() {
     assert_eq!(found.len(), texts.len());
     for (text, ids) in texts.iter().zip(found) {
         assert_eq!(ids, native.encode(text).unwrap(), "{text:?}");
+    }
+}
+
+#[test]
+fn browser_conversations_are_the_native_ones() {
+    let Some(programs) = programs() else { return };
+    let run = tempfile::tempdir().unwrap();
+    let server = Server::start(run.path(), 1, 1, 1);
+    let chromium = Chromium::start(&programs, NO_GPU);
+    chromium.open(&server.origin);
+
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let json = |name: &str| -> Value { serde_json::from_slice(&fs::read(root.join(name)).unwrap()).unwrap() };
+    let (conversations, expected) = (
+        json("tests/fixtures/chat/conversations.json"),
+        json("tests/fixtures/chat/expected.json"),
+    );
+    let demo = json("assets/demo/tokenizer.json");
+    let size = Tokenizer::from_json(demo.to_string().as_bytes(), None)
+        .unwrap()
+        .vocab_size();
+    for (name, expected) in expected.as_object().unwrap() {
+        let mut tokenizer = demo.clone();
+        let special = ["bos_token", "eos_token", "end_of_turn"].map(|token| expected[token].as_str());
+        let mut special: Vec<&str> = special.into_iter().flatten().collect();
+        special.sort_unstable();
+        special.dedup();
+        for (index, content) in special.iter().enumerate() {
+            tokenizer["added_tokens"].as_array_mut().unwrap().push(json!({
+                "id": size + index, "content": content, "special": true, "single_word": false, "lstrip": false,
+                "rstrip": false, "normalized": false}));
+        }
+        let id = |token: &str| Some(size + special.iter().position(|known| expected[token] == *known)?);
+        let template = fs::read_to_string(root.join(format!("tests/fixtures/chat/{name}.jinja"))).unwrap();
+        let settings = json!({"chat_template": template, "eos": id("eos_token"), "bos": id("bos_token")});
+        // Settings come last.
+        let plain = tokenizer.to_string();
+        let served = format!("{},\"sflllm\":{settings}}}", plain.strip_suffix('}').unwrap());
+        let native = Tokenizer::from_json(served.as_bytes(), None).unwrap();
+        let (seq, vocab) = (200, size + special.len());
+        let mut lines: Vec<String> = Vec::new();
+        for (case, messages) in conversations.as_object().unwrap() {
+            let roles = |role: &str| {
+                messages
+                    .as_array()
+                    .unwrap()
+                    .iter()
+                    .any(|message| message["role"] == role)
+            };
+            if expected["rendered"][case].get("error").is_none() && roles("assistant") {
+                lines.push(json!({ "messages": messages }).to_string());
+            }
+        }
+        lines.push(json!({"prompt": "a prompt", "completion": " and what follows"}).to_string());
+        let file = lines.join("\n");
+        let options = Options::new(seq, vocab);
+        let data = Dataset::read(file.as_bytes(), "talk.jsonl", Some(&native), &options).unwrap();
+
+        let found = chromium.asynchronous_script(
+            "const [tokenizer, file, seq, vocab, done] = arguments;
+             (async () => {
+               const { default: init, DataReader } = await import('/sflllm.js');
+               await init({ module_or_path: '/sflllm_bg.wasm' });
+               const { readExamples } = await import('/codec.js');
+               const bytes = (text) => new TextEncoder().encode(text);
+               const reader = new DataReader(bytes(file), 'talk.jsonl', seq, vocab);
+               await readExamples(reader, bytes(tokenizer), undefined, () => {});
+               const examples = [];
+               for (let example; (example = reader.example(examples.length)); ) examples.push(example.map((part) => [...part]));
+               return examples;
+             })().then(done, (error) => done(String(error.message ?? error)));",
+            json!([served, file, seq, vocab]),
+        );
+        let found: Vec<(Vec<u32>, Vec<i32>)> =
+            serde_json::from_value(found.clone()).unwrap_or_else(|_| panic!("{name}: the page answered {found}"));
+        assert_eq!(found.len(), data.examples.len(), "{name}");
+        for ((line, native), (ids, labels)) in lines.iter().zip(data.examples).zip(found) {
+            assert_eq!((ids, labels), (native.ids, native.labels), "{name}: {line}");
+        }
     }
 }
 

@@ -47,7 +47,10 @@ const MODULES: &[(&str, &[&str])] = &[
 const CRATES: &[(&str, &[&str])] = &[
     ("wgpu", &["compute"]),
     ("safetensors", &["model"]),
-    ("tokenizers", &["data/tokenizer.rs"]),
+    ("tokenizers", &["data/tokenizer"]),
+    ("minijinja", &["data/template.rs"]),
+    ("minijinja_contrib", &["data/template.rs"]),
+    ("csv", &["data/reader/table.rs"]),
     ("web_sys", &["client/web.rs"]),
     ("wasm_bindgen", &["client/web.rs"]),
     ("wasm_bindgen_futures", &["client/web.rs"]),

@@ -54,11 +54,7 @@ fn adapter(config: &Architecture) -> Adapter {
 }
 
 fn examples(config: &Architecture) -> Vec<Example> {
-    let options = Options {
-        seq: config.positions,
-        vocab: config.vocab,
-        skip_bad_lines: false,
-    };
+    let options = Options::new(config.positions, config.vocab);
     Dataset::load(&fixture().join("data.jsonl"), None, &options)
         .unwrap()
         .examples

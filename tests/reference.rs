@@ -49,11 +49,7 @@ impl Fixture {
             .join("tests/fixtures")
             .join(case);
         let config = Architecture::load(&dir.join("model")).unwrap();
-        let options = Options {
-            seq: config.positions,
-            vocab: config.vocab,
-            skip_bad_lines: false,
-        };
+        let options = Options::new(config.positions, config.vocab);
         Self {
             weights: Weights::open(&dir.join("model"), &config).unwrap(),
             adapter: Adapter::load(&dir.join("adapter"), &config).unwrap(),

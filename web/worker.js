@@ -5,12 +5,10 @@
 
 import init, { EdgeClient, openDevice } from './sflllm.js';
 import { fetchBlob, forgetBlob } from './blob.js';
-import { Tokenizer } from './vendor/tokenizers/tokenizers.min.mjs';
+import { readExamples } from './codec.js';
 
 // Demo text is dealt out in this many parts, so that tabs on one text still bring different examples.
 const DEMO_PARTS = 4;
-// How long tokenising may keep the Worker from answering the server.
-const SLICE_MILLISECONDS = 50;
 // A device that keeps being lost is no use.
 const MOST_RESTARTS = 2;
 
@@ -260,10 +258,19 @@ class Run {
   async readText(tokenizerFile, endToken, signal) {
     this.show('loading', 'Reading the text');
     const { name, bytes } = await this.readSource(signal);
-    const texts = this.client.parseData(bytes, name);
-    const ids = texts.length > 0 ? await this.tokenise(texts, tokenizerFile, endToken) : null;
-    signal.throwIfAborted();
-    this.client.assembleData(ids?.flat ?? new Uint32Array(), ids?.lengths ?? new Uint32Array(), ids?.end);
+    const reader = this.client.readData(bytes, name);
+    try {
+      const progress = (done, total) => {
+        signal.throwIfAborted();
+        say('loading', { done, total, unit: 'texts' });
+      };
+      await readExamples(reader, tokenizerFile, endToken, progress);
+      signal.throwIfAborted();
+    } catch (error) {
+      reader.free();
+      throw error;
+    }
+    this.client.takeData(reader);
   }
 
   async readSource(signal) {
@@ -277,32 +284,6 @@ class Run {
     const lines = text.split('\n').filter((line, index) => line && index % DEMO_PARTS === part);
     this.count(0, text.length);
     return { name: 'the demo text', bytes: new TextEncoder().encode(lines.join('\n')) };
-  }
-
-  // Ids of all texts one after the other, and how many each has.
-  async tokenise(texts, file, endToken) {
-    if (!file) throw new Error('the server has no tokenizer.json; only files of token ids can be used');
-    const tokenizer = new Tokenizer(JSON.parse(new TextDecoder().decode(file)), {});
-    const lengths = new Uint32Array(texts.length);
-    const parts = [];
-    let from = performance.now();
-    for (const [index, text] of texts.entries()) {
-      const { ids } = tokenizer.encode(text, { add_special_tokens: false });
-      lengths[index] = ids.length;
-      parts.push(ids);
-      if (performance.now() - from > SLICE_MILLISECONDS) {
-        say('loading', { done: index, total: texts.length, unit: 'texts' });
-        await new Promise((resolve) => setTimeout(resolve));
-        from = performance.now();
-      }
-    }
-    const flat = new Uint32Array(lengths.reduce((sum, length) => sum + length, 0));
-    let at = 0;
-    for (const ids of parts) {
-      flat.set(ids, at);
-      at += ids.length;
-    }
-    return { flat, lengths, end: tokenizer.token_to_id('<|endoftext|>') ?? endToken };
   }
 }
 

@@ -15,7 +15,7 @@ use crate::model::central::Central;
 use crate::model::workspace::Extent;
 
 use super::console;
-use super::options::{DeviceOptions, OutputOptions};
+use super::options::{DeviceOptions, OutputOptions, ReadingOptions};
 use super::source::{DEMO_TRAIN, Source};
 use crate::model::weights::Holding;
 use crate::terms::format::Format;
@@ -130,7 +130,7 @@ const STEPS: [(&str, usize); 2] = [("step/demo.central/4", 4), ("step/demo.centr
 
 fn bench_step(engine: &Engine, id: &str, batch: usize) -> anyhow::Result<Row> {
     let source = Source::demo(Holding::As(Format::F16))?;
-    let options = source.data_options(source.config.positions, false);
+    let options = source.data_options(source.config.positions, &ReadingOptions::default());
     let data = Dataset::read(DEMO_TRAIN, "demo", source.tokenize(), &options)?;
     let batch = pass(&data.examples, batch, source.config.positions)?
         .next()

@@ -320,19 +320,17 @@ impl Trainee {
 
 /// Reads a file, or the demo's own data where none is given.
 fn read(source: &Source, path: Option<&Path>, demo: (&[u8], &str), options: &Options) -> anyhow::Result<Dataset> {
-    let (seq, skip) = (
-        options.batches.seq(source.config.positions)?,
-        options.batches.skip_bad_lines,
-    );
+    let seq = options.batches.seq(source.config.positions)?;
+    let reading = &options.batches.reading;
     match path {
-        Some(path) => source.data(path, seq, skip, options.output.quiet),
+        Some(path) => source.data(path, seq, reading, options.output.quiet),
         None if options.model.model == ModelName::Demo => {
             let (bytes, name) = demo;
             Ok(Dataset::read(
                 bytes,
                 name,
                 source.tokenize(),
-                &source.data_options(seq, skip),
+                &source.data_options(seq, reading),
             )?)
         }
         None => bail!("give --data and --valid: only the demo model brings its own"),
@@ -400,7 +398,8 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         options.target_loss.is_none_or(|loss| loss.is_finite() && loss > 0.0),
         "--target-loss must be a number above 0"
     );
-    let source = Source::open(&options.model.model, options.model.weights, options.output.quiet)?;
+    let source = Source::open(&options.model.model, options.model.weights, options.output.quiet)?
+        .with_reading(&options.batches.reading)?;
     let adapted = targets(&source.config, options.targets.as_deref())?;
     let mut ranks = options.ranks.clone();
     ranks.sort_unstable();

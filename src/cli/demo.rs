@@ -9,11 +9,11 @@ use serde_json::json;
 
 use super::console;
 use super::generate::{Sampling, Writer, prompt_ids};
-use super::options::{DeviceOptions, OutputOptions};
+use super::options::{DeviceOptions, OutputOptions, ReadingOptions};
 use super::serve::{Hosting, conclude, host, model, token};
 use super::source::{DEMO_TRAIN, DEMO_VALID, Source};
 use crate::compute::Engine;
-use crate::data::{Dataset, Sharding, Tokenize};
+use crate::data::{Dataset, Sharding};
 use crate::model::adapter::{Adapter, LoraSpec};
 use crate::model::weights::Holding;
 use crate::server::store::RunDirectory;
@@ -111,7 +111,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
             bytes,
             name,
             source.tokenize(),
-            &source.data_options(training.seq, false),
+            &source.data_options(training.seq, &ReadingOptions::default()),
         )
     };
     let train = read(DEMO_TRAIN, "train.txt")?;
@@ -230,7 +230,7 @@ fn write(
         weights,
         adapter,
         source.config.positions,
-        Some(tokenizer.eos()?),
+        tokenizer,
     )?;
     meanings
         .iter()

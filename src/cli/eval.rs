@@ -10,7 +10,7 @@ use crate::model::workspace::Extent;
 use crate::split::Evaluation;
 
 use super::console::{self, Bar};
-use super::options::{DeviceOptions, ModelOptions, OutputOptions};
+use super::options::{DeviceOptions, ModelOptions, OutputOptions, ReadingOptions};
 use super::source::Source;
 
 /// Loss and perplexity of a model, with or without an adapter, on a data file.
@@ -24,7 +24,7 @@ pub struct Options {
     /// A PEFT adapter directory
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
-    /// The data: JSON lines, `meaning||reference` lines, or plain text
+    /// The data: JSON lines or a JSON list, CSV, `meaning||reference` lines, or plain text
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
     /// Examples computed at a time; does not change the result
@@ -33,9 +33,8 @@ pub struct Options {
     /// Longest window, in tokens; the model's positions if not given
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..=1_048_576))]
     pub seq: Option<u32>,
-    /// Leave out lines that cannot be read, and count them
-    #[arg(long)]
-    pub skip_bad_lines: bool,
+    #[command(flatten)]
+    pub reading: ReadingOptions,
     #[command(flatten)]
     pub device: DeviceOptions,
     #[command(flatten)]
@@ -43,14 +42,15 @@ pub struct Options {
 }
 
 pub fn run(options: Options) -> anyhow::Result<()> {
-    let source = Source::open(&options.model.model, options.model.weights, options.output.quiet)?;
+    let source = Source::open(&options.model.model, options.model.weights, options.output.quiet)?
+        .with_reading(&options.reading)?;
     let positions = source.config.positions;
     let seq = options.seq.map_or(positions, |seq| seq as usize);
     anyhow::ensure!(
         seq <= positions,
         "--seq {seq} is longer than the model's {positions} positions"
     );
-    let data = source.data(&options.data, seq, options.skip_bad_lines, options.output.quiet)?;
+    let data = source.data(&options.data, seq, &options.reading, options.output.quiet)?;
     let adapter = options.adapter.as_deref().map(|dir| source.adapter(dir)).transpose()?;
     let engine = options.device.engine()?;
     let batches = pass(&data.examples, options.batch as usize, seq)?;

@@ -2,36 +2,58 @@
 
 use std::path::PathBuf;
 
+use anyhow::Context;
 use clap::Args;
 use rand::{RngExt, SeedableRng};
 
 use crate::compute::Engine;
-use crate::data::{Tokenize, Tokenizer};
+use crate::data::chat::ASSISTANT;
+use crate::data::reader::conversation;
+use crate::data::{Conversation, Message, Tokenize, Tokenizer};
 use crate::model::adapter::Adapter;
 use crate::model::architecture::Architecture;
 use crate::model::generation::Generator;
 use crate::model::stack::StackWeights;
 
 use super::console;
-use super::options::{DeviceOptions, ModelOptions, OutputOptions};
+use super::options::{DeviceOptions, ModelOptions, OutputOptions, ReadingOptions};
 use super::source::Source;
 
 /// Text from a prompt.
 #[derive(Args, Debug)]
 #[command(after_help = "\
-Example:
+Examples:
   sflllm generate --adapter runs/mine/adapter --prompt 'place: Red Acorn; kind: tea room||'
+  sflllm generate --model path/to/instruct --chat --system 'Be brief.' --prompt 'Name three fruits.'
 
-A prompt that ends in `||` is a meaning, as in `meaning||reference` data: what follows is its reference.")]
+A prompt that ends in `||` is a meaning, as in `meaning||reference` data: what follows is its reference. With --chat, or with the
+messages of a file, the model's chat template writes what is asked, and the answer follows.")]
 pub struct Options {
     #[command(flatten)]
     pub model: ModelOptions,
     /// A PEFT adapter directory
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
-    /// The text to go on from
-    #[arg(long, value_name = "TEXT")]
-    pub prompt: String,
+    /// The text to go on from; with --chat, what the user says
+    #[arg(
+        long,
+        value_name = "TEXT",
+        required_unless_present = "messages",
+        conflicts_with = "messages"
+    )]
+    pub prompt: Option<String>,
+    /// Answer as a chat model does
+    #[arg(long, conflicts_with = "messages")]
+    pub chat: bool,
+    /// Said to the model before anything else
+    #[arg(long, value_name = "TEXT", requires = "chat")]
+    pub system: Option<String>,
+    /// Answer the last message of this JSON file: a list of messages with role and content, or an object with `messages`
+    #[arg(long, value_name = "FILE")]
+    pub messages: Option<PathBuf>,
+    /// Write conversations by this Jinja file instead of the model's own chat template; chatml is the common ChatML
+    #[arg(long, value_name = "FILE|chatml")]
+    pub chat_template: Option<String>,
     /// Longest continuation, in tokens
     #[arg(long, value_name = "N", default_value_t = 60)]
     pub max_tokens: usize,
@@ -81,16 +103,48 @@ pub fn prompt_ids(tokenizer: &Tokenizer, prompt: &str) -> anyhow::Result<Vec<u32
             ids.push(tokenizer.eos()?);
             ids
         }
-        None => tokenizer.encode(prompt)?,
+        None => tokenizer.prompt(prompt)?,
     };
     anyhow::ensure!(!ids.is_empty(), "--prompt is empty; give some text to go on from");
     Ok(ids)
 }
 
+/// Ids of what the options ask, and the tokens that end the answer.
+fn asked(tokenizer: &Tokenizer, options: &Options) -> anyhow::Result<(Vec<u32>, Vec<u32>)> {
+    let conversation = match (&options.messages, &options.prompt) {
+        (Some(file), _) => {
+            let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+            let conversation = conversation(&text).with_context(|| format!("{} is not usable", file.display()))?;
+            anyhow::ensure!(
+                conversation.messages.last().is_some_and(|last| last.role != ASSISTANT),
+                "{} ends with the assistant's own message: leave that out, and it is written anew",
+                file.display()
+            );
+            conversation
+        }
+        (None, Some(prompt)) if options.chat => Conversation {
+            messages: options
+                .system
+                .iter()
+                .map(|system| Message::new("system", system))
+                .chain([Message::new("user", prompt)])
+                .collect(),
+            tools: None,
+        },
+        (None, prompt) => {
+            let ids = prompt_ids(tokenizer, prompt.as_deref().unwrap_or_default())?;
+            return Ok((ids, tokenizer.stop_ids().to_vec()));
+        }
+    };
+    Ok(tokenizer.chat_prompt(&conversation)?)
+}
+
 /// A model ready to write.
 pub struct Writer {
     generator: Generator,
-    eos: Option<u32>,
+    /// Ids that have a token: an embedding may have more rows.
+    writable: Vec<u32>,
+    stop: Vec<u32>,
 }
 
 impl Writer {
@@ -101,16 +155,23 @@ impl Writer {
         weights: StackWeights,
         adapter: Option<&Adapter>,
         capacity: usize,
-        eos: Option<u32>,
+        tokenizer: &Tokenizer,
     ) -> anyhow::Result<Self> {
         Ok(Self {
             generator: Generator::new(engine, model, weights, adapter, capacity.min(model.positions))?,
-            eos,
+            writable: (0..model.vocab as u32).filter(|&id| tokenizer.has(id)).collect(),
+            stop: tokenizer.stop_ids().to_vec(),
         })
     }
 
-    /// Continues `prompt` until the end-of-text token, `max_tokens` or the end of the room; `each` sees every new id, and an error
-    /// of its ends the text.
+    /// Ends texts at these tokens instead of those that the tokenizer's files name.
+    pub fn stop_at(mut self, stop: Vec<u32>) -> Self {
+        self.stop = stop;
+        self
+    }
+
+    /// Continues `prompt` until a token that ends the text, `max_tokens` or the end of the room; `each` sees every new id, and an
+    /// error of its ends the text.
     pub fn write(
         &mut self,
         prompt: &[u32],
@@ -128,8 +189,8 @@ impl Writer {
         let mut logits = pollster::block_on(self.generator.extend(prompt))?;
         let mut ids = Vec::new();
         while ids.len() < sampling.max_tokens {
-            let next = choose(&logits, sampling, &mut rng)?;
-            if Some(next) == self.eos {
+            let next = choose(&logits, &self.writable, sampling, &mut rng)?;
+            if self.stop.contains(&next) {
                 break;
             }
             ids.push(next);
@@ -143,13 +204,13 @@ impl Writer {
     }
 }
 
-/// The next token for `logits` (vocab).
-fn choose(logits: &[f32], sampling: &Sampling, rng: &mut impl RngExt) -> anyhow::Result<u32> {
+/// The next token for `logits` (vocab), one of `writable`.
+fn choose(logits: &[f32], writable: &[u32], sampling: &Sampling, rng: &mut impl RngExt) -> anyhow::Result<u32> {
     anyhow::ensure!(
         logits.iter().all(|logit| logit.is_finite()),
         "the model's output is not finite: the weights or the adapter are broken"
     );
-    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+    let mut order = writable.to_vec();
     let by_logit = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]);
     if sampling.temperature <= 0.0 {
         return order
@@ -188,14 +249,19 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         "--temperature {} must be a number of at least 0",
         options.temperature
     );
-    let source = Source::open(&options.model.model, options.model.weights, options.output.quiet)?;
-    let prompt = prompt_ids(source.tokenizer()?, &options.prompt)?;
+    let reading = ReadingOptions {
+        chat_template: options.chat_template.clone(),
+        ..ReadingOptions::default()
+    };
+    let source = Source::open(&options.model.model, options.model.weights, options.output.quiet)?.with_reading(&reading)?;
+    let (prompt, stop) = asked(source.tokenizer()?, &options)?;
     let adapter = options.adapter.as_deref().map(|dir| source.adapter(dir)).transpose()?;
     let engine = options.device.engine()?;
     let weights = source.load(&engine)?;
-    let eos = source.tokenizer()?.eos().ok();
     let capacity = prompt.len().saturating_add(options.max_tokens);
-    let mut writer = Writer::new(&engine, &source.config, weights, adapter.as_ref(), capacity, eos)?;
+    let tokenizer = source.tokenizer()?;
+    let mut writer =
+        Writer::new(&engine, &source.config, weights, adapter.as_ref(), capacity, tokenizer)?.stop_at(stop);
     let sampling = Sampling {
         max_tokens: options.max_tokens,
         temperature: options.temperature,
@@ -208,27 +274,12 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         console::print(serde_json::json!({"prompt": options.prompt, "text": tokenizer.decode(&ids)?, "ids": ids}))?;
         return Ok(());
     }
-    // Byte-level tokens may end inside a character: print what is complete.
-    let mut shown = 0;
-    let mut ids = Vec::new();
-    let mut print = |ids: &[u32], all: bool| -> anyhow::Result<()> {
-        let text = tokenizer.decode(ids).unwrap_or_default();
-        let complete = if all {
-            text.len()
-        } else {
-            text.trim_end_matches('\u{fffd}').len()
-        };
-        if complete > shown && text.is_char_boundary(shown) {
-            console::print_part(&text[shown..complete])?;
-            shown = complete;
-        }
+    let mut text = tokenizer.decode_stream();
+    writer.write(&prompt, &sampling, |id| {
+        // Every id that is drawn has a token.
+        console::print_part(text.push(id).unwrap_or_default())?;
         Ok(())
-    };
-    let written = writer.write(&prompt, &sampling, |id| {
-        ids.push(id);
-        print(&ids, false)
     })?;
-    print(&written, true)?;
-    console::print("")?;
+    console::print(text.finish()?)?;
     Ok(())
 }

@@ -8,7 +8,7 @@ use tokio::sync::watch;
 
 use super::console::{self, Console};
 use super::interrupt;
-use super::options::{DeviceOptions, OutputOptions};
+use super::options::{DeviceOptions, OutputOptions, ReadingOptions};
 use crate::client::native::{self, Report, Settings, Source};
 use crate::disk::Claim;
 use crate::model::peft::{CONFIG_FILE, TENSOR_FILE};
@@ -26,7 +26,7 @@ machine and give it with --ca FILE, or accept any certificate with --insecure-tl
 pub struct Options {
     /// The server's address or join link, such as https://192.168.1.20:8443
     pub url: JoinLink,
-    /// Text to train on: JSON lines, `meaning||reference` lines or plain text
+    /// The data: JSON lines or a JSON list, CSV, `meaning||reference` lines, or plain text
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
     /// Join token, unless the link has it after #t=
@@ -44,9 +44,8 @@ pub struct Options {
     /// Save the client's side of the averaged adapter here, in PEFT's form, after every round
     #[arg(long, value_name = "DIR")]
     pub adapter_out: Option<PathBuf>,
-    /// Leave out lines that cannot be read, instead of stopping at the first
-    #[arg(long)]
-    pub skip_bad_lines: bool,
+    #[command(flatten)]
+    pub reading: ReadingOptions,
     #[command(flatten)]
     pub device: DeviceOptions,
     #[command(flatten)]
@@ -82,7 +81,9 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         engine,
         source: Source::File {
             path: options.data,
-            skip_bad_lines: options.skip_bad_lines,
+            skip_bad_lines: options.reading.skip_bad_lines,
+            chat_template: options.reading.chat_template()?,
+            columns: options.reading.columns.unwrap_or_default(),
         },
         cache: transport::cache_directory()?,
         adapter_out: options.adapter_out.clone(),

@@ -2,10 +2,13 @@
 
 use std::path::PathBuf;
 
+use anyhow::Context;
 use clap::Args;
 
 use super::source::ModelName;
 use crate::compute::{Engine, Selection};
+use crate::data::Columns;
+use crate::data::tokenizer::CHATML_NAME;
 use crate::model::adapter::{AdapterError, LoraSpec, Target};
 use crate::model::architecture::{Architecture, Family};
 use crate::model::weights::Holding;
@@ -174,9 +177,34 @@ pub struct BatchOptions {
     /// Take the examples in the file's order
     #[arg(long)]
     pub no_shuffle: bool,
+    #[command(flatten)]
+    pub reading: ReadingOptions,
+}
+
+/// How data files are to be understood.
+#[derive(Args, Clone, Debug, Default)]
+pub struct ReadingOptions {
     /// Leave out lines that cannot be read, and count them
     #[arg(long)]
     pub skip_bad_lines: bool,
+    /// Which columns of a table, or fields of JSON, are what: prompt=question,completion=answer, or text=body
+    #[arg(long, value_name = "NAMES")]
+    pub columns: Option<Columns>,
+    /// Write conversations by this Jinja file instead of the model's own chat template; chatml is the common ChatML
+    #[arg(long, value_name = "FILE|chatml")]
+    pub chat_template: Option<String>,
+}
+
+impl ReadingOptions {
+    /// The chat template to use instead of the model's: its text, or `chatml`.
+    pub fn chat_template(&self) -> anyhow::Result<Option<String>> {
+        match self.chat_template.as_deref() {
+            None | Some(CHATML_NAME) => Ok(self.chat_template.clone()),
+            Some(file) => std::fs::read_to_string(file)
+                .map(Some)
+                .with_context(|| format!("--chat-template {file} cannot be read; give a Jinja file, or {CHATML_NAME}")),
+        }
+    }
 }
 
 /// What `--seq` is without being given, where the model has as many positions.

@@ -214,12 +214,13 @@ struct Prepared {
 
 /// Reads model and data, and writes down what they are.
 fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Prepared> {
-    let source = Source::open(&options.model.model, options.model.weights, options.output.quiet)?;
+    let reading = &options.batches.reading;
+    let source =
+        Source::open(&options.model.model, options.model.weights, options.output.quiet)?.with_reading(reading)?;
     let BatchOptions {
         batch,
         seed,
         no_shuffle,
-        skip_bad_lines,
         ..
     } = options.batches;
     let seq = options.batches.seq(source.config.positions)?;
@@ -251,7 +252,7 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
     if options.per_client_split && options.plan_method != Method::Best {
         bail!("--per-client-split needs --plan-method best; the others have one cut for all clients");
     }
-    let read = |path: &PathBuf| source.data(path, seq, skip_bad_lines, options.output.quiet);
+    let read = |path: &PathBuf| source.data(path, seq, reading, options.output.quiet);
     let valid = options.valid.as_ref().map(read).transpose()?;
     let data = options.data.iter().map(read).collect::<anyhow::Result<Vec<_>>>()?;
     let describe = |path: &PathBuf, data: &Dataset| json!({ "file": path, "summary": data.summary });

@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 
 use super::console;
 use crate::compute::Engine;
+use crate::data::tokenizer::Settings;
 use crate::data::{Dataset, Tokenizer};
 use crate::hub;
 use crate::model::adapter::Adapter;
@@ -20,6 +21,8 @@ use crate::model::gguf::model::GgufModel;
 use crate::model::gguf::tokenizer::GgufTokenizer;
 use crate::model::stack::StackWeights;
 use crate::model::weights::{HeldUnits, Holding, UnitSource, Weights};
+
+use super::options::ReadingOptions;
 
 const DEMO_CONFIG: &str = include_str!("../../assets/demo/config.json");
 const DEMO_WEIGHTS: &[u8] = include_bytes!("../../assets/demo/model.safetensors");
@@ -207,6 +210,29 @@ fn hash_file(digest: &mut Sha256, path: &Path) -> anyhow::Result<()> {
 }
 
 /// The same values held otherwise are another model to those who take part in a run.
+/// The tokenizer of a GGUF file with what the file says of it.
+fn tokenizer_of(found: GgufTokenizer, model_eos: Option<u32>) -> anyhow::Result<Tokenizer> {
+    let added: serde_json::Value = serde_json::from_str(&found.json).context("the tokenizer of a GGUF file")?;
+    let text = |id: Option<u32>| {
+        let tokens = added["added_tokens"].as_array()?;
+        let token = tokens.iter().find(|token| token["id"].as_u64() == id.map(u64::from))?;
+        token["content"].as_str().map(str::to_owned)
+    };
+    let named = [("bos_token", found.bos), ("eos_token", found.eos)];
+    let settings = Settings {
+        eos: found.eos,
+        bos: found.bos,
+        add_bos: Some(found.add_bos),
+        stop: found.stop,
+        named_tokens: named
+            .into_iter()
+            .filter_map(|(name, id)| Some((name.to_owned(), text(id)?)))
+            .collect(),
+        chat_template: found.chat_template,
+    };
+    Ok(Tokenizer::with_settings(found.json.as_bytes(), settings, model_eos)?)
+}
+
 fn begin_digest(holding: Holding) -> Sha256 {
     Sha256::new().chain_update(holding.to_string())
 }
@@ -263,7 +289,7 @@ impl Source {
         }
         let mut digest = begin_digest(holding);
         hash_file(&mut digest, file)?;
-        let tokenizer = Tokenizer::from_json(tokenizer.json.as_bytes(), tokenizer.eos.or(config.eos))?;
+        let tokenizer = tokenizer_of(tokenizer, config.eos)?;
         tokenizer.check_vocabulary(config.vocab)?;
         let name = file.file_stem().unwrap_or(file.as_os_str());
         Ok(Self {
@@ -309,9 +335,18 @@ impl Source {
         })
     }
 
+    /// The model with the chat template that the user asks for instead of its own.
+    pub fn with_reading(mut self, reading: &ReadingOptions) -> anyhow::Result<Self> {
+        if let Some(template) = reading.chat_template()? {
+            let tokenizer = self.tokenizer()?.clone();
+            self.tokenizer = Some(tokenizer.with_chat_template(&template)?);
+        }
+        Ok(self)
+    }
+
     /// Reads a data file with this model's tokenizer; says on stderr what was read.
-    pub fn data(&self, path: &Path, seq: usize, skip_bad_lines: bool, quiet: bool) -> anyhow::Result<Dataset> {
-        let options = self.data_options(seq, skip_bad_lines);
+    pub fn data(&self, path: &Path, seq: usize, reading: &ReadingOptions, quiet: bool) -> anyhow::Result<Dataset> {
+        let options = self.data_options(seq, reading);
         let data = Dataset::load(path, self.tokenize(), &options)?;
         if !quiet {
             console::say(format!("{}: {}", path.display(), data.summary));
@@ -320,12 +355,11 @@ impl Source {
     }
 
     /// How data is read for this model.
-    pub fn data_options(&self, seq: usize, skip_bad_lines: bool) -> crate::data::Options {
+    pub fn data_options(&self, seq: usize, reading: &ReadingOptions) -> crate::data::Options {
         crate::data::Options {
-            // An example of seq + 1 tokens fills seq input positions.
-            seq,
-            vocab: self.config.vocab,
-            skip_bad_lines,
+            skip_bad_lines: reading.skip_bad_lines,
+            columns: reading.columns.clone().unwrap_or_default(),
+            ..crate::data::Options::new(seq, self.config.vocab)
         }
     }
 

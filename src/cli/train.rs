@@ -37,7 +37,7 @@ pub struct Options {
     pub optimizer: OptimizerOptions,
     #[command(flatten)]
     pub batches: BatchOptions,
-    /// The data: JSON lines, `meaning||reference` lines, or plain text
+    /// The data: JSON lines or a JSON list, CSV, `meaning||reference` lines, or plain text
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
     /// Evaluated before and after training
@@ -82,15 +82,15 @@ fn evaluate(
 pub fn run(options: Options) -> anyhow::Result<()> {
     let quiet = options.output.quiet;
     let mut directory = RunDirectory::create(options.out.as_deref(), "train")?;
-    let source = Source::open(&options.model.model, options.model.weights, quiet)?;
+    let reading = &options.batches.reading;
+    let source = Source::open(&options.model.model, options.model.weights, quiet)?.with_reading(reading)?;
     let seq = options.batches.seq(source.config.positions)?;
     let batch = options.batches.batch as usize;
-    let skip = options.batches.skip_bad_lines;
-    let data = source.data(&options.data, seq, skip, quiet)?;
+    let data = source.data(&options.data, seq, reading, quiet)?;
     let valid = options
         .valid
         .as_deref()
-        .map(|path| source.data(path, seq, skip, quiet))
+        .map(|path| source.data(path, seq, reading, quiet))
         .transpose()?;
     let adapter = match &options.lora.init_adapter {
         Some(dir) => source.adapter(dir)?,

@@ -174,12 +174,8 @@ impl Plan {
     }
 
     /// How to read data for this run.
-    pub fn data_options(&self, skip_bad_lines: bool) -> data::Options {
-        data::Options {
-            seq: self.training.seq,
-            vocab: self.config.vocab,
-            skip_bad_lines,
-        }
+    pub fn data_options(&self) -> data::Options {
+        data::Options::new(self.training.seq, self.config.vocab)
     }
 
     /// Whether examples made for `other` serve this plan as well.

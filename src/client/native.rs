@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::{Held, Learner, Loader, Plan, capabilities};
 use crate::compute::Engine;
-use crate::data::{Dataset, Example, Summary as DataSummary, Tokenize, Tokenizer};
+use crate::data::{self, Columns, Dataset, Example, Summary as DataSummary, Tokenize, Tokenizer};
 use crate::model::adapter::Adapter;
 use crate::protocol::message::{Assignment, Blob, Gradient, PROTOCOL_VERSION, RoundResult};
 use crate::protocol::{
@@ -72,7 +72,13 @@ impl Error {
 #[derive(Clone, Debug)]
 pub enum Source {
     /// Read and tokenised here, with the server's tokenizer.
-    File { path: PathBuf, skip_bad_lines: bool },
+    File {
+        path: PathBuf,
+        skip_bad_lines: bool,
+        columns: Columns,
+        /// Used instead of the server's chat template; `chatml`, or a template's text.
+        chat_template: Option<String>,
+    },
     /// Examples already made with this run's tokenizer.
     Examples(Vec<Example>),
 }
@@ -333,11 +339,22 @@ fn load(
     let (examples, summary) = match (loader.take_data(), source) {
         (Some(examples), _) => (examples, None),
         (None, Source::Examples(examples)) => (examples.clone(), None),
-        (None, Source::File { path, skip_bad_lines }) => {
+        (
+            None,
+            Source::File {
+                path,
+                skip_bad_lines,
+                columns,
+                chat_template,
+            },
+        ) => {
             let tokenizer = match tokenizer {
                 Some(tokenizer) => {
-                    let tokenizer =
+                    let mut tokenizer =
                         Tokenizer::from_json(&read(tokenizer)?, plan.config.eos).map_err(super::Error::from)?;
+                    if let Some(template) = chat_template {
+                        tokenizer = tokenizer.with_chat_template(template).map_err(super::Error::from)?;
+                    }
                     tokenizer
                         .check_vocabulary(plan.config.vocab)
                         .map_err(super::Error::from)?;
@@ -346,8 +363,12 @@ fn load(
                 None => None,
             };
             let tokenize = tokenizer.as_ref().map(|tokenizer| tokenizer as &dyn Tokenize);
-            let data =
-                Dataset::load(path, tokenize, &plan.data_options(*skip_bad_lines)).map_err(super::Error::from)?;
+            let options = data::Options {
+                skip_bad_lines: *skip_bad_lines,
+                columns: columns.clone(),
+                ..plan.data_options()
+            };
+            let data = Dataset::load(path, tokenize, &options).map_err(super::Error::from)?;
             (data.examples, Some(data.summary))
         }
     };

@@ -1,20 +1,28 @@
 //! Text into examples, examples into batches.
 //!
-//! `reader` recognises the file formats, `tokenizer` turns text into ids (natively; a browser hands over ids it
-//! made itself), `batch` pads, shuffles and remembers where a run stands, `shard` divides examples among
-//! clients. Nothing here knows a model beyond its vocabulary size and longest sequence.
+//! `reader` recognises the file formats, `chat` lays conversations out and says what of them is learned, `template`
+//! runs chat templates and `tokenizer` turns text into ids (both natively; a browser does them in JavaScript), `batch`
+//! pads, shuffles and remembers where a run stands, `shard` divides examples among clients. Nothing here knows a model
+//! beyond its vocabulary size and longest sequence.
 
 pub mod batch;
+pub mod chat;
+pub mod json;
 pub mod reader;
 pub mod shard;
+#[cfg(not(target_arch = "wasm32"))]
+pub mod template;
 #[cfg(not(target_arch = "wasm32"))]
 pub mod tokenizer;
 
 pub use batch::{Batch, Batches, Cursor, pass};
-pub use reader::{Dataset, Document, Format, Options, Summary, Tokenize};
+pub use chat::{Conversation, Message, Render};
+pub use reader::{Columns, Dataset, Document, Encoded, Format, Marks, Options, Summary, Tokenize};
 pub use shard::Sharding;
 #[cfg(not(target_arch = "wasm32"))]
-pub use tokenizer::Tokenizer;
+pub use template::Template;
+#[cfg(not(target_arch = "wasm32"))]
+pub use tokenizer::{DecodeStream, Tokenizer};
 
 /// The label of a position that is not learned.
 pub const IGNORED: i32 = -100;
@@ -35,6 +43,17 @@ impl Example {
     }
 }
 
+/// What is wrong with one line, element or row, in words that follow its place.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Flaw(String);
+
+impl Flaw {
+    pub fn new(reason: impl Into<String>) -> Self {
+        Self(reason.into())
+    }
+}
+
 /// Why data, or the tokenizer for it, was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
@@ -42,6 +61,14 @@ pub enum DataError {
     Read { path: String, r#source: std::io::Error },
     #[error("{file}, line {line}: {reason} (--skip-bad-lines leaves such lines out)")]
     BadLine { file: String, line: usize, reason: String },
+    #[error("{file} is {what} and cannot be read as it is: {advice}")]
+    NotText {
+        file: String,
+        what: &'static str,
+        advice: &'static str,
+    },
+    #[error("{file}, line {line}: {reason}")]
+    Broken { file: String, line: usize, reason: String },
     #[error("{name} holds no example to learn from{}", .why.as_deref().map(|why| format!(": {why}")).unwrap_or_default())]
     NoExamples { name: String, why: Option<String> },
     #[error("{option} {reason}")]
@@ -54,6 +81,12 @@ pub enum DataError {
         "{file} holds text, and the model has no tokenizer for it: put tokenizer.json, or vocab.json and merges.txt, beside its weights"
     )]
     NoTokenizer { file: String },
+    #[error(
+        "{file} is {format} of conversations, and the model has no chat template to write them by: give one with --chat-template FILE, or the common ChatML with --chat-template chatml"
+    )]
+    NoTemplate { file: String, format: Format },
+    #[error("the chat template cannot be used: {reason} (--chat-template FILE gives another)")]
+    Template { reason: String },
     #[error("{file} is not a usable tokenizer file: {reason}")]
     Tokenizer { file: String, reason: String },
     #[error(
@@ -61,7 +94,9 @@ pub enum DataError {
         .tokenizer - 1
     )]
     VocabularyMismatch { tokenizer: usize, model: usize },
-    #[error("the tokenizer has no <|endoftext|> token and config.json names no eos_token_id")]
+    #[error(
+        "no file of the model names its end-of-text token (eos_token in tokenizer_config.json, eos_token_id in config.json), and the tokenizer has no <|endoftext|>"
+    )]
     NoEndToken,
     #[error("cannot tokenise {text:?}: {reason}")]
     Encode { text: String, reason: String },
