@@ -6,8 +6,6 @@
 use std::io::Cursor;
 use std::sync::{Arc, Mutex};
 
-use serde::Deserialize;
-
 use super::architecture::{Architecture, ArchitectureError, Family};
 use super::archive::{Archive, ArchiveError, Source};
 use super::ends::embedding::{Embedding, RowSource, Rows};
@@ -491,7 +489,7 @@ fn as_held(layout: Layout, name: &str, values: &mut [f32]) -> Result<(), Weights
 /// File names of the shards in an index, each once, in order.
 #[cfg(not(target_arch = "wasm32"))]
 fn shard_names(index: &str) -> Result<Vec<String>, WeightsError> {
-    #[derive(Deserialize)]
+    #[derive(serde::Deserialize)]
     struct Index {
         weight_map: std::collections::BTreeMap<String, String>,
     }
