@@ -253,7 +253,8 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         chat_template: options.chat_template.clone(),
         ..ReadingOptions::default()
     };
-    let source = Source::open(&options.model.model, options.model.weights, options.output.quiet)?.with_reading(&reading)?;
+    let source =
+        Source::open(&options.model.model, options.model.weights, options.output.quiet)?.with_reading(&reading)?;
     let (prompt, stop) = asked(source.tokenizer()?, &options)?;
     let adapter = options.adapter.as_deref().map(|dir| source.adapter(dir)).transpose()?;
     let engine = options.device.engine()?;
