@@ -8,6 +8,7 @@ const DECODE_ROWS: u32 = 1u;        // rows there are, at most 4
 const DECODE_WORKGROUP: u32 = 64u;
 const DECODE_COLUMNS: u32 = 4u;     // transposed: columns of a workgroup
 const DECODE_OCTETS: u32 = 4u;      // not transposed: octets of columns of a workgroup
+const DECODE_LANES: u32 = 8u;       // _decode_registers: invocations of a workgroup
 const DECODE_PARTS: u32 = DECODE_WORKGROUP / DECODE_COLUMNS;
 const DECODE_SLICES: u32 = DECODE_WORKGROUP / DECODE_OCTETS;
 
@@ -30,7 +31,8 @@ fn dot_octets(left: Octet, right: Octet) -> f32 {
     return dot(left.low, right.low) + dot(left.high, right.high);
 }
 
-// Dot products of a column of a transposed weight with each row of x, over every `step`th octet of inner elements from `first` on.
+// Dot products of a column of a transposed weight with each row of x, over every `step`th octet of inner elements from `first`
+// on.
 fn column_sums(column: u32, first: u32, step: u32) -> vec4<f32> {
     var sums = vec4(0.0);
     for (var k = first * 8u; k < params.inner; k += step * 8u) {
@@ -46,7 +48,8 @@ fn column_sums(column: u32, first: u32, step: u32) -> vec4<f32> {
 fn lora_at(row: u32, column: u32) -> f32 {
     var sum = 0.0;
     for (var r = 0u; r < params.rank; r += 1u) {
-        sum = fma(u[row * params.rank + r], adapter[params.lora_offset + column * params.lora_column + r * params.lora_rank], sum);
+        let at = params.lora_offset + column * params.lora_column + r * params.lora_rank;
+        sum = fma(u[row * params.rank + r], adapter[at], sum);
     }
     return params.lora_scale * sum;
 }
@@ -155,13 +158,13 @@ fn product_decode(
     }
 }
 
-@compute @workgroup_size(REGISTER_LANES)
+@compute @workgroup_size(DECODE_LANES)
 fn product_decode_registers(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let index = (group.x + group.y * groups.x) * REGISTER_LANES + lane;
+    let index = (group.x + group.y * groups.x) * DECODE_LANES + lane;
     if W_TRANSPOSED {
         if index < params.columns {
             var sums = column_sums(index, 0u, 1u);
@@ -240,13 +243,13 @@ fn product_gelu_decode(
     }
 }
 
-@compute @workgroup_size(REGISTER_LANES)
+@compute @workgroup_size(DECODE_LANES)
 fn product_gelu_decode_registers(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let index = (group.x + group.y * groups.x) * REGISTER_LANES + lane;
+    let index = (group.x + group.y * groups.x) * DECODE_LANES + lane;
     if W_TRANSPOSED {
         if index < params.columns {
             var sums = column_sums(index, 0u, 1u);

@@ -1,10 +1,10 @@
 // Frozen weights in any format. A part, not a family: what is concatenated with it declares the buffer `w: array<u32>` and a
-// function `weight_layout()`. Rows count from the layout's first row; a quad is four neighbouring columns from a multiple of 4 on,
-// an octet eight from a multiple of 8 on, both zero past the end of a row.
+// function `weight_layout()`. Rows count from the layout's first row; a quad is four neighbouring columns from a multiple of 4
+// on, an octet eight from a multiple of 8 on, both zero past the end of a row.
 //
-// f32: a value a word. f16: two halves a word over the whole matrix. q8 and q4 have groups of 32 columns, the last of a row padded
-// with zero codes: first the codes of all rows, 8 or 4 words a group, then the scales, q8's one half a group, q4's a half scale and a
-// half minimum a group. A q8 value is scale * code, a q4 value scale * code + minimum.
+// f32: a value a word. f16: two halves a word over the whole matrix. q8 and q4 have groups of 32 columns, the last of a row
+// padded with zero codes: first the codes of all rows, 8 or 4 words a group, then the scales, q8's one half a group, q4's a half
+// scale and a half minimum a group. A q8 value is scale * code, a q4 value scale * code + minimum.
 
 const W_FORMAT: u32 = 1u;       // 0 f32, 1 f16, 2 q8, 3 q4
 const W_ALIGNED: bool = false;  // rows are multiples of 4 long

@@ -1,5 +1,5 @@
-//! The ways to run the products on a device: five for each contract, entry points of `shaders/matmul.wgsl` and
-//! `shaders/matmul_decode.wgsl`.
+//! The ways to run the products on a device: five for each contract, entry points of
+//! `shaders/matmul_tiled.wgsl`, `matmul_registers.wgsl` and `matmul_decode.wgsl`, which share `matmul.wgsl`.
 
 use super::{BACKWARD_X, FORWARD, FORWARD_GELU, ProductParams};
 use crate::compute::kernel::Constants;
@@ -12,7 +12,7 @@ const TILE: u32 = 64;
 /// Rows an invocation of the register kernels computes, as `REGISTER_ROWS` in the shader.
 const REGISTER_ROWS: u32 = 8;
 
-/// Invocations in a workgroup of the kernels without workgroup memory, as `REGISTER_LANES` in the shader.
+/// Invocations in a workgroup of the register kernels, as `REGISTER_LANES` in the shader.
 const REGISTER_LANES: u32 = 8;
 
 /// Columns a workgroup of the register kernels computes: 8 for each of its invocations.
@@ -20,6 +20,9 @@ const REGISTER_COLUMNS: u32 = 8 * REGISTER_LANES;
 
 /// Most rows of the decode kernels.
 const DECODE_ROWS: u32 = 4;
+
+/// Invocations in a workgroup of `product_decode_registers`, as `DECODE_LANES` in the shader.
+const DECODE_LANES: u32 = 8;
 
 /// Columns a workgroup of the decode kernels computes, as `DECODE_COLUMNS` in the shader for a transposed weight; and 8 for each
 /// octet of a row of a weight that is not.
@@ -84,19 +87,19 @@ fn decode_grid(params: &ProductParams) -> [u32; 3] {
 /// An invocation computes a column of a transposed weight, an octet of columns of another.
 fn decode_registers_grid(params: &ProductParams) -> [u32; 3] {
     let columns = if params.transposed != 0 { 1 } else { 8 };
-    linear_workgroups(params.columns.div_ceil(columns) as usize, REGISTER_LANES)
+    linear_workgroups(params.columns.div_ceil(columns) as usize, DECODE_LANES)
 }
 
 variant! {
     /// 64×64 tiles in workgroup memory, at every shape.
-    pub(super) static FORWARD_TILED = FORWARD, "tiled", ["weight", "matmul"], "product", ProductParams,
+    pub(super) static FORWARD_TILED = FORWARD, "tiled", ["weight", "matmul", "matmul_tiled"], "product", ProductParams,
     constants: |params| product_constants(params),
     grid: |params| tiled_grid(params),
 }
 
 variant! {
     /// Tiles, activations loaded in fours.
-    pub(super) static FORWARD_VEC4 = FORWARD, "vec4", ["weight", "matmul"], "product_vec4", ProductParams,
+    pub(super) static FORWARD_VEC4 = FORWARD, "vec4", ["weight", "matmul", "matmul_tiled"], "product_vec4", ProductParams,
     fits: |profile, params| vec4_fits(profile, params),
     constants: |params| product_constants(params),
     grid: |params| tiled_grid(params),
@@ -104,7 +107,7 @@ variant! {
 
 variant! {
     /// 8×8 values an invocation, without workgroup memory.
-    pub(super) static FORWARD_REGISTERS = FORWARD, "registers", ["weight", "matmul"], "product_registers", ProductParams,
+    pub(super) static FORWARD_REGISTERS = FORWARD, "registers", ["weight", "matmul", "matmul_registers"], "product_registers", ProductParams,
     fits: |profile, params| registers_fit(profile, params),
     constants: |params| product_constants(params),
     grid: |params| registers_grid(params),
@@ -129,14 +132,14 @@ variant! {
 
 variant! {
     /// 64×64 tiles in workgroup memory, at every shape.
-    pub(super) static FORWARD_GELU_TILED = FORWARD_GELU, "tiled", ["weight", "matmul"], "product_gelu", ProductParams,
+    pub(super) static FORWARD_GELU_TILED = FORWARD_GELU, "tiled", ["weight", "matmul", "matmul_tiled"], "product_gelu", ProductParams,
     constants: |params| product_constants(params),
     grid: |params| tiled_grid(params),
 }
 
 variant! {
     /// Tiles, activations loaded in fours.
-    pub(super) static FORWARD_GELU_VEC4 = FORWARD_GELU, "vec4", ["weight", "matmul"], "product_gelu_vec4", ProductParams,
+    pub(super) static FORWARD_GELU_VEC4 = FORWARD_GELU, "vec4", ["weight", "matmul", "matmul_tiled"], "product_gelu_vec4", ProductParams,
     fits: |profile, params| vec4_fits(profile, params),
     constants: |params| product_constants(params),
     grid: |params| tiled_grid(params),
@@ -144,7 +147,7 @@ variant! {
 
 variant! {
     /// 8×8 values an invocation, without workgroup memory.
-    pub(super) static FORWARD_GELU_REGISTERS = FORWARD_GELU, "registers", ["weight", "matmul"], "product_gelu_registers",
+    pub(super) static FORWARD_GELU_REGISTERS = FORWARD_GELU, "registers", ["weight", "matmul", "matmul_registers"], "product_gelu_registers",
     ProductParams,
     fits: |profile, params| registers_fit(profile, params),
     constants: |params| product_constants(params),
@@ -170,14 +173,14 @@ variant! {
 
 variant! {
     /// 64×64 tiles in workgroup memory, at every shape.
-    pub(super) static BACKWARD_X_TILED = BACKWARD_X, "tiled", ["weight", "matmul"], "product", ProductParams,
+    pub(super) static BACKWARD_X_TILED = BACKWARD_X, "tiled", ["weight", "matmul", "matmul_tiled"], "product", ProductParams,
     constants: |params| product_constants(params),
     grid: |params| tiled_grid(params),
 }
 
 variant! {
     /// Tiles, activations loaded in fours.
-    pub(super) static BACKWARD_X_VEC4 = BACKWARD_X, "vec4", ["weight", "matmul"], "product_vec4", ProductParams,
+    pub(super) static BACKWARD_X_VEC4 = BACKWARD_X, "vec4", ["weight", "matmul", "matmul_tiled"], "product_vec4", ProductParams,
     fits: |profile, params| vec4_fits(profile, params),
     constants: |params| product_constants(params),
     grid: |params| tiled_grid(params),
@@ -185,7 +188,7 @@ variant! {
 
 variant! {
     /// 8×8 values an invocation, without workgroup memory.
-    pub(super) static BACKWARD_X_REGISTERS = BACKWARD_X, "registers", ["weight", "matmul"], "product_registers", ProductParams,
+    pub(super) static BACKWARD_X_REGISTERS = BACKWARD_X, "registers", ["weight", "matmul", "matmul_registers"], "product_registers", ProductParams,
     fits: |profile, params| registers_fit(profile, params),
     constants: |params| product_constants(params),
     grid: |params| registers_grid(params),
