@@ -1,10 +1,10 @@
-//! Split federated fine-tuning of GPT-2-style language models across the devices people already have (SflLLM,
-//! arXiv 2504.14667).
+//! Split federated fine-tuning of language models (GPT-2, Llama and SmolLM2, Qwen2, Qwen3) across the devices people already have
+//! (SflLLM, arXiv 2504.14667).
 //!
 //! The model is cut at a block. Edge clients, browser tabs and native processes, run the embedding and the blocks below the cut
 //! with LoRA adapters; the main server runs the rest, the head and the loss; the federated server averages the clients' adapters.
-//! Every kernel is hand-written WGSL, run by wgpu natively and by WebGPU in a browser, and specified by a CPU reference that is
-//! also an engine of its own.
+//! Every kernel is hand-written WGSL, run by wgpu natively and by WebGPU in a browser, and specified by plain loops that the variants
+//! for devices and the functions of the CPU engine are held against.
 //!
 //! # The modules, and who may use whom
 //!
@@ -25,9 +25,9 @@
 //!
 //! * [`terms`]: the words that all layers share: wire form, weight format, optimiser settings, moments, speed, phases, ids.
 //! * [`compute`]: buffers, recordings, and the GPU and CPU engines that replay them; the only module that names wgpu.
-//! * [`kernels`]: one file per shader: params, launchers, CPU references.
-//! * [`model`]: configuration, files, LoRA, the recording of a transformer's passes, the optimiser; what a step costs, and how many
-//!   rounds a rank was measured to need.
+//! * [`kernels`]: contracts with their specifications, the variants that run them, launchers.
+//! * [`model`]: architectures, files (safetensors, GGUF, PEFT), LoRA, the recording of a transformer's passes, the optimiser,
+//!   generation; what a step costs, and how many rounds a rank was measured to need.
 //! * [`split`]: the client's and the server's side of the cut, and what crosses it.
 //! * [`federated`]: the weighted mean of adapters.
 //! * [`protocol`]: messages and state machines of client, main server and federated server, without sockets or clocks.
