@@ -12,6 +12,7 @@ use super::recording::{Buffer, Command, Recording, Storage};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Runs {
     Host,
+    #[cfg(not(target_arch = "wasm32"))]
     Specification,
 }
 
@@ -65,6 +66,7 @@ fn run_command(command: &Command, runs: Runs) {
             }
             let compute = match runs {
                 Runs::Host => dispatch.contract.host,
+                #[cfg(not(target_arch = "wasm32"))]
                 Runs::Specification => dispatch.contract.spec,
             };
             compute(&dispatch.params, &mut operands);

@@ -84,7 +84,8 @@ pub struct Contract {
     pub bindings: &'static [Binding],
     pub fields: &'static [Field],
     pub params_size: usize,
-    /// The specification in plain loops.
+    /// The specification in plain loops. The browser's bundle has no use for it.
+    #[cfg(not(target_arch = "wasm32"))]
     pub spec: Computation,
     /// How the CPU engine computes it: vectorised and on all cores where that pays.
     pub host: Computation,
@@ -337,6 +338,7 @@ macro_rules! contract {
             ],
             fields: <$params as $crate::compute::kernel::Params>::FIELDS,
             params_size: std::mem::size_of::<$params>(),
+            #[cfg(not(target_arch = "wasm32"))]
             spec: $crate::contract!(@erased $label, $params, [$($binding: $access $ty),*], $spec),
             host: $crate::contract!(@erased $label, $params, [$($binding: $access $ty),*], $host),
             variants: &[$(&$variant),*],

@@ -92,6 +92,7 @@ impl Engine {
     }
 
     /// A CPU engine that runs the specifications in place of the host functions: slow, and what all else is held against.
+    #[cfg(not(target_arch = "wasm32"))]
     pub fn specification() -> Self {
         Self {
             backend: Arc::new(Backend::Cpu(cpu::Runs::Specification)),

@@ -29,7 +29,7 @@ const ALIGNMENT_KEY: &str = "general.alignment";
 #[derive(Debug, thiserror::Error)]
 pub enum GgufError {
     #[error("cannot read {file}: {source}")]
-    Read { file: String, source: std::io::Error },
+    Read { file: String, r#source: std::io::Error },
     #[error("{file} is not a GGUF file: it does not begin with the letters GGUF")]
     Magic { file: String },
     #[error(
@@ -91,7 +91,7 @@ pub enum GgufError {
     Format {
         file: String,
         tensor: String,
-        source: FormatError,
+        r#source: FormatError,
     },
 }
 
