@@ -144,7 +144,7 @@ pub enum Error {
         missing: Option<u64>,
     },
     #[error("{}: {source}", path.display())]
-    Cache { path: PathBuf, source: io::Error },
+    Cache { path: PathBuf, r#source: io::Error },
 }
 
 impl Error {
