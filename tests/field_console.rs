@@ -446,6 +446,7 @@ fn runs_without_a_name_go_beside_each_other() {
 // A terminal that closes, a service manager that stops its services: what was trained is saved.
 
 /// A program that is started without minding a hangup (`nohup`) does not mind it, and what it starts neither.
+#[expect(clippy::print_stderr, reason = "the test harness takes it")]
 fn requests_to_end() -> Vec<&'static str> {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

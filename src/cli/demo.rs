@@ -1,6 +1,7 @@
 //! `sflllm demo`: the whole thing on one machine. Two clients in this process and any tab that joins fine-tune the demo model;
 //! texts before and after show what it learned.
 
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -42,6 +43,8 @@ const UNTRAINED: Sampling = Sampling {
     max_tokens: SAMPLE_TOKENS,
     temperature: 0.8,
     top_k: 40,
+    top_p: 1.0,
+    repetition_penalty: 1.0,
     seed: 1,
 };
 
@@ -236,7 +239,7 @@ fn write(
         .iter()
         .map(|meaning| {
             let prompt = prompt_ids(tokenizer, &format!("{meaning}||"))?;
-            let ids = writer.write(&prompt, &sampling, |_| Ok(()))?;
+            let ids = writer.write(&prompt, &sampling, |_| Ok(ControlFlow::Continue(())))?.ids;
             tokenizer
                 .decode(&ids)
                 .context("the model wrote something its tokenizer cannot read")

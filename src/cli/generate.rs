@@ -1,6 +1,9 @@
 //! `generate`: text from a prompt.
 
+use std::collections::BTreeSet;
+use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Args;
@@ -63,6 +66,15 @@ pub struct Options {
     /// Draw among this many likeliest tokens only; 0 for all
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub top_k: usize,
+    /// Draw among the likeliest tokens that have this probability together; 1 for all
+    #[arg(long, value_name = "F", default_value_t = 1.0)]
+    pub top_p: f32,
+    /// Make tokens that the text has already less likely: 1 leaves them alone, 1.1 is mild
+    #[arg(long, value_name = "F", default_value_t = 1.0)]
+    pub repetition_penalty: f32,
+    /// End the text before these words (repeatable)
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
     /// Seed of the draw
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
@@ -80,6 +92,11 @@ pub struct Sampling {
     pub temperature: f32,
     /// 0 is all.
     pub top_k: usize,
+    /// The likeliest tokens whose probabilities reach this are drawn from (nucleus sampling, arXiv 1904.09751); 1 is all.
+    pub top_p: f32,
+    /// Logits of tokens that the text has are divided by this where positive and multiplied where negative (CTRL, arXiv
+    /// 1909.05858, as transformers does it, prompt included); 1 is none.
+    pub repetition_penalty: f32,
     pub seed: u64,
 }
 
@@ -90,8 +107,76 @@ impl Sampling {
             max_tokens,
             temperature: 0.0,
             top_k: 0,
+            top_p: 1.0,
+            repetition_penalty: 1.0,
             seed: 0,
         }
+    }
+
+    fn checked(self) -> anyhow::Result<Self> {
+        anyhow::ensure!(
+            self.temperature.is_finite() && self.temperature >= 0.0,
+            "--temperature {} must be a number of at least 0",
+            self.temperature
+        );
+        anyhow::ensure!(
+            self.top_p > 0.0 && self.top_p <= 1.0,
+            "--top-p {} must be above 0 and at most 1",
+            self.top_p
+        );
+        anyhow::ensure!(
+            self.repetition_penalty.is_finite() && self.repetition_penalty > 0.0,
+            "--repetition-penalty {} must be a number above 0",
+            self.repetition_penalty
+        );
+        Ok(self)
+    }
+}
+
+/// What a [`Writer`] wrote.
+#[derive(Clone, Debug)]
+pub struct Written {
+    pub ids: Vec<u32>,
+    /// From the end of the prompt.
+    pub elapsed: Duration,
+}
+
+impl Written {
+    /// Tokens per second once the prompt was read; none where nothing was written.
+    pub fn tokens_per_s(&self) -> Option<f64> {
+        let seconds = self.elapsed.as_secs_f64();
+        (seconds > 0.0 && !self.ids.is_empty()).then(|| self.ids.len() as f64 / seconds)
+    }
+}
+
+/// Text that ends before any of some words: what may be the beginning of one is held back until it is known.
+struct Until<'a> {
+    stops: &'a [String],
+    held: String,
+    ended: bool,
+}
+
+impl<'a> Until<'a> {
+    fn new(stops: &'a [String]) -> Self {
+        Self {
+            stops,
+            held: String::new(),
+            ended: false,
+        }
+    }
+
+    /// What of the text with `piece` can be shown.
+    fn push(&mut self, piece: &str) -> String {
+        self.held.push_str(piece);
+        if let Some(at) = self.stops.iter().filter_map(|stop| self.held.find(stop.as_str())).min() {
+            self.ended = true;
+            self.held.truncate(at);
+            return std::mem::take(&mut self.held);
+        }
+        let begins = |at: &usize| self.stops.iter().any(|stop| stop.starts_with(&self.held[*at..]));
+        let keep = self.held.char_indices().map(|(at, _)| at).find(begins);
+        let held = self.held.split_off(keep.unwrap_or(self.held.len()));
+        std::mem::replace(&mut self.held, held)
     }
 }
 
@@ -170,14 +255,14 @@ impl Writer {
         self
     }
 
-    /// Continues `prompt` until a token that ends the text, `max_tokens` or the end of the room; `each` sees every new id, and an
-    /// error of its ends the text.
+    /// Continues `prompt` until a token that ends the text, `max_tokens` or the end of the room; `each` sees every new id, and
+    /// its `Break` or error ends the text.
     pub fn write(
         &mut self,
         prompt: &[u32],
         sampling: &Sampling,
-        mut each: impl FnMut(u32) -> anyhow::Result<()>,
-    ) -> anyhow::Result<Vec<u32>> {
+        mut each: impl FnMut(u32) -> anyhow::Result<ControlFlow<()>>,
+    ) -> anyhow::Result<Written> {
         let room = self.generator.capacity();
         anyhow::ensure!(
             prompt.len() < room,
@@ -187,20 +272,38 @@ impl Writer {
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(sampling.seed);
         self.generator.truncate(0);
         let mut logits = pollster::block_on(self.generator.extend(prompt))?;
+        let start = Instant::now();
+        let mut seen: BTreeSet<u32> = prompt.iter().copied().collect();
         let mut ids = Vec::new();
         while ids.len() < sampling.max_tokens {
+            penalise(&mut logits, &seen, sampling.repetition_penalty);
             let next = choose(&logits, &self.writable, sampling, &mut rng)?;
             if self.stop.contains(&next) {
                 break;
             }
             ids.push(next);
-            each(next)?;
-            if self.generator.len() == room || ids.len() == sampling.max_tokens {
+            seen.insert(next);
+            if each(next)?.is_break() || self.generator.len() == room || ids.len() == sampling.max_tokens {
                 break;
             }
             logits = pollster::block_on(self.generator.extend(&[next]))?;
         }
-        Ok(ids)
+        Ok(Written {
+            ids,
+            elapsed: start.elapsed(),
+        })
+    }
+}
+
+fn penalise(logits: &mut [f32], seen: &BTreeSet<u32>, penalty: f32) {
+    for &id in seen {
+        if let Some(logit) = logits.get_mut(id as usize) {
+            *logit = if *logit > 0.0 {
+                *logit / penalty
+            } else {
+                *logit * penalty
+            };
+        }
     }
 }
 
@@ -226,10 +329,20 @@ fn choose(logits: &[f32], writable: &[u32], sampling: &Sampling, rng: &mut impl 
         .iter()
         .map(|&i| logits[i as usize])
         .fold(f32::NEG_INFINITY, f32::max);
-    let weights: Vec<f64> = order
-        .iter()
-        .map(|&i| f64::from((logits[i as usize] - top) / sampling.temperature).exp())
-        .collect();
+    let weight = |&i: &u32| f64::from((logits[i as usize] - top) / sampling.temperature).exp();
+    if sampling.top_p < 1.0 {
+        order.sort_unstable_by(by_logit);
+        let enough = f64::from(sampling.top_p) * order.iter().map(weight).sum::<f64>();
+        let mut reached = 0.0;
+        let count = order.iter().take_while(|id| {
+            let more = reached < enough;
+            reached += weight(id);
+            more
+        });
+        let count = count.count();
+        order.truncate(count);
+    }
+    let weights: Vec<f64> = order.iter().map(weight).collect();
     let mut left = rng.random::<f64>() * weights.iter().sum::<f64>();
     for (&id, weight) in order.iter().zip(&weights) {
         left -= weight;
@@ -244,10 +357,18 @@ fn choose(logits: &[f32], writable: &[u32], sampling: &Sampling, rng: &mut impl 
 }
 
 pub fn run(options: Options) -> anyhow::Result<()> {
+    let sampling = Sampling {
+        max_tokens: options.max_tokens,
+        temperature: options.temperature,
+        top_k: options.top_k,
+        top_p: options.top_p,
+        repetition_penalty: options.repetition_penalty,
+        seed: options.seed,
+    }
+    .checked()?;
     anyhow::ensure!(
-        options.temperature.is_finite() && options.temperature >= 0.0,
-        "--temperature {} must be a number of at least 0",
-        options.temperature
+        options.stop.iter().all(|stop| !stop.is_empty()),
+        "--stop is empty: name the words that end the text"
     );
     let reading = ReadingOptions {
         chat_template: options.chat_template.clone(),
@@ -263,24 +384,97 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let tokenizer = source.tokenizer()?;
     let mut writer =
         Writer::new(&engine, &source.config, weights, adapter.as_ref(), capacity, tokenizer)?.stop_at(stop);
-    let sampling = Sampling {
-        max_tokens: options.max_tokens,
-        temperature: options.temperature,
-        top_k: options.top_k,
-        seed: options.seed,
+    let mut stream = tokenizer.decode_stream();
+    let mut until = Until::new(&options.stop);
+    let mut text = String::new();
+    let mut show = |part: String| -> anyhow::Result<()> {
+        match options.output.json {
+            true => text.push_str(&part),
+            false => console::print_part(part)?,
+        }
+        Ok(())
     };
-    let tokenizer = source.tokenizer()?;
+    let written = writer.write(&prompt, &sampling, |id| {
+        // Every id that is drawn has a token.
+        show(until.push(&stream.push(id).unwrap_or_default()))?;
+        Ok(if until.ended {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        })
+    })?;
+    if !until.ended {
+        show(until.push(&stream.finish()?))?;
+        show(std::mem::take(&mut until.held))?;
+    }
     if options.output.json {
-        let ids = writer.write(&prompt, &sampling, |_| Ok(()))?;
-        console::print(serde_json::json!({"prompt": options.prompt, "text": tokenizer.decode(&ids)?, "ids": ids}))?;
+        console::print(serde_json::json!({
+            "prompt": options.prompt,
+            "text": text,
+            "ids": written.ids,
+            "tokens_per_s": written.tokens_per_s(),
+        }))?;
         return Ok(());
     }
-    let mut text = tokenizer.decode_stream();
-    writer.write(&prompt, &sampling, |id| {
-        // Every id that is drawn has a token.
-        console::print_part(text.push(id).unwrap_or_default())?;
-        Ok(())
-    })?;
-    console::print(text.finish()?)?;
+    console::print("")?;
+    if let Some(rate) = written.tokens_per_s().filter(|_| !options.output.quiet) {
+        console::say(format!("{} tokens, {rate:.1} per second", written.ids.len()));
+    }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shown(stops: &[&str], pieces: &[&str]) -> (Vec<String>, String, bool) {
+        let stops: Vec<String> = stops.iter().map(|&stop| stop.to_owned()).collect();
+        let mut until = Until::new(&stops);
+        let parts = pieces.iter().map(|piece| until.push(piece)).collect();
+        (parts, until.held, until.ended)
+    }
+
+    #[test]
+    fn a_text_ends_before_the_first_of_its_stops() {
+        let (parts, held, ended) = shown(&["END", "\n\n"], &["a E", "N", "vy\n", "\nmore"]);
+        assert_eq!((parts.concat().as_str(), held.as_str(), ended), ("a ENvy", "", true));
+        assert_eq!(parts[0], "a ", "what may begin a stop is held back");
+        let (parts, held, ended) = shown(&["é!"], &["caf", "é", "?", "é"]);
+        assert_eq!((parts.concat().as_str(), held.as_str(), ended), ("café?", "é", false));
+        let (parts, held, ended) = shown(&[], &["all", " of it"]);
+        assert_eq!(
+            (parts, held.as_str(), ended),
+            (vec!["all".to_owned(), " of it".to_owned()], "", false)
+        );
+    }
+
+    #[test]
+    fn a_draw_keeps_to_the_likeliest_tokens() {
+        // Probabilities 0.5, 0.25, 0.125, 0.125.
+        let logits = [0.5f32, 0.25, 0.125, 0.125].map(f32::ln);
+        let drawn = |top_k: usize, top_p: f32| -> BTreeSet<u32> {
+            let sampling = Sampling {
+                temperature: 1.0,
+                top_k,
+                top_p,
+                ..Sampling::greedy(1)
+            };
+            let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(3);
+            (0..400)
+                .map(|_| choose(&logits, &[0, 1, 2, 3], &sampling, &mut rng).unwrap())
+                .collect()
+        };
+        assert_eq!(drawn(0, 1.0), BTreeSet::from([0, 1, 2, 3]));
+        assert_eq!(drawn(0, 0.7), BTreeSet::from([0, 1]));
+        assert_eq!(drawn(0, 0.3), BTreeSet::from([0]));
+        assert_eq!(drawn(3, 1.0).len(), 3);
+        assert_eq!(drawn(1, 1.0), BTreeSet::from([0]));
+    }
+
+    #[test]
+    fn what_was_said_becomes_less_likely() {
+        let mut logits = [2.0, -2.0, 1.0];
+        penalise(&mut logits, &BTreeSet::from([0, 1, 9]), 2.0);
+        assert_eq!(logits, [1.0, -4.0, 1.0]);
+    }
 }

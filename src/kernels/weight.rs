@@ -1,5 +1,5 @@
 //! A frozen matrix on a device, as kernels take it: a range of the rows of a buffer in one of the formats of
-//! [`Format`](crate::terms::format::Format), and which way round it is stored. `shaders/weight.wgsl` reads it on devices.
+//! [`Format`], and which way round it is stored. `shaders/weight.wgsl` reads it on devices.
 
 use std::ops::Range;
 

@@ -174,7 +174,7 @@ impl Blobs {
     /// Blobs to be written into `directory`, which is made if it does not exist.
     ///
     /// # Errors
-    /// [`Error::File`].
+    /// [`disk::Error::File`].
     pub fn create(directory: &Path) -> Result<Self, Error> {
         fs::create_dir_all(directory).map_err(|error| Error::file("create", directory, error))?;
         Ok(Self {
@@ -186,7 +186,7 @@ impl Blobs {
     /// Writes one blob, without holding it in memory. `write` gives the contents.
     ///
     /// # Errors
-    /// [`Error::File`].
+    /// [`disk::Error::File`].
     pub fn add(&self, name: &str, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<Blob, Error> {
         let temporary = self.directory.join(format!(".{name}.tmp"));
         let fail = |error| {
@@ -258,7 +258,7 @@ impl<W: Write> Write for Hashing<W> {
 /// SHA-256 of a file's contents.
 ///
 /// # Errors
-/// [`Error::File`].
+/// [`disk::Error::File`].
 pub fn file_digest(path: &Path) -> Result<Digest, Error> {
     let fail = |error| Error::file("read", path, error);
     let mut file = fs::File::open(path).map_err(fail)?;

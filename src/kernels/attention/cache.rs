@@ -103,7 +103,7 @@ variant! {
 }
 
 contract! {
-    /// `out = softmax(scale · q·kᵀ) · v`, row i over the keys and values 0 ..= position[0] + i of the cache.
+    /// `out = softmax(scale · q·kᵀ) · v`, row i over the keys and values `0 ..= position[0] + i` of the cache.
     pub static CACHED = "attention.cached", CacheParams,
     [qkv: Read f32, cache: Read f32, position: Read u32, out: Write f32],
     spec: spec::cached, host: cached_host, variants: [CACHED_ROWS, CACHED_WORKGROUP]
@@ -147,7 +147,7 @@ pub fn append(recording: &mut Recording, params: CacheParams, qkv: &Buffer, posi
 }
 
 /// Records attention of new rows to the cache, which [`append`] has put them into: the queries of `qkv` (rows, (heads +
-/// 2·kv_heads)·head_size) to `out` (rows, heads·head_size). Row i attends to the tokens 0 ..= position[0] + i. The cost is that
+/// 2·kv_heads)·head_size) to `out` (rows, heads·head_size). Row i attends to the tokens `0 ..= position[0] + i`. The cost is that
 /// of a full cache.
 pub fn cached(
     recording: &mut Recording,

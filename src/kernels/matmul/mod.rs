@@ -2,9 +2,9 @@
 //! store: bias, residual, LoRA term, GELU, accumulation. Separate from [`lora`](super::lora), whose products are too thin for
 //! tiles, and the only family that multiplies by weights: the head's logits are a product with the token embedding.
 //!
-//! A weight is stored (inputs, outputs) or (outputs, inputs), in any [`Format`](crate::terms::format::Format), and either direction
+//! A weight is stored (inputs, outputs) or (outputs, inputs), in any [`Format`], and either direction
 //! multiplies by it or by its transpose: both are one contract's business, told apart by params. Which variant runs is in
-//! [`variants`]; the CPU engine's functions are in [`host`], the plain loops in [`spec`].
+//! the private module `variants`; the CPU engine's functions are in `host`, the plain loops in [`spec`].
 //!
 //! The ladder; figures of the CPU engine are per core-second (CPU time, on a shared AMD EPYC with AVX-512):
 //!
