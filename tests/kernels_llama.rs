@@ -2,9 +2,6 @@
 //! the specifications, which equal the published formulas, numbers that Hugging Face's Transformers gives, and finite
 //! differences in f64.
 
-// Numbers are written as they were computed elsewhere, digit for digit.
-#![expect(clippy::excessive_precision, clippy::type_complexity)]
-
 mod engines;
 
 use engines::{agree, assert_close, exact, finite_differences, floats, numbers, poisoned};
