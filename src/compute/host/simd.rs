@@ -28,6 +28,10 @@ pub(crate) trait Instructions {
     /// `out = scale · code + minimum`.
     fn decode_q4(codes: &[u32; Q4_CODE_WORDS], scale: f16, minimum: f16, out: &mut [f32; GROUP]);
 
+    /// The sum of lanes, of which there are 8 or a multiple: every eighth first, then halves of the eight sums. Compilers turn
+    /// that loop into scalar code.
+    fn sum<const LANES: usize>(lanes: [f32; LANES]) -> f32;
+
     /// `left · right + sum`, rounded once if [`FUSED`](Self::FUSED).
     #[inline(always)]
     fn multiply_add(left: f32, right: f32, sum: f32) -> f32 {
@@ -63,7 +67,7 @@ impl Simd {
 
     /// All that this machine has.
     #[cfg(test)]
-    pub(super) fn available() -> Vec<Self> {
+    pub(crate) fn available() -> Vec<Self> {
         match Self::detect() {
             Simd::Baseline => vec![Simd::Baseline],
             #[cfg(target_arch = "x86_64")]
@@ -123,6 +127,18 @@ impl Instructions for Baseline {
     }
 
     #[inline(always)]
+    fn sum<const LANES: usize>(lanes: [f32; LANES]) -> f32 {
+        let mut sums = [0.0f32; 8];
+        for block in lanes.as_chunks::<8>().0 {
+            for (sum, lane) in sums.iter_mut().zip(block) {
+                *sum += lane;
+            }
+        }
+        let [a, b, c, d, e, f, g, h] = sums;
+        ((a + e) + (c + g)) + ((b + f) + (d + h))
+    }
+
+    #[inline(always)]
     fn decode_q4(codes: &[u32; Q4_CODE_WORDS], scale: f16, minimum: f16, out: &mut [f32; GROUP]) {
         let (scale, minimum) = (scale.to_f32(), minimum.to_f32());
         for (out, &word) in out.as_chunks_mut::<8>().0.iter_mut().zip(codes) {
@@ -156,8 +172,27 @@ mod x86 {
         }
     }
 
+    #[inline(always)]
+    fn sum<const LANES: usize>(lanes: [f32; LANES]) -> f32 {
+        // SAFETY: only run where the instructions have been found; whole blocks of eight of the array are read.
+        unsafe {
+            let mut eight = _mm256_setzero_ps();
+            for block in 0..LANES / 8 {
+                eight = _mm256_add_ps(eight, _mm256_loadu_ps(lanes.as_ptr().add(8 * block)));
+            }
+            let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+        }
+    }
+
     impl Instructions for Avx2 {
         const FUSED: bool = true;
+
+        #[inline(always)]
+        fn sum<const LANES: usize>(lanes: [f32; LANES]) -> f32 {
+            sum(lanes)
+        }
 
         #[inline(always)]
         fn decode_q8(codes: &[u32; Q8_CODE_WORDS], scale: f16, out: &mut [f32; GROUP]) {
@@ -191,6 +226,11 @@ mod x86 {
 
     impl Instructions for Avx512 {
         const FUSED: bool = true;
+
+        #[inline(always)]
+        fn sum<const LANES: usize>(lanes: [f32; LANES]) -> f32 {
+            sum(lanes)
+        }
 
         #[inline(always)]
         fn decode_q8(codes: &[u32; Q8_CODE_WORDS], scale: f16, out: &mut [f32; GROUP]) {
@@ -245,6 +285,37 @@ mod tests {
             I::decode_q8(self.codes, scale, &mut self.out[0]);
             let codes = self.codes.first_chunk().expect("four of eight words");
             I::decode_q4(codes, scale, minimum, &mut self.out[1]);
+        }
+    }
+
+    struct Sum<'a> {
+        lanes: &'a [f32; 32],
+        sum: &'a mut f32,
+    }
+
+    impl Vectorised for Sum<'_> {
+        #[inline(always)]
+        fn run<I: Instructions, const ROWS: usize, const COLUMNS: usize>(self) {
+            *self.sum = I::sum(*self.lanes);
+        }
+    }
+
+    #[test]
+    fn every_instruction_set_sums_lanes_to_the_same_bits() {
+        let lanes: [f32; 32] = std::array::from_fn(|i| (i as f32 + 0.3).powi(3) * if i % 3 == 0 { -1.0 } else { 1.0 });
+        let exact: f64 = lanes.iter().map(|&lane| f64::from(lane)).sum();
+        let sum = |simd: Simd| {
+            let mut sum = f32::NAN;
+            simd.run(Sum {
+                lanes: &lanes,
+                sum: &mut sum,
+            });
+            sum
+        };
+        let expected = sum(Simd::Baseline);
+        assert!((f64::from(expected) - exact).abs() < 1e-6 * exact.abs());
+        for simd in Simd::available() {
+            assert_eq!(sum(simd).to_bits(), expected.to_bits(), "{simd:?}");
         }
     }
 

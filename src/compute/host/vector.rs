@@ -154,7 +154,7 @@ impl<const ROWS: usize> Vectorised for DotProducts<'_, ROWS> {
                 }
             }
             for ((row, lanes), rest) in lanes.iter().enumerate().zip(rest) {
-                self.sums[row * columns + column] = lanes.iter().sum::<f32>() + rest;
+                self.sums[row * columns + column] = I::sum(*lanes) + rest;
             }
         }
     }

@@ -127,9 +127,30 @@ mod tests {
     }
 
     #[test]
+    fn single_values_are_what_the_format_decodes() {
+        let (rows, columns) = (3, 77);
+        let values: Vec<f32> = (0..rows * columns)
+            .map(|i| ((i * 37 % 101) as f32 - 50.0) / 64.0)
+            .collect();
+        for format in Format::ALL {
+            let words = format.encode(&values, rows, columns).expect("moderate values");
+            let stored = Stored {
+                words: &words,
+                format,
+                columns,
+                scales_at: format.layout(rows, columns).scales_at(),
+            };
+            let found: Vec<f32> = (0..rows * columns)
+                .map(|i| stored.at(i / columns, i % columns))
+                .collect();
+            assert_eq!(found, format.decode(&words, rows, columns), "{format}");
+        }
+    }
+
+    #[test]
     fn runs_are_what_single_values_are_at_any_start_and_length() {
         let (rows, columns) = (3, 77);
-        for format in [Format::F32, Format::F16, Format::Q8, Format::Q4] {
+        for format in Format::ALL {
             let scales_at = if format.is_quantised() {
                 format.layout(rows, columns).scales_at()
             } else {

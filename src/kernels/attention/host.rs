@@ -4,6 +4,7 @@ use super::Params;
 use crate::compute::cpu::for_each_row;
 use crate::compute::host::exp;
 use crate::compute::host::product::{Matrix, Term, add_products};
+use crate::compute::host::simd::{Instructions, Simd, Vectorised};
 
 /// Rows of `qkv` or `out` that a task takes at once.
 pub(super) const BLOCK: usize = 64;
@@ -101,15 +102,93 @@ pub(super) fn add_times(left: &[f32], right: &[f32], columns: usize, out: &mut [
     add_products(out.len() / columns, columns, &[term], out, |_, _| {}, |_, _| {});
 }
 
+/// Turns scores into their softmax, and gives their log-sum-exp.
+pub(super) struct Softmax<'a> {
+    pub(super) scores: &'a mut [f32],
+    pub(super) lse: &'a mut f32,
+}
+
+impl Vectorised for Softmax<'_> {
+    #[inline(always)]
+    fn run<I: Instructions, const ROWS: usize, const LANES: usize>(self) {
+        let mut maxima = [f32::MIN; LANES];
+        let (blocks, rest) = self.scores.as_chunks::<LANES>();
+        for block in blocks {
+            for (max, &score) in maxima.iter_mut().zip(block) {
+                *max = if score > *max { score } else { *max };
+            }
+        }
+        let mut max = f32::MIN;
+        for &score in maxima.iter().chain(rest) {
+            max = if score > max { score } else { max };
+        }
+        let mut sums = [0.0f32; LANES];
+        let (blocks, rest) = self.scores.as_chunks_mut::<LANES>();
+        for block in blocks {
+            for (sum, score) in sums.iter_mut().zip(block) {
+                *score = exp(*score - max);
+                *sum += *score;
+            }
+        }
+        let mut sum = 0.0;
+        for score in rest {
+            *score = exp(*score - max);
+            sum += *score;
+        }
+        sum += I::sum(sums);
+        let factor = 1.0 / sum;
+        for score in self.scores.iter_mut() {
+            *score *= factor;
+        }
+        *self.lse = max + sum.ln();
+    }
+}
+
 /// Turns the scores of a row into their softmax over the first `count`, zeros after, and returns their log-sum-exp.
-pub(super) fn softmax(scores: &mut [f32], count: usize) -> f32 {
+pub(super) fn softmax(simd: Simd, scores: &mut [f32], count: usize) -> f32 {
     let (scores, masked) = scores.split_at_mut(count);
-    let max = scores.iter().copied().fold(f32::MIN, f32::max);
-    scores.iter_mut().for_each(|score| *score = exp(*score - max));
-    let sum: f32 = scores.iter().sum();
-    scores.iter_mut().for_each(|score| *score /= sum);
+    let mut lse = 0.0;
+    simd.run(Softmax { scores, lse: &mut lse });
     masked.fill(0.0);
-    max + sum.ln()
+    lse
+}
+
+/// Turns a query's scores into their gradients.
+struct QueryGradients<'a> {
+    scale: f32,
+    lse: f32,
+    dot: f32,
+    d_probabilities: &'a [f32],
+    scores: &'a mut [f32],
+}
+
+impl Vectorised for QueryGradients<'_> {
+    #[inline(always)]
+    fn run<I: Instructions, const ROWS: usize, const LANES: usize>(self) {
+        for (score, d_probability) in self.scores.iter_mut().zip(self.d_probabilities) {
+            *score = self.scale * exp(*score - self.lse) * (d_probability - self.dot);
+        }
+    }
+}
+
+/// Turns a key's scores into probabilities, and the gradients of the probabilities into those of the scores.
+struct KeyGradients<'a> {
+    scale: f32,
+    lse: &'a [f32],
+    dot: &'a [f32],
+    scores: &'a mut [f32],
+    d_probabilities: &'a mut [f32],
+}
+
+impl Vectorised for KeyGradients<'_> {
+    #[inline(always)]
+    fn run<I: Instructions, const ROWS: usize, const LANES: usize>(self) {
+        let pairs = self.scores.iter_mut().zip(self.d_probabilities);
+        for ((score, d_probability), (lse, dot)) in pairs.zip(self.lse.iter().zip(self.dot)) {
+            *score = exp(*score - lse);
+            *d_probability = self.scale * *score * (*d_probability - dot);
+        }
+    }
 }
 
 /// Copies the rows of a head's (tokens, head_size) into the columns from `column` on of `rows` (tokens, pitch).
@@ -127,7 +206,7 @@ pub(super) fn forward(
     lse: &mut [f32], // (batch, heads, seq)
 ) {
     let (size, heads, width) = (params.head_size as usize, params.heads as usize, params.width());
-    let group = params.group();
+    let (group, simd) = (params.group(), Simd::detect());
     // Both results of a row side by side, because they are laid out differently.
     let pitch = width + heads;
     let mut results = vec![0.0; params.rows() * pitch];
@@ -139,7 +218,7 @@ pub(super) fn forward(
                 let q = queries.queries(params, qkv, head);
                 let mut probabilities = times_transpose(&q, &k, size, params.scale);
                 for (i, scores) in probabilities.chunks_mut(keys.len()).enumerate() {
-                    rows[i * pitch + width + head] = softmax(scores, queries.start + i + 1);
+                    rows[i * pitch + width + head] = softmax(simd, scores, queries.start + i + 1);
                 }
                 let mut sums = vec![0.0; queries.len() * size];
                 add_times(&probabilities, &v, size, &mut sums);
@@ -185,7 +264,7 @@ pub(super) fn backward_q(
     d_qkv: &mut [f32], // (batch * seq, (heads + 2 * kv_heads) * head_size), of which the queries are written
 ) {
     let (size, width, pitch) = (params.head_size as usize, params.width(), params.qkv_width());
-    let group = params.group();
+    let (group, simd) = (params.group(), Simd::detect());
     for_each_block(params, d_qkv, pitch, |queries, rows| {
         let keys = Tokens { start: 0, ..queries };
         for kv_head in 0..params.kv_heads as usize {
@@ -199,9 +278,13 @@ pub(super) fn backward_q(
                 let scores = d_scores.chunks_mut(keys.len());
                 for (i, (scores, d_p)) in scores.zip(d_probabilities.chunks(keys.len())).enumerate() {
                     let (scores, masked) = scores.split_at_mut(queries.start + i + 1);
-                    for (score, d_p) in scores.iter_mut().zip(d_p) {
-                        *score = params.scale * exp(*score - lse[at + i]) * (d_p - dot[at + i]);
-                    }
+                    simd.run(QueryGradients {
+                        scale: params.scale,
+                        lse: lse[at + i],
+                        dot: dot[at + i],
+                        d_probabilities: d_p,
+                        scores,
+                    });
                     masked.fill(0.0);
                 }
                 let mut d_q = vec![0.0; queries.len() * size];
@@ -222,7 +305,7 @@ pub(super) fn backward_kv(
     d_qkv: &mut [f32], // (batch * seq, (heads + 2 * kv_heads) * head_size), of which the keys and values are written
 ) {
     let (size, width, pitch) = (params.head_size as usize, params.width(), params.qkv_width());
-    let group = params.group();
+    let (group, simd) = (params.group(), Simd::detect());
     for_each_block(params, d_qkv, pitch, |keys, rows| {
         let queries = Tokens {
             end: params.seq as usize,
@@ -247,11 +330,13 @@ pub(super) fn backward_kv(
                 {
                     probabilities[..i].fill(0.0);
                     d_scores[..i].fill(0.0);
-                    for query in i..queries.len() {
-                        let probability = exp(probabilities[query] - lse[query]);
-                        probabilities[query] = probability;
-                        d_scores[query] = params.scale * probability * (d_scores[query] - dot[query]);
-                    }
+                    simd.run(KeyGradients {
+                        scale: params.scale,
+                        lse: &lse[i..],
+                        dot: &dot[i..],
+                        scores: &mut probabilities[i..],
+                        d_probabilities: &mut d_scores[i..],
+                    });
                 }
                 add_times(&d_scores, &q, size, &mut d_k);
                 add_times(&probabilities, &d_o, size, &mut d_v);
