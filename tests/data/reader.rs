@@ -93,7 +93,7 @@ fn a_bad_line_is_named_with_file_line_and_reason() {
         ("{\"prompt\":\"a\"}\n", "d", 1, "without `completion`"),
         ("{\"completion\":\"a\"}\n", "d", 1, "without `prompt`"),
         ("{\"input_ids\":[1,300]}\n", "d", 1, "300"),
-        ("{\"input_ids\":[-1,2]}\n", "d", 1, "token ids"),
+        ("{\"input_ids\":[-1,2]}\n", "d", 1, "holds -1"),
         ("{\"input_ids\":[1,2],\"labels\":[1]}\n", "d", 1, "1 entries"),
         ("{\"input_ids\":[1,2],\"labels\":[1,-1]}\n", "d", 1, "-1"),
         ("{\"input_ids\":[1,2],\"labels\":[1,300]}\n", "d", 1, "300"),

@@ -7,7 +7,7 @@ use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 
-use serde::de::{Deserialize, DeserializeOwned, Deserializer, MapAccess, Visitor};
+use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 use super::super::chat::{ASSISTANT, Conversation, Message};
@@ -284,16 +284,19 @@ impl<'a> Record<'a> {
 
     /// Token ids, without what a mask takes away.
     fn ids(&self, ids: Cell<'a>, vocab: usize) -> Result<Line, Flaw> {
-        let mut ids: Vec<u32> = ids.parse("input_ids", "a list of token ids")?;
-        if ids.is_empty() {
+        let given = ids.numbers("input_ids", "a list of token ids")?;
+        if given.is_empty() {
             return Err(Flaw::new("`input_ids` is empty"));
         }
+        // Labels are i32, so ids must also fit it.
         let largest = vocab.min(i32::MAX as usize);
-        if let Some(id) = ids.iter().find(|&&id| id as usize >= largest) {
+        let known = |id: i64| usize::try_from(id).is_ok_and(|id| id < largest);
+        if let Some(id) = given.iter().find(|&&id| !known(id)) {
             return Err(Flaw::new(format!(
-                "`input_ids` holds {id}, the model's vocabulary has {vocab} entries"
+                "`input_ids` holds {id}: the model's vocabulary has {vocab} entries"
             )));
         }
+        let mut ids: Vec<u32> = given.iter().map(|&id| id as u32).collect();
         let count = ids.len();
         let as_long = |name: &str, length: usize| match length == count {
             true => Ok(()),
@@ -301,17 +304,17 @@ impl<'a> Record<'a> {
                 "`{name}` has {length} entries and `input_ids` {count}"
             ))),
         };
-        let mut labels = match self.get("labels") {
-            Some(labels) => labels.parse::<Vec<i32>>("labels", "a list of token ids and -100")?,
-            None => ids.iter().map(|&id| id as i32).collect(),
+        let given = match self.get("labels") {
+            Some(labels) => labels.numbers("labels", "a list of token ids and -100")?,
+            None => given,
         };
-        as_long("labels", labels.len())?;
-        let known = |label: i32| label == IGNORED || usize::try_from(label).is_ok_and(|label| label < largest);
-        if let Some(label) = labels.iter().find(|&&label| !known(label)) {
+        as_long("labels", given.len())?;
+        if let Some(label) = given.iter().find(|&&id| id != i64::from(IGNORED) && !known(id)) {
             return Err(Flaw::new(format!(
                 "`labels` holds {label}: neither {IGNORED} (not learned) nor an entry of the model's vocabulary of {vocab}"
             )));
         }
+        let mut labels: Vec<i32> = given.iter().map(|&id| id as i32).collect();
         // Masks of what is learned, which stand in for labels.
         for name in ["completion_mask", "assistant_masks"] {
             let Some(mask) = self.get(name).filter(|_| self.get("labels").is_none()) else {
@@ -340,7 +343,7 @@ impl<'a> Record<'a> {
             }
         }
         if let Some(positions) = self.get("position_ids") {
-            let positions: Vec<i64> = positions.parse("position_ids", "a list of whole numbers")?;
+            let positions = positions.numbers("position_ids", "a list of whole numbers")?;
             as_long("position_ids", positions.len())?;
             let counts_up = |from: i64| {
                 positions[seen.clone()]
@@ -355,9 +358,7 @@ impl<'a> Record<'a> {
             }
         }
         if let Some(types) = self.get("token_type_ids")
-            && !types
-                .parse::<Vec<i64>>("token_type_ids", "a list of whole numbers")?
-                .is_empty()
+            && !types.numbers("token_type_ids", "a list of whole numbers")?.is_empty()
         {
             return Err(Flaw::new(
                 "`token_type_ids` would be added to what the model sees, which cannot be done here: leave the field out",
@@ -388,33 +389,40 @@ impl<'a> Cell<'a> {
         }
     }
 
-    /// `what` says what it must be.
-    fn parse<T: DeserializeOwned>(self, name: &str, what: &str) -> Result<T, Flaw> {
-        let json = match self {
+    fn written(self) -> &'a str {
+        match self {
             Cell::Json(raw) => raw.get(),
             Cell::Text(text) => text,
-        };
-        serde_json::from_str(json).map_err(|_| Flaw::new(format!("`{name}` must be {what}")))
+        }
+    }
+
+    /// A list of whole numbers; `what` says what they must be.
+    fn numbers(self, name: &str, what: &str) -> Result<Vec<i64>, Flaw> {
+        serde_json::from_str(self.written()).map_err(|_| Flaw::new(format!("`{name}` must be {what}")))
     }
 
     fn json(self, name: &str) -> Result<Json, Flaw> {
-        match self {
-            // A string that holds JSON, as tables of published sets have it.
-            Cell::Json(raw) if raw.get().starts_with('"') => Cell::Text(&self.text(name)?).parse(name, "JSON"),
-            _ => self.parse(name, "JSON"),
-        }
+        // A string that holds JSON, as tables of published sets have it.
+        let json = match self.json_start() {
+            "a string" => self.text(name)?,
+            _ => Cow::Borrowed(self.written()),
+        };
+        serde_json::from_str(&json).map_err(|_| Flaw::new(format!("`{name}` must be JSON")))
     }
 
     /// A mask of zeros and ones.
     fn bits(self, name: &str) -> Result<Vec<bool>, Flaw> {
-        let values: Vec<Json> = self.parse(name, "a list of 0 and 1")?;
+        let wrong = || Flaw::new(format!("`{name}` must be a list of 0 and 1"));
+        let Json::List(values) = self.json(name)? else {
+            return Err(wrong());
+        };
         values
             .iter()
             .map(|value| match value {
                 Json::Bool(bit) => Ok(*bit),
                 Json::Number(number) if number.as_f64() == Some(0.0) => Ok(false),
                 Json::Number(number) if number.as_f64() == Some(1.0) => Ok(true),
-                _ => Err(Flaw::new(format!("`{name}` must be a list of 0 and 1"))),
+                _ => Err(wrong()),
             })
             .collect()
     }
