@@ -477,4 +477,21 @@ mod tests {
         penalise(&mut logits, &BTreeSet::from([0, 1, 9]), 2.0);
         assert_eq!(logits, [1.0, -4.0, 1.0]);
     }
+
+    #[test]
+    fn ids_without_a_token_are_never_drawn() {
+        let (logits, writable) = ([0.0, 1.0, 50.0, 2.0, 60.0], [0, 1, 3]);
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(1);
+        assert_eq!(choose(&logits, &writable, &Sampling::greedy(1), &mut rng).unwrap(), 3);
+        for top_k in [0, 2, 9] {
+            let sampling = Sampling {
+                temperature: 9.0,
+                top_k,
+                ..Sampling::greedy(1)
+            };
+            for _ in 0..100 {
+                assert!(writable.contains(&choose(&logits, &writable, &sampling, &mut rng).unwrap()));
+            }
+        }
+    }
 }
