@@ -1,6 +1,6 @@
-// The operands of the products, and their fused stores: x (rows, inner) by a weight stored (inner, columns) or, transposed,
-// (columns, inner). A part without an entry point: weight.wgsl reads the weight, and matmul_tiled.wgsl, matmul_registers.wgsl and
-// matmul_decode.wgsl multiply.
+// The operands of the products: x (rows, inner) by a weight stored (inner, columns) or, transposed, (columns, inner). A part
+// without an entry point: weight.wgsl reads the weight, matmul_tiled.wgsl, matmul_registers.wgsl and matmul_decode.wgsl multiply,
+// and matmul_store.wgsl or matmul_store_gelu.wgsl has the `store` that takes every sum.
 //
 // The LoRA term is `rank` more inner elements, of `u` and `adapter`.
 
@@ -36,11 +36,6 @@ struct ProductParams {
 @group(0) @binding(3) var<storage, read> bias: array<f32>;        // (columns)
 @group(0) @binding(4) var<storage, read> u: array<f32>;           // (rows, rank)
 @group(0) @binding(5) var<storage, read> adapter: array<f32>;     // (columns, rank) in steps of lora_column and lora_rank
-@group(0) @binding(6) var<storage, read> residual: array<f32>;    // (rows, columns)
-@group(0) @binding(7) var<storage, read> row_scale: array<f32>;   // (rows)
-@group(0) @binding(8) var<storage, read_write> out: array<f32>;   // (rows, columns), from out_first on, a row every out_stride
-@group(0) @binding(6) var<storage, read_write> gelu_out: array<f32>; // as out
-@group(0) @binding(7) var<storage, read_write> gelu_pre: array<f32>; // (rows, columns)
 
 fn weight_layout() -> WeightLayout {
     return WeightLayout(params.first_row, select(params.columns, params.inner, W_TRANSPOSED), params.scales_at);
@@ -65,38 +60,4 @@ fn adapter_or_zero(r: u32, column: u32) -> f32 {
         return 0.0;
     }
     return adapter[params.lora_offset + column * params.lora_column + r * params.lora_rank];
-}
-
-fn store(row: u32, column: u32, sum: f32) {
-    if row >= params.rows || column >= params.columns {
-        return;
-    }
-    let at = params.out_first + row * params.out_stride + column;
-    var value = sum;
-    if params.bias != 0u {
-        value += bias[column];
-    }
-    if params.residual != 0u {
-        value += residual[row * params.columns + column];
-    }
-    if params.row_scale != 0u {
-        value += row_scale[row] * out[at];
-    } else if params.accumulate != 0u {
-        value += out[at];
-    }
-    out[at] = value;
-}
-
-fn store_gelu(row: u32, column: u32, sum: f32) {
-    if row >= params.rows || column >= params.columns {
-        return;
-    }
-    var value = sum;
-    if params.bias != 0u {
-        value += bias[column];
-    }
-    gelu_pre[row * params.columns + column] = value;
-    // tanh is 1 in f32 well before 15; some devices compute it from exponentials that overflow.
-    let z = 0.7978846 * (value + 0.044715 * value * value * value);
-    gelu_out[params.out_first + row * params.out_stride + column] = 0.5 * value * (1.0 + tanh(clamp(z, -15.0, 15.0)));
 }

@@ -1,4 +1,4 @@
-// Products of the few rows of a generated token. weight.wgsl reads the weight, and matmul.wgsl has the operands and the stores.
+// Products of the few rows of a generated token. weight.wgsl reads the weight, matmul.wgsl has the operands, another part the store.
 //
 // The weight is read once, in its own order: an octet is unpacked and multiplied with DECODE_ROWS rows of x. `_decode`, for GPUs:
 // the invocations of a workgroup share the inner elements of a few columns. `_decode_registers`, for adapters emulated on a CPU,
@@ -182,91 +182,6 @@ fn product_decode_registers(
                 let j = i % columns;
                 let octet = sums[row];
                 store_column(row, column + j, select(octet.low, octet.high, j >= 4u)[j % 4u]);
-            }
-        }
-    }
-}
-
-fn store_gelu_column(row: u32, column: u32, sum: f32) {
-    if column < params.columns {
-        store_gelu(row, column, sum + lora_at(row, column));
-    }
-}
-
-// One row of the octets that octet_reduce has summed, a column an invocation.
-fn store_gelu_octets(row: u32, first_column: u32, lane: u32) {
-    if lane < 8u * DECODE_OCTETS {
-        let sums = select(sh_low[lane / 8u], sh_high[lane / 8u], lane % 8u >= 4u);
-        store_gelu_column(row, first_column + lane, sums[lane % 4u]);
-    }
-}
-
-@compute @workgroup_size(DECODE_WORKGROUP)
-fn product_gelu_decode(
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) lane: u32,
-) {
-    let index = group.x + group.y * groups.x;
-    if W_TRANSPOSED {
-        let column = index * DECODE_COLUMNS + lane / DECODE_PARTS;
-        var sums = vec4(0.0);
-        if column < params.columns {
-            sums = column_sums(column, lane % DECODE_PARTS, DECODE_PARTS);
-        }
-        column_reduce(lane, sums);
-        let row = lane % DECODE_PARTS;
-        if row < DECODE_ROWS {
-            store_gelu_column(row, column, sh_sums[lane - row][row]);
-        }
-    } else {
-        let first_column = index * DECODE_OCTETS * 8u;
-        let column = first_column + lane % DECODE_OCTETS * 8u;
-        var sums: array<Octet, 4>;
-        if column < params.columns {
-            sums = octet_sums(column, lane / DECODE_OCTETS, DECODE_SLICES);
-        }
-        octet_reduce(lane, sums[0]);
-        store_gelu_octets(0u, first_column, lane);
-        if DECODE_ROWS > 1u {
-            octet_reduce(lane, sums[1]);
-            store_gelu_octets(1u, first_column, lane);
-        }
-        if DECODE_ROWS > 2u {
-            octet_reduce(lane, sums[2]);
-            store_gelu_octets(2u, first_column, lane);
-        }
-        if DECODE_ROWS > 3u {
-            octet_reduce(lane, sums[3]);
-            store_gelu_octets(3u, first_column, lane);
-        }
-    }
-}
-
-@compute @workgroup_size(DECODE_LANES)
-fn product_gelu_decode_registers(
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) lane: u32,
-) {
-    let index = (group.x + group.y * groups.x) * DECODE_LANES + lane;
-    if W_TRANSPOSED {
-        if index < params.columns {
-            var sums = column_sums(index, 0u, 1u);
-            for (var row = 0u; row < DECODE_ROWS; row += 1u) {
-                store_gelu_column(row, index, sums[row]);
-            }
-        }
-    } else {
-        let column = index * 8u;
-        if column < params.columns {
-            var sums = octet_sums(column, 0u, 1u);
-            let columns = min(8u, params.columns - column);
-            for (var i = 0u; i < columns * DECODE_ROWS; i += 1u) {
-                let row = i / columns;
-                let j = i % columns;
-                let octet = sums[row];
-                store_gelu_column(row, column + j, select(octet.low, octet.high, j >= 4u)[j % 4u]);
             }
         }
     }

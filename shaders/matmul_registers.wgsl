@@ -120,17 +120,6 @@ fn store_registers(sums: ptr<function, array<vec4<f32>, 16>>, row: u32, column: 
     }
 }
 
-fn store_gelu_registers(sums: ptr<function, array<vec4<f32>, 16>>, row: u32, column: u32) {
-    var kept = *sums;
-    let rows = min(REGISTER_ROWS, params.rows - row);
-    let columns = min(8u, params.columns - min(column, params.columns));
-    for (var i = 0u; i < rows; i += 1u) {
-        for (var j = 0u; j < columns; j += 1u) {
-            store_gelu(row + i, column + j, kept[2u * i + j / 4u][j % 4u]);
-        }
-    }
-}
-
 @compute @workgroup_size(REGISTER_LANES)
 fn product_registers(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let row = group.y * REGISTER_ROWS;
@@ -138,13 +127,4 @@ fn product_registers(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_inv
     var sums = array<vec4<f32>, 16>();
     multiply_registers(&sums, row, column);
     store_registers(&sums, row, column);
-}
-
-@compute @workgroup_size(REGISTER_LANES)
-fn product_gelu_registers(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    let row = group.y * REGISTER_ROWS;
-    let column = (group.x * REGISTER_LANES + lane) * 8u;
-    var sums = array<vec4<f32>, 16>();
-    multiply_registers(&sums, row, column);
-    store_gelu_registers(&sums, row, column);
 }

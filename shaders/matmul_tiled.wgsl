@@ -151,19 +151,6 @@ fn store_tile(sums: ptr<function, array<vec4<f32>, 4>>, group: vec2<u32>, lane: 
     }
 }
 
-fn store_gelu_tile(sums: ptr<function, array<vec4<f32>, 4>>, group: vec2<u32>, lane: u32) {
-    let step = select(1u, QUADS, W_TRANSPOSED);
-    let column = group.x * TILE + (lane % QUADS) * select(4u, 1u, W_TRANSPOSED);
-    let row = group.y * TILE + (lane / QUADS) * 4u;
-    for (var i = 0u; i < 4u; i += 1u) {
-        let row_sums = (*sums)[i];
-        store_gelu(row + i, column, row_sums.x);
-        store_gelu(row + i, column + step, row_sums.y);
-        store_gelu(row + i, column + 2u * step, row_sums.z);
-        store_gelu(row + i, column + 3u * step, row_sums.w);
-    }
-}
-
 @compute @workgroup_size(256)
 fn product(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     var sums = array<vec4<f32>, 4>();
@@ -176,18 +163,4 @@ fn product_vec4(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocati
     var sums = array<vec4<f32>, 4>();
     multiply_vec4(&sums, group.xy, lane);
     store_tile(&sums, group.xy, lane);
-}
-
-@compute @workgroup_size(256)
-fn product_gelu(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    var sums = array<vec4<f32>, 4>();
-    multiply(&sums, group.xy, lane);
-    store_gelu_tile(&sums, group.xy, lane);
-}
-
-@compute @workgroup_size(256)
-fn product_gelu_vec4(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    var sums = array<vec4<f32>, 4>();
-    multiply_vec4(&sums, group.xy, lane);
-    store_gelu_tile(&sums, group.xy, lane);
 }

@@ -98,6 +98,7 @@ impl Running {
         assert!(status.unwrap().success());
     }
 
+    /// Waits for the end, which std cannot with a limit: so it asks again and again.
     fn end(&mut self) -> ExitStatus {
         let start = Instant::now();
         loop {
@@ -144,6 +145,7 @@ impl Serving {
     }
 }
 
+/// Asks again and again, since a file that another process writes tells nobody; a test that hangs fails after [`LIMIT`].
 fn until(what: &str, is_so: impl Fn() -> bool) {
     let start = Instant::now();
     while !is_so() {
@@ -208,7 +210,7 @@ fn a_stderr_that_is_no_longer_read_does_not_stop_a_run() {
     let place = Place::new();
     let (mut reader, writer) = std::io::pipe().unwrap();
     let mut fill = writer.try_clone().unwrap();
-    // As full as a pipe gets: the writing blocks, until the end of the test.
+    // As full as a pipe gets: the writing blocks, until the end of the test. Nothing tells that it blocks, so it gets time to.
     let filler = std::thread::spawn(move || fill.write_all(&vec![b'x'; 1 << 21]));
     std::thread::sleep(Duration::from_millis(300));
     let mut process = Running(
@@ -523,6 +525,7 @@ fn a_run_under_nohup_outlives_its_terminal() {
     let written = || std::fs::metadata(&metrics).map_or(0, |file| file.len());
     until("a step", || written() > 0);
     train.signal("HUP");
+    // Nothing tells that a signal was ignored: one that ends the process has ended it by then.
     std::thread::sleep(Duration::from_millis(300));
     let then = written();
     until("another step", || written() > then);
@@ -542,6 +545,7 @@ fn a_second_request_ends_at_once() {
     // In the middle of a step, which takes long.
     std::thread::sleep(Duration::from_millis(200));
     train.signal("INT");
+    // Two that wait together would be delivered as one.
     std::thread::sleep(Duration::from_millis(200));
     train.signal("INT");
     assert_eq!(train.end().code(), Some(130));

@@ -1034,7 +1034,7 @@ fn headers_give_the_config_of_the_model() {
     }
 }
 
-/// The same file with other metadata.
+/// The bytes of the fixture `name` with changed metadata.
 fn with_metadata(name: &str, change: impl FnOnce(&mut Metadata)) -> Vec<u8> {
     let mut gguf = open(name);
     let mut metadata = gguf.metadata().clone();

@@ -1553,6 +1553,7 @@ fn a_command_that_is_ended_leaves_what_has_arrived_for_the_next_run() {
     sending.recv().unwrap();
     let arrived = || fs::metadata(partial(cache.path())).map_or(0, |partial| partial.len());
     let deadline = Instant::now() + Duration::from_secs(60);
+    // A file that another process writes tells nobody.
     while arrived() < WEIGHTS as u64 / 2 && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(20));
     }

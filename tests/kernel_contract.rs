@@ -278,7 +278,7 @@ fn every_variant_is_valid_portable_and_as_declared() {
 }
 
 #[test]
-fn every_part_parses_with_those_before_it() {
+fn every_part_is_the_file_of_its_stem() {
     for contract in kernels::all() {
         for variant in contract.variants {
             for (i, part) in variant.parts.iter().enumerate() {

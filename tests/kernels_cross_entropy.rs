@@ -8,10 +8,8 @@ use engines::{agree, assert_close, exact, finite_differences, floats, numbers, p
 use sflllm::kernels::cross_entropy::{self, Chunk, Head, STATE_WORDS, Scratch};
 use sflllm::kernels::scalar;
 use sflllm::terms::format::Format;
+use sflllm::terms::tensor::IGNORED_TARGET;
 use weights::{FORMATS, Matrix};
-
-/// What Hugging Face puts where there is no target.
-const IGNORED: i32 = -100;
 
 /// One head's numbers.
 struct Case {
@@ -33,7 +31,7 @@ impl Case {
     fn new(format: Format, (rows, width, vocab): (usize, usize, usize), scale: f32) -> Self {
         let targets = (0..rows).map(|row| {
             if row % 3 == 1 {
-                IGNORED
+                IGNORED_TARGET
             } else {
                 (row * 7919 % vocab) as i32
             }
@@ -229,11 +227,11 @@ fn rows_without_a_target_are_exactly_zero() {
     let mut case = Case::new(Format::F16, (12, 70, 301), 2.0);
     let (loss, d_hidden) = case.run("some targets", &[100], 64, true);
     let d_hidden = d_hidden.expect("a gradient");
-    for row in (0..case.rows).filter(|&row| case.targets[row] == IGNORED) {
+    for row in (0..case.rows).filter(|&row| case.targets[row] == IGNORED_TARGET) {
         assert_eq!(loss[row].to_bits(), 0);
         assert!(d_hidden[row * 70..][..70].iter().all(|d| *d == 0.0));
     }
-    case.targets.fill(IGNORED);
+    case.targets.fill(IGNORED_TARGET);
     let (loss, d_hidden) = case.run("no target", &[100], 64, true);
     let mut values = loss.iter().chain(d_hidden.iter().flatten());
     assert!(values.all(|value| *value == 0.0));

@@ -199,7 +199,8 @@ pub struct Source {
     pub weights: Weights,
     pub holding: Holding,
     pub tokenizer: Option<Tokenizer>,
-    /// SHA-256 over configuration, weights and how they are held.
+    /// SHA-256 over configuration, weights and how they are held: the same values held otherwise are another model to those who
+    /// take part in a run.
     pub digest: [u8; 32],
 }
 
@@ -209,7 +210,6 @@ fn hash_file(digest: &mut Sha256, path: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The same values held otherwise are another model to those who take part in a run.
 /// The tokenizer of a GGUF file with what the file says of it.
 fn tokenizer_of(found: GgufTokenizer, model_eos: Option<u32>) -> anyhow::Result<Tokenizer> {
     let added: serde_json::Value = serde_json::from_str(&found.json).context("the tokenizer of a GGUF file")?;

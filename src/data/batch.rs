@@ -7,7 +7,8 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
 
-use super::{DataError, Example, IGNORED};
+use super::{DataError, Example};
+use crate::terms::tensor::IGNORED_TARGET;
 
 /// Sequence lengths are rounded up to a multiple of this, so that few shapes need preparing.
 pub const LENGTH_BUCKET: usize = 16;
@@ -43,7 +44,7 @@ impl Batch {
             .unwrap_or(0);
         let row = longest.max(1).next_multiple_of(LENGTH_BUCKET).min(seq);
         let mut tokens = vec![0; batch * row]; // (batch, seq)
-        let mut targets = vec![IGNORED; batch * row]; // (batch, seq)
+        let mut targets = vec![IGNORED_TARGET; batch * row]; // (batch, seq)
         let mut target_count = 0;
         for (index, example) in examples.enumerate() {
             let length = positions(example).min(row);
@@ -52,7 +53,7 @@ impl Batch {
             targets[at..at + length].copy_from_slice(&example.labels[1..=length]);
             target_count += example.labels[1..=length]
                 .iter()
-                .filter(|&&label| label != IGNORED)
+                .filter(|&&label| label != IGNORED_TARGET)
                 .count();
         }
         Self {
@@ -69,7 +70,7 @@ impl Batch {
 /// Input positions up to the last one with a target.
 fn positions(example: &Example) -> usize {
     let labels = &example.labels[..example.labels.len().min(example.ids.len())];
-    labels.iter().rposition(|&label| label != IGNORED).unwrap_or(0)
+    labels.iter().rposition(|&label| label != IGNORED_TARGET).unwrap_or(0)
 }
 
 /// Where the next batch starts; saved with a run and restored by [`Batches::restore`].

@@ -24,22 +24,25 @@ pub use template::Template;
 #[cfg(not(target_arch = "wasm32"))]
 pub use tokenizer::{DecodeStream, Tokenizer};
 
-/// The label of a position that is not learned.
-pub const IGNORED: i32 = -100;
+use crate::terms::tensor::IGNORED_TARGET;
 
 /// One tokenised example. `labels` is as long as `ids` and aligned with it, as in Hugging Face data sets:
 /// the loss shifts, so `labels[t]` is predicted from `ids[..t]` and `labels[0]` never counts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Example {
     pub ids: Vec<u32>,
-    /// Token ids, or [`IGNORED`].
+    /// Token ids, or [`IGNORED_TARGET`].
     pub labels: Vec<i32>,
 }
 
 impl Example {
     /// Positions that are learned.
     pub fn target_count(&self) -> usize {
-        self.labels.iter().skip(1).filter(|&&label| label != IGNORED).count()
+        self.labels
+            .iter()
+            .skip(1)
+            .filter(|&&label| label != IGNORED_TARGET)
+            .count()
     }
 }
 

@@ -177,6 +177,7 @@ impl Repository {
                     if let Some(waiting) = waiting.take() {
                         waiting();
                     }
+                    // A lock of the file system cannot be awaited without a thread that blocks in it.
                     tokio::time::sleep(LOCK_PAUSE).await;
                 }
                 // A network file system without locks: contents are checked, so the worst is doing work twice.
@@ -374,6 +375,7 @@ mod tests {
         let (waits, waited) = std::sync::mpsc::channel();
         let second = repository.lock(&etag, move || waits.send(()).unwrap());
         let release = async move {
+            // Lets the other future try the lock, find it held and begin its pause.
             tokio::time::sleep(LOCK_PAUSE / 2).await;
             waited.recv().unwrap();
             fs::remove_file(&path).unwrap();

@@ -23,7 +23,7 @@ impl std::ops::AddAssign for Counted {
     }
 }
 
-/// See the module.
+/// The whole model on one device, with its adapter and, to train, its optimiser: the baseline of split training.
 pub struct Central {
     stack: Stack,
     optimizer: Option<OptimizerSettings>,

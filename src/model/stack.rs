@@ -77,7 +77,7 @@ struct MomentBuffers {
     norm_partial: Buffer,
 }
 
-/// See the module.
+/// A contiguous run of blocks on one device, with the ends it owns, its adapter, the optimiser's moments and its workspace.
 pub struct Stack {
     engine: Engine,
     model: Architecture,

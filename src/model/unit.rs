@@ -234,19 +234,19 @@ impl Tensor {
 }
 
 /// The tensors of one unit, in the order of [`Unit::tensors`].
+///
+/// Its bytes, as other devices get them, little endian: magic `SFLU`, version, unit kind and block index, tensor count; for each
+/// tensor the length of its name, the name padded with zeros to four bytes, format (0 = f32, 1 = f16, 2 = q8, 3 = q4), dimensions, their sizes; then the words
+/// of all tensors in the same order. Every number is a `u32`, so all data is aligned to four bytes. The version is 1 where
+/// every tensor is f32 or f16, and 2 where one is quantised.
+///
+/// One unit in one set of formats and values always gives one string of bytes, so their SHA-256 names it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct UnitData {
     pub unit: Unit,
     pub tensors: Vec<Tensor>,
 }
 
-/// The bytes of a unit as other devices get them, little endian:
-/// magic `SFLU`, version, unit kind and block index, tensor count; for each tensor the length of its name, the
-/// name padded with zeros to four bytes, format (0 = f32, 1 = f16, 2 = q8, 3 = q4), dimensions, their sizes; then the words
-/// of all tensors in the same order. Every number is a `u32`, so all data is aligned to four bytes. The version is 1 where
-/// every tensor is f32 or f16, and 2 where one is quantised.
-///
-/// The same unit, formats and values always give the same bytes, so their SHA-256 names them.
 impl UnitData {
     /// A tensor by its name in [`Unit::tensors`].
     pub fn tensor(&self, name: &str) -> Option<&Tensor> {

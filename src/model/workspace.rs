@@ -121,7 +121,7 @@ impl Scratch {
     }
 }
 
-/// See the module.
+/// The buffers a stack computes on, made at the largest shape: activations of every block, gradients, the head's buffers.
 pub(super) struct Workspace {
     pub extent: Extent,
     pub activations: Vec<Activations>,

@@ -52,7 +52,7 @@ pub struct Settings {
     pub rounds: Option<RoundsTable>,
 }
 
-/// See the module.
+/// The planner of a run: cuts, ranks, radio shares and power for its clients, from a scenario or from what was measured.
 pub struct Allocator {
     settings: Settings,
     run: Option<Shape>,

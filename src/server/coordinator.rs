@@ -372,7 +372,7 @@ pub struct Parts {
     pub report: Box<dyn Fn(Report) + Send>,
 }
 
-/// See the module.
+/// Owner of the sessions: takes what connections and the compute thread say, and gives them frames and work.
 pub struct Coordinator {
     parts: Parts,
     connections: HashMap<ConnectionId, Connection>,

@@ -384,7 +384,7 @@ impl Worker {
         Ok(())
     }
 
-    /// The same at the end of the run, when there is no next time: rather elsewhere than nowhere.
+    /// Saves the adapter at the end of the run, when there is no next time: rather elsewhere than nowhere.
     fn save_at_last(&self) -> Result<(), Error> {
         if self.saved {
             return Ok(());

@@ -16,7 +16,7 @@ use crate::terms::moments::Moments;
 use crate::terms::speed::Speed;
 use crate::terms::tensor::WireTensor;
 
-/// See the module.
+/// A client's part of a split model: the embedding and the blocks below the cut, with their adapter and optimiser.
 pub struct ClientPart {
     stack: Stack,
     training: Training,

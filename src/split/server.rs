@@ -67,7 +67,7 @@ pub struct Moved {
     pub moments: Option<Moments>,
 }
 
-/// See the module.
+/// The main server's part of a split model: the blocks above the cut, the head and the loss, with their adapter and optimiser.
 pub struct ServerPart {
     stack: Stack,
     training: Training,

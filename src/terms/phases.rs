@@ -26,7 +26,7 @@ pub struct Phases<T> {
 }
 
 impl<T> Phases<T> {
-    /// The same of each part.
+    /// What `of` makes of each phase.
     pub fn map<U>(self, mut of: impl FnMut(T) -> U) -> Phases<U> {
         Phases {
             forward: of(self.forward),

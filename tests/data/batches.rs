@@ -1,9 +1,10 @@
 //! Batches, their order, and shards.
 
 use proptest::prelude::*;
-use sflllm::data::{Batches, Cursor, DataError, Example, IGNORED, Sharding, pass};
+use sflllm::data::{Batches, Cursor, DataError, Example, Sharding, pass};
 
 use super::learned;
+use sflllm::terms::tensor::IGNORED_TARGET;
 
 /// Written down from one run: any platform must shuffle like it.
 const ORDER_OF_SEED_1: [u32; 8] = [5, 6, 2, 4, 1, 7, 0, 3];
@@ -21,7 +22,7 @@ fn targets_are_the_labels_of_the_next_position() {
     let examples = [
         Example {
             ids: vec![1, 2, 3, 4],
-            labels: vec![IGNORED, IGNORED, 3, 4],
+            labels: vec![IGNORED_TARGET, IGNORED_TARGET, 3, 4],
         },
         Example {
             ids: vec![9, 8],
@@ -34,10 +35,10 @@ fn targets_are_the_labels_of_the_next_position() {
         (3, 16, 2, 3)
     );
     assert_eq!(batch.tokens[..4], [1, 2, 3, 0]);
-    assert_eq!(batch.targets[..4], [IGNORED, 3, 4, IGNORED]);
+    assert_eq!(batch.targets[..4], [IGNORED_TARGET, 3, 4, IGNORED_TARGET]);
     assert_eq!(batch.tokens[16..18], [9, 0]);
-    assert_eq!(batch.targets[16..18], [8, IGNORED]);
-    assert!(batch.targets[32..].iter().all(|&target| target == IGNORED));
+    assert_eq!(batch.targets[16..18], [8, IGNORED_TARGET]);
+    assert!(batch.targets[32..].iter().all(|&target| target == IGNORED_TARGET));
 }
 
 #[test]
@@ -56,7 +57,7 @@ fn rows_are_as_long_as_the_bucket_of_the_longest_example() {
         assert_eq!(batch.target_count, (length - 1).min(seq));
     }
     let mut ends_ignored = example(100, 0);
-    ends_ignored.labels[10..].fill(IGNORED);
+    ends_ignored.labels[10..].fill(IGNORED_TARGET);
     assert_eq!(
         pass(&[ends_ignored], 1, 128).unwrap().next().unwrap().seq,
         16,

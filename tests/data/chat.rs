@@ -9,9 +9,8 @@ use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use sflllm::data::chat::{CHATML, Manner, Transcript};
 use sflllm::data::reader::conversation;
-use sflllm::data::{
-    Conversation, DataError, Dataset, Encoded, Example, Format, IGNORED, Options, Render, Template, Tokenize,
-};
+use sflllm::data::{Conversation, DataError, Dataset, Encoded, Example, Format, Options, Render, Template, Tokenize};
+use sflllm::terms::tensor::IGNORED_TARGET;
 
 use super::{Bytes, bytes, learned, options};
 
@@ -244,7 +243,7 @@ fn marked(text: &str) -> Example {
         example.labels.extend(if index % 2 == 1 {
             learned(&ids)
         } else {
-            vec![IGNORED; ids.len()]
+            vec![IGNORED_TARGET; ids.len()]
         });
         example.ids.extend(ids);
     }

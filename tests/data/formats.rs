@@ -2,9 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use sflllm::data::{Columns, DataError, Dataset, Example, Format, IGNORED, Options};
+use sflllm::data::{Columns, DataError, Dataset, Example, Format, Options};
 
 use super::{Bytes, EOS, VOCAB, bytes, learned, options, read};
+use sflllm::terms::tensor::IGNORED_TARGET;
 
 fn field(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -34,7 +35,7 @@ fn skipping() -> Options {
 fn completion(prompt: &str, completion: &str) -> Example {
     let (prompt, completion) = (bytes(prompt), [bytes(completion), vec![EOS]].concat());
     Example {
-        labels: [vec![IGNORED; prompt.len()], learned(&completion)].concat(),
+        labels: [vec![IGNORED_TARGET; prompt.len()], learned(&completion)].concat(),
         ids: [prompt, completion].concat(),
     }
 }

@@ -1,10 +1,11 @@
 //! Data files into examples.
 
 use proptest::prelude::*;
-use sflllm::data::{DataError, Dataset, Document, Example, Format, IGNORED, Marks, Options, Tokenize};
+use sflllm::data::{DataError, Dataset, Document, Example, Format, Marks, Options, Tokenize};
 
 use super::tokenizer::tiny_tokenizer;
 use super::{Bytes, EOS, VOCAB, bytes, learned, options, read};
+use sflllm::terms::tensor::IGNORED_TARGET;
 
 #[test]
 fn e2e_lines_are_learned_on_the_reference_only() {
@@ -17,7 +18,7 @@ fn e2e_lines_are_learned_on_the_reference_only() {
     assert_eq!(data.examples[0].ids, [context.clone(), reference.clone()].concat());
     assert_eq!(
         data.examples[0].labels,
-        [vec![IGNORED; context.len()], learned(&reference)].concat()
+        [vec![IGNORED_TARGET; context.len()], learned(&reference)].concat()
     );
     assert_eq!(
         data.examples[1].ids,
@@ -53,7 +54,7 @@ fn prompts_are_not_learned_and_completions_end() {
     assert_eq!(data.examples[0].ids, [bytes("abcd"), vec![EOS]].concat());
     assert_eq!(
         data.examples[0].labels,
-        [vec![IGNORED; 2], learned(&bytes("cd")), vec![EOS as i32]].concat()
+        [vec![IGNORED_TARGET; 2], learned(&bytes("cd")), vec![EOS as i32]].concat()
     );
     let whole = [bytes("xy"), vec![EOS]].concat();
     assert_eq!(

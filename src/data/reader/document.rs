@@ -8,10 +8,11 @@ use serde_json::value::RawValue;
 use sha2::{Digest, Sha256};
 
 use super::super::chat::{Conversation, Manner, Render, Transcript};
-use super::super::{DataError, Example, Flaw, IGNORED};
+use super::super::{DataError, Example, Flaw};
 use super::record::{Cell, Record, in_line};
 use super::table::Table;
 use super::{Dataset, Encoded, Format, Line, Marks, Options, Summary, bytes, detect, text};
+use crate::terms::tensor::IGNORED_TARGET;
 
 /// No vocabulary's tokens are longer than this on average over a sequence: what lies after so many bytes a token of
 /// the longest sequence is cut away before it is encoded.
@@ -250,7 +251,7 @@ impl Document {
         let label = |ids: &[u32]| ids.iter().map(|&id| id as i32).collect::<Vec<i32>>();
         let learned_after = |ignored: &[&[u32]], learned: &[&[u32]]| {
             let (mut all, learned) = (ignored.concat(), learned.concat());
-            let labels = [vec![IGNORED; all.len()], label(&learned)].concat();
+            let labels = [vec![IGNORED_TARGET; all.len()], label(&learned)].concat();
             all.extend(learned);
             Example { ids: all, labels }
         };
@@ -311,7 +312,7 @@ impl Document {
                         if learned.iter().any(in_answer) {
                             id as i32
                         } else {
-                            IGNORED
+                            IGNORED_TARGET
                         }
                     });
                     add(Example {

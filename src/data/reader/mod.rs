@@ -28,7 +28,7 @@ use super::{DataError, Example};
 pub enum Format {
     /// One JSON object a line: token ids, a conversation, an instruction, prompt and completion, or a text.
     Jsonl,
-    /// The same objects in a JSON list, or one after the other over several lines each.
+    /// JSON objects as in [`Jsonl`](Self::Jsonl), in a list or one after the other over several lines each.
     Json,
     /// Rows of fields under a line of names.
     Table,

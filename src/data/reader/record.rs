@@ -12,8 +12,9 @@ use serde_json::value::RawValue;
 
 use super::super::chat::{ASSISTANT, Conversation, Message};
 use super::super::json::Json;
-use super::super::{Example, Flaw, IGNORED};
+use super::super::{Example, Flaw};
 use super::Line;
+use crate::terms::tensor::IGNORED_TARGET;
 
 /// A field's contents.
 #[derive(Clone, Copy, Debug)]
@@ -309,9 +310,9 @@ impl<'a> Record<'a> {
             None => given,
         };
         as_long("labels", given.len())?;
-        if let Some(label) = given.iter().find(|&&id| id != i64::from(IGNORED) && !known(id)) {
+        if let Some(label) = given.iter().find(|&&id| id != i64::from(IGNORED_TARGET) && !known(id)) {
             return Err(Flaw::new(format!(
-                "`labels` holds {label}: neither {IGNORED} (not learned) nor an entry of the model's vocabulary of {vocab}"
+                "`labels` holds {label}: neither {IGNORED_TARGET} (not learned) nor an entry of the model's vocabulary of {vocab}"
             )));
         }
         let mut labels: Vec<i32> = given.iter().map(|&id| id as i32).collect();
@@ -324,7 +325,7 @@ impl<'a> Record<'a> {
             as_long(name, mask.len())?;
             for (label, learned) in labels.iter_mut().zip(mask) {
                 if !learned {
-                    *label = IGNORED;
+                    *label = IGNORED_TARGET;
                 }
             }
         }

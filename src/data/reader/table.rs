@@ -154,11 +154,11 @@ fn names(content: &[u8], delimiter: u8) -> Option<Vec<String>> {
 /// Whether it reads as the name of a column and not as prose.
 fn is_name(name: &str) -> bool {
     name.len() <= LONGEST_NAME
-        && name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_' || !c.is_ascii())
+        && name.starts_with(|c: char| c.is_alphabetic() || c == '_')
         && name.split(' ').count() <= 3
         && name
             .chars()
-            .all(|c| c.is_ascii_alphanumeric() || !c.is_ascii() || matches!(c, '_' | '-' | '.' | ' ' | '/'))
+            .all(|c| c.is_alphanumeric() || matches!(c, '_' | '-' | '.' | ' ' | '/'))
         && !name.ends_with('.')
 }
 

@@ -229,7 +229,7 @@ impl Tokenizer {
         })
     }
 
-    /// The same with another chat template: `chatml`, or a template's text.
+    /// This tokenizer with another chat template: `chatml`, or a template's text.
     ///
     /// # Errors
     /// [`DataError::Template`].

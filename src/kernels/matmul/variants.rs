@@ -1,5 +1,6 @@
-//! The ways to run the products on a device: five for each contract, entry points of
-//! `shaders/matmul_tiled.wgsl`, `matmul_registers.wgsl` and `matmul_decode.wgsl`, which share `matmul.wgsl`.
+//! The ways to run the products on a device: five for each contract, entry points of `shaders/matmul_tiled.wgsl`,
+//! `matmul_registers.wgsl` and `matmul_decode.wgsl`, which share `matmul.wgsl` and end in the `store` of `matmul_store.wgsl` or
+//! `matmul_store_gelu.wgsl`.
 
 use super::{BACKWARD_X, FORWARD, FORWARD_GELU, ProductParams};
 use crate::compute::kernel::Constants;
@@ -90,123 +91,56 @@ fn decode_registers_grid(params: &ProductParams) -> [u32; 3] {
     linear_workgroups(params.columns.div_ceil(columns) as usize, DECODE_LANES)
 }
 
-variant! {
-    /// 64×64 tiles in workgroup memory, at every shape.
-    pub(super) static FORWARD_TILED = FORWARD, "tiled", ["weight", "matmul", "matmul_tiled"], "product", ProductParams,
-    constants: |params| product_constants(params),
-    grid: |params| tiled_grid(params),
+/// The five variants of a contract, which are told apart by what follows the product: `$store` is the part with `fn store`.
+macro_rules! products {
+    ($CONTRACT:ident, $store:literal: $TILED:ident, $VEC4:ident, $REGISTERS:ident, $DECODE:ident, $DECODE_REGISTERS:ident) => {
+        variant! {
+            /// 64×64 tiles in workgroup memory, at every shape.
+            pub(super) static $TILED = $CONTRACT, "tiled", ["weight", "matmul", $store, "matmul_tiled"], "product", ProductParams,
+            constants: |params| product_constants(params),
+            grid: |params| tiled_grid(params),
+        }
+
+        variant! {
+            /// Tiles, activations loaded in fours.
+            pub(super) static $VEC4 = $CONTRACT, "vec4", ["weight", "matmul", $store, "matmul_tiled"], "product_vec4", ProductParams,
+            fits: |profile, params| vec4_fits(profile, params),
+            constants: |params| product_constants(params),
+            grid: |params| tiled_grid(params),
+        }
+
+        variant! {
+            /// 8×8 values an invocation, without workgroup memory.
+            pub(super) static $REGISTERS = $CONTRACT, "registers", ["weight", "matmul", $store, "matmul_registers"],
+            "product_registers", ProductParams,
+            fits: |profile, params| registers_fit(profile, params),
+            constants: |params| product_constants(params),
+            grid: |params| registers_grid(params),
+        }
+
+        variant! {
+            /// At most 4 rows: the weight is read once.
+            pub(super) static $DECODE = $CONTRACT, "decode", ["weight", "matmul", $store, "matmul_decode"], "product_decode",
+            ProductParams,
+            fits: |profile, params| decode_fits(profile, params),
+            constants: |params| decode_constants(params),
+            grid: |params| decode_grid(params),
+        }
+
+        variant! {
+            /// At most 4 rows, without workgroup memory.
+            pub(super) static $DECODE_REGISTERS = $CONTRACT, "decode_registers", ["weight", "matmul", $store, "matmul_decode"],
+            "product_decode_registers", ProductParams,
+            fits: |profile, params| decode_registers_fit(profile, params),
+            constants: |params| decode_constants(params),
+            grid: |params| decode_registers_grid(params),
+        }
+    };
 }
 
-variant! {
-    /// Tiles, activations loaded in fours.
-    pub(super) static FORWARD_VEC4 = FORWARD, "vec4", ["weight", "matmul", "matmul_tiled"], "product_vec4", ProductParams,
-    fits: |profile, params| vec4_fits(profile, params),
-    constants: |params| product_constants(params),
-    grid: |params| tiled_grid(params),
-}
-
-variant! {
-    /// 8×8 values an invocation, without workgroup memory.
-    pub(super) static FORWARD_REGISTERS = FORWARD, "registers", ["weight", "matmul", "matmul_registers"], "product_registers", ProductParams,
-    fits: |profile, params| registers_fit(profile, params),
-    constants: |params| product_constants(params),
-    grid: |params| registers_grid(params),
-}
-
-variant! {
-    /// At most 4 rows: the weight is read once.
-    pub(super) static FORWARD_DECODE = FORWARD, "decode", ["weight", "matmul", "matmul_decode"], "product_decode", ProductParams,
-    fits: |profile, params| decode_fits(profile, params),
-    constants: |params| decode_constants(params),
-    grid: |params| decode_grid(params),
-}
-
-variant! {
-    /// At most 4 rows, without workgroup memory.
-    pub(super) static FORWARD_DECODE_REGISTERS = FORWARD, "decode_registers", ["weight", "matmul", "matmul_decode"],
-    "product_decode_registers", ProductParams,
-    fits: |profile, params| decode_registers_fit(profile, params),
-    constants: |params| decode_constants(params),
-    grid: |params| decode_registers_grid(params),
-}
-
-variant! {
-    /// 64×64 tiles in workgroup memory, at every shape.
-    pub(super) static FORWARD_GELU_TILED = FORWARD_GELU, "tiled", ["weight", "matmul", "matmul_tiled"], "product_gelu", ProductParams,
-    constants: |params| product_constants(params),
-    grid: |params| tiled_grid(params),
-}
-
-variant! {
-    /// Tiles, activations loaded in fours.
-    pub(super) static FORWARD_GELU_VEC4 = FORWARD_GELU, "vec4", ["weight", "matmul", "matmul_tiled"], "product_gelu_vec4", ProductParams,
-    fits: |profile, params| vec4_fits(profile, params),
-    constants: |params| product_constants(params),
-    grid: |params| tiled_grid(params),
-}
-
-variant! {
-    /// 8×8 values an invocation, without workgroup memory.
-    pub(super) static FORWARD_GELU_REGISTERS = FORWARD_GELU, "registers", ["weight", "matmul", "matmul_registers"], "product_gelu_registers",
-    ProductParams,
-    fits: |profile, params| registers_fit(profile, params),
-    constants: |params| product_constants(params),
-    grid: |params| registers_grid(params),
-}
-
-variant! {
-    /// At most 4 rows: the weight is read once.
-    pub(super) static FORWARD_GELU_DECODE = FORWARD_GELU, "decode", ["weight", "matmul", "matmul_decode"], "product_gelu_decode", ProductParams,
-    fits: |profile, params| decode_fits(profile, params),
-    constants: |params| decode_constants(params),
-    grid: |params| decode_grid(params),
-}
-
-variant! {
-    /// At most 4 rows, without workgroup memory.
-    pub(super) static FORWARD_GELU_DECODE_REGISTERS = FORWARD_GELU, "decode_registers", ["weight", "matmul", "matmul_decode"],
-    "product_gelu_decode_registers", ProductParams,
-    fits: |profile, params| decode_registers_fit(profile, params),
-    constants: |params| decode_constants(params),
-    grid: |params| decode_registers_grid(params),
-}
-
-variant! {
-    /// 64×64 tiles in workgroup memory, at every shape.
-    pub(super) static BACKWARD_X_TILED = BACKWARD_X, "tiled", ["weight", "matmul", "matmul_tiled"], "product", ProductParams,
-    constants: |params| product_constants(params),
-    grid: |params| tiled_grid(params),
-}
-
-variant! {
-    /// Tiles, activations loaded in fours.
-    pub(super) static BACKWARD_X_VEC4 = BACKWARD_X, "vec4", ["weight", "matmul", "matmul_tiled"], "product_vec4", ProductParams,
-    fits: |profile, params| vec4_fits(profile, params),
-    constants: |params| product_constants(params),
-    grid: |params| tiled_grid(params),
-}
-
-variant! {
-    /// 8×8 values an invocation, without workgroup memory.
-    pub(super) static BACKWARD_X_REGISTERS = BACKWARD_X, "registers", ["weight", "matmul", "matmul_registers"], "product_registers", ProductParams,
-    fits: |profile, params| registers_fit(profile, params),
-    constants: |params| product_constants(params),
-    grid: |params| registers_grid(params),
-}
-
-variant! {
-    /// At most 4 rows: the weight is read once.
-    pub(super) static BACKWARD_X_DECODE = BACKWARD_X, "decode", ["weight", "matmul", "matmul_decode"], "product_decode", ProductParams,
-    fits: |profile, params| decode_fits(profile, params),
-    constants: |params| decode_constants(params),
-    grid: |params| decode_grid(params),
-}
-
-variant! {
-    /// At most 4 rows, without workgroup memory.
-    pub(super) static BACKWARD_X_DECODE_REGISTERS = BACKWARD_X, "decode_registers", ["weight", "matmul", "matmul_decode"],
-    "product_decode_registers", ProductParams,
-    fits: |profile, params| decode_registers_fit(profile, params),
-    constants: |params| decode_constants(params),
-    grid: |params| decode_registers_grid(params),
-}
+products!(FORWARD, "matmul_store":
+    FORWARD_TILED, FORWARD_VEC4, FORWARD_REGISTERS, FORWARD_DECODE, FORWARD_DECODE_REGISTERS);
+products!(FORWARD_GELU, "matmul_store_gelu":
+    FORWARD_GELU_TILED, FORWARD_GELU_VEC4, FORWARD_GELU_REGISTERS, FORWARD_GELU_DECODE, FORWARD_GELU_DECODE_REGISTERS);
+products!(BACKWARD_X, "matmul_store":
+    BACKWARD_X_TILED, BACKWARD_X_VEC4, BACKWARD_X_REGISTERS, BACKWARD_X_DECODE, BACKWARD_X_DECODE_REGISTERS);
