@@ -10,8 +10,8 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use super::dial::{ConnectionFault, Dialer, Heard, Tick};
+use super::frame::{adapter_frame_bytes, step_frame_bytes};
 use super::link::silence_limit;
-use super::main_server::{adapter_frame_bytes, step_frame_bytes};
 use super::message::*;
 use super::{Endpoint, PING_INTERVAL, Transmit, earlier};
 use crate::terms::ids::{ClientId, RoundKey, StepKey};
