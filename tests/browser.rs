@@ -229,7 +229,7 @@ fn a_tab_whose_blocks_come_and_go_trains_to_the_end() {
             weights: Weights::open(&assets, &config).unwrap(),
             holding: Holding::As(Format::F16),
             tokenizer: Some(fs::read(assets.join("tokenizer.json")).unwrap()),
-            config: config.clone(),
+            architecture: config.clone(),
         },
         engine: Engine::cpu(),
         training: Training {

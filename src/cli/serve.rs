@@ -337,7 +337,7 @@ pub(super) fn model(source: Source) -> server::Model {
     server::Model {
         name: source.name,
         digest: Digest(source.digest),
-        config: source.config,
+        architecture: source.config,
         weights: source.weights,
         holding: source.holding,
         tokenizer: source.tokenizer.map(|tokenizer| tokenizer.json().to_vec()),

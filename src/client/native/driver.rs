@@ -1,30 +1,23 @@
-//! A client in a native process: sockets, files and a compute thread around the session.
+//! The session between its sockets, the compute thread and the files.
 //!
-//! The session runs in the caller's async task and answers pings at once; forward and backward passes run in a thread of
-//! their own and may take as long as they take.
+//! Separate from what a caller sees: whoever joins a run gives settings and gets reports.
 
-use std::io;
-use std::path::{Path, PathBuf};
-use std::sync::{LazyLock, mpsc as thread_mpsc};
+use std::path::PathBuf;
+use std::sync::mpsc as thread_mpsc;
 use std::time::{Duration, Instant};
 
-use sha2::{Digest as _, Sha256};
-use tokio::io::AsyncWriteExt;
 use tokio::sync::{mpsc, watch};
 
-use super::{Held, Learner, Loader, Plan, capabilities};
-use crate::compute::Engine;
-use crate::data::{self, Columns, Dataset, Example, Summary as DataSummary, Tokenize, Tokenizer};
+use super::super::{self as client, Plan, capabilities};
+use super::fetch::Fetcher;
+use super::thread::{Reply, Task, start_thread};
+use super::{Error, Report, Settings, Source, Summary};
 use crate::model::adapter::Adapter;
-use crate::protocol::message::{Assignment, Blob, Gradient, PROTOCOL_VERSION, RoundResult};
+use crate::protocol::message::{Assignment, Blob, PROTOCOL_VERSION};
 use crate::protocol::{
-    ActivationsInput, AdapterInput, ClientConfig, ClientError, ClientEvent, ClientFailure, ClientSession, Endpoint,
-    FinishReason, MAX_FRAME_BYTES, Transmit,
+    ClientConfig, ClientEvent, ClientFailure, ClientSession, Endpoint, FinishReason, MAX_FRAME_BYTES, Transmit,
 };
-use crate::terms::ids::{RoundKey, StepKey};
-use crate::terms::moments::Moments;
-use crate::terms::speed::Speed;
-use crate::transport::{self, Dialer, JoinLink, Origin, SocketEvent};
+use crate::transport::{self, JoinLink, SocketEvent};
 
 /// Failed connections in a row before a client gives up; the pauses between them grow.
 const RETRIES: u32 = 8;
@@ -32,122 +25,6 @@ const RETRIES: u32 = 8;
 const FIRST_CONNECTION: Duration = Duration::from_secs(6);
 /// How long to wait at the end for the last frames to be sent.
 const CLOSE_LIMIT: Duration = Duration::from_secs(2);
-
-/// Why a native client stopped.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    #[error(transparent)]
-    Transport(#[from] transport::Error),
-    #[error("the server refused: {0}")]
-    Refused(String),
-    #[error(transparent)]
-    Session(#[from] ClientFailure),
-    #[error(transparent)]
-    Client(#[from] super::Error),
-    #[error(transparent)]
-    Answer(#[from] ClientError),
-    #[error("cannot {action} {path}: {source}")]
-    File {
-        action: &'static str,
-        path: String,
-        r#source: io::Error,
-    },
-    #[error("{name} could not be fetched from {url}: {reason}")]
-    Download { name: String, url: String, reason: String },
-    #[error("the compute thread ended without a reason")]
-    ThreadGone,
-}
-
-impl Error {
-    fn file(action: &'static str, path: &Path, source: io::Error) -> Self {
-        Self::File {
-            action,
-            path: path.display().to_string(),
-            source,
-        }
-    }
-}
-
-/// What a client learns from.
-#[derive(Clone, Debug)]
-pub enum Source {
-    /// Read and tokenised here, with the server's tokenizer.
-    File {
-        path: PathBuf,
-        skip_bad_lines: bool,
-        columns: Columns,
-        /// Used instead of the server's chat template; `chatml`, or a template's text.
-        chat_template: Option<String>,
-    },
-    /// Examples already made with this run's tokenizer.
-    Examples(Vec<Example>),
-}
-
-/// How to join.
-pub struct Settings {
-    pub server: Origin,
-    pub token: Option<String>,
-    pub dialer: Dialer,
-    pub name: String,
-    pub engine: Engine,
-    pub source: Source,
-    /// Where fetched parts of the model are kept, by content hash.
-    pub cache: PathBuf,
-    /// Where the client's side of the adapter is saved, if wanted.
-    pub adapter_out: Option<PathBuf>,
-}
-
-/// What happens, for people. Rounds and steps count from 1.
-#[derive(Clone, Debug)]
-pub enum Report {
-    Connected,
-    ConnectionLost {
-        endpoint: Endpoint,
-        reason: Option<String>,
-    },
-    /// A part of the model is being fetched; `done` of `bytes` are there.
-    Fetching {
-        name: String,
-        done: u64,
-        bytes: u64,
-    },
-    Loaded {
-        data: Option<DataSummary>,
-        blocks: usize,
-        rounds: u32,
-        /// Still to go.
-        steps: u32,
-    },
-    RoundStarted {
-        round: u32,
-        rounds: u32,
-        members: u32,
-    },
-    Step {
-        step: u32,
-        steps: u32,
-        loss: f32,
-        mean_loss: f32,
-        tokens: u64,
-    },
-    Round(RoundResult),
-    /// The adapter could not be saved; the next is tried again.
-    Unsaved {
-        detail: String,
-    },
-}
-
-/// A finished session in numbers.
-#[derive(Clone, Debug)]
-pub struct Summary {
-    pub reason: FinishReason,
-    /// Local steps taken.
-    pub steps: u64,
-    pub tokens: u64,
-    pub bytes_up: u64,
-    pub bytes_down: u64,
-    pub seconds: f64,
-}
 
 /// Takes part until the run is over, or until `stop` becomes true.
 ///
@@ -197,186 +74,6 @@ pub async fn join(
         outcome: None,
     };
     driver.run(socket_events, replies, stop).await
-}
-
-/// Asked of the compute thread.
-enum Task {
-    Load {
-        generation: u64,
-        plan: Box<Plan>,
-        units: Vec<PathBuf>,
-        tokenizer: Option<PathBuf>,
-    },
-    BeginRound,
-    Install {
-        values: Vec<f32>,
-        moments: Option<Moments>,
-    },
-    Forward(StepKey),
-    Backward {
-        key: StepKey,
-        gradient: Box<Gradient>,
-    },
-    Collect {
-        round: RoundKey,
-        split: u32,
-        steps: u64,
-    },
-}
-
-/// Answered by the compute thread.
-enum Reply {
-    Loaded {
-        generation: u64,
-        data: Option<DataSummary>,
-        speed: Option<Speed>,
-    },
-    Activations(ActivationsInput),
-    StepDone {
-        key: StepKey,
-        took: Duration,
-    },
-    Adapter(AdapterInput),
-    Failed(Error),
-}
-
-fn start_thread(engine: Engine, source: Source) -> Result<(thread_mpsc::Sender<Task>, mpsc::Receiver<Reply>), Error> {
-    let (tasks, receiver) = thread_mpsc::channel();
-    let (sender, replies) = mpsc::channel(16);
-    let compute = move || {
-        if let Err(error) = pollster::block_on(compute(engine, source, &receiver, &sender)) {
-            // Without a driver there is nobody to tell.
-            let _ = sender.blocking_send(Reply::Failed(error));
-        }
-    };
-    std::thread::Builder::new()
-        .name("client".to_owned())
-        .spawn(compute)
-        .map_err(|source| Error::File {
-            action: "start",
-            path: "a thread".to_owned(),
-            source,
-        })?;
-    Ok((tasks, replies))
-}
-
-async fn compute(
-    engine: Engine,
-    source: Source,
-    tasks: &thread_mpsc::Receiver<Task>,
-    replies: &mpsc::Sender<Reply>,
-) -> Result<(), Error> {
-    let mut learner: Option<Learner> = None;
-    while let Ok(task) = tasks.recv() {
-        let reply = match (task, &mut learner) {
-            (
-                Task::Load {
-                    generation,
-                    plan,
-                    units,
-                    tokenizer,
-                },
-                current,
-            ) => {
-                // Within one process the data goes on where it stood, whatever is loaded again.
-                let held = match current.take() {
-                    Some(learner) => Some(learner.release().await?),
-                    None => None,
-                };
-                let (mut loaded, data) = load(&engine, &plan, &source, held, &units, tokenizer.as_deref())?;
-                let speed = loaded.speed().await?;
-                *current = Some(loaded);
-                Some(Reply::Loaded {
-                    generation,
-                    data,
-                    speed,
-                })
-            }
-            (_, None) => None,
-            (Task::BeginRound, Some(learner)) => {
-                learner.begin_round();
-                None
-            }
-            (Task::Install { values, moments }, Some(learner)) => {
-                learner.install(&values, moments).await?;
-                None
-            }
-            (Task::Forward(key), Some(learner)) => Some(Reply::Activations(learner.forward(key).await?)),
-            (Task::Backward { key, gradient }, Some(learner)) => {
-                let took = learner.backward(*gradient).await?;
-                Some(Reply::StepDone { key, took })
-            }
-            (Task::Collect { round, split, steps }, Some(learner)) => {
-                Some(Reply::Adapter(learner.adapter(round, split, steps).await?))
-            }
-        };
-        if let Some(reply) = reply
-            && replies.blocking_send(reply).is_err()
-        {
-            break;
-        }
-    }
-    Ok(())
-}
-
-/// What the client measures itself by.
-fn clock() -> Duration {
-    static ORIGIN: LazyLock<Instant> = LazyLock::new(Instant::now);
-    ORIGIN.elapsed()
-}
-
-/// `units` has the files of the plan's last parts, of all that are not on the device at least.
-fn load(
-    engine: &Engine,
-    plan: &Plan,
-    source: &Source,
-    held: Option<Held>,
-    units: &[PathBuf],
-    tokenizer: Option<&Path>,
-) -> Result<(Learner, Option<DataSummary>), Error> {
-    let read = |path: &Path| std::fs::read(path).map_err(|error| Error::file("read", path, error));
-    let mut loader = Loader::new(engine, plan, clock, held)?;
-    let (examples, summary) = match (loader.take_data(), source) {
-        (Some(examples), _) => (examples, None),
-        (None, Source::Examples(examples)) => (examples.clone(), None),
-        (
-            None,
-            Source::File {
-                path,
-                skip_bad_lines,
-                columns,
-                chat_template,
-            },
-        ) => {
-            let tokenizer = match tokenizer {
-                Some(tokenizer) => {
-                    let mut tokenizer =
-                        Tokenizer::from_json(&read(tokenizer)?, plan.config.eos).map_err(super::Error::from)?;
-                    if let Some(template) = chat_template {
-                        tokenizer = tokenizer.with_chat_template(template).map_err(super::Error::from)?;
-                    }
-                    tokenizer
-                        .check_vocabulary(plan.config.vocab)
-                        .map_err(super::Error::from)?;
-                    Some(tokenizer)
-                }
-                None => None,
-            };
-            let tokenize = tokenizer.as_ref().map(|tokenizer| tokenizer as &dyn Tokenize);
-            let options = data::Options {
-                skip_bad_lines: *skip_bad_lines,
-                columns: columns.clone(),
-                ..plan.data_options()
-            };
-            let data = Dataset::load(path, tokenize, &options).map_err(super::Error::from)?;
-            (data.examples, Some(data.summary))
-        }
-    };
-    let there = units.len().saturating_sub(loader.missing().len());
-    for path in units.iter().skip(there) {
-        loader.add(read(path)?)?;
-    }
-    Ok((loader.finish(examples)?, summary))
 }
 
 #[derive(Default)]
@@ -777,7 +474,7 @@ impl Driver {
         };
         Adapter::from_values(&plan.config, &plan.training.spec, 0..plan.cut, values.to_vec())
             .and_then(|adapter| adapter.save(directory, &plan.config, ""))
-            .map_err(|error| super::Error::from(error).into())
+            .map_err(|error| client::Error::from(error).into())
     }
 }
 
@@ -792,128 +489,5 @@ async fn sleep_until(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
         None => std::future::pending().await,
-    }
-}
-
-/// Fetches parts of the model into the cache.
-struct Fetcher {
-    dialer: Dialer,
-    server: Origin,
-    cache: PathBuf,
-    report: std::sync::Arc<dyn Fn(Report) + Send + Sync>,
-}
-
-impl Fetcher {
-    async fn fetch_all(
-        &self,
-        units: &[Blob],
-        tokenizer: Option<&Blob>,
-    ) -> Result<(Vec<PathBuf>, Option<PathBuf>), Error> {
-        std::fs::create_dir_all(&self.cache).map_err(|error| Error::file("create", &self.cache, error))?;
-        let mut files = Vec::with_capacity(units.len());
-        for blob in units {
-            files.push(self.fetch(blob).await?);
-        }
-        let tokenizer = match tokenizer {
-            Some(blob) => Some(self.fetch(blob).await?),
-            None => None,
-        };
-        Ok((files, tokenizer))
-    }
-
-    /// The file of a blob; fetched unless the cache has it whole.
-    async fn fetch(&self, blob: &Blob) -> Result<PathBuf, Error> {
-        let path = self.cache.join(blob.sha256.to_string());
-        let (there, wanted) = (path.clone(), blob.clone());
-        if tokio::task::spawn_blocking(move || cached(&there, &wanted))
-            .await
-            .unwrap_or(false)
-        {
-            return Ok(path);
-        }
-        static DOWNLOADS: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
-        let number = DOWNLOADS.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let temporary = self
-            .cache
-            .join(format!("{}.{}-{number}.part", blob.sha256, std::process::id()));
-        let result = self.download(blob, &temporary).await;
-        let moved = result.and_then(|()| {
-            std::fs::rename(&temporary, &path).map_err(|error| Error::file("rename", &temporary, error))
-        });
-        if moved.is_err() {
-            // The first error is the one to report, whether or not the leftover can be removed.
-            let _ = std::fs::remove_file(&temporary);
-        }
-        moved.map(|()| path)
-    }
-
-    async fn download(&self, blob: &Blob, file: &Path) -> Result<(), Error> {
-        let url = format!("/weights/{}", blob.sha256);
-        let fail = |reason: String| Error::Download {
-            name: blob.name.clone(),
-            url: format!("{}{url}", self.server),
-            reason,
-        };
-        let mut response = self.dialer.get(&self.server, &url).await?;
-        let mut output = tokio::fs::File::create(file)
-            .await
-            .map_err(|error| Error::file("create", file, error))?;
-        let (mut hash, mut done) = (Sha256::new(), 0_u64);
-        loop {
-            let chunk = response.chunk().await;
-            let chunk =
-                chunk.map_err(|_| fail(format!("the connection broke after {done} of {} bytes", blob.bytes)))?;
-            let Some(chunk) = chunk else { break };
-            done += chunk.len() as u64;
-            if done > blob.bytes {
-                return Err(fail(format!("it is longer than the {} bytes announced", blob.bytes)));
-            }
-            hash.update(&chunk);
-            output
-                .write_all(&chunk)
-                .await
-                .map_err(|error| Error::file("write", file, error))?;
-            (self.report)(Report::Fetching {
-                name: blob.name.clone(),
-                done,
-                bytes: blob.bytes,
-            });
-        }
-        output
-            .flush()
-            .await
-            .map_err(|error| Error::file("write", file, error))?;
-        let digest: [u8; 32] = hash.finalize().into();
-        if digest != blob.sha256.0 {
-            return Err(super::Error::Hash {
-                name: blob.name.clone(),
-            }
-            .into());
-        }
-        Ok(())
-    }
-}
-
-/// Whether the cache holds the blob with its hash.
-fn cached(path: &Path, blob: &Blob) -> bool {
-    let Ok(mut file) = std::fs::File::open(path) else {
-        return false;
-    };
-    let mut hash = Sha256::new();
-    let copied = io::copy(&mut file, &mut HashWriter(&mut hash));
-    let digest: [u8; 32] = hash.finalize().into();
-    copied.is_ok_and(|bytes| bytes == blob.bytes) && digest == blob.sha256.0
-}
-
-struct HashWriter<'a>(&'a mut Sha256);
-
-impl io::Write for HashWriter<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.update(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }
