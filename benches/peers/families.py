@@ -47,7 +47,7 @@ def draw_config(draw, family):
     kv_heads = draw.choice([1, 2, 3])
     heads = kv_heads * draw.choice([1, 2, 3, 5])
     head_size = 2 * draw.randrange(2, 10)
-    width = draw.randrange(20, 80) if family != "qwen2" else heads * head_size
+    width = heads * (head_size if family == "qwen2" else draw.randrange(4, 20))
     rope = dict(rope_type="default", rope_theta=draw.choice([500.0, 10000.0, 1e6]))
     if family == "llama3":
         rope.update(
@@ -131,7 +131,8 @@ def split(program, common, folder, cut, device):
         capture_output=True, text=True,
     )
     rest = server.stderr.read()
-    assert joined.returncode == 0 and server.wait() == 0, (joined.stderr, "".join(said) + rest)
+    codes = joined.returncode, server.wait()
+    assert codes == (0, 0), (codes, joined.stderr, "".join(said) + rest)
     return step_losses(out)
 
 
