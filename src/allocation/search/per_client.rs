@@ -123,7 +123,7 @@ fn deepest(problem: &Problem, client: usize, rank: usize, allowed: impl Fn(&Cell
         })
 }
 
-fn every_choice(problem: &Problem) -> Vec<Choice> {
+pub(super) fn every_choice(problem: &Problem) -> Vec<Choice> {
     let (clients, splits) = (problem.clients(), problem.splits.len());
     let mut choices = Vec::new();
     for rank in 0..problem.ranks.len() {
