@@ -303,6 +303,11 @@ impl LoraSpec {
         }
     }
 
+    /// The targets by the names that PEFT takes: `c_attn,mlp.c_proj`.
+    pub fn target_names(&self) -> String {
+        Target::peft_names(&self.targets).join(",")
+    }
+
     /// Rank and α of a projection; `None` where it is not adapted.
     fn of(&self, block: usize, target: Target) -> Option<(usize, f32)> {
         let exception = self
@@ -624,7 +629,7 @@ impl Adapter {
 
 impl fmt::Display for LoraSpec {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let names = Target::peft_names(&self.targets).join(",");
+        let names = self.target_names();
         write!(formatter, "rank {}, alpha {}, targets {names}", self.rank, self.alpha)
     }
 }
