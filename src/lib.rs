@@ -84,8 +84,6 @@ pub mod allocation;
 pub mod client;
 pub mod compute;
 pub mod data;
-#[cfg(not(target_arch = "wasm32"))]
-pub mod disk;
 pub mod federated;
 pub mod kernels;
 pub mod model;
@@ -94,11 +92,19 @@ pub mod simulation;
 pub mod split;
 pub mod terms;
 
+// The program's own rooms: reachable for its binary and tests, and no promise to anybody else.
 #[cfg(all(feature = "program", not(target_arch = "wasm32")))]
+#[doc(hidden)]
 pub mod cli;
+#[cfg(not(target_arch = "wasm32"))]
+#[doc(hidden)]
+pub mod disk;
 #[cfg(all(feature = "program", not(target_arch = "wasm32")))]
+#[doc(hidden)]
 pub mod hub;
 #[cfg(all(feature = "program", not(target_arch = "wasm32")))]
+#[doc(hidden)]
 pub mod server;
 #[cfg(all(feature = "program", not(target_arch = "wasm32")))]
+#[doc(hidden)]
 pub mod transport;

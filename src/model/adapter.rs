@@ -17,7 +17,7 @@ use super::architecture::Architecture;
 use super::archive::ArchiveError;
 
 /// The largest rank accepted.
-pub const MAX_RANK: usize = 1 << 14;
+pub(crate) const MAX_RANK: usize = 1 << 14;
 /// Values an adapter may hold in all.
 const MAX_VALUES: u64 = 1 << 29;
 
@@ -262,7 +262,7 @@ impl LoraSpec {
     ///
     /// # Errors
     /// [`AdapterError::Exceptions`] when they are not in order; [`AdapterError::Rank`], [`AdapterError::Alpha`].
-    pub fn with_exceptions(mut self, exceptions: Vec<Exception>) -> Result<Self, AdapterError> {
+    pub(crate) fn with_exceptions(mut self, exceptions: Vec<Exception>) -> Result<Self, AdapterError> {
         let ordered = exceptions
             .windows(2)
             .all(|pair| (pair[0].block, pair[0].target) < (pair[1].block, pair[1].target));
@@ -304,7 +304,7 @@ impl LoraSpec {
     }
 
     /// The targets by the names that PEFT takes: `c_attn,mlp.c_proj`.
-    pub fn target_names(&self) -> String {
+    pub(crate) fn target_names(&self) -> String {
         Target::peft_names(&self.targets).join(",")
     }
 

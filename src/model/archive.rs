@@ -198,7 +198,7 @@ impl Archive {
     ///
     /// # Panics
     /// If there is no such row, or `values` is not as long as one.
-    pub fn read_row(
+    pub(crate) fn read_row(
         &mut self,
         tensor: &str,
         shape: &[usize; 2],

@@ -15,8 +15,8 @@ use super::architecture::{Architecture, Family};
 use super::archive::{Archive, ArchiveError};
 
 /// The files of a PEFT directory.
-pub const CONFIG_FILE: &str = "adapter_config.json";
-pub const TENSOR_FILE: &str = "adapter_model.safetensors";
+pub(crate) const CONFIG_FILE: &str = "adapter_config.json";
+pub(crate) const TENSOR_FILE: &str = "adapter_model.safetensors";
 
 /// PEFT's files.
 impl Adapter {

@@ -12,7 +12,7 @@ pub const MAX_FRAME_BYTES: usize = 1 << 30;
 /// Room for everything in a frame but its tensors.
 const FRAME_SLACK_BYTES: usize = 1024;
 /// Bytes of the largest frame with activations or a gradient; `None` when it is larger than any frame may be.
-pub fn step_frame_bytes(config: &RunConfig) -> Option<usize> {
+pub(crate) fn step_frame_bytes(config: &RunConfig) -> Option<usize> {
     let tensor = config.largest_tensor();
     let bytes = tensor
         .rows()?
@@ -23,7 +23,7 @@ pub fn step_frame_bytes(config: &RunConfig) -> Option<usize> {
 }
 
 /// Bytes of the largest frame with a flat adapter; `None` when it is larger than any frame may be.
-pub fn adapter_frame_bytes(adapter_len: u64) -> Option<usize> {
+pub(crate) fn adapter_frame_bytes(adapter_len: u64) -> Option<usize> {
     let bytes = usize::try_from(adapter_len)
         .ok()?
         .checked_mul(4)?

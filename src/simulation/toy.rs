@@ -67,7 +67,7 @@ impl Trained {
     }
 
     /// Takes the blocks from a value on out, and leaves the others.
-    pub fn split_off(&mut self, from: usize) -> Trained {
+    pub(crate) fn split_off(&mut self, from: usize) -> Trained {
         Trained {
             values: self.values.split_off(from),
             first: self.first.split_off(from),

@@ -144,7 +144,7 @@ impl Scenario {
     /// # Errors
     /// [`ScenarioError::Rounds`].
     #[cfg(not(target_arch = "wasm32"))]
-    pub fn load_rounds(&mut self, directory: &std::path::Path) -> Result<(), ScenarioError> {
+    pub(crate) fn load_rounds(&mut self, directory: &std::path::Path) -> Result<(), ScenarioError> {
         if let Some(file) = &self.training.rounds_file {
             let table = RoundsTable::load(&directory.join(file))?;
             self.set_rounds(&table)?;

@@ -160,7 +160,7 @@ impl Scenario {
     ///
     /// # Errors
     /// [`ScenarioError::Field`].
-    pub fn client_compute_hz(&self) -> Result<Vec<f64>, ScenarioError> {
+    pub(crate) fn client_compute_hz(&self) -> Result<Vec<f64>, ScenarioError> {
         let count = self.client_count()?;
         let [low, high] = self.clients.compute_hz;
         if let Some(each) = &self.clients.compute_hz_each {
@@ -364,7 +364,7 @@ impl Scenario {
     ///
     /// # Errors
     /// [`ScenarioError`] names field, client, link and constraint.
-    pub fn problem_with(
+    pub(crate) fn problem_with(
         &self,
         workload: &Workload,
         speeds: &Speeds,

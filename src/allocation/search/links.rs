@@ -78,7 +78,7 @@ impl<'a> Links<'a> {
     }
 
     /// A lower bound on the total of `choice`, from what is known of the links at once.
-    pub fn quick_bound_s(&self, choice: &Choice) -> f64 {
+    pub(crate) fn quick_bound_s(&self, choice: &Choice) -> f64 {
         let problem = self.problem;
         let Choice { split_index, rank } = choice;
         let main = Self::waits(&problem.main_demand(split_index, *rank), self.main_s_per_bit);
@@ -96,13 +96,13 @@ impl<'a> Links<'a> {
     }
 
     /// The same from the count bounds of its links.
-    pub fn count_bound_s(&self, choice: &Choice) -> f64 {
+    pub(crate) fn count_bound_s(&self, choice: &Choice) -> f64 {
         let demand = self.problem.main_demand(&choice.split_index, choice.rank);
         self.bound_with_main_s(choice, self.main.lower_bound_s(&demand))
     }
 
     /// The same when the upload phase is known to take `main` at least.
-    pub fn bound_with_main_s(&self, choice: &Choice, main: f64) -> f64 {
+    pub(crate) fn bound_with_main_s(&self, choice: &Choice, main: f64) -> f64 {
         let problem = self.problem;
         let Choice { split_index, rank } = choice;
         let download = match &self.download {
@@ -118,7 +118,7 @@ impl<'a> Links<'a> {
     }
 
     /// The upload phase with which `choice` could at best equal `total_s`; `None` where that is not simply said.
-    pub fn main_limit_s(&self, choice: &Choice, total_s: f64) -> Option<f64> {
+    pub(crate) fn main_limit_s(&self, choice: &Choice, total_s: f64) -> Option<f64> {
         let problem = self.problem;
         let Choice { split_index, rank } = choice;
         if problem.energy_weight_s_per_j > 0.0 || self.download.is_some() || !choice.is_uniform() {
@@ -138,7 +138,7 @@ impl<'a> Links<'a> {
     }
 
     /// Whether the prices that bound `best` prove that `choice` is no better.
-    pub fn cannot_beat(&self, choice: &Choice, best: &Solved) -> bool {
+    pub(crate) fn cannot_beat(&self, choice: &Choice, best: &Solved) -> bool {
         let Some(prices) = &best.main_prices else { return false };
         let Choice { split_index, rank } = choice;
         let per_second = self.problem.rounds[*rank] * f64::from(self.problem.local_steps);

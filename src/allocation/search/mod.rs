@@ -41,7 +41,7 @@ impl Links<'_> {
     }
 
     /// A lower bound on every plan with one cut for all clients.
-    pub fn uniform_bound_s(&self) -> f64 {
+    pub(crate) fn uniform_bound_s(&self) -> f64 {
         best_first(self, self.uniform(), None, Effort::Bound).1
     }
 }

@@ -15,7 +15,7 @@ const SOLVED_CUTS: usize = 400;
 
 /// Every client its own cut, one rank for all: thresholds on the backward pass, sharpened client by client, and exhaustion
 /// where there are few enough assignments.
-pub fn per_client(links: &Links<'_>) -> Result<(Solved, f64), Error> {
+pub(crate) fn per_client(links: &Links<'_>) -> Result<(Solved, f64), Error> {
     let problem = links.problem;
     let (clients, splits, ranks) = (problem.clients(), problem.splits.len(), problem.ranks.len());
     let mut best: Option<Solved> = match uniform(links) {

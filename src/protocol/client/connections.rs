@@ -46,12 +46,12 @@ impl Connections {
     }
 
     /// Whether both servers have let this client in.
-    pub fn are_up(&self) -> bool {
+    pub(crate) fn are_up(&self) -> bool {
         self.main.is_up() && self.federated.is_up()
     }
 
     /// Both have led to something: failures are counted anew.
-    pub fn succeeded(&mut self) {
+    pub(crate) fn succeeded(&mut self) {
         self.main.succeeded();
         self.federated.succeeded();
     }
@@ -63,14 +63,14 @@ impl Connections {
     }
 
     /// Sends what takes its time on the emulated uplink.
-    pub fn send_paced(&mut self, endpoint: Endpoint, now: Duration, message: &Message) {
+    pub(crate) fn send_paced(&mut self, endpoint: Endpoint, now: Duration, message: &Message) {
         if let Some(link) = self.dialer(endpoint).link() {
             link.send_paced(now, message);
         }
     }
 
     /// Brings both uplinks to these rates.
-    pub fn set_rates(&mut self, rates: Option<LinkRates>) {
+    pub(crate) fn set_rates(&mut self, rates: Option<LinkRates>) {
         if let Some(link) = self.main.link() {
             link.set_rate(rates.map(|rates| rates.main_bits_per_s));
         }
@@ -80,7 +80,7 @@ impl Connections {
     }
 
     /// Takes frames of so many bytes from both servers.
-    pub fn set_limit(&mut self, limit: usize) {
+    pub(crate) fn set_limit(&mut self, limit: usize) {
         for endpoint in [Endpoint::Main, Endpoint::Federated] {
             if let Some(link) = self.dialer(endpoint).link() {
                 link.set_limit(limit);
@@ -89,7 +89,7 @@ impl Connections {
     }
 
     /// Closes a connection, after what is still to be sent.
-    pub fn hang_up(&mut self, endpoint: Endpoint) {
+    pub(crate) fn hang_up(&mut self, endpoint: Endpoint) {
         // What is still to be sent goes before the close.
         self.dialer(endpoint).flush();
         while let Some(bytes) = self.dialer(endpoint).poll_frame() {

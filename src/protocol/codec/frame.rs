@@ -113,7 +113,7 @@ pub fn encode_message_frame(number: u32, acknowledged: u32, message: &Message) -
 }
 
 /// Brings a frame that is sent again up to date.
-pub fn set_acknowledged(frame: &mut [u8], acknowledged: u32) {
+pub(crate) fn set_acknowledged(frame: &mut [u8], acknowledged: u32) {
     if let Some(place) = frame.get_mut(5..HEADER_BYTES) {
         place.copy_from_slice(&acknowledged.to_le_bytes());
     }

@@ -30,10 +30,10 @@ pub use greeting::{Answer, GreetingError, decode_answer, decode_hello, encode_an
 use crate::terms::tensor::WireTensorError;
 
 /// The first bytes of a greeting and of its answer.
-pub const MAGIC: [u8; 4] = *b"SFLM";
+pub(crate) const MAGIC: [u8; 4] = *b"SFLM";
 
 /// Bytes of a frame before its body.
-pub const HEADER_BYTES: usize = 9;
+pub(crate) const HEADER_BYTES: usize = 9;
 
 /// Largest greeting or answer.
 pub const MAX_HANDSHAKE_BYTES: usize = 16 * 1024;

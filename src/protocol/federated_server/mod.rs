@@ -89,7 +89,7 @@ impl FederatedServerSession {
     }
 
     /// Clients connected now.
-    pub fn connected_clients(&self) -> usize {
+    pub(crate) fn connected_clients(&self) -> usize {
         self.clients
             .values()
             .filter(|client| client.connection.is_some())

@@ -51,7 +51,7 @@ pub(super) struct OpenRound {
 
 impl OpenRound {
     /// Why the main server cannot mean this round, if it cannot: members' adapters are prefixes of the average.
-    pub fn contradiction(&self) -> Option<String> {
+    pub(crate) fn contradiction(&self) -> Option<String> {
         let longer = |(_, member): &(&ClientId, &Participant)| member.adapter_len > self.adapter_len;
         let (client, member) = self.members.iter().find(longer)?;
         Some(format!(
@@ -61,7 +61,7 @@ impl OpenRound {
     }
 
     /// Why the main server's copy cannot be meant, if it cannot: it fills up every member's adapter, and is finite.
-    pub fn copy_fault(&self, copy: &[f32]) -> Option<String> {
+    pub(crate) fn copy_fault(&self, copy: &[f32]) -> Option<String> {
         let shortest = (self.members.values().map(|member| member.adapter_len).min()).unwrap_or(self.adapter_len);
         let (len, whole) = (copy.len() as u64, self.adapter_len);
         if len > whole || whole - len > shortest {
@@ -113,7 +113,7 @@ impl OpenRound {
     }
 
     /// Whether every member has sent its adapter.
-    pub fn is_complete(&self) -> bool {
+    pub(crate) fn is_complete(&self) -> bool {
         self.members.values().all(|member| member.update.is_some())
     }
 

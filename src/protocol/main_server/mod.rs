@@ -191,7 +191,7 @@ impl MainServerSession {
     }
 
     /// The link to a federated server in another process is up, perhaps again: repeats what it must know.
-    pub fn control_connected(&mut self, now: Duration) {
+    pub(crate) fn control_connected(&mut self, now: Duration) {
         self.controls.clear();
         self.open_run(now);
         let members = self.phase.members();

@@ -32,7 +32,7 @@ impl Placement {
     }
 
     /// Blocks of this client.
-    pub fn split_of(&self, client: ClientId) -> u32 {
+    pub(crate) fn split_of(&self, client: ClientId) -> u32 {
         self.cuts.get(&client).copied().unwrap_or_else(|| self.split())
     }
 
@@ -106,12 +106,12 @@ impl Current {
     }
 
     /// Forgets the moments: whoever comes later did not hold these blocks when they were moved.
-    pub fn forget_moments(&mut self) {
+    pub(crate) fn forget_moments(&mut self) {
         self.placement.moments = None;
     }
 
     /// Digest of the adapter that a client with so many blocks starts from; `None` when no client has so many.
-    pub fn base_at(&self, split: u32) -> Option<Digest> {
+    pub(crate) fn base_at(&self, split: u32) -> Option<Digest> {
         self.bases.get(&split).copied()
     }
 }

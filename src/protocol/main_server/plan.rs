@@ -40,7 +40,7 @@ impl Planning {
     }
 
     /// Whether a question is open.
-    pub fn is_open(&self) -> bool {
+    pub(crate) fn is_open(&self) -> bool {
         self.question.is_some()
     }
 
@@ -50,12 +50,12 @@ impl Planning {
     }
 
     /// Whether no plan has known anybody.
-    pub fn is_first(&self) -> bool {
+    pub(crate) fn is_first(&self) -> bool {
         self.planned.is_empty()
     }
 
     /// The client's emulated uplinks.
-    pub fn rates_of(&self, client: ClientId) -> Option<LinkRates> {
+    pub(crate) fn rates_of(&self, client: ClientId) -> Option<LinkRates> {
         self.rates.get(&client).copied()
     }
 }

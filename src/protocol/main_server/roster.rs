@@ -47,7 +47,7 @@ impl Client {
     }
 
     /// Whether it has loaded the latest assignment.
-    pub fn is_ready(&self) -> bool {
+    pub(crate) fn is_ready(&self) -> bool {
         self.ready
     }
 }
@@ -97,7 +97,7 @@ impl Roster {
     }
 
     /// Who this is: a number of its own for whoever is new, with serial 0.
-    pub fn identify(&mut self, admission: Admission) -> Pass {
+    pub(crate) fn identify(&mut self, admission: Admission) -> Pass {
         match admission {
             Admission::New => {
                 let client = ClientId(self.next);
@@ -109,7 +109,7 @@ impl Roster {
     }
 
     /// Lets a client in, or in again. Whatever was known of it but its number is as it says now.
-    pub fn enter(&mut self, pass: Pass, hello: &Hello, connection: ConnectionId) -> &Client {
+    pub(crate) fn enter(&mut self, pass: Pass, hello: &Hello, connection: ConnectionId) -> &Client {
         let client = Client {
             name: display_name(&hello.name),
             device: display_name(&hello.capabilities.device),
@@ -125,7 +125,7 @@ impl Roster {
     }
 
     /// The client has spoken on its connection: the ticket that it came with is spent.
-    pub fn spend_ticket(&mut self, id: ClientId) {
+    pub(crate) fn spend_ticket(&mut self, id: ClientId) {
         if let Some(client) = self.clients.get_mut(&id) {
             client.next_serial += 1;
         }
@@ -156,17 +156,17 @@ impl Roster {
     }
 
     /// The clients' connections.
-    pub fn connections(&self) -> impl Iterator<Item = ConnectionId> {
+    pub(crate) fn connections(&self) -> impl Iterator<Item = ConnectionId> {
         self.clients.values().filter_map(|client| client.connection)
     }
 
     // Being ready.
 
-    pub fn is_ready(&self, id: ClientId) -> bool {
+    pub(crate) fn is_ready(&self, id: ClientId) -> bool {
         self.clients.get(&id).is_some_and(|client| client.ready)
     }
 
-    pub fn is_anybody_ready(&self) -> bool {
+    pub(crate) fn is_anybody_ready(&self) -> bool {
         self.clients.values().any(|client| client.ready)
     }
 
@@ -177,17 +177,17 @@ impl Roster {
     }
 
     /// Whether somebody who was ready is loading the latest assignment.
-    pub fn is_reloading(&self) -> bool {
+    pub(crate) fn is_reloading(&self) -> bool {
         !self.expected.is_empty()
     }
 
     /// Waits no longer for those who are loading.
-    pub fn stop_expecting(&mut self) {
+    pub(crate) fn stop_expecting(&mut self) {
         self.expected.clear();
     }
 
     /// A client says that it is ready, where `number` is the latest assignment.
-    pub fn handle_ready(&mut self, id: ClientId, ready: Ready, number: u32) -> Readiness {
+    pub(crate) fn handle_ready(&mut self, id: ClientId, ready: Ready, number: u32) -> Readiness {
         let Some(client) = self.clients.get_mut(&id) else {
             return Readiness::Outdated;
         };

@@ -40,7 +40,7 @@ pub(super) struct Averaging {
 
 impl Averaging {
     /// The federated server has a member's adapter, of so many bytes.
-    pub fn handle_received(&mut self, client: ClientId, bytes: u64, now: Duration) {
+    pub(crate) fn handle_received(&mut self, client: ClientId, bytes: u64, now: Duration) {
         let took = now.saturating_sub(self.asked);
         self.collected.push(CollectTime { client, took, bytes });
     }
@@ -76,7 +76,7 @@ impl Phase {
     }
 
     /// Whether everybody has left the open round.
-    pub fn is_deserted(&self) -> bool {
+    pub(crate) fn is_deserted(&self) -> bool {
         match self {
             Phase::Gathering(gathering) => gathering.is_empty(),
             Phase::Computing(computing) => computing.is_empty(),
@@ -86,7 +86,7 @@ impl Phase {
     }
 
     /// The step that waits for this client's activations.
-    pub fn awaited_step(&self, client: ClientId) -> Option<StepKey> {
+    pub(crate) fn awaited_step(&self, client: ClientId) -> Option<StepKey> {
         match self {
             Phase::Gathering(gathering) if gathering.awaits(client) => Some(gathering.key()),
             _ => None,

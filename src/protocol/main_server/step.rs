@@ -49,12 +49,12 @@ impl Gathering {
     }
 
     /// Whether this member's activations have not come.
-    pub fn awaits(&self, client: ClientId) -> bool {
+    pub(crate) fn awaits(&self, client: ClientId) -> bool {
         self.members.get(&client).is_some_and(Option::is_none)
     }
 
     /// Whether all have come.
-    pub fn is_complete(&self) -> bool {
+    pub(crate) fn is_complete(&self) -> bool {
         self.members.values().all(Option::is_some)
     }
 

@@ -46,7 +46,7 @@ impl Timing {
     }
 
     /// A member's activations have come, after a forward pass that took so long by its own word.
-    pub fn handle_activations(&mut self, client: ClientId, forward: Duration, bytes: u64, now: Duration) {
+    pub(crate) fn handle_activations(&mut self, client: ClientId, forward: Duration, bytes: u64, now: Duration) {
         if let Some(clock) = self.clocks.get_mut(&client) {
             // No part of the time is longer than the whole.
             let whole = now.saturating_sub(clock.asked);
@@ -61,7 +61,7 @@ impl Timing {
     }
 
     /// Gradients went out, in frames of so many bytes.
-    pub fn gradients_sent(&mut self, key: StepKey, now: Duration, sent: Vec<(ClientId, u64)>) {
+    pub(crate) fn gradients_sent(&mut self, key: StepKey, now: Duration, sent: Vec<(ClientId, u64)>) {
         let times = |(client, bytes_down): (ClientId, u64)| {
             let clock = self.clocks.get(&client)?;
             let times = StepTimes {
@@ -80,19 +80,19 @@ impl Timing {
     }
 
     /// Whether somebody has a gradient and is not done with it.
-    pub fn is_finishing(&self) -> bool {
+    pub(crate) fn is_finishing(&self) -> bool {
         self.finishing.is_some()
     }
 
     /// The step whose gradient this client has been sent and that it has not finished.
-    pub fn unfinished(&self, client: ClientId) -> Option<StepKey> {
+    pub(crate) fn unfinished(&self, client: ClientId) -> Option<StepKey> {
         let finishing = self.finishing.as_ref()?;
         let (done, _) = finishing.members.get(&client)?;
         (!done).then_some(finishing.key)
     }
 
     /// A member is done with its step, after a backward pass that took so long by its own word.
-    pub fn handle_step_done(&mut self, client: ClientId, backward: Duration, now: Duration) {
+    pub(crate) fn handle_step_done(&mut self, client: ClientId, backward: Duration, now: Duration) {
         if let Some(finishing) = &mut self.finishing
             && let Some((is_done, times)) = finishing.members.get_mut(&client)
         {
@@ -107,7 +107,7 @@ impl Timing {
     }
 
     /// A client has left.
-    pub fn forget(&mut self, client: ClientId) {
+    pub(crate) fn forget(&mut self, client: ClientId) {
         self.clocks.remove(&client);
         if let Some(finishing) = &mut self.finishing {
             finishing.members.remove(&client);
@@ -115,7 +115,7 @@ impl Timing {
     }
 
     /// The times of a step that all members who are left have done, once.
-    pub fn take_finished(&mut self) -> Option<(StepKey, Vec<StepTimes>)> {
+    pub(crate) fn take_finished(&mut self) -> Option<(StepKey, Vec<StepTimes>)> {
         let Finishing { key, members, .. } = self
             .finishing
             .take_if(|finishing| finishing.members.values().all(|(done, _)| *done))?;

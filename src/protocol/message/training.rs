@@ -40,7 +40,7 @@ pub struct RunConfig {
 
 impl RunConfig {
     /// The largest tensor of a step.
-    pub fn largest_tensor(&self) -> WireLayout {
+    pub(crate) fn largest_tensor(&self) -> WireLayout {
         WireLayout {
             form: self.wire,
             batch: self.batch,

@@ -36,9 +36,9 @@ use serde::{Deserialize, Serialize};
 /// Columns that share a scale in [`Format::Q8`] and [`Format::Q4`].
 pub const GROUP: usize = 32;
 /// Words of codes a group takes in [`Format::Q8`].
-pub const Q8_CODE_WORDS: usize = GROUP / 4;
+pub(crate) const Q8_CODE_WORDS: usize = GROUP / 4;
 /// Words of codes a group takes in [`Format::Q4`].
-pub const Q4_CODE_WORDS: usize = GROUP / 8;
+pub(crate) const Q4_CODE_WORDS: usize = GROUP / 8;
 
 /// How a frozen matrix is held. Biases, norms, adapters and activations are always f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -179,7 +179,7 @@ impl Layout {
     }
 
     /// Words of codes of one group; formats without groups have none.
-    pub fn group_words(&self) -> usize {
+    pub(crate) fn group_words(&self) -> usize {
         match self.format {
             Format::F32 | Format::F16 => 0,
             Format::Q8 => Q8_CODE_WORDS,
@@ -239,7 +239,7 @@ impl Layout {
     ///
     /// # Panics
     /// When `words` or `values` has another length, or the rows do not exist.
-    pub fn decode_rows(&self, words: &[u32], rows: Range<usize>, values: &mut [f32]) {
+    pub(crate) fn decode_rows(&self, words: &[u32], rows: Range<usize>, values: &mut [f32]) {
         assert_eq!(words.len(), self.words(), "{self:?}");
         assert_eq!(values.len(), rows.len() * self.columns, "{self:?}, {rows:?}");
         if self.columns == 0 {
@@ -333,7 +333,7 @@ impl Layout {
     /// # Panics
     /// When the group does not exist or `words` is too short.
     #[inline]
-    pub fn q8_group(&self, words: &[u32], index: usize) -> (f16, [u32; Q8_CODE_WORDS]) {
+    pub(crate) fn q8_group(&self, words: &[u32], index: usize) -> (f16, [u32; Q8_CODE_WORDS]) {
         let mut codes = [0; Q8_CODE_WORDS];
         codes.copy_from_slice(&words[index * Q8_CODE_WORDS..][..Q8_CODE_WORDS]);
         (half_at(&words[self.scales_at()..], index), codes)
@@ -344,7 +344,7 @@ impl Layout {
     /// # Panics
     /// When the group does not exist or `words` is too short.
     #[inline]
-    pub fn q4_group(&self, words: &[u32], index: usize) -> (f16, f16, [u32; Q4_CODE_WORDS]) {
+    pub(crate) fn q4_group(&self, words: &[u32], index: usize) -> (f16, f16, [u32; Q4_CODE_WORDS]) {
         let mut codes = [0; Q4_CODE_WORDS];
         codes.copy_from_slice(&words[index * Q4_CODE_WORDS..][..Q4_CODE_WORDS]);
         let pair = words[self.scales_at() + index];
