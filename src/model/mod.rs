@@ -13,6 +13,8 @@ pub mod block;
 pub mod central;
 pub mod cost;
 pub mod ends;
+#[cfg(not(target_arch = "wasm32"))]
+pub mod export;
 pub mod generation;
 #[cfg(not(target_arch = "wasm32"))]
 pub mod gguf;
