@@ -447,7 +447,7 @@ impl ModelHeader {
                     return Err(GgufError::Unsupported {
                         file: file.to_owned(),
                         what: format!("the factors in `{ROPE_FACTORS}`"),
-                        supported: "those of Llama 3 (low 1, high 4, context 8192) are",
+                        supported: "those of Llama 3 (low 1, high 4, and context 8192 unless the file says another) are",
                     });
                 }
             };
