@@ -412,22 +412,32 @@ fn usual(form: ExportForm, source: &Source) -> Storage {
 
 /// What to type next.
 fn next(form: ExportForm, out: &Path, source: &Source) -> String {
-    let shown = out.display();
+    let shown = shell_word(out);
     let name = &source.name;
     match form {
         ExportForm::Peft => {
-            format!("model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({name:?}), \"{shown}\")")
+            format!("model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({name:?}), {out:?})")
         }
         ExportForm::Gguf => {
             let base = match &source.origin {
-                ModelSource::Gguf(file) => file.display().to_string(),
+                ModelSource::Gguf(file) => shell_word(file),
                 ModelSource::Demo | ModelSource::Directory(_) => "BASE.gguf".to_owned(),
             };
-            format!("llama-cli -m {base} --lora {}", out.join(ADAPTER_FILE).display())
+            format!("llama-cli -m {base} --lora {}", shell_word(&out.join(ADAPTER_FILE)))
         }
-        ExportForm::GgufMerged => format!("llama-cli -m {}", out.join(MODEL_FILE).display()),
-        ExportForm::Merged => format!("model = AutoModelForCausalLM.from_pretrained(\"{shown}\")"),
+        ExportForm::GgufMerged => format!("llama-cli -m {}", shell_word(&out.join(MODEL_FILE))),
+        ExportForm::Merged => format!("model = AutoModelForCausalLM.from_pretrained({out:?})"),
         ExportForm::Ollama => format!("cd {shown} && ollama create {}", ollama_name(name)),
+    }
+}
+
+/// A path as one word of a shell.
+fn shell_word(path: &Path) -> String {
+    let text = path.display().to_string();
+    let is_plain = |letter: char| letter.is_alphanumeric() || "/._-+:@%".contains(letter);
+    match text.chars().all(is_plain) {
+        true => text,
+        false => format!("'{}'", text.replace('\'', "'\\''")),
     }
 }
 
