@@ -196,6 +196,73 @@ impl Drop for Claim {
     }
 }
 
+/// A directory that appears under its name with all that belongs in it, or not at all.
+#[derive(Debug)]
+pub struct NewDirectory {
+    place: PathBuf,
+    /// Where it is filled, beside its place.
+    temporary: PathBuf,
+    finished: bool,
+    _claim: Claim,
+}
+
+impl NewDirectory {
+    /// Claims the name of a directory that does not exist yet; `what` is said of whatever has the name already.
+    ///
+    /// # Errors
+    /// [`Error::Taken`], [`Error::Busy`], [`Error::File`].
+    pub fn create(path: &Path, option: &'static str, what: &'static str) -> Result<Self, Error> {
+        let claim = Claim::new_file(path, option, what)?;
+        let mut name = std::ffi::OsString::from(".");
+        name.push(path.file_name().unwrap_or_default());
+        name.push(format!(".{}.tmp", std::process::id()));
+        let temporary = path.with_file_name(name);
+        std::fs::create_dir(&temporary).map_err(|error| Error::file("create", &temporary, error))?;
+        Ok(Self {
+            place: path.to_owned(),
+            temporary,
+            finished: false,
+            _claim: claim,
+        })
+    }
+
+    /// Makes a new file in it.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub fn file(&self, name: &str) -> io::Result<File> {
+        File::create_new(self.temporary.join(name))
+    }
+
+    /// Gives it its name. Its files are on the disk by then.
+    ///
+    /// # Errors
+    /// [`Error::File`]; nothing of it is left then.
+    pub fn finish(mut self) -> Result<(), Error> {
+        let named = std::fs::read_dir(&self.temporary)
+            .and_then(|entries| {
+                for entry in entries {
+                    File::open(entry?.path())?.sync_all()?;
+                }
+                Ok(())
+            })
+            .and_then(|()| std::fs::rename(&self.temporary, &self.place));
+        named.map_err(|error| Error::file("write", &self.place, error))?;
+        self.finished = true;
+        sync_directory(&self.place);
+        Ok(())
+    }
+}
+
+impl Drop for NewDirectory {
+    fn drop(&mut self) {
+        if !self.finished {
+            // A leftover costs disk space only.
+            let _ = std::fs::remove_dir_all(&self.temporary);
+        }
+    }
+}
+
 /// Whether something is there, be it a link that leads nowhere.
 fn exists(path: &Path) -> bool {
     std::fs::symlink_metadata(path).is_ok()
@@ -320,6 +387,41 @@ mod tests {
             Err(Error::Taken { .. })
         ));
         assert_eq!(names(path.parent().unwrap()), ["rounds.json"]);
+    }
+
+    #[test]
+    fn a_new_directory_appears_whole_or_not_at_all() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("exports/one");
+        let create = || NewDirectory::create(&path, "--out", "an export");
+        let given_up = create().unwrap();
+        given_up.file("a").unwrap().write_all(b"half").unwrap();
+        assert!(!path.exists());
+        assert!(matches!(create(), Err(Error::Busy { .. })));
+        drop(given_up);
+        assert_eq!(names(directory.path()), Vec::<String>::new());
+
+        let whole = create().unwrap();
+        whole.file("a").unwrap().write_all(b"all").unwrap();
+        assert!(whole.file("a").is_err());
+        whole.finish().unwrap();
+        assert_eq!(names(path.parent().unwrap()), ["one"]);
+        assert_eq!(std::fs::read(path.join("a")).unwrap(), b"all");
+        let error = create().unwrap_err().to_string();
+        assert!(
+            error.contains("an export") && error.contains("another --out"),
+            "{error}"
+        );
+        // Empty ones and files are no free places either.
+        for (name, make) in [("empty", true), ("file", false)] {
+            let place = directory.path().join(name);
+            match make {
+                true => std::fs::create_dir(&place).unwrap(),
+                false => std::fs::write(&place, "mine").unwrap(),
+            }
+            let taken = NewDirectory::create(&place, "--out", "something").unwrap_err();
+            assert!(matches!(taken, Error::Taken { .. }), "{taken}");
+        }
     }
 
     #[test]

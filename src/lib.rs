@@ -55,8 +55,8 @@
 //! * [`terms`]: the words that all layers share: wire form, weight format, optimiser settings, moments, speed, phases, ids.
 //! * [`compute`]: buffers, recordings, and the GPU and CPU engines that replay them; the only module that names wgpu.
 //! * [`kernels`]: contracts with their specifications, the variants that run them, launchers.
-//! * [`model`]: architectures, files (safetensors, GGUF, PEFT), LoRA, the recording of a transformer's passes, the optimiser,
-//!   generation; what a step costs, and how many rounds a rank was measured to need.
+//! * [`model`]: architectures, files (safetensors, GGUF, PEFT) in and out, LoRA, the recording of a transformer's passes, the
+//!   optimiser, generation; what a step costs, and how many rounds a rank was measured to need.
 //! * [`split`]: the client's and the server's side of the cut, and what crosses it.
 //! * [`federated`]: the weighted mean of adapters.
 //! * [`protocol`]: messages and state machines of client, main server and federated server, without sockets or clocks.

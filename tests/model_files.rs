@@ -762,11 +762,20 @@ fn an_adapter_saved_is_the_adapter_loaded() {
             );
         }
     }
-    let left: Vec<_> = std::fs::read_dir(dir.path().join("a"))
+    let mut left: Vec<_> = std::fs::read_dir(dir.path().join("a"))
         .unwrap()
         .map(|file| file.unwrap().file_name())
         .collect();
-    assert_eq!(left.len(), 2, "no temporary file is left: {left:?}");
+    left.sort();
+    // No temporary file is left.
+    assert_eq!(left, ["README.md", "adapter_config.json", "adapter_model.safetensors"]);
+    // Somebody's own words stay.
+    let card = dir.path().join("a/README.md");
+    std::fs::write(&card, "mine").unwrap();
+    numbered("c_attn", 0..3)
+        .save(&dir.path().join("a"), &config(), "gpt2")
+        .unwrap();
+    assert_eq!(std::fs::read_to_string(card).unwrap(), "mine");
 }
 
 #[test]

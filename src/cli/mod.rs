@@ -9,11 +9,13 @@ pub mod defaults;
 pub mod demo;
 pub mod doctor;
 pub mod eval;
+pub mod export;
 pub mod fetch;
 pub mod generate;
 pub mod human;
 pub mod interrupt;
 pub mod join;
+pub mod modelfile;
 pub mod options;
 pub mod plan;
 pub mod report;
@@ -51,6 +53,8 @@ pub enum Command {
     Eval(Box<eval::Options>),
     /// Write text from a prompt
     Generate(Box<generate::Options>),
+    /// Write an adapter, or a model with it, in the form that another program loads: peft, llama.cpp, transformers, Ollama
+    Export(Box<export::Options>),
     /// Measure the rounds that each LoRA rank needs to reach a target loss
     Calibrate(Box<calibrate::Options>),
     /// Find subchannels, powers, cut and rank for a scenario, with a certificate
@@ -73,6 +77,7 @@ impl Command {
             Self::Train(options) => train::run(*options),
             Self::Eval(options) => eval::run(*options),
             Self::Generate(options) => generate::run(*options),
+            Self::Export(options) => export::run(*options),
             Self::Calibrate(options) => calibrate::run(*options),
             Self::Plan(options) => plan::run(*options),
             Self::Sweep(options) => sweep::run(*options),

@@ -271,6 +271,7 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
     let describe = |path: &PathBuf, data: &Dataset| json!({ "file": path, "summary": data.summary });
     directory.note(json!({
         "role": if options.role == RoleName::Main { "main" } else { "both" },
+        "model_source": options.model.model.recorded(),
         "configuration": {
             "rounds": options.rounds, "local_steps": options.local_steps, "clients": options.clients,
             "local_clients": options.local_clients, "split": cut, "spec": training.spec,

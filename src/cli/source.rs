@@ -24,9 +24,11 @@ use crate::model::weights::{HeldUnits, Holding, UnitSource, Weights};
 
 use super::options::ReadingOptions;
 
-const DEMO_CONFIG: &str = include_str!("../../assets/demo/config.json");
+/// The demo's `config.json`.
+pub const DEMO_CONFIG: &str = include_str!("../../assets/demo/config.json");
 const DEMO_WEIGHTS: &[u8] = include_bytes!("../../assets/demo/model.safetensors");
-const DEMO_TOKENIZER: &[u8] = include_bytes!("../../assets/demo/tokenizer.json");
+/// The demo's `tokenizer.json`.
+pub const DEMO_TOKENIZER: &[u8] = include_bytes!("../../assets/demo/tokenizer.json");
 /// The demo's training data.
 pub const DEMO_TRAIN: &[u8] = include_bytes!("../../assets/demo/train.txt");
 /// The demo's validation data.
@@ -96,6 +98,17 @@ impl ModelName {
                 hub::Files::Gguf(file) => ModelSource::Gguf(file),
             }),
             Self::Path(path) => ModelSource::at(path),
+        }
+    }
+
+    /// A text that names the same model in whatever directory it is read.
+    pub fn recorded(&self) -> String {
+        match self {
+            Self::Demo | Self::Hub(_) => self.to_string(),
+            Self::Path(path) => {
+                let whole = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+                whole.display().to_string()
+            }
         }
     }
 
@@ -195,6 +208,8 @@ fn hub_name(path: &Path) -> Option<hub::Name> {
 pub struct Source {
     /// What adapters say they belong to.
     pub name: String,
+    /// Where it lies.
+    pub origin: ModelSource,
     pub config: Architecture,
     pub weights: Weights,
     pub holding: Holding,
@@ -268,6 +283,7 @@ impl Source {
         digest.update(DEMO_WEIGHTS);
         Ok(Self {
             name: DEMO.to_owned(),
+            origin: ModelSource::Demo,
             weights: Weights::from_bytes(DEMO_WEIGHTS, &config)?,
             tokenizer: Some(Tokenizer::from_json(DEMO_TOKENIZER, config.eos)?),
             config,
@@ -294,6 +310,7 @@ impl Source {
         let name = file.file_stem().unwrap_or(file.as_os_str());
         Ok(Self {
             name: name.to_string_lossy().into_owned(),
+            origin: ModelSource::Gguf(file.to_owned()),
             weights,
             tokenizer: Some(tokenizer),
             config,
@@ -327,6 +344,7 @@ impl Source {
         };
         Ok(Self {
             name: name.map_or_else(own_name, str::to_owned),
+            origin: ModelSource::Directory(dir.to_owned()),
             weights,
             tokenizer,
             config,

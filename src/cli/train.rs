@@ -135,6 +135,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     directory.note(json!({
         "command": "train",
         "model": source.name,
+        "model_source": options.model.model.recorded(),
         "device": engine.name(),
         "configuration": {
             "rank": adapter.spec.rank, "alpha": adapter.spec.alpha,

@@ -4,6 +4,7 @@
 //! allocated from a length in the file before that length is compared with the size of the file.
 
 use std::io::{Read, Seek, SeekFrom};
+use std::ops::Range;
 
 use half::{bf16, f16};
 use safetensors::Dtype;
@@ -191,26 +192,32 @@ impl Archive {
         Ok(all)
     }
 
-    /// One row of a matrix.
+    /// Rows of a matrix, row major.
     ///
     /// # Errors
     /// As [`Archive::check`]; [`ArchiveError::Read`]; [`ArchiveError::NotFinite`].
     ///
     /// # Panics
-    /// If there is no such row, or `values` is not as long as one.
-    pub(crate) fn read_row(
+    /// If there are no such rows.
+    pub(crate) fn read_rows(
         &mut self,
         tensor: &str,
         shape: &[usize; 2],
-        row: usize,
-        values: &mut [f32],
-    ) -> Result<(), ArchiveError> {
+        rows: Range<usize>,
+    ) -> Result<Vec<f32>, ArchiveError> {
         self.check(tensor, shape)?;
-        assert!(row < shape[0] && values.len() == shape[1], "row {row} of {shape:?}");
-        let mut read = Vec::new();
-        self.read_range(tensor, row * shape[1], shape[1], &mut read)?;
-        values.copy_from_slice(&read);
-        Ok(())
+        assert!(
+            rows.start <= rows.end && rows.end <= shape[0],
+            "rows {rows:?} of {shape:?}"
+        );
+        let mut values = Vec::new();
+        self.read_range(tensor, rows.start * shape[1], rows.len() * shape[1], &mut values)?;
+        Ok(values)
+    }
+
+    /// How a tensor's elements are stored, if the archive has it.
+    pub fn dtype(&self, tensor: &str) -> Option<Dtype> {
+        self.metadata.info(tensor).map(|info| info.dtype)
     }
 
     /// Whether two tensors, of this archive and of `other` or of this one when `other` is `None`, hold equal values.

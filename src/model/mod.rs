@@ -1,8 +1,8 @@
 //! Language models with LoRA adapters: architecture, files, and the recording of their passes as kernels.
 //!
 //! `architecture` is a model's shape as data. `weights` (over `archive`) reads Hugging Face files, in `unit`s; `adapter` has the
-//! order of LoRA's values and `peft` their files. `linear`, `part` and `ends` record the pieces, `block` joins two parts, `stack` joins
-//! blocks and ends into one side of the cut or the whole model, on a `workspace`. `optimizer` sets AdamW's numbers, `central` is the
+//! order of LoRA's values and `peft` their files; `export` writes both for other programs. `linear`, `part` and `ends` record the
+//! pieces, `block` joins two parts, `stack` joins blocks and ends into one side of the cut or the whole model, on a `workspace`. `optimizer` sets AdamW's numbers, `central` is the
 //! unsplit model that trains and evaluates, `generation` writes text. `cost` says what a split step takes before it runs, `rounds`
 //! holds how many rounds a rank was measured to need.
 
@@ -13,6 +13,8 @@ pub mod block;
 pub mod central;
 pub mod cost;
 pub mod ends;
+#[cfg(not(target_arch = "wasm32"))]
+pub mod export;
 pub mod generation;
 #[cfg(not(target_arch = "wasm32"))]
 pub mod gguf;

@@ -13,6 +13,7 @@ use serde_json::{Map, Value, json};
 use super::adapter::{Adapter, AdapterEntry, AdapterError, AdapterLayout, Exception, LoraSpec, Target, no_target};
 use super::architecture::{Architecture, Family};
 use super::archive::{Archive, ArchiveError};
+use super::export::card::{CARD_FILE, card};
 
 /// The files of a PEFT directory.
 pub(crate) const CONFIG_FILE: &str = "adapter_config.json";
@@ -161,15 +162,22 @@ impl Adapter {
         Ok(Self { spec, layout, values })
     }
 
-    /// Writes a PEFT directory. Each file is replaced atomically: a reader sees the old one or the new one.
+    /// Writes a PEFT directory. Each file is replaced atomically: a reader sees the old one or the new one. A model card is put
+    /// beside them where there is none.
     ///
     /// # Errors
     /// [`AdapterError::File`] with the path; as [`Adapter::to_peft`].
     pub fn save(&self, dir: &std::path::Path, model: &Architecture, base_model: &str) -> Result<(), AdapterError> {
         let files = self.to_peft(model, base_model)?;
         std::fs::create_dir_all(dir).map_err(|error| crate::disk::Error::file("create", dir, error))?;
-        for (name, bytes) in files {
-            crate::disk::replace(&dir.join(name), &bytes)?;
+        for (name, bytes) in &files {
+            crate::disk::replace(&dir.join(name), bytes)?;
+        }
+        let readme = dir.join(CARD_FILE);
+        if std::fs::symlink_metadata(&readme).is_err() {
+            let [_, (_, description)] = &files;
+            let description: Value = serde_json::from_slice(description).expect("it was written just now");
+            crate::disk::replace(&readme, card(&description, None).as_bytes())?;
         }
         Ok(())
     }

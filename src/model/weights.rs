@@ -4,13 +4,18 @@
 //! and because a device loads only its own.
 
 use std::io::Cursor;
+#[cfg(not(target_arch = "wasm32"))]
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
+
+#[cfg(not(target_arch = "wasm32"))]
+use safetensors::Dtype;
 
 use super::architecture::{Architecture, ArchitectureError, Family};
 use super::archive::{Archive, ArchiveError, Source};
 use super::ends::embedding::{Embedding, RowSource, Rows};
 #[cfg(not(target_arch = "wasm32"))]
-use super::gguf::{GgufError, model::GgufModel};
+use super::gguf::{GgufError, blocks::BlockType, model::GgufModel};
 use super::unit::{HEAD, Tensor, Unit, UnitData, layout};
 use crate::terms::format::{Encoder, Format, FormatError, Layout};
 
@@ -353,6 +358,64 @@ impl Weights {
         Ok(Embedding::new(&self.model, rows))
     }
 
+    /// Rows of a matrix, or a vector as the only row, in f32: what the file holds, in the order and orientation of
+    /// [`Unit::tensors`].
+    ///
+    /// # Errors
+    /// [`WeightsError::Archive`] and [`WeightsError::Gguf`] when reading fails or a value is not finite.
+    ///
+    /// # Panics
+    /// When there are no such rows.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn rows(
+        &self,
+        unit: Unit,
+        tensor: &str,
+        shape: &[usize],
+        rows: Range<usize>,
+    ) -> Result<Vec<f32>, WeightsError> {
+        match (&self.store, shape) {
+            (Store::Safetensors(archives), shape) => {
+                let (archive, name) = self.files(archives).find(unit, tensor)?;
+                let mut archive = lock(archive);
+                Ok(match *shape {
+                    [count, columns] => archive.read_rows(&name, &[count, columns], rows)?,
+                    _ => archive.read(&name, shape)?,
+                })
+            }
+            (Store::Gguf(gguf), &[count, columns]) => {
+                let mut values = vec![0.0; rows.len() * columns];
+                let name = unit.file_name(&self.model, tensor);
+                lock(gguf).rows(&name, [count, columns], rows, &mut values)?;
+                Ok(values)
+            }
+            (Store::Gguf(gguf), shape) => {
+                let name = unit.file_name(&self.model, tensor);
+                Ok(lock(gguf).vector(&name, shape.iter().product())?)
+            }
+        }
+    }
+
+    /// The type in which the file stores the first projection, as most matrices.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn stored(&self) -> BlockType {
+        let first = self.model.targets()[0].weight();
+        let stored = match &self.store {
+            Store::Safetensors(archives) => {
+                self.files(archives)
+                    .find(Unit::Block(0), first)
+                    .ok()
+                    .and_then(|(archive, name)| match lock(archive).dtype(&name)? {
+                        Dtype::F16 => Some(BlockType::F16),
+                        Dtype::BF16 => Some(BlockType::Bf16),
+                        _ => None,
+                    })
+            }
+            Store::Gguf(gguf) => lock(gguf).stored(&Unit::Block(0).file_name(&self.model, first)),
+        };
+        stored.unwrap_or(BlockType::F32)
+    }
+
     fn files<'a>(&'a self, archives: &'a [Shared]) -> Files<'a> {
         Files {
             model: &self.model,
@@ -450,7 +513,7 @@ struct ArchiveRows {
 impl RowSource for ArchiveRows {
     fn read(&self, row: usize, values: &mut [f32]) -> Result<(), WeightsError> {
         let shape = [self.layout.rows, self.layout.columns];
-        lock(&self.archive).read_row(&self.name, &shape, row, values)?;
+        values.copy_from_slice(&lock(&self.archive).read_rows(&self.name, &shape, row..row + 1)?);
         as_held(self.layout, &self.name, values)
     }
 }
@@ -470,7 +533,7 @@ impl RowSource for GgufRows {
     fn read(&self, row: usize, values: &mut [f32]) -> Result<(), WeightsError> {
         let shape = [self.layout.rows, self.layout.columns];
         let mut gguf = lock(&self.gguf);
-        gguf.row(&self.name, shape, row, values)?;
+        gguf.rows(&self.name, shape, row..row + 1, values)?;
         if gguf.keeps(&self.name, self.layout.format) {
             return Ok(());
         }

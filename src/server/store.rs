@@ -15,6 +15,8 @@ use sha2::{Digest as _, Sha256};
 
 use super::Error;
 use crate::disk::{self, Claim};
+use crate::model::export::card::{CARD_FILE, card};
+use crate::model::peft::CONFIG_FILE;
 use crate::protocol::message::{Blob, Digest};
 
 /// What says that a directory holds a run.
@@ -122,7 +124,19 @@ impl RunDirectory {
     /// # Errors
     /// [`disk::Error::File`].
     pub fn end(&mut self, reason: &str, totals: Value) -> Result<(), Error> {
-        self.note(json!({ "end": text_time(SystemTime::now()), "ended": reason, "totals": totals }))
+        self.note(json!({ "end": text_time(SystemTime::now()), "ended": reason, "totals": totals }))?;
+        self.write_card()
+    }
+
+    /// Gives the adapter, if one was saved here, the model card that says how it was trained.
+    fn write_card(&self) -> Result<(), Error> {
+        let adapter = self.adapter();
+        let Ok(description) = fs::read(adapter.join(CONFIG_FILE)) else {
+            return Ok(());
+        };
+        let description: Value = serde_json::from_slice(&description).unwrap_or_default();
+        let card = card(&description, Some(&Value::Object(self.run.clone())));
+        Ok(disk::replace(&adapter.join(CARD_FILE), card.as_bytes())?)
     }
 
     /// Replaces a file below `state/`.

@@ -266,6 +266,11 @@ impl Tokenizer {
         self.inner.id_to_token(id).is_some()
     }
 
+    /// The token of an id, as the vocabulary spells it.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
     /// The token that begins a text, whether or not it is put there.
     pub fn bos(&self) -> Option<u32> {
         self.bos

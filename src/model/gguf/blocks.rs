@@ -236,11 +236,11 @@ impl BlockType {
         }
     }
 
-    /// Encodes whole rows in a type that is written: F32, F16 or Q8_0, rounded as ggml does.
+    /// Encodes whole rows in a type that is written: F32, F16, BF16 or Q8_0, rounded as ggml does.
     ///
     /// # Errors
-    /// [`FormatError::Overflow`] for a value beyond F16 or Q8_0, [`FormatError::NotFinite`]; their row is 0, their
-    /// column the index.
+    /// [`FormatError::Overflow`] for a value beyond F16 or Q8_0, [`FormatError::NotFinite`] also for one that BF16 rounds
+    /// beyond its largest; their row is 0, their column the index.
     ///
     /// # Panics
     /// For another type, and when `values` is not a whole number of blocks.
@@ -264,6 +264,17 @@ impl BlockType {
                 for (column, &value) in values.iter().enumerate() {
                     let half = checked(f16::from_f32(value), Format::F16, value, column)?;
                     bytes.extend(half.to_le_bytes());
+                }
+                Ok(bytes)
+            }
+            BlockType::Bf16 => {
+                let mut bytes = Vec::with_capacity(2 * values.len());
+                for &value in values {
+                    let rounded = bf16::from_f32(value);
+                    if !rounded.is_finite() {
+                        return Err(FormatError::NotFinite { row: 0 });
+                    }
+                    bytes.extend(rounded.to_le_bytes());
                 }
                 Ok(bytes)
             }

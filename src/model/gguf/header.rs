@@ -8,12 +8,15 @@ use serde_json::{Map, Value as Json, json};
 use super::container::Gguf;
 use super::metadata::{Metadata, Value};
 use super::{GgufError, shown};
-use crate::model::architecture::Family;
+use crate::kernels::rotary::Scaling;
+use crate::model::architecture::{Architecture, Family, Rotary};
 
 const ARCHITECTURE_KEY: &str = "general.architecture";
 const CHAT_TEMPLATE_KEY: &str = "tokenizer.chat_template";
 /// The tensor of divisors of Llama 3's rotary frequencies.
-const ROPE_FACTORS: &str = "rope_freqs.weight";
+pub(in crate::model) const ROPE_FACTORS: &str = "rope_freqs.weight";
+/// The context a model was first made for, where a file says it.
+const ORIGINAL_CONTEXT: &str = "rope.scaling.original_context_length";
 /// Llama 3 and its descendants differ in the factor alone: low and high frequency factor, and the context they were
 /// first made for.
 const LLAMA3_LOW: f32 = 1.0;
@@ -229,7 +232,54 @@ impl Keys<'_> {
     }
 }
 
+impl From<&Rotary> for Rope {
+    fn from(rotary: &Rotary) -> Self {
+        let scaling = match rotary.scaling {
+            Scaling::None => RopeScaling::None,
+            Scaling::Linear { factor } => RopeScaling::Linear { factor: factor as f32 },
+            Scaling::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_positions,
+            } => RopeScaling::Llama3 {
+                factor: factor as f32,
+                low: low_freq_factor as f32,
+                high: high_freq_factor as f32,
+                original: original_positions,
+            },
+        };
+        Self {
+            base: rotary.base as f32,
+            scaling,
+        }
+    }
+}
+
 impl ModelHeader {
+    /// The header of a model that is in no GGUF file yet. What belongs to its tokenizer is missing.
+    pub fn of(model: &Architecture, name: &str) -> Self {
+        Self {
+            family: model.family,
+            name: Some(name.to_owned()),
+            blocks: model.blocks,
+            width: model.width,
+            ffn: model.ffn,
+            heads: model.heads,
+            kv_heads: model.kv_heads,
+            head_size: model.head_size,
+            vocab: model.vocab,
+            positions: model.positions,
+            norm_epsilon: model.norm_epsilon,
+            rope: model.rotary.as_ref().map(Rope::from),
+            tied_head: model.tied,
+            attention_bias: model.targets().first().is_some_and(|&first| model.biased(first)),
+            bos: None,
+            eos: None,
+            chat_template: None,
+        }
+    }
+
     /// Reads the header of a model of one of the families.
     ///
     /// # Errors
@@ -397,7 +447,7 @@ impl ModelHeader {
                     return Err(GgufError::Unsupported {
                         file: file.to_owned(),
                         what: format!("the factors in `{ROPE_FACTORS}`"),
-                        supported: "those of Llama 3 (low 1, high 4, context 8192) are",
+                        supported: "those of Llama 3 (low 1, high 4, and context 8192 unless the file says another) are",
                     });
                 }
             };
@@ -436,9 +486,14 @@ impl ModelHeader {
         metadata.set(&key("attention.layer_norm_rms_epsilon"), self.norm_epsilon);
         metadata.set(&key("rope.freq_base"), rope.base);
         metadata.set(&key("rope.dimension_count"), self.head_size as u32);
-        if let RopeScaling::Linear { factor } = rope.scaling {
-            metadata.set(&key("rope.scaling.type"), "linear");
-            metadata.set(&key("rope.scaling.factor"), factor);
+        match rope.scaling {
+            RopeScaling::Linear { factor } => {
+                metadata.set(&key("rope.scaling.type"), "linear");
+                metadata.set(&key("rope.scaling.factor"), factor);
+            }
+            // Which rule the factors come from; llama.cpp reads the factors and has no use for it.
+            RopeScaling::Llama3 { original, .. } => metadata.set(&key(ORIGINAL_CONTEXT), original as u32),
+            RopeScaling::None | RopeScaling::Factors(_) => {}
         }
         metadata
     }
@@ -517,7 +572,8 @@ fn rope(keys: &Keys<'_>, head_size: usize, factors: Option<Vec<f32>>) -> Result<
                     supported: "a positive one for every two lanes of a head is",
                 });
             }
-            recognised(base, head_size, factors)
+            let original = keys.optional_size(ORIGINAL_CONTEXT, 1 << 24)?.unwrap_or(LLAMA3_CONTEXT);
+            recognised(base, head_size, factors, original)
         }
         (Some("none"), ..) | (None | Some("linear"), None | Some(1.0), None) => RopeScaling::None,
         (None | Some("linear"), Some(factor), None) => RopeScaling::Linear { factor },
@@ -534,9 +590,9 @@ fn rope(keys: &Keys<'_>, head_size: usize, factors: Option<Vec<f32>>) -> Result<
 }
 
 /// Llama 3's scaling, when it is what the factors come from.
-fn recognised(base: f32, head_size: usize, factors: Vec<f32>) -> RopeScaling {
+fn recognised(base: f32, head_size: usize, factors: Vec<f32>, original: usize) -> RopeScaling {
     let factor = factors.iter().fold(1.0f32, |largest, &factor| largest.max(factor));
-    let expected = llama3_factors(base, head_size, factor, LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_CONTEXT);
+    let expected = llama3_factors(base, head_size, factor, LLAMA3_LOW, LLAMA3_HIGH, original);
     if expected
         .iter()
         .zip(&factors)
@@ -546,7 +602,7 @@ fn recognised(base: f32, head_size: usize, factors: Vec<f32>) -> RopeScaling {
             factor,
             low: LLAMA3_LOW,
             high: LLAMA3_HIGH,
-            original: LLAMA3_CONTEXT,
+            original,
         }
     } else {
         RopeScaling::Factors(factors)

@@ -4,7 +4,7 @@
 //! `container` reads the file and `writer` writes it, with the `metadata` of every kind; `blocks` are the types its
 //! tensors are stored in; `header` turns metadata into the shape of a model; `names` translates tensor names and row
 //! orders between GGUF and Hugging Face; `model` joins these; `tokenizer` makes a `tokenizer.json` of the vocabulary
-//! inside. It is separate from `weights` because nothing here knows how a model is run, and it takes every length in a
+//! inside, and `vocabulary` puts one into a file. It is separate from `weights` because nothing here knows how a model is run, and it takes every length in a
 //! file as a claim: nothing is allocated before the claim is compared with the bytes that are left.
 
 pub mod blocks;
@@ -15,6 +15,7 @@ pub mod model;
 pub mod names;
 mod parser;
 pub mod tokenizer;
+mod vocabulary;
 pub mod writer;
 
 use crate::terms::format::FormatError;

@@ -2,6 +2,8 @@
 //!
 //! It is separate from the container because it knows the families, and from `weights` because it knows no units.
 
+use std::ops::Range;
+
 use super::GgufError;
 use super::blocks::{BlockType, Repacked};
 use super::container::Gguf;
@@ -79,38 +81,47 @@ impl GgufModel {
         self.gguf.block_type(info).map(drop)
     }
 
+    /// The type in which a tensor is stored; `None` when the file has no such tensor.
+    pub fn stored(&self, tensor: &str) -> Option<BlockType> {
+        let name = self.name(tensor).ok()?;
+        self.gguf.tensor(&name)?.stored.block
+    }
+
     /// The format that holds a tensor best; `None` when the file has no such tensor.
     pub fn natural(&self, tensor: &str) -> Option<Format> {
-        let name = self.name(tensor).ok()?;
-        let info = self.gguf.tensor(&name)?;
-        self.gguf.block_type(info).ok().map(BlockType::natural)
+        self.stored(tensor).map(BlockType::natural)
     }
 
     /// Whether a format holds a tensor's values as they are.
     pub fn keeps(&self, tensor: &str, format: Format) -> bool {
-        let block = self.name(tensor).ok().and_then(|name| {
-            let info = self.gguf.tensor(&name)?;
-            self.gguf.block_type(info).ok()
-        });
         format == Format::F32
             || matches!(
-                (block, format),
+                (self.stored(tensor), format),
                 (Some(BlockType::F16), Format::F16)
                     | (Some(BlockType::Q8_0), Format::Q8)
                     | (Some(BlockType::Q4_0 | BlockType::Q4_1), Format::Q4)
             )
     }
 
-    /// One row of a matrix that is in no rotary order, such as an embedding.
+    /// Rows of a matrix as f32, in Hugging Face's order of rows.
     ///
     /// # Errors
     /// As [`Gguf::rows`].
     ///
     /// # Panics
-    /// When `values` is not as long as a row.
-    pub fn row(&mut self, tensor: &str, shape: [usize; 2], row: usize, values: &mut [f32]) -> Result<(), GgufError> {
+    /// When `values` is not `rows.len() · columns` long, or there are no such rows.
+    pub fn rows(
+        &mut self,
+        tensor: &str,
+        shape: [usize; 2],
+        rows: Range<usize>,
+        values: &mut [f32],
+    ) -> Result<(), GgufError> {
         let name = self.name(tensor)?;
-        self.gguf.rows(&name, shape, std::iter::once(row), values)
+        match self.row_order(&name, shape[0]) {
+            Some(order) => self.gguf.rows(&name, shape, order[rows].iter().copied(), values),
+            None => self.gguf.rows(&name, shape, rows, values),
+        }
     }
 
     /// A matrix of `shape` (rows, columns) as GGUF holds it, Out×In, in the format that keeps its weights, or in `format`.

@@ -11,19 +11,23 @@ use super::container::Gguf;
 use super::metadata::Value;
 use super::{GgufError, shown};
 
-const MODEL_KEY: &str = "tokenizer.ggml.model";
-const PRE_KEY: &str = "tokenizer.ggml.pre";
-const TOKENS_KEY: &str = "tokenizer.ggml.tokens";
-const KINDS_KEY: &str = "tokenizer.ggml.token_type";
-const MERGES_KEY: &str = "tokenizer.ggml.merges";
-const ADD_BOS_KEY: &str = "tokenizer.ggml.add_bos_token";
+pub(super) const MODEL_KEY: &str = "tokenizer.ggml.model";
+pub(super) const PRE_KEY: &str = "tokenizer.ggml.pre";
+pub(in crate::model) const TOKENS_KEY: &str = "tokenizer.ggml.tokens";
+pub(super) const KINDS_KEY: &str = "tokenizer.ggml.token_type";
+pub(super) const MERGES_KEY: &str = "tokenizer.ggml.merges";
+pub(super) const BOS_KEY: &str = "tokenizer.ggml.bos_token_id";
+pub(super) const EOS_KEY: &str = "tokenizer.ggml.eos_token_id";
+pub(super) const EOT_KEY: &str = "tokenizer.ggml.eot_token_id";
+pub(super) const TEMPLATE_KEY: &str = "tokenizer.chat_template";
+pub(super) const ADD_BOS_KEY: &str = "tokenizer.ggml.add_bos_token";
 
 /// Tokens that no text becomes and that end or order a conversation.
-const CONTROL: i64 = 3;
+pub(super) const CONTROL: i64 = 3;
 /// Tokens added to the vocabulary that texts may hold.
-const USER_DEFINED: i64 = 4;
+pub(super) const USER_DEFINED: i64 = 4;
 /// Rows of the embedding that no token uses.
-const UNUSED: i64 = 5;
+pub(super) const UNUSED: i64 = 5;
 /// Control tokens that end an answer in the families read, whether or not the metadata says so.
 const END_OF_TURN: [&str; 4] = ["<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>"];
 
@@ -40,7 +44,7 @@ const QWEN2_SPLIT: &str = concat!(
 
 /// How text is split before merging.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Pre {
+pub(super) enum Pre {
     Gpt2,
     SmolLm,
     Llama3,
@@ -48,6 +52,23 @@ enum Pre {
 }
 
 impl Pre {
+    pub(super) const ALL: [Pre; 4] = [Pre::Gpt2, Pre::SmolLm, Pre::Llama3, Pre::Qwen2];
+
+    /// The name in a file's metadata.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Pre::Gpt2 => "gpt-2",
+            Pre::SmolLm => "smollm",
+            Pre::Llama3 => "llama-bpe",
+            Pre::Qwen2 => "qwen2",
+        }
+    }
+
+    /// Whether a whole piece that is in the vocabulary is taken as it is, even where the merges would not lead to it.
+    pub(super) fn ignores_merges(self) -> bool {
+        self == Pre::Llama3
+    }
+
     fn from_name(name: &str) -> Option<Self> {
         match name {
             "default" | "gpt-2" | "gpt2" => Some(Pre::Gpt2),
@@ -65,7 +86,7 @@ impl Pre {
         }
     }
 
-    fn pre_tokenizer(self) -> Json {
+    pub(super) fn pre_tokenizer(self) -> Json {
         let split = |pattern: &str| {
             json!({"type": "Sequence", "pretokenizers": [
                 {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false},
@@ -88,10 +109,10 @@ fn byte_level(use_regex: bool) -> Json {
     json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex})
 }
 
-/// A tokenizer taken out of a GGUF file.
+/// A tokenizer as a GGUF file has it: taken out of one, or to be put into one.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GgufTokenizer {
-    /// The text of a `tokenizer.json`.
+    /// The text of a `tokenizer.json`. What else it holds under names that the format does not have is left alone.
     pub json: String,
     /// Entries of the vocabulary, unused ones included.
     pub vocab: usize,
@@ -171,7 +192,7 @@ impl GgufTokenizer {
             let id = gguf.metadata().get(key)?.unsigned()?;
             u32::try_from(id).ok().filter(|&id| (id as usize) < tokens.len())
         };
-        let (bos, eos) = (id("tokenizer.ggml.bos_token_id"), id("tokenizer.ggml.eos_token_id"));
+        let (bos, eos) = (id(BOS_KEY), id(EOS_KEY));
         let add_bos = match gguf.metadata().get(ADD_BOS_KEY) {
             Some(value) => value
                 .bool()
@@ -183,9 +204,7 @@ impl GgufTokenizer {
             let control = kinds.as_ref().is_some_and(|kinds| kinds[id] == CONTROL);
             control.then_some(id as u32)
         });
-        let ends = ["tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"]
-            .into_iter()
-            .filter_map(id);
+        let ends = [EOT_KEY, "tokenizer.ggml.eom_token_id"].into_iter().filter_map(id);
         let mut stop = Vec::new();
         for id in eos.into_iter().chain(ends).chain(named) {
             if !stop.contains(&id) {
@@ -213,9 +232,7 @@ impl GgufTokenizer {
                 "end_of_word_suffix": null,
                 "fuse_unk": false,
                 "byte_fallback": false,
-                // Llama 3 takes a whole piece that is in the vocabulary as it is, even where the merges would not lead
-                // to it.
-                "ignore_merges": pre == Pre::Llama3,
+                "ignore_merges": pre.ignores_merges(),
                 "vocab": vocab,
                 "merges": merges,
             },
@@ -229,7 +246,7 @@ impl GgufTokenizer {
             stop,
             chat_template: gguf
                 .metadata()
-                .get("tokenizer.chat_template")
+                .get(TEMPLATE_KEY)
                 .and_then(Value::string)
                 .map(str::to_owned),
             notices,
