@@ -295,6 +295,31 @@ fn matrices_are_packed_two_halves_a_word_and_vectors_stay_f32() {
 }
 
 #[test]
+fn four_bits_leave_eight_to_the_ends() {
+    let config = config();
+    let weights = open(&stored_model(&config, "")).unwrap();
+    let holding = Holding::As(Format::Q4);
+    let formats = |unit| -> Vec<Format> {
+        let unit = weights.unit(unit, holding).unwrap();
+        let matrices = unit.tensors.iter().filter(|tensor| tensor.shape.len() == 2);
+        matrices.map(|tensor| tensor.format).collect()
+    };
+    assert_eq!(formats(Unit::Embedding), [Format::Q8, Format::Q8]);
+    assert_eq!(formats(Unit::Block(0)), [Format::Q4; 4]);
+    // The rows that are read one by one are those of the unit.
+    let unit = weights.unit(Unit::Embedding, holding).unwrap();
+    let (tokens, positions) = (unit.tensors[0].to_f32(), unit.tensors[1].to_f32());
+    let rows = weights.embedding(holding).unwrap().gather(&[2, 0], 2, 1).unwrap();
+    let width = config.width;
+    let expected = [(2, 1), (0, 2)].map(|(token, position): (usize, usize)| {
+        let row = |table: &[f32], row: usize| table[row * width..][..width].to_vec();
+        let (token, position) = (row(&tokens, token), row(&positions, position));
+        token.iter().zip(&position).map(|(a, b)| a + b).collect::<Vec<f32>>()
+    });
+    assert_eq!(rows, expected.concat());
+}
+
+#[test]
 fn f16_rounds_to_nearest_even() {
     let mut tensors = stored_model(&config(), "");
     // Spacing is 2 between 2048 and 4096: 2049 lies between 2048 (even) and 2050, 2051 between 2050 and 2052 (even).

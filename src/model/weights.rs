@@ -72,6 +72,16 @@ impl Holding {
         }
     }
 
+    /// Of one unit's matrices. Where the blocks are held in four bits the embedding and the head are held in eight, as files of
+    /// four bits have them: on SmolLM2-135M four bits there cost 7.2 % of perplexity, more than all blocks together, and save a
+    /// third of a client's download.
+    fn of(self, unit: Unit) -> Self {
+        match (self, unit) {
+            (Holding::As(Format::Q4), Unit::Embedding | Unit::Final) => Holding::As(Format::Q8),
+            _ => self,
+        }
+    }
+
     fn or(self, natural: Format) -> Format {
         self.given().unwrap_or(natural)
     }
@@ -260,6 +270,7 @@ impl Weights {
     /// value is not finite, [`WeightsError::NoSuchBlock`].
     pub fn unit(&self, unit: Unit, holding: Holding) -> Result<UnitData, WeightsError> {
         unit.check(&self.model)?;
+        let holding = holding.of(unit);
         let mut tensors = Vec::new();
         for (tensor, shape) in unit.tensors(&self.model) {
             let (format, words) = self.tensor(unit, tensor, &shape, holding)?;
@@ -328,6 +339,7 @@ impl Weights {
     /// # Errors
     /// [`WeightsError::Archive`] when a tensor is missing.
     pub fn embedding(&self, holding: Holding) -> Result<Embedding, WeightsError> {
+        let holding = holding.of(Unit::Embedding);
         let rows = Unit::Embedding
             .tensors(&self.model)
             .into_iter()
