@@ -274,6 +274,39 @@ fn pairs(metadata: &Metadata) -> Vec<(String, Metadatum)> {
         .collect()
 }
 
+/// Ranks, alphas and blocks of their own, rank-stabilised scales.
+#[test]
+fn every_variant_of_peft_is_merged() {
+    let mut case = Case::load("families/llama");
+    let model = case.weights.model().clone();
+    let engine = Engine::cpu();
+    for entry in std::fs::read_dir(fixture("families/llama/adapters")).unwrap() {
+        let path = entry.unwrap().path();
+        case.adapter = Adapter::load(&path, &model).unwrap();
+        let file = checkpoint(&case.merged(), Storage::F32, SHARD)
+            .remove("model.safetensors")
+            .unwrap();
+        let merged = Weights::from_bytes(file, &model).unwrap();
+        let adapter = case.adapter.clone().over_all_blocks(&model).unwrap();
+        let [expected, found] = [(&case.weights, Some(&adapter)), (&merged, None)].map(|(weights, adapter)| {
+            let mut units = HeldUnits { weights, holding: F32 };
+            let loaded = StackWeights::load(&engine, &model, &mut units).unwrap();
+            let extent = Extent { batch: 1, seq: 40 };
+            let mut central = Central::new(&engine, &model, loaded, adapter, extent, None).unwrap();
+            let ids = &case.data.examples[0].ids[..40];
+            block_on(central.logits(ids, 40, 0..40)).unwrap().concat()
+        });
+        let largest = expected.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
+        for (found, expected) in found.iter().zip(&expected) {
+            assert!(
+                (found - expected).abs() <= 5e-6 * largest,
+                "{}: {found}, expected {expected}",
+                path.display()
+            );
+        }
+    }
+}
+
 #[test]
 fn a_large_checkpoint_is_written_in_shards_that_are_read_as_one() {
     let case = Case::load("families/llama");
