@@ -6,6 +6,35 @@
 //! Every kernel is hand-written WGSL, run by wgpu natively and by WebGPU in a browser, and specified by plain loops that the variants
 //! for devices and the functions of the CPU engine are held against.
 //!
+//! # Where to start
+//!
+//! The command line is the feature `program`, which is on by default. Without it (`default-features = false`) what remains is the
+//! library; in `examples/` are four programs of it:
+//!
+//! * `kernels`: every kernel on this machine's GPU against its specification ([`kernels::examples`], [`compute::Engine`]);
+//! * `train`: a model from files, an adapter, ten steps on one device ([`model::central::Central`]);
+//! * `sessions`: main server, federated server and client as values in one process ([`protocol`], [`split`]);
+//! * `allocation`: a scenario's best plan and the bound below it ([`allocation::solve`]).
+//!
+//! ```
+//! use sflllm::compute::Engine;
+//! use sflllm::kernels::swiglu;
+//!
+//! # pollster::block_on(async {
+//! let engine = Engine::cpu(); // or `Engine::open(&Selection::Gpu).await?`
+//! let gate_up = engine.buffer_from("gate_up", &[0.0f32, 1.0, 3.0, 3.0])?; // (1, 2·ffn): gates, then ups
+//! let out = engine.buffer("out", 2)?; // (1, ffn)
+//! let mut recording = engine.recording();
+//! swiglu::forward(&mut recording, swiglu::Params { rows: 1, ffn: 2 }, &gate_up, &out);
+//! let prepared = engine.prepare(recording); // once
+//! engine.run(&prepared)?; // as often as one likes
+//! let found: Vec<f32> = engine.download(&out, 0, 2).await?;
+//! assert_eq!(found[0], 0.0);
+//! assert!((found[1] - 3.0 / (1.0 + (-1.0f32).exp())).abs() < 1e-6);
+//! # Ok::<(), sflllm::compute::Error>(())
+//! # }).unwrap();
+//! ```
+//!
 //! # The modules, and who may use whom
 //!
 //! ```text
@@ -63,13 +92,19 @@ pub mod simulation;
 pub mod split;
 pub mod terms;
 
-#[cfg(not(target_arch = "wasm32"))]
+// The program's own rooms: reachable for its binary and tests, and no promise to anybody else.
+#[cfg(all(feature = "program", not(target_arch = "wasm32")))]
+#[doc(hidden)]
 pub mod cli;
 #[cfg(not(target_arch = "wasm32"))]
+#[doc(hidden)]
 pub mod disk;
-#[cfg(not(target_arch = "wasm32"))]
+#[cfg(all(feature = "program", not(target_arch = "wasm32")))]
+#[doc(hidden)]
 pub mod hub;
-#[cfg(not(target_arch = "wasm32"))]
+#[cfg(all(feature = "program", not(target_arch = "wasm32")))]
+#[doc(hidden)]
 pub mod server;
-#[cfg(not(target_arch = "wasm32"))]
+#[cfg(all(feature = "program", not(target_arch = "wasm32")))]
+#[doc(hidden)]
 pub mod transport;

@@ -114,6 +114,78 @@ fn a_browser_without_webgpu_says_so_and_trains_a_local_file_on_its_cpu() {
     check_steps(run.path(), 1, 4);
 }
 
+#[test]
+fn a_tab_trains_a_llama_in_four_bits_as_one_process_does() {
+    let Some(programs) = programs() else { return };
+    let run = tempfile::tempdir().unwrap();
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/families/llama");
+    let (model, data, adapter) = (
+        fixture.join("model"),
+        fixture.join("data.jsonl"),
+        fixture.join("adapter"),
+    );
+    let (rounds, local_steps) = (2, 4);
+    let common = |command: &mut Command| {
+        command
+            .args([
+                "--device",
+                "cpu",
+                "--weights",
+                "q4",
+                "--no-shuffle",
+                "--batch",
+                "2",
+                "--seq",
+                "64",
+            ])
+            .args(["--lr", "2e-3", "--schedule", "constant", "--warmup", "0"])
+            .arg("--model")
+            .arg(&model)
+            .arg("--init-adapter")
+            .arg(&adapter);
+    };
+    let mut alone = Command::new(env!("CARGO_BIN_EXE_sflllm"));
+    alone.args(["train", "--quiet", "--steps", &(rounds * local_steps).to_string()]);
+    common(&mut alone);
+    let alone = (alone.arg("--data").arg(&data))
+        .arg("--out")
+        .arg(run.path().join("alone"))
+        .output()
+        .unwrap();
+    assert!(alone.status.success(), "{}", String::from_utf8_lossy(&alone.stderr));
+
+    let server = Server::start_with(run.path(), 1, rounds, local_steps, |serve| {
+        serve.args(["--split", "2", "--wire", "f32"]);
+        common(serve);
+    });
+    let chromium = Chromium::start(&programs, EMULATED_GPU);
+    chromium.open(&format!("{}/#t={TOKEN}", server.origin));
+    chromium.wait_for_state(&["idle"], &server.said);
+    chromium.choose_file("#file", &data);
+    chromium.script("document.querySelector('input[value=file]').checked = true", json!([]));
+    chromium.script("document.getElementById('join-button').click()", json!([]));
+    chromium.wait_for_state(&["done"], &server.said);
+    let shown = chromium.root_data();
+    let device = shown["device"].as_str().unwrap_or_default().to_lowercase();
+    assert!(device.contains("swiftshader"), "{shown}");
+    server.finish();
+
+    let losses = |lines: Vec<Value>| -> Vec<f64> {
+        let steps = lines.iter().filter(|line| line["kind"] == "step");
+        steps.map(|step| step["loss"].as_f64().unwrap()).collect()
+    };
+    let together = losses(check_steps(run.path(), 1, rounds * local_steps));
+    let alone = losses(read_metrics(&run.path().join("alone/metrics.jsonl")));
+    assert_eq!(alone.len(), together.len());
+    for (alone, together) in alone.iter().zip(&together) {
+        assert!(
+            (alone / together - 1.0).abs() < 1e-4,
+            "in one process {alone}, with a tab {together}"
+        );
+    }
+    assert!(together.last() < together.first(), "nothing was learned: {together:?}");
+}
+
 /// Cuts by round, and slow uplinks.
 struct Moving([usize; 3]);
 
@@ -157,7 +229,7 @@ fn a_tab_whose_blocks_come_and_go_trains_to_the_end() {
             weights: Weights::open(&assets, &config).unwrap(),
             holding: Holding::As(Format::F16),
             tokenizer: Some(fs::read(assets.join("tokenizer.json")).unwrap()),
-            config: config.clone(),
+            architecture: config.clone(),
         },
         engine: Engine::cpu(),
         training: Training {
@@ -383,8 +455,7 @@ fn check_metrics(run: &Path, tabs: u64, rounds: u64, local_steps: u64) {
 
 /// All steps were taken, each with all the tabs. Gives back the lines of the metrics file.
 fn check_steps(run: &Path, tabs: u64, count: u64) -> Vec<Value> {
-    let text = fs::read_to_string(run.join("out/metrics.jsonl")).unwrap();
-    let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let lines = read_metrics(&run.join("out/metrics.jsonl"));
     let steps: Vec<&Value> = lines.iter().filter(|line| line["kind"] == "step").collect();
     assert_eq!(steps.len() as u64, count);
     for step in steps {
@@ -396,6 +467,11 @@ fn check_steps(run: &Path, tabs: u64, count: u64) -> Vec<Value> {
         assert!(step["loss"].as_f64().is_some_and(f64::is_finite), "{step}");
     }
     lines
+}
+
+fn read_metrics(file: &Path) -> Vec<Value> {
+    let text = fs::read_to_string(file).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
 #[expect(clippy::print_stderr, reason = "the test harness takes it")]
@@ -412,7 +488,7 @@ fn programs() -> Option<browser::Browser> {
     }
 }
 
-/// `sflllm serve` on the demo model, on a free port.
+/// `sflllm serve` on a free port.
 struct Server {
     process: Child,
     origin: String,
@@ -420,6 +496,7 @@ struct Server {
 }
 
 impl Server {
+    /// On the demo model, with a few of its lines to validate on.
     fn start(directory: &Path, clients: u64, rounds: u64, local_steps: u64) -> Self {
         let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/demo/valid.txt");
         let few: Vec<String> = fs::read_to_string(demo)
@@ -430,27 +507,34 @@ impl Server {
             .collect();
         let valid = directory.join("valid.txt");
         fs::write(&valid, few.join("\n")).unwrap();
-        let mut process = Command::new(env!("CARGO_BIN_EXE_sflllm"))
-            .args([
-                "serve",
-                "--model",
-                "demo",
-                "--device",
-                "cpu",
-                "--listen",
-                "http://127.0.0.1:0",
-                "--token",
-                TOKEN,
-            ])
-            .args([
-                "--batch", "2", "--lr", "3e-3", "--split", "1", "--rank", "4", "--seq", "64",
-            ])
+        Self::start_with(directory, clients, rounds, local_steps, |serve| {
+            serve
+                .args(["--model", "demo", "--device", "cpu"])
+                .args([
+                    "--batch", "2", "--lr", "3e-3", "--split", "1", "--rank", "4", "--seq", "64",
+                ])
+                .arg("--valid")
+                .arg(&valid);
+        })
+    }
+
+    /// With the arguments that `configure` adds.
+    fn start_with(
+        directory: &Path,
+        clients: u64,
+        rounds: u64,
+        local_steps: u64,
+        configure: impl FnOnce(&mut Command),
+    ) -> Self {
+        let mut serve = Command::new(env!("CARGO_BIN_EXE_sflllm"));
+        serve
+            .args(["serve", "--listen", "http://127.0.0.1:0", "--token", TOKEN])
             .args(["--clients", &clients.to_string(), "--rounds", &rounds.to_string()])
             .args(["--local-steps", &local_steps.to_string()])
-            .arg("--valid")
-            .arg(&valid)
             .arg("--out")
-            .arg(directory.join("out"))
+            .arg(directory.join("out"));
+        configure(&mut serve);
+        let mut process = serve
             .env("SFLLLM_HOME", directory.join("home"))
             .stdin(Stdio::null())
             .stdout(Stdio::null())

@@ -423,7 +423,9 @@ fn assert_lora(adapter: &Adapter, model: &Architecture, what: &str) {
     assert_eq!(text("general.type"), "adapter");
     assert_eq!(text("adapter.type"), "lora");
     assert_eq!(text("general.architecture"), model.family.model_type());
-    let alpha = file.metadata().get("adapter.lora.alpha").unwrap().float().unwrap();
+    let Some(&Metadatum::F32(alpha)) = file.metadata().get("adapter.lora.alpha") else {
+        panic!("{what}: no alpha");
+    };
     assert_eq!(file.tensors().len(), 2 * adapter.layout.entries().len(), "{what}");
     for entry in adapter.layout.entries() {
         let (rank, inputs, outputs) = (entry.rank, entry.inputs, entry.outputs);
@@ -450,7 +452,7 @@ fn assert_lora(adapter: &Adapter, model: &Architecture, what: &str) {
             };
             for column in (0..inputs).step_by(7) {
                 let expected = product(own_a, own_b, f64::from(entry.scale), row, column);
-                let found = product(&a, &b, alpha / rank as f64, in_file, column);
+                let found = product(&a, &b, f64::from(alpha) / rank as f64, in_file, column);
                 assert!(
                     (found - expected).abs() <= 1e-6 * (1.0 + expected.abs()),
                     "{what} {name} ({row}, {column}): {found}, expected {expected}"

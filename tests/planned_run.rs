@@ -220,7 +220,7 @@ fn run_on(
         model: Model {
             name: "legacy".to_owned(),
             digest: Digest([0; 32]),
-            config: config.clone(),
+            architecture: config.clone(),
             weights: weights(&config),
             holding: Holding::As(Format::F32),
             tokenizer: None,

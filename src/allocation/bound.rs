@@ -47,7 +47,7 @@ pub(super) struct Rungs<'a> {
 
 impl Rungs<'_> {
     /// Natural logarithm of the water level, in ln W, that carries `nats` over the `n` best, all in use.
-    pub fn ln_level(&self, n: usize, nats: f64) -> f64 {
+    pub(crate) fn ln_level(&self, n: usize, nats: f64) -> f64 {
         (nats + self.behind[n]) / n as f64 - self.ln_gain[0]
     }
 }

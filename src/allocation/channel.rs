@@ -36,7 +36,7 @@ pub enum SnrPerWatt {
 }
 
 /// More would only be a mistake in a file.
-pub const MAX_SUBCHANNELS: usize = 1 << 16;
+pub(crate) const MAX_SUBCHANNELS: usize = 1 << 16;
 
 /// A link of `subchannels` equal subchannels.
 #[derive(Clone, Debug, PartialEq)]
@@ -160,7 +160,7 @@ fn positive(link: LinkName, what: &'static str, unit: &'static str, value: f64) 
 }
 
 /// Watts of a power in dBm: `10^(x/10 - 3)`.
-pub fn dbm_to_w(dbm: f64) -> f64 {
+pub(crate) fn dbm_to_w(dbm: f64) -> f64 {
     10.0_f64.powf(dbm / 10.0 - 3.0)
 }
 
@@ -171,7 +171,7 @@ pub fn w_to_dbm(w: f64) -> f64 {
 
 /// Path loss in dB at `distance_m`, by intercept (dB at 1 km) and slope (dB per decade). 128.1 and 37.6 are the macro-cell values of 3GPP
 /// TR 36.814 at 2 GHz.
-pub fn path_loss_db(distance_m: f64, intercept_db: f64, slope_db: f64) -> f64 {
+pub(crate) fn path_loss_db(distance_m: f64, intercept_db: f64, slope_db: f64) -> f64 {
     intercept_db + slope_db * (distance_m / 1000.0).log10()
 }
 

@@ -111,7 +111,7 @@ impl<'a> Search<'a> {
 
     /// An ownership by prices: each subchannel goes to whoever it saves most power, `λ(u - 1 + e^-u)` with `u = ln(λ γ)` and `λ` the
     /// client's water level, and the levels follow what the clients got. (The dual of the time-sharing relaxation, rounded.)
-    pub fn auction(&self, start: &[usize], deadline_s: f64) -> Vec<usize> {
+    pub(crate) fn auction(&self, start: &[usize], deadline_s: f64) -> Vec<usize> {
         let Self {
             channel,
             demand,
@@ -170,7 +170,7 @@ impl<'a> Search<'a> {
     }
 
     /// Shortens the time until deadlines below it bring nothing any more.
-    pub fn descend(&mut self, found: &mut Found) {
+    pub(crate) fn descend(&mut self, found: &mut Found) {
         let mut step = 0.5;
         while found.upper_s - found.lower_s > 1e-7 * found.upper_s && step > 0.1 {
             let target_s = found.upper_s - step * (found.upper_s - found.lower_s);
@@ -195,7 +195,7 @@ impl<'a> Search<'a> {
     }
 
     /// [`Search::reach`] with less patience.
-    pub fn reach_hastily(&mut self, found: &mut Found, target_s: f64) -> bool {
+    pub(crate) fn reach_hastily(&mut self, found: &mut Found, target_s: f64) -> bool {
         self.patience /= 4;
         let reached = self.reach(found, target_s);
         self.patience *= 4;

@@ -19,7 +19,7 @@ impl Found {
     }
 
     /// Whether the bound leaves room for a better one.
-    pub fn is_open(&self) -> bool {
+    pub(crate) fn is_open(&self) -> bool {
         self.lower_s < self.upper_s * (1.0 - 2.0 * EXACT)
     }
 }

@@ -33,7 +33,7 @@ impl Demand {
     }
 
     /// The longest wait, which no deadline can be before, in s.
-    pub fn longest_wait_s(&self) -> f64 {
+    pub(crate) fn longest_wait_s(&self) -> f64 {
         self.wait_s.iter().copied().fold(0.0, f64::max)
     }
 }
@@ -131,7 +131,7 @@ pub struct LinkPlan {
 
 impl LinkPlan {
     /// What the plan costs when a joule counts as `energy_weight_s_per_j` seconds.
-    pub fn cost_s(&self, energy_weight_s_per_j: f64) -> f64 {
+    pub(crate) fn cost_s(&self, energy_weight_s_per_j: f64) -> f64 {
         self.phase_s + energy_weight_s_per_j * self.energy_j
     }
 }

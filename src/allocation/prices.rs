@@ -159,7 +159,7 @@ impl<'a> Market<'a> {
         }
     }
 
-    pub fn into_prices(self) -> Prices {
+    pub(crate) fn into_prices(self) -> Prices {
         self.prices
     }
 
@@ -393,7 +393,7 @@ impl<'a> Market<'a> {
     }
 
     /// Changes prices so that more is paid at `deadline_s`.
-    pub fn ascend(&mut self, deadline_s: f64, rounds: usize) {
+    pub(crate) fn ascend(&mut self, deadline_s: f64, rounds: usize) {
         let channel = self.ladders.channel();
         let subchannels = channel.subchannels;
         let mut best = (f64::NEG_INFINITY, self.prices.clone());
@@ -457,7 +457,7 @@ impl<'a> Market<'a> {
 
     /// The longest deadline from `from_s` on that the prices prove impossible, as far as a few probes find it: `from_s` itself if
     /// none.
-    pub fn impossible_s(&mut self, from_s: f64, to_s: f64) -> f64 {
+    pub(crate) fn impossible_s(&mut self, from_s: f64, to_s: f64) -> f64 {
         let (mut low_s, mut high_s) = (from_s, to_s.max(from_s));
         let mut probe_s = 0.5 * (low_s + high_s);
         for _ in 0..PROBES {
@@ -481,7 +481,7 @@ impl<'a> Market<'a> {
     }
 
     /// Whether the prices prove that no ownership ends by `deadline_s`.
-    pub fn is_impossible(&mut self, deadline_s: f64) -> bool {
+    pub(crate) fn is_impossible(&mut self, deadline_s: f64) -> bool {
         self.paid(deadline_s).0 > 1.0 + MARGIN
     }
 }

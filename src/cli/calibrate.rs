@@ -23,6 +23,7 @@ use crate::model::workspace::Extent;
 use crate::split::{ClientPart, Contribution, ServerPart, Training};
 
 use super::console::{self, Bar, Rewritten};
+use super::defaults;
 use super::interrupt;
 use super::options::{BatchOptions, DeviceOptions, ModelOptions, OptimizerOptions, OutputOptions, targets};
 use super::source::{DEMO_TRAIN, DEMO_VALID, ModelName, Source};
@@ -59,7 +60,7 @@ pub struct Options {
     /// Scale of the adapters, over their rank; twice each rank if not given
     #[arg(long, value_name = "F")]
     pub alpha: Option<f32>,
-    /// Adapted matrices: c_attn, c_proj (attention's and mlp's), c_fc
+    /// Adapted matrices, as the model names them; all if not given
     #[arg(long, value_name = "NAMES")]
     pub targets: Option<String>,
     /// The loss to reach, in nats a token
@@ -406,7 +407,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     ranks.dedup();
     let specs = ranks
         .iter()
-        .map(|&rank| LoraSpec::new(rank, options.alpha.unwrap_or(2.0 * rank as f32), adapted.clone()))
+        .map(|&rank| LoraSpec::new(rank, options.alpha.unwrap_or(defaults::alpha(rank)), adapted.clone()))
         .collect::<Result<Vec<_>, _>>()?;
     anyhow::ensure!(!ranks.is_empty(), "--ranks needs at least one rank");
 
@@ -430,7 +431,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let mut valid = read(&source, options.valid.as_deref(), (DEMO_VALID, "valid.txt"), &options)?;
     valid.examples.truncate(options.valid_examples as usize);
     let steps = u64::from(options.max_rounds) * u64::from(options.local_steps);
-    let optimizer = options.optimizer.settings(steps)?;
+    let optimizer = options.optimizer.settings(&source.config, &adapted, steps)?;
     let wire = options.wire;
     let settings = Settings {
         model: source.digest.iter().map(|byte| format!("{byte:02x}")).collect(),

@@ -5,6 +5,7 @@ pub mod bench;
 pub mod calibrate;
 pub mod charts;
 pub mod console;
+pub mod defaults;
 pub mod demo;
 pub mod doctor;
 pub mod eval;

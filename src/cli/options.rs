@@ -5,12 +5,13 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::Args;
 
+use super::defaults;
 use super::source::ModelName;
 use crate::compute::{Engine, Selection};
 use crate::data::Columns;
 use crate::data::tokenizer::CHATML_NAME;
 use crate::model::adapter::{AdapterError, LoraSpec, Target};
-use crate::model::architecture::{Architecture, Family};
+use crate::model::architecture::Architecture;
 use crate::model::weights::Holding;
 use crate::terms::optimizer::{OptimizerSettings, Schedule};
 
@@ -19,6 +20,16 @@ use crate::terms::optimizer::{OptimizerSettings, Schedule};
 pub enum Choice {
     Auto,
     Value(usize),
+}
+
+impl Choice {
+    /// The number, if it is one.
+    pub fn value(self) -> Option<usize> {
+        match self {
+            Self::Auto => None,
+            Self::Value(value) => Some(value),
+        }
+    }
 }
 
 impl std::str::FromStr for Choice {
@@ -76,14 +87,15 @@ pub struct OutputOptions {
 
 #[derive(Args, Clone, Debug)]
 pub struct LoraOptions {
-    /// Rank of the adapter; auto takes the one that a scenario's or calibration's rounds make fastest, or else 8
+    /// Rank of the adapter; auto takes the one that a scenario's or calibration's rounds make fastest, or else 8, and
+    /// 16 for a model wider than 1,024
     #[arg(long, value_name = "N|auto", default_value = "auto")]
     pub rank: Choice,
     /// Scale of the adapter, over its rank; twice the rank if not given
     #[arg(long, value_name = "F")]
     pub alpha: Option<f32>,
     /// Adapted matrices, as the model names them (c_attn, c_proj, c_fc; q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj,
-    /// down_proj), or `all`; if not given, c_attn of GPT-2 and q_proj and v_proj of others
+    /// down_proj); all if not given, or by `all`
     #[arg(long, value_name = "NAMES")]
     pub targets: Option<String>,
     /// Start from this PEFT adapter instead of a fresh one; it brings its own rank, alpha and targets
@@ -91,59 +103,53 @@ pub struct LoraOptions {
     pub init_adapter: Option<PathBuf>,
 }
 
-/// What `--targets` names in a model; its query and value projections if it is not given.
+/// What `--targets` names in a model.
 pub(super) fn targets(model: &Architecture, names: Option<&str>) -> Result<Vec<Target>, AdapterError> {
     match names {
         Some(names) => LoraSpec::parse_targets(model, names),
-        None => Ok(match model.family {
-            Family::Gpt2 => vec![Target::AttnQkv],
-            _ => vec![Target::QProj, Target::VProj],
-        }),
+        None => Ok(defaults::targets(model)),
     }
 }
-
-/// What `--rank auto` takes.
-const DEFAULT_RANK: usize = 8;
 
 impl LoraOptions {
     /// The adapter these options ask for.
     pub fn spec(&self, model: &Architecture) -> Result<LoraSpec, AdapterError> {
-        let rank = match self.rank {
-            Choice::Auto => DEFAULT_RANK,
-            Choice::Value(rank) => rank,
-        };
-        let alpha = self.alpha.unwrap_or(2.0 * rank as f32);
+        let rank = self.rank.value().unwrap_or_else(|| defaults::rank(model));
+        let alpha = self.alpha.unwrap_or_else(|| defaults::alpha(rank));
         LoraSpec::new(rank, alpha, targets(model, self.targets.as_deref())?)
     }
 }
 
 #[derive(Args, Clone, Debug)]
 pub struct OptimizerOptions {
-    /// Learning rate of AdamW
-    #[arg(long, value_name = "F", default_value_t = 1e-3)]
-    pub lr: f32,
+    /// Learning rate of AdamW; if not given, one that suits the model's width, and falls to zero over the run
+    #[arg(long, value_name = "F")]
+    pub lr: Option<f32>,
     /// Decoupled weight decay
     #[arg(long, value_name = "F", default_value_t = 0.01)]
     pub weight_decay: f32,
-    /// Steps over which the learning rate rises from zero
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub warmup: u64,
-    /// What the learning rate does after that
-    #[arg(long, default_value_t, value_name = "constant|linear")]
-    pub schedule: Schedule,
+    /// Steps over which the learning rate rises from zero; if not given, a twentieth of them, and none with --lr
+    #[arg(long, value_name = "N")]
+    pub warmup: Option<u64>,
+    /// What the learning rate does after that; if not given, linear, and constant with --lr
+    #[arg(long, value_name = "constant|linear")]
+    pub schedule: Option<Schedule>,
     /// Scale gradients down to this global norm; in a split run each side takes the norm of its own
     #[arg(long, value_name = "F")]
     pub clip: Option<f32>,
 }
 
 impl OptimizerOptions {
-    /// The settings of a run of `total_steps` steps.
-    pub fn settings(&self, total_steps: u64) -> anyhow::Result<OptimizerSettings> {
-        anyhow::ensure!(
-            self.lr.is_finite() && self.lr >= 0.0,
-            "--lr {} must be a number of at least 0",
-            self.lr
-        );
+    /// The settings of a run of `total_steps` steps, in which `targets` of a model are adapted.
+    pub fn settings(
+        &self,
+        model: &Architecture,
+        targets: &[Target],
+        total_steps: u64,
+    ) -> anyhow::Result<OptimizerSettings> {
+        if let Some(lr) = self.lr {
+            anyhow::ensure!(lr.is_finite() && lr >= 0.0, "--lr {lr} must be a number of at least 0");
+        }
         anyhow::ensure!(
             self.weight_decay.is_finite() && self.weight_decay >= 0.0,
             "--weight-decay {} must be a number of at least 0",
@@ -153,10 +159,10 @@ impl OptimizerOptions {
             anyhow::ensure!(clip.is_finite() && clip > 0.0, "--clip {clip} must be a number above 0");
         }
         Ok(OptimizerSettings {
-            lr: self.lr,
+            lr: self.lr.unwrap_or_else(|| defaults::learning_rate(model, targets)),
             weight_decay: self.weight_decay,
-            schedule: self.schedule,
-            warmup: self.warmup,
+            schedule: self.schedule.unwrap_or_else(|| defaults::schedule(self.lr)),
+            warmup: self.warmup.unwrap_or_else(|| defaults::warmup(self.lr, total_steps)),
             total_steps,
             clip: self.clip,
         })

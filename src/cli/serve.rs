@@ -11,6 +11,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::console::{self, Console};
+use super::defaults;
 use super::interrupt;
 use super::join::bytes;
 use super::options::{BatchOptions, Choice, DeviceOptions, LoraOptions, ModelOptions, OptimizerOptions, OutputOptions};
@@ -233,11 +234,23 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
             seed,
         )?,
     };
+    let steps = u64::from(options.rounds) * u64::from(options.local_steps);
+    let optimizer = options
+        .optimizer
+        .settings(&source.config, &initial.spec.targets, steps)?;
+    let said = defaults::said(
+        &source.config,
+        &options.lora,
+        &initial.spec,
+        &options.optimizer,
+        &optimizer,
+    );
+    if !options.output.quiet {
+        console::say(&said);
+    }
     let training = Training {
         spec: initial.spec.clone(),
-        optimizer: options
-            .optimizer
-            .settings(u64::from(options.rounds) * u64::from(options.local_steps))?,
+        optimizer,
         batch: batch as usize,
         seq,
         wire: options.wire,
@@ -265,6 +278,7 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
             "optimizer": training.optimizer, "batch": batch, "seq": seq, "wire": training.wire,
             "seed": seed, "shuffle": !no_shuffle, "wait": options.wait,
         },
+        "settings": said,
         "valid": options.valid.as_ref().zip(valid.as_ref()).map(|(path, data)| describe(path, data)),
         "data": options.data.iter().zip(&data).map(|(path, data)| describe(path, data)).collect::<Vec<_>>(),
     }))?;
@@ -290,19 +304,15 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
         }))?;
     }
     let rounds = (options.calibration.as_deref()).map(RoundsTable::load).transpose()?;
-    let fixed = |choice: Choice| match choice {
-        Choice::Auto => None,
-        Choice::Value(value) => Some(value),
-    };
     let planner = Allocator::new(allocator::Settings {
         scenario,
         method: options.plan_method,
         seed: options.plan_seed,
-        split: fixed(options.split),
+        split: options.split.value(),
         per_client_split: options.per_client_split,
         rank: match options.lora.init_adapter {
             Some(_) => Some(training.spec.rank),
-            None => fixed(options.lora.rank),
+            None => options.lora.rank.value(),
         },
         rounds,
     });
@@ -338,7 +348,7 @@ pub(super) fn model(source: Source) -> server::Model {
     server::Model {
         name: source.name,
         digest: Digest(source.digest),
-        config: source.config,
+        architecture: source.config,
         weights: source.weights,
         holding: source.holding,
         tokenizer: source.tokenizer.map(|tokenizer| tokenizer.json().to_vec()),

@@ -19,6 +19,7 @@ use crate::server::store::{self, RunDirectory};
 use crate::split::Evaluation;
 
 use super::console::{self, Bar};
+use super::defaults;
 use super::interrupt::{self, Interrupt};
 use super::options::{BatchOptions, DeviceOptions, LoraOptions, ModelOptions, OptimizerOptions, OutputOptions};
 use super::source::Source;
@@ -106,11 +107,21 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let steps = options
         .steps
         .unwrap_or(options.epochs.unwrap_or(1).saturating_mul(per_epoch));
-    let settings = options.optimizer.settings(steps)?;
+    let settings = options
+        .optimizer
+        .settings(&source.config, &adapter.spec.targets, steps)?;
+    let said = defaults::said(
+        &source.config,
+        &options.lora,
+        &adapter.spec,
+        &options.optimizer,
+        &settings,
+    );
     let shuffle = (!options.batches.no_shuffle).then_some(options.batches.seed);
     let mut batches = Batches::new(data.examples.clone(), batch, seq, shuffle)?;
     let engine = options.device.engine()?;
     if !quiet {
+        console::say(&said);
         console::say(format!(
             "{steps} steps of {batch} examples on {}, {} adapter values of rank {}",
             engine.name(),
@@ -132,6 +143,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
             "seed": options.batches.seed, "shuffle": !options.batches.no_shuffle,
             "weights": source.holding.to_string(),
         },
+        "settings": said,
         "adapter": adapter_dir,
         "data": data.summary,
     }))?;

@@ -4,7 +4,7 @@
 //! ([`Plan`]), loading the model part by part ([`Loader`]), and the answers to the session's events ([`Learner`]). A second
 //! assignment starts from what the first left on the device ([`Held`]). `native` and `web` move bytes and time.
 
-#[cfg(not(target_arch = "wasm32"))]
+#[cfg(all(feature = "program", not(target_arch = "wasm32")))]
 pub mod native;
 #[cfg(target_arch = "wasm32")]
 pub mod web;

@@ -111,7 +111,7 @@ pub(super) fn run(recording: &Recording, runs: Runs) {
 
 /// Calls `row(index, slice)` for every `width`-long row of `out`, on all cores natively and in order in a browser. Rows are
 /// independent, so the result does not depend on the number of threads.
-pub fn for_each_row<T: Send>(out: &mut [T], width: usize, row: impl Fn(usize, &mut [T]) + Sync) {
+pub(crate) fn for_each_row<T: Send>(out: &mut [T], width: usize, row: impl Fn(usize, &mut [T]) + Sync) {
     if width == 0 {
         return;
     }

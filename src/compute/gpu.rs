@@ -162,7 +162,7 @@ impl Gpu {
         }
     }
 
-    pub fn max_buffer_bytes(&self) -> u64 {
+    pub(crate) fn max_buffer_bytes(&self) -> u64 {
         self.limits
             .max_storage_buffer_binding_size
             .min(self.limits.max_buffer_size)

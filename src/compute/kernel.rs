@@ -153,7 +153,7 @@ pub struct Features {
 }
 
 impl Features {
-    pub const NONE: Self = Self {
+    pub(crate) const NONE: Self = Self {
         shader_f16: false,
         subgroups: false,
     };
@@ -283,11 +283,11 @@ pub fn specialise(source: &str, constants: &[(&'static str, Constant)]) -> Strin
 /// Declares a params struct: `#[repr(C)]`, plain data, with the offsets of its members for the layout test.
 #[macro_export]
 macro_rules! params {
-    ($(#[$meta:meta])* pub struct $Name:ident { $($(#[$field_meta:meta])* pub $field:ident : $ty:ty),* $(,)? }) => {
+    ($(#[$meta:meta])* $vis:vis struct $Name:ident { $($(#[$field_meta:meta])* pub $field:ident : $ty:ty),* $(,)? }) => {
         $(#[$meta])*
         #[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]
         #[repr(C)]
-        pub struct $Name { $($(#[$field_meta])* pub $field: $ty),* }
+        $vis struct $Name { $($(#[$field_meta])* pub $field: $ty),* }
 
         impl $crate::compute::kernel::Params for $Name {
             const FIELDS: &'static [$crate::compute::kernel::Field] = &[

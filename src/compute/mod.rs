@@ -176,7 +176,7 @@ impl Engine {
     }
 
     /// The largest buffer a kernel may bind, in 32-bit words.
-    pub fn max_buffer_words(&self) -> usize {
+    pub(crate) fn max_buffer_words(&self) -> usize {
         match &*self.backend {
             Backend::Cpu(_) | Backend::Paper => usize::MAX / 8,
             Backend::Gpu(gpu) => gpu.max_buffer_bytes() as usize / 4,

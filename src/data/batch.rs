@@ -11,7 +11,7 @@ use super::{DataError, Example};
 use crate::terms::tensor::IGNORED_TARGET;
 
 /// Sequence lengths are rounded up to a multiple of this, so that few shapes need preparing.
-pub const LENGTH_BUCKET: usize = 16;
+pub(crate) const LENGTH_BUCKET: usize = 16;
 
 /// One step's input.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -157,18 +157,13 @@ impl Batches {
         Ok(())
     }
 
-    /// Batches in one epoch.
-    pub fn batches_per_epoch(&self) -> usize {
-        self.examples.len().div_ceil(self.batch)
-    }
-
     /// The examples behind the batches, in the file's order.
     pub fn examples(&self) -> &[Example] {
         &self.examples
     }
 
     /// Gives the examples back.
-    pub fn into_examples(self) -> Vec<Example> {
+    pub(crate) fn into_examples(self) -> Vec<Example> {
         self.examples
     }
 }

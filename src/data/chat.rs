@@ -17,7 +17,7 @@ pub const CHATML: &str = "\
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
 
 /// The role whose words are learned.
-pub const ASSISTANT: &str = "assistant";
+pub(crate) const ASSISTANT: &str = "assistant";
 
 /// Stands for what a message says while its place is looked for. Upper and lower case, digits and no white space: no
 /// template is known to change it.

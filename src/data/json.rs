@@ -41,7 +41,7 @@ impl Json {
     }
 
     /// The field of that name of an object.
-    pub fn field_mut(&mut self, name: &str) -> Option<&mut Json> {
+    pub(crate) fn field_mut(&mut self, name: &str) -> Option<&mut Json> {
         match self {
             Self::Object(fields) => fields
                 .iter_mut()

@@ -39,7 +39,7 @@ params! {
 
 contract! {
     /// `partial[c] = Σ gradient²` over chunk `c`.
-    pub static NORM_PARTIAL = "adamw.norm_partial", NormParams,
+    pub(crate) static NORM_PARTIAL = "adamw.norm_partial", NormParams,
     [gradient: Read f32, partial: Write f32],
     spec: spec::norm_partial, host: norm_partial_host, variants: [NORM_PARTIAL_ROWS, NORM_PARTIAL_WORKGROUP]
 }
@@ -59,7 +59,7 @@ variant! {
 
 contract! {
     /// `scalars[NORM] = |GRAD_SCALE| · √(Σ partial)`.
-    pub static NORM_TOTAL = "adamw.norm_total", NormParams,
+    pub(crate) static NORM_TOTAL = "adamw.norm_total", NormParams,
     [partial: Read f32, scalars: Write f32],
     spec: spec::norm_total, host: spec::norm_total, variants: [NORM_TOTAL_ROWS, NORM_TOTAL_WORKGROUP]
 }
@@ -79,7 +79,7 @@ variant! {
 
 contract! {
     /// One step on every parameter.
-    pub static UPDATE = "adamw.update", UpdateParams,
+    pub(crate) static UPDATE = "adamw.update", UpdateParams,
     [gradient: Read f32, scalars: Read f32, adapter: Write f32, moment1: Write f32, moment2: Write f32],
     spec: spec::update, host: spec::update, variants: [UPDATE_ELEMENT]
 }
@@ -147,7 +147,7 @@ pub fn update(
 }
 
 /// What benches time.
-pub static EXAMPLES: &[Example] = &[Example {
+pub(crate) static EXAMPLES: &[Example] = &[Example {
     name: "adamw.update",
     shape: |s| s.adapter_length().to_string(),
     build: |b, s| {
@@ -187,7 +187,7 @@ pub mod spec {
         }
     }
 
-    pub fn norm_total<T: Real>(
+    pub(crate) fn norm_total<T: Real>(
         params: &NormParams,
         partial: &[T],     // (ceil(n / chunk))
         scalars: &mut [T], // (scalar::COUNT)

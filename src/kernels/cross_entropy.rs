@@ -82,7 +82,7 @@ params! {
 
 contract! {
     /// Starts the running maximum and sums of every row.
-    pub static RESET = "cross_entropy.reset", ResetParams,
+    pub(crate) static RESET = "cross_entropy.reset", ResetParams,
     [state: Write f32],
     spec: spec::reset, host: spec::reset, variants: [RESET_ROW]
 }
@@ -95,7 +95,7 @@ variant! {
 
 contract! {
     /// One vocabulary tile of the online softmax.
-    pub static FORWARD = "cross_entropy.forward", ForwardParams,
+    pub(crate) static FORWARD = "cross_entropy.forward", ForwardParams,
     [targets: Read i32, logits: Write f32, state: Write f32, row_scale: Write f32],
     spec: spec::forward, host: forward_host, variants: [FORWARD_ROWS, FORWARD_WORKGROUP]
 }
@@ -115,7 +115,7 @@ variant! {
 
 contract! {
     /// The loss of every row.
-    pub static LOSS = "cross_entropy.loss", LossParams,
+    pub(crate) static LOSS = "cross_entropy.loss", LossParams,
     [targets: Read i32, state: Read f32, loss: Write f32],
     spec: spec::loss, host: spec::loss, variants: [LOSS_ROW]
 }
@@ -128,7 +128,7 @@ variant! {
 
 contract! {
     /// Normalises the accumulated gradient and takes the target's row of the head from it.
-    pub static BACKWARD_HIDDEN = "cross_entropy.backward_hidden", BackwardHiddenParams,
+    pub(crate) static BACKWARD_HIDDEN = "cross_entropy.backward_hidden", BackwardHiddenParams,
     [targets: Read i32, w: Read u32, state: Read f32, scalars: Read f32, d_hidden: Write f32],
     spec: spec::backward_hidden, host: backward_hidden_host, variants: [BACKWARD_HIDDEN_ELEMENT]
 }
@@ -254,7 +254,7 @@ pub fn record(recording: &mut Recording, head: &Head<'_>) {
 }
 
 /// Records the start of a pass: no logit seen yet.
-pub fn reset(recording: &mut Recording, params: ResetParams, state: &Buffer) {
+pub(crate) fn reset(recording: &mut Recording, params: ResetParams, state: &Buffer) {
     let rows = params.rows as usize;
     recording.dispatch(
         &RESET,
@@ -304,7 +304,7 @@ pub fn loss(recording: &mut Recording, params: LossParams, targets: &Buffer, sta
 }
 
 /// Records the last step of the gradient for one chunk of the vocabulary.
-pub fn backward_hidden(
+pub(crate) fn backward_hidden(
     recording: &mut Recording,
     params: BackwardHiddenParams,
     targets: &Buffer,
@@ -326,7 +326,7 @@ pub fn backward_hidden(
 }
 
 /// What benches time.
-pub static EXAMPLES: &[Example] = &[Example {
+pub(crate) static EXAMPLES: &[Example] = &[Example {
     name: "cross_entropy",
     shape: |s| format!("{}x{}x{}", s.rows(), s.width, s.vocab),
     build: |b, s| {
@@ -384,7 +384,7 @@ pub mod spec {
         x.max(T::from(-87.0)).exp()
     }
 
-    pub fn reset<T: Real>(
+    pub(crate) fn reset<T: Real>(
         params: &ResetParams,
         state: &mut [T], // (rows, STATE_WORDS)
     ) {
@@ -444,7 +444,7 @@ pub mod spec {
         }
     }
 
-    pub fn backward_hidden<T: Real>(
+    pub(crate) fn backward_hidden<T: Real>(
         params: &BackwardHiddenParams,
         targets: &[i32],    // (rows)
         w: &[u32],          // (vocab_end - vocab_start, width) from first_row on

@@ -30,7 +30,7 @@ params! {
 
 contract! {
     /// Gradient with respect to the pre-activation `x`.
-    pub static BACKWARD_X = "gelu.backward_x", Params,
+    pub(crate) static BACKWARD_X = "gelu.backward_x", Params,
     [x: Read f32, d_out: Read f32, d_x: Write f32],
     spec: spec::backward_x, host: backward_x_host, variants: [BACKWARD_X_ELEMENT]
 }
@@ -73,7 +73,7 @@ pub(super) fn gelu(x: f32) -> f32 {
 }
 
 /// What benches time.
-pub static EXAMPLES: &[Example] = &[Example {
+pub(crate) static EXAMPLES: &[Example] = &[Example {
     name: "gelu.backward_x",
     shape: |s| format!("{}x{}", s.rows(), 4 * s.width),
     build: |b, s| {

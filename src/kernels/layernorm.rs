@@ -28,7 +28,7 @@ params! {
 
 contract! {
     /// `out = (x - mean) / sqrt(variance + epsilon) * gamma + beta`.
-    pub static FORWARD = "layernorm.forward", ForwardParams,
+    pub(crate) static FORWARD = "layernorm.forward", ForwardParams,
     [x: Read f32, gamma: Read f32, beta: Read f32, out: Write f32, stats: Write f32],
     spec: spec::forward, host: forward_host, variants: [FORWARD_ROWS, FORWARD_WORKGROUP]
 }
@@ -48,7 +48,7 @@ variant! {
 
 contract! {
     /// Gradient with respect to `x`.
-    pub static BACKWARD_X = "layernorm.backward_x", BackwardParams,
+    pub(crate) static BACKWARD_X = "layernorm.backward_x", BackwardParams,
     [d_out: Read f32, x: Read f32, gamma: Read f32, stats: Read f32, d_x: Write f32],
     spec: spec::backward_x, host: backward_x_host, variants: [BACKWARD_X_ROWS, BACKWARD_X_WORKGROUP]
 }
@@ -111,7 +111,7 @@ pub fn backward_x(
 }
 
 /// What benches time.
-pub static EXAMPLES: &[Example] = &[
+pub(crate) static EXAMPLES: &[Example] = &[
     Example {
         name: "layernorm.forward",
         shape: rows_width,

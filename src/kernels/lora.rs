@@ -113,7 +113,7 @@ params! {
 
 contract! {
     /// `u = x · Aᵀ`.
-    pub static FORWARD_DOWN = "lora.forward_down", ThinParams,
+    pub(crate) static FORWARD_DOWN = "lora.forward_down", ThinParams,
     [x: Read f32, adapter: Read f32, u: Write f32],
     spec: spec::forward_down, host: forward_down_host, variants: [FORWARD_DOWN_REGISTERS, FORWARD_DOWN_BLOCK]
 }
@@ -133,7 +133,7 @@ variant! {
 
 contract! {
     /// `v = d_y · B`.
-    pub static BACKWARD_UP = "lora.backward_up", ThinParams,
+    pub(crate) static BACKWARD_UP = "lora.backward_up", ThinParams,
     [d_y: Read f32, adapter: Read f32, v: Write f32],
     spec: spec::backward_up, host: backward_up_host, variants: [BACKWARD_UP_REGISTERS, BACKWARD_UP_BLOCK]
 }
@@ -153,7 +153,7 @@ variant! {
 
 contract! {
     /// `partial[split] = thinᵀ · wide` over the rows of each split.
-    pub static BACKWARD_PARTIAL = "lora.backward_partial", PartialParams,
+    pub(crate) static BACKWARD_PARTIAL = "lora.backward_partial", PartialParams,
     [thin: Read f32, wide: Read f32, partial: Write f32],
     spec: spec::backward_partial, host: backward_partial_host, variants: [BACKWARD_PARTIAL_COLUMN]
 }
@@ -170,7 +170,7 @@ variant! {
 
 contract! {
     /// Adds the partial sums of `uᵀ · d_y` to the gradient of B.
-    pub static BACKWARD_B = "lora.backward_b", SumParams,
+    pub(crate) static BACKWARD_B = "lora.backward_b", SumParams,
     [partial: Read f32, scalars: Read f32, gradient: Write f32],
     spec: spec::backward_b, host: spec::backward_b, variants: [BACKWARD_B_ELEMENT]
 }
@@ -183,7 +183,7 @@ variant! {
 
 contract! {
     /// Adds the partial sums of `vᵀ · x` to the gradient of A.
-    pub static BACKWARD_A = "lora.backward_a", SumParams,
+    pub(crate) static BACKWARD_A = "lora.backward_a", SumParams,
     [partial: Read f32, scalars: Read f32, gradient: Write f32],
     spec: spec::backward_a, host: spec::backward_a, variants: [BACKWARD_A_ELEMENT]
 }
@@ -358,7 +358,7 @@ fn register_workgroups(rows: u32, rank: u32) -> [u32; 3] {
 }
 
 /// What benches time.
-pub static EXAMPLES: &[Example] = &[
+pub(crate) static EXAMPLES: &[Example] = &[
     Example {
         name: "lora.forward_down",
         shape: |s| format!("{}x{}r{}", s.rows(), s.width, s.rank),

@@ -23,7 +23,7 @@ params! {
 
 contract! {
     /// `rounds` multiply-adds on sixteen values a lane.
-    pub static MULTIPLY_ADD = "peak.multiply_add", Params,
+    pub(crate) static MULTIPLY_ADD = "peak.multiply_add", Params,
     [out: Write f32],
     spec: spec::multiply_add, host: multiply_add_host, variants: [MULTIPLY_ADD_LANE]
 }

@@ -26,7 +26,7 @@ params! {
 
 contract! {
     /// f32 to f16 pairs.
-    pub static FORWARD_F16 = "quantize.forward_f16", Params,
+    pub(crate) static FORWARD_F16 = "quantize.forward_f16", Params,
     [x: Read f32, packed: Write u32],
     spec: spec::forward_f16, host: forward_f16_host, variants: [FORWARD_F16_WORD]
 }
@@ -39,7 +39,7 @@ variant! {
 
 contract! {
     /// f16 pairs to f32.
-    pub static INVERSE_F16 = "quantize.inverse_f16", Params,
+    pub(crate) static INVERSE_F16 = "quantize.inverse_f16", Params,
     [packed: Read u32, out: Write f32],
     spec: spec::inverse_f16, host: inverse_f16_host, variants: [INVERSE_F16_ELEMENT]
 }
@@ -52,7 +52,7 @@ variant! {
 
 contract! {
     /// f32 rows to 8-bit rows and scales.
-    pub static FORWARD_INT8 = "quantize.forward_int8", Params,
+    pub(crate) static FORWARD_INT8 = "quantize.forward_int8", Params,
     [x: Read f32, packed: Write u32, scales: Write f32],
     spec: spec::forward_int8, host: forward_int8_host, variants: [FORWARD_INT8_ROWS, FORWARD_INT8_WORKGROUP]
 }
@@ -72,7 +72,7 @@ variant! {
 
 contract! {
     /// 8-bit rows and scales to f32.
-    pub static INVERSE_INT8 = "quantize.inverse_int8", Params,
+    pub(crate) static INVERSE_INT8 = "quantize.inverse_int8", Params,
     [packed: Read u32, scales: Read f32, out: Write f32],
     spec: spec::inverse_int8, host: inverse_int8_host, variants: [INVERSE_INT8_ELEMENT]
 }
@@ -214,7 +214,7 @@ fn params_of(sizes: Sizes) -> Params {
 }
 
 /// What benches time.
-pub static EXAMPLES: &[Example] = &[
+pub(crate) static EXAMPLES: &[Example] = &[
     Example {
         name: "quantize.forward_f16",
         shape: rows_width,

@@ -70,7 +70,7 @@ params! {
 
 contract! {
     /// `out = x / √(mean(x²) + epsilon) · gamma`, the mean over each group.
-    pub static FORWARD = "rmsnorm.forward", ForwardLayout,
+    pub(crate) static FORWARD = "rmsnorm.forward", ForwardLayout,
     [x: Read f32, gamma: Read f32, out: Write f32, stats: Write f32],
     spec: spec::forward, host: forward_host, variants: [FORWARD_ROWS, FORWARD_WORKGROUP]
 }
@@ -90,7 +90,7 @@ variant! {
 
 contract! {
     /// Gradient with respect to `x`.
-    pub static BACKWARD_X = "rmsnorm.backward_x", BackwardLayout,
+    pub(crate) static BACKWARD_X = "rmsnorm.backward_x", BackwardLayout,
     [d_out: Read f32, x: Read f32, gamma: Read f32, stats: Read f32, d_x: Write f32],
     spec: spec::backward_x, host: backward_x_host, variants: [BACKWARD_X_ROWS, BACKWARD_X_WORKGROUP]
 }
@@ -375,7 +375,7 @@ fn backward_x_example(b: &mut Builder<'_>, s: Sizes) -> Result<Case, Error> {
 }
 
 /// Uses of this family at a model's sizes.
-pub static EXAMPLES: &[Example] = &[
+pub(crate) static EXAMPLES: &[Example] = &[
     Example {
         name: "rmsnorm.forward",
         shape: rows_width,

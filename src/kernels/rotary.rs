@@ -103,7 +103,7 @@ pub fn table(positions: usize, head_size: usize, base: f64, scaling: Scaling) ->
 
 contract! {
     /// (x1, x2) → (x1 cos - x2 sin, x2 cos + x1 sin) for the halves x1, x2 of every head.
-    pub static FORWARD = "rotary.forward", Params,
+    pub(crate) static FORWARD = "rotary.forward", Params,
     [table: Read f32, position: Read u32, x: Write f32],
     spec: spec::forward, host: forward_host, variants: [FORWARD_PAIRS]
 }
@@ -116,7 +116,7 @@ variant! {
 
 contract! {
     /// The turn back by the same angle: the gradient with respect to what was turned.
-    pub static BACKWARD_X = "rotary.backward_x", Params,
+    pub(crate) static BACKWARD_X = "rotary.backward_x", Params,
     [table: Read f32, position: Read u32, x: Write f32],
     spec: spec::backward_x, host: backward_x_host, variants: [BACKWARD_X_PAIRS]
 }
@@ -284,7 +284,7 @@ fn shape(s: Sizes) -> String {
 }
 
 /// Uses of this family at a model's sizes.
-pub static EXAMPLES: &[Example] = &[
+pub(crate) static EXAMPLES: &[Example] = &[
     Example {
         name: "rotary.forward",
         shape,

@@ -37,7 +37,7 @@ impl Params {
 
 contract! {
     /// `out = silu(gate) · up`, `silu(g) = g / (1 + e⁻ᵍ)`.
-    pub static FORWARD = "swiglu.forward", Params,
+    pub(crate) static FORWARD = "swiglu.forward", Params,
     [gate_up: Read f32, out: Write f32],
     spec: spec::forward, host: forward_host, variants: [FORWARD_ELEMENTS]
 }
@@ -50,7 +50,7 @@ variant! {
 
 contract! {
     /// Gradient with respect to `gate_up`.
-    pub static BACKWARD_X = "swiglu.backward_x", Params,
+    pub(crate) static BACKWARD_X = "swiglu.backward_x", Params,
     [gate_up: Read f32, d_out: Read f32, d_gate_up: Write f32],
     spec: spec::backward_x, host: backward_x_host, variants: [BACKWARD_X_ELEMENTS]
 }
@@ -242,7 +242,7 @@ fn backward_x_example(b: &mut Builder<'_>, s: Sizes) -> Result<Case, Error> {
 }
 
 /// Uses of this family at a model's sizes.
-pub static EXAMPLES: &[Example] = &[
+pub(crate) static EXAMPLES: &[Example] = &[
     Example {
         name: "swiglu.forward",
         shape,

@@ -17,7 +17,7 @@ use super::architecture::Architecture;
 use super::archive::ArchiveError;
 
 /// The largest rank accepted.
-pub const MAX_RANK: usize = 1 << 14;
+pub(crate) const MAX_RANK: usize = 1 << 14;
 /// Values an adapter may hold in all.
 const MAX_VALUES: u64 = 1 << 29;
 
@@ -262,7 +262,7 @@ impl LoraSpec {
     ///
     /// # Errors
     /// [`AdapterError::Exceptions`] when they are not in order; [`AdapterError::Rank`], [`AdapterError::Alpha`].
-    pub fn with_exceptions(mut self, exceptions: Vec<Exception>) -> Result<Self, AdapterError> {
+    pub(crate) fn with_exceptions(mut self, exceptions: Vec<Exception>) -> Result<Self, AdapterError> {
         let ordered = exceptions
             .windows(2)
             .all(|pair| (pair[0].block, pair[0].target) < (pair[1].block, pair[1].target));
@@ -301,6 +301,11 @@ impl LoraSpec {
         } else {
             Ok(targets)
         }
+    }
+
+    /// The targets by the names that PEFT takes: `c_attn,mlp.c_proj`.
+    pub(crate) fn target_names(&self) -> String {
+        Target::peft_names(&self.targets).join(",")
     }
 
     /// Rank and α of a projection; `None` where it is not adapted.
@@ -624,7 +629,7 @@ impl Adapter {
 
 impl fmt::Display for LoraSpec {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let names = Target::peft_names(&self.targets).join(",");
+        let names = self.target_names();
         write!(formatter, "rank {}, alpha {}, targets {names}", self.rank, self.alpha)
     }
 }

@@ -41,7 +41,7 @@ impl Family {
     }
 
     /// The family of this `model_type`.
-    pub fn from_name(name: &str) -> Option<Self> {
+    pub(crate) fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|family| family.model_type() == name)
     }
 
@@ -202,12 +202,12 @@ impl Architecture {
     }
 
     /// Whether queries and keys are normed, head by head, before they are rotated.
-    pub fn qk_norm(&self) -> bool {
+    pub(crate) fn qk_norm(&self) -> bool {
         self.family == Family::Qwen3
     }
 
     /// Whether a projection has a bias.
-    pub fn biased(&self, target: Target) -> bool {
+    pub(crate) fn biased(&self, target: Target) -> bool {
         match self.family {
             Family::Gpt2 => true,
             Family::Qwen2 => matches!(target, Target::QProj | Target::KProj | Target::VProj),
@@ -245,7 +245,7 @@ impl Architecture {
     }
 
     /// Values of all query heads.
-    pub fn attention_width(&self) -> usize {
+    pub(crate) fn attention_width(&self) -> usize {
         self.heads * self.head_size
     }
 

@@ -71,7 +71,7 @@ impl<'a> Block<'a> {
         }
     }
 
-    pub fn record_forward(&self, recording: &mut Recording, over: Over<'_>) {
+    pub(crate) fn record_forward(&self, recording: &mut Recording, over: Over<'_>) {
         let Activations { x, y, out, .. } = self.activations;
         self.attention().record_forward(recording, x, y, over);
         self.mlp().record_forward(recording, y, out);

@@ -240,12 +240,12 @@ impl Workload {
     }
 
     /// The head's forward pass, logits of every position, in FLOP.
-    pub fn head_forward_flops(&self) -> f64 {
+    pub(crate) fn head_forward_flops(&self) -> f64 {
         self.passes(1).head_forward
     }
 
     /// The head's backward pass, to the gradient of its input, in FLOP.
-    pub fn head_backward_flops(&self) -> f64 {
+    pub(crate) fn head_backward_flops(&self) -> f64 {
         self.passes(1).head_backward
     }
 
@@ -270,7 +270,7 @@ impl Workload {
 
     /// The server's backward pass for one client, the head included, in FLOP. Its lowest block is a whole B(r): the client needs
     /// the gradient of that block's input.
-    pub fn server_backward_flops(&self, cut: usize, rank: usize) -> f64 {
+    pub(crate) fn server_backward_flops(&self, cut: usize, rank: usize) -> f64 {
         let blocks = self.model.blocks - self.client_blocks(cut);
         blocks as f64 * self.block_backward_flops(rank) + self.head_backward_flops()
     }

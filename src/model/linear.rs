@@ -97,7 +97,7 @@ impl<'a> Pass<'a> {
     }
 
     /// Whether a map of the block below `level` is adapted.
-    pub fn adapted_below(&self, level: usize) -> bool {
+    pub(crate) fn adapted_below(&self, level: usize) -> bool {
         let Some(lora) = self.lora else { return false };
         lora.layout
             .entries()
@@ -283,7 +283,7 @@ impl Projection {
     }
 
     /// The maps in the order of their outputs.
-    pub fn maps(&self) -> &[Linear] {
+    pub(crate) fn maps(&self) -> &[Linear] {
         &self.0
     }
 

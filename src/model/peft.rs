@@ -16,8 +16,8 @@ use super::archive::{Archive, ArchiveError};
 use super::export::card::{CARD_FILE, card};
 
 /// The files of a PEFT directory.
-pub const CONFIG_FILE: &str = "adapter_config.json";
-pub const TENSOR_FILE: &str = "adapter_model.safetensors";
+pub(crate) const CONFIG_FILE: &str = "adapter_config.json";
+pub(crate) const TENSOR_FILE: &str = "adapter_model.safetensors";
 
 /// PEFT's files.
 impl Adapter {

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 /// The version of the file that this crate writes and reads.
-pub const SCHEMA: u32 = 1;
+pub(crate) const SCHEMA: u32 = 1;
 
 /// A calibration, finished or not. Lists are parallel to `ranks`, and those below `rounds` may be empty in a file written by hand.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -107,7 +107,7 @@ impl From<serde_json::Error> for RoundsError {
 
 /// Rounds until a loss first comes down to `target`, where `losses[n]` is the loss after n rounds. Between the two evaluations
 /// around the crossing the loss is taken as a straight line, so the result has a fraction. `None` if it is never reached.
-pub fn rounds_to_reach(losses: &[f64], target: f64) -> Option<f64> {
+pub(crate) fn rounds_to_reach(losses: &[f64], target: f64) -> Option<f64> {
     let after = losses.iter().position(|&loss| loss <= target)?;
     let Some(before) = after.checked_sub(1) else {
         return Some(0.0);

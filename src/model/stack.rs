@@ -65,7 +65,7 @@ impl StackWeights {
             .collect()
     }
 
-    pub fn block_range(&self) -> Range<usize> {
+    pub(crate) fn block_range(&self) -> Range<usize> {
         self.first_block..self.first_block + self.blocks.len()
     }
 }
@@ -189,7 +189,7 @@ impl Stack {
     ///
     /// # Panics
     /// If the stack has no such block.
-    pub fn input_of(&self, position: usize) -> &Buffer {
+    pub(crate) fn input_of(&self, position: usize) -> &Buffer {
         &self.workspace.activations[position].x
     }
 
@@ -236,7 +236,7 @@ impl Stack {
     }
 
     /// Records the forward passes from the block at `position` of this stack on.
-    pub fn record_blocks_from(&self, recording: &mut Recording, seq: usize, position: usize) {
+    pub(crate) fn record_blocks_from(&self, recording: &mut Recording, seq: usize, position: usize) {
         let shape = (self.extent().batch, seq);
         for position in position..self.weights.blocks.len() {
             self.block(position, shape).record_forward(recording, Over::Sequences);
@@ -285,7 +285,7 @@ impl Stack {
     }
 
     /// The same down to the block at `position` of this stack, the gradient of whose input is left.
-    pub fn record_backward_to(&self, recording: &mut Recording, seq: usize, position: usize) {
+    pub(crate) fn record_backward_to(&self, recording: &mut Recording, seq: usize, position: usize) {
         self.record_backward_until(recording, seq, position, BackwardTo::Input);
     }
 
@@ -299,7 +299,7 @@ impl Stack {
     }
 
     /// Records AdamW on the accumulated adapter gradient, which is cleared after it.
-    pub fn record_update(&self, recording: &mut Recording) {
+    pub(crate) fn record_update(&self, recording: &mut Recording) {
         let (lora, moments) = (
             self.lora.as_ref().expect("a training stack"),
             self.moments.as_ref().expect("a training stack"),
@@ -317,7 +317,7 @@ impl Stack {
     }
 
     /// Records forgetting what adapter gradient was accumulated.
-    pub fn record_clear_gradient(&self, recording: &mut Recording) {
+    pub(crate) fn record_clear_gradient(&self, recording: &mut Recording) {
         recording.clear(&self.lora.as_ref().expect("a training stack").gradient);
     }
 
@@ -332,7 +332,7 @@ impl Stack {
     }
 
     /// The same for a recording of which there is one for each position in the stack.
-    pub fn run_from(
+    pub(crate) fn run_from(
         &mut self,
         (name, position): (&'static str, usize),
         seq: usize,
@@ -357,7 +357,7 @@ impl Stack {
     ///
     /// # Errors
     /// [`WeightsError`](super::weights::WeightsError) when the embedding cannot be read.
-    pub fn upload_tokens(&self, tokens: &[u32], seq: usize) -> Result<(), ModelError> {
+    pub(crate) fn upload_tokens(&self, tokens: &[u32], seq: usize) -> Result<(), ModelError> {
         self.upload_tokens_at(tokens, seq, 0)
     }
 
@@ -371,7 +371,7 @@ impl Stack {
 
     /// Uploads targets (batch, seq), -100 where there is none, and the weights of this batch: `weight` scales its adapter
     /// gradient, the head's gradient is that of the mean over its targets. Returns the number of targets.
-    pub fn upload_targets(&mut self, targets: &[i32], weight: f32) -> usize {
+    pub(crate) fn upload_targets(&mut self, targets: &[i32], weight: f32) -> usize {
         let count = targets.iter().filter(|&&target| target >= 0).count();
         let head = self.workspace.head.as_ref().expect("a stack with a head");
         self.engine.upload(&head.targets, 0, targets);
@@ -383,7 +383,7 @@ impl Stack {
 
     /// Sets the numbers of the next optimiser step and counts it; `run_step` chooses the learning rate, `weight` scales adapter
     /// gradients recorded after this.
-    pub fn begin_update(&mut self, settings: &OptimizerSettings, run_step: u64, weight: f32) {
+    pub(crate) fn begin_update(&mut self, settings: &OptimizerSettings, run_step: u64, weight: f32) {
         fill_scalars(settings, self.step, run_step, &mut self.scalar_values);
         self.scalar_values[scalar::WEIGHT] = weight;
         self.engine.upload(&self.scalars, 0, &self.scalar_values);
@@ -445,7 +445,7 @@ impl Stack {
     ///
     /// # Panics
     /// If the length is not the layout's.
-    pub fn set_moments(&mut self, moments: &Moments) {
+    pub(crate) fn set_moments(&mut self, moments: &Moments) {
         let (buffers, n) = self.moments_of_adapter();
         assert_eq!(
             (moments.first.len(), moments.second.len()),
@@ -489,7 +489,7 @@ impl Stack {
     }
 
     /// The logits (vocab) after position `position` of row 0 of the last forward pass.
-    pub async fn logits_at(&self, position: usize) -> Result<Vec<f32>, Error> {
+    pub(crate) async fn logits_at(&self, position: usize) -> Result<Vec<f32>, Error> {
         let last = self.engine.buffer("last", self.model.width)?;
         let logits = self.logit_buffers()?;
         let mut recording = self.engine.recording();

@@ -43,7 +43,7 @@ impl Unit {
     }
 
     /// The name of the token embedding in [`Unit::Embedding`].
-    pub fn token_embedding(model: &Architecture) -> &'static str {
+    pub(crate) fn token_embedding(model: &Architecture) -> &'static str {
         match model.family {
             Family::Gpt2 => "wte.weight",
             _ => "embed_tokens.weight",

@@ -198,7 +198,11 @@ impl Weights {
     ///
     /// # Errors
     /// [`WeightsError`] names the tensor.
-    pub fn from_source(file: &str, source: impl Source + 'static, model: &Architecture) -> Result<Self, WeightsError> {
+    pub(crate) fn from_source(
+        file: &str,
+        source: impl Source + 'static,
+        model: &Architecture,
+    ) -> Result<Self, WeightsError> {
         Self::from_archives(vec![Archive::open(file, source)?], model)
     }
 

@@ -53,7 +53,7 @@ impl Buffers<'_> {
     }
 
     /// The input of the projections of a level, which only the gradients of their adapters read.
-    pub fn input_of_level(
+    pub(crate) fn input_of_level(
         &self,
         level: usize,
         name: &str,

@@ -77,7 +77,7 @@ pub(super) struct TicketOffice {
 
 impl TicketOffice {
     /// A ticket good until `now` plus the lifetime, by the main server's clock.
-    pub fn issue(&self, service: Service, pass: Pass, now: Duration) -> Ticket {
+    pub(crate) fn issue(&self, service: Service, pass: Pass, now: Duration) -> Ticket {
         let expires = u64::try_from((now + self.lifetime).as_micros()).unwrap_or(u64::MAX);
         let mut bytes = Vec::with_capacity(TICKET_BYTES);
         bytes.push(service_code(service));

@@ -152,7 +152,7 @@ impl ControlSession {
     }
 
     /// For `MainServerSession::handle_control`.
-    pub fn poll_reply(&mut self) -> Option<ControlReply> {
+    pub(crate) fn poll_reply(&mut self) -> Option<ControlReply> {
         self.replies.pop_front()
     }
 

@@ -85,7 +85,7 @@ impl Dialer {
     }
 
     /// Forgets the connection. Returns whether there was a socket to close.
-    pub fn hang_up(&mut self) -> bool {
+    pub(crate) fn hang_up(&mut self) -> bool {
         self.outbox.clear();
         let before = std::mem::replace(&mut self.state, State::Idle);
         !matches!(before, State::Idle | State::Pausing { .. })
@@ -108,17 +108,17 @@ impl Dialer {
     }
 
     /// The connection has proved useful: failures are counted from zero again.
-    pub fn succeeded(&mut self) {
+    pub(crate) fn succeeded(&mut self) {
         self.failures = 0;
     }
 
     /// Whether a socket has been asked for and not yet opened.
-    pub fn is_opening(&self) -> bool {
+    pub(crate) fn is_opening(&self) -> bool {
         matches!(self.state, State::Opening)
     }
 
     /// Whether there is a socket, or one has been asked for.
-    pub fn has_socket(&self) -> bool {
+    pub(crate) fn has_socket(&self) -> bool {
         matches!(self.state, State::Opening | State::Greeting { .. } | State::Up(_))
     }
 
@@ -136,7 +136,7 @@ impl Dialer {
         }
     }
 
-    pub fn is_up(&self) -> bool {
+    pub(crate) fn is_up(&self) -> bool {
         matches!(self.state, State::Up(_))
     }
 
@@ -199,7 +199,7 @@ impl Dialer {
         }
     }
 
-    pub fn poll_frame(&mut self) -> Option<Vec<u8>> {
+    pub(crate) fn poll_frame(&mut self) -> Option<Vec<u8>> {
         match &mut self.state {
             State::Up(link) => self.outbox.pop_front().or_else(|| link.poll_frame()),
             _ => self.outbox.pop_front(),

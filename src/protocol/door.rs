@@ -80,11 +80,11 @@ impl<G: Copy> Door<G> {
     }
 
     /// Whether anybody has been let in and not left.
-    pub fn has_guests(&self) -> bool {
+    pub(crate) fn has_guests(&self) -> bool {
         self.connections.values().any(|connection| connection.guest.is_some())
     }
 
-    pub fn connections(&self) -> Vec<ConnectionId> {
+    pub(crate) fn connections(&self) -> Vec<ConnectionId> {
         self.connections.keys().copied().collect()
     }
 

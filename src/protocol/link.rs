@@ -95,12 +95,12 @@ impl Link {
     }
 
     /// Changes the largest frame taken in.
-    pub fn set_limit(&mut self, limit: usize) {
+    pub(crate) fn set_limit(&mut self, limit: usize) {
         self.limit = limit;
     }
 
     /// How fast messages sent with `send_paced` leave, in bits per second.
-    pub fn set_rate(&mut self, bits_per_s: Option<f64>) {
+    pub(crate) fn set_rate(&mut self, bits_per_s: Option<f64>) {
         self.pace.set_rate(bits_per_s);
     }
 
@@ -111,7 +111,7 @@ impl Link {
     }
 
     /// Sends a message over the emulated uplink, for which its frame takes the time it has.
-    pub fn send_paced(&mut self, now: Duration, message: &Message) {
+    pub(crate) fn send_paced(&mut self, now: Duration, message: &Message) {
         let frame = self.queue(Some(now), message);
         let leaves = self.pace.departure(now, frame);
         if let Some(last) = self.waiting.back_mut() {
@@ -239,11 +239,11 @@ impl Link {
     }
 
     /// Whether more messages wait for an acknowledgement than an honest peer lets wait.
-    pub fn is_overdue(&self) -> bool {
+    pub(crate) fn is_overdue(&self) -> bool {
         self.unacknowledged.len() > MAX_UNACKNOWLEDGED
     }
 
-    pub fn poll_frame(&mut self) -> Option<Vec<u8>> {
+    pub(crate) fn poll_frame(&mut self) -> Option<Vec<u8>> {
         self.outbox.pop_front()
     }
 

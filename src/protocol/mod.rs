@@ -9,6 +9,7 @@
 //! | file | holds |
 //! |---|---|
 //! | `message`, `codec` | what crosses the wire, and its bytes |
+//! | `frame` | how large they may be |
 //! | `link` | order, exactly-once delivery and liveness of one connection |
 //! | `pace` | an emulated uplink |
 //! | `dial`, `door` | the two ends of a connection's beginning |
@@ -27,6 +28,7 @@ pub mod control;
 mod dial;
 mod door;
 pub mod federated_server;
+mod frame;
 mod link;
 pub mod main_server;
 pub mod message;
@@ -40,6 +42,7 @@ pub use client::{
 pub use control::{ControlConfig, ControlEvent, ControlSession};
 pub use dial::ConnectionFault;
 pub use federated_server::{ControlAccess, FederatedConfig, FederatedEvent, FederatedServerSession};
+pub use frame::MAX_FRAME_BYTES;
 pub use link::{LinkError, MISSED_PINGS, silence_limit};
 pub use main_server::{
     ClientStatus, CollectTime, Contribution, DepartureReason, GradientOutput, MainConfig, MainError, MainEvent,
@@ -48,9 +51,6 @@ pub use main_server::{
 
 /// How often each side of a connection pings, unless configured otherwise.
 pub const PING_INTERVAL: Duration = Duration::from_secs(5);
-
-/// The largest frame any connection ever takes, whatever an assignment says.
-pub const MAX_FRAME_BYTES: usize = 1 << 30;
 
 /// A server's connection. The driver numbers them and never uses a number again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

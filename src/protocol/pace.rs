@@ -15,12 +15,12 @@ pub struct Pace {
 
 impl Pace {
     /// The rate of frames handed over from now on; `None` takes no time.
-    pub fn set_rate(&mut self, bits_per_s: Option<f64>) {
+    pub(crate) fn set_rate(&mut self, bits_per_s: Option<f64>) {
         self.bits_per_s = bits_per_s;
     }
 
     /// When a frame of `bytes`, handed over at `now`, has left.
-    pub fn departure(&mut self, now: Duration, bytes: usize) -> Duration {
+    pub(crate) fn departure(&mut self, now: Duration, bytes: usize) -> Duration {
         let takes = self.bits_per_s.map_or(Duration::ZERO, |rate| {
             Duration::try_from_secs_f64(bytes as f64 * 8.0 / rate).unwrap_or(Duration::MAX)
         });

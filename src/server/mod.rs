@@ -138,7 +138,7 @@ pub struct Model {
     /// What an exported adapter says it belongs to.
     pub name: String,
     pub digest: Digest,
-    pub config: Architecture,
+    pub architecture: Architecture,
     pub weights: Weights,
     pub holding: Holding,
     /// The `tokenizer.json` for clients; `None` when data comes as token ids only.
@@ -451,15 +451,15 @@ fn prepare(
     let Model {
         name,
         digest,
-        config,
+        architecture,
         weights,
         holding,
         tokenizer,
     } = model;
-    if cut == 0 || cut >= config.blocks {
+    if cut == 0 || cut >= architecture.blocks {
         return Err(split::Error::Split {
             cut,
-            blocks: config.blocks,
+            blocks: architecture.blocks,
         }
         .into());
     }
@@ -476,13 +476,13 @@ fn prepare(
         tokenizer_files.push(blobs.add("tokenizer.json", |output| output.write_all(json))?);
     }
 
-    let initial_adapter = initial.slice(&config, 0..cut)?.values;
+    let initial_adapter = initial.slice(&architecture, 0..cut)?.values;
     let id = RunId(rand::random());
     let assignment = Assignment {
         run: id,
         number: 0,
         config: run_config,
-        model_config: config.to_json(),
+        model_config: architecture.to_json(),
         weights: parts.clone(),
         tokenizer: tokenizer_files,
         adapter_len: initial_adapter.len() as u64,
@@ -509,7 +509,7 @@ fn prepare(
                 cuts: BTreeMap::new(),
             },
             largest_update: match planner {
-                Some(_) => largest_update(&config, &training.spec),
+                Some(_) => largest_update(&architecture, &training.spec),
                 None => assignment.adapter_len,
             },
             plans: planner.is_some(),
@@ -526,7 +526,7 @@ fn prepare(
     )?;
     let about = About {
         model: name.clone(),
-        config: config.clone(),
+        architecture: architecture.clone(),
         training: training.clone(),
         rounds,
         local_steps,
@@ -535,7 +535,7 @@ fn prepare(
     let work = worker::start(
         worker::WorkerSettings {
             engine,
-            config,
+            architecture,
             weights,
             holding,
             cut,
@@ -555,14 +555,14 @@ fn prepare(
 }
 
 /// Numbers in the largest update that a planner's choices lead to: of all blocks but one, each value with two moments.
-fn largest_update(config: &Architecture, spec: &LoraSpec) -> u64 {
+fn largest_update(architecture: &Architecture, spec: &LoraSpec) -> u64 {
     let spec = LoraSpec {
         rank: spec.rank.max(LARGEST_RANK),
         ..spec.clone()
     };
     // A frame has no room for more; a plan that needs it is refused when it comes.
     let most = MAX_FRAME_BYTES as u64 / 5;
-    match AdapterLayout::new(config, &spec, 0..config.blocks.saturating_sub(1)) {
+    match AdapterLayout::new(architecture, &spec, 0..architecture.blocks.saturating_sub(1)) {
         Ok(layout) => most.min(3 * layout.len() as u64),
         Err(_) => most,
     }
@@ -587,8 +587,8 @@ fn run_config(run: &Run) -> RunConfig {
         wire: training.wire,
         batch: size(training.batch),
         seq: size(training.seq),
-        width: size(run.model.config.width),
-        vocab: size(run.model.config.vocab),
+        width: size(run.model.architecture.width),
+        vocab: size(run.model.architecture.vocab),
         seed: run.seed,
         shuffle: run.shuffle,
         local_steps: run.local_steps,

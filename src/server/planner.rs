@@ -53,7 +53,7 @@ pub struct StartFacts {
     /// Blocks of the client, as configured.
     pub cut: usize,
     pub rank: usize,
-    pub config: Architecture,
+    pub architecture: Architecture,
     pub training: Training,
     pub rounds: u32,
     pub local_steps: u32,

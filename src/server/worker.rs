@@ -26,7 +26,7 @@ use crate::terms::moments::Moments;
 /// What the worker starts from.
 pub struct WorkerSettings {
     pub engine: Engine,
-    pub config: Architecture,
+    pub architecture: Architecture,
     pub weights: Weights,
     pub holding: Holding,
     pub cut: usize,
@@ -165,7 +165,7 @@ impl Worker {
     fn load(settings: WorkerSettings) -> Result<Self, Error> {
         let WorkerSettings {
             engine,
-            config,
+            architecture,
             cut,
             training,
             initial,
@@ -173,13 +173,13 @@ impl Worker {
             holding,
             ..
         } = &settings;
-        let client_values = initial.slice(config, 0..*cut)?.values;
-        let server_values = initial.slice(config, *cut..config.blocks)?.values;
+        let client_values = initial.slice(architecture, 0..*cut)?.values;
+        let server_values = initial.slice(architecture, *cut..architecture.blocks)?.values;
         let mut units = HeldUnits {
             weights,
             holding: *holding,
         };
-        let part = ServerPart::new(engine, config, &mut units, *cut, training, &server_values)?;
+        let part = ServerPart::new(engine, architecture, &mut units, *cut, training, &server_values)?;
         Ok(Self {
             part,
             settings,
@@ -256,7 +256,7 @@ impl Worker {
         }
         let decision = match &mut self.settings.planner {
             Some(planner) => facts
-                .ask(planner.as_mut(), self.settings.config.blocks)
+                .ask(planner.as_mut(), self.settings.architecture.blocks)
                 .map_err(Error::Planner)?,
             None => None,
         };
@@ -281,7 +281,7 @@ impl Worker {
             cuts.clear();
         }
         let WorkerSettings {
-            config,
+            architecture,
             training,
             initial,
             assignment,
@@ -294,7 +294,7 @@ impl Worker {
         }
         if rank != training.spec.rank {
             let seed = assignment.config.seed;
-            let fresh = |spec: &LoraSpec| Adapter::init(config, spec, 0..config.blocks, seed);
+            let fresh = |spec: &LoraSpec| Adapter::init(architecture, spec, 0..architecture.blocks, seed);
             if fresh(&training.spec)? != *initial {
                 return Err(Error::Planner(format!(
                     "the plan's rank is {rank}, but the run starts from an adapter of rank {}",
@@ -305,9 +305,9 @@ impl Worker {
             training.spec = LoraSpec::new(rank, spec.alpha / spec.rank as f32 * rank as f32, spec.targets.clone())?;
             *initial = fresh(&training.spec)?;
         }
-        self.client_values = initial.slice(config, 0..cut)?.values;
-        self.server_values = initial.slice(config, cut..config.blocks)?.values;
-        self.shared = initial.slice(config, cut..largest)?.values.len();
+        self.client_values = initial.slice(architecture, 0..cut)?.values;
+        self.server_values = initial.slice(architecture, cut..architecture.blocks)?.values;
+        self.shared = initial.slice(architecture, cut..largest)?.values.len();
         self.cuts = cuts;
         let mut units = HeldUnits {
             weights,
@@ -377,8 +377,11 @@ impl Worker {
     fn save(&mut self) -> Result<(), Error> {
         if !self.saved {
             let settings = &self.settings;
-            self.adapter()?
-                .save(&settings.adapter_directory, &settings.config, &settings.base_model)?;
+            self.adapter()?.save(
+                &settings.adapter_directory,
+                &settings.architecture,
+                &settings.base_model,
+            )?;
             self.saved = true;
         }
         Ok(())
@@ -390,24 +393,31 @@ impl Worker {
             return Ok(());
         }
         let WorkerSettings {
-            config,
+            architecture,
             adapter_directory,
             base_model,
             ..
         } = &self.settings;
         let adapter = self.adapter()?;
         store::save_at_last(adapter_directory, &|directory| {
-            Ok(adapter.save(directory, config, base_model)?)
+            Ok(adapter.save(directory, architecture, base_model)?)
         })
     }
 
     /// The whole model's adapter at the end of the last closed round.
     fn adapter(&self) -> Result<Adapter, Error> {
         let cut = self.part.cut();
-        let WorkerSettings { config, training, .. } = &self.settings;
-        let client = Adapter::from_values(config, &training.spec, 0..cut, self.client_values.clone())?;
-        let server = Adapter::from_values(config, &training.spec, cut..config.blocks, self.server_values.clone())?;
-        Ok(client.merge(config, &server)?)
+        let WorkerSettings {
+            architecture, training, ..
+        } = &self.settings;
+        let client = Adapter::from_values(architecture, &training.spec, 0..cut, self.client_values.clone())?;
+        let server = Adapter::from_values(
+            architecture,
+            &training.spec,
+            cut..architecture.blocks,
+            self.server_values.clone(),
+        )?;
+        Ok(client.merge(architecture, &server)?)
     }
 
     async fn evaluate(&mut self) -> Result<Option<Evaluation>, Error> {

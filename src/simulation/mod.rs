@@ -5,7 +5,12 @@
 //! be checked. A run is a pure function of its `Scenario`, so a failure is repeated by its seed.
 
 mod network;
+mod outcome;
 mod run;
+mod scenario;
+mod toy;
 
 pub use network::{Traffic, Weather};
-pub use run::{ClientOutcome, Fault, Outcome, Phase, RoundRecord, Scenario, simulate};
+pub use outcome::{ClientOutcome, Outcome, Phase, RoundRecord};
+pub use run::simulate;
+pub use scenario::{Fault, Scenario};

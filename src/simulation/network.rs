@@ -258,12 +258,12 @@ impl<W> Network<W> {
     }
 
     /// The process at this end is no more; nobody is told.
-    pub fn vanish(&mut self, socket: SocketId, end: End) {
+    pub(crate) fn vanish(&mut self, socket: SocketId, end: End) {
         self.sockets[socket.0].open[place(end)] = false;
     }
 
     /// Nothing gets through this socket until `until`; nobody is told.
-    pub fn darken(&mut self, socket: SocketId, until: Duration) {
+    pub(crate) fn darken(&mut self, socket: SocketId, until: Duration) {
         let dark_until = &mut self.sockets[socket.0].dark_until;
         *dark_until = until.max(*dark_until);
     }

@@ -51,7 +51,7 @@ impl ClientPart {
     }
 
     /// The same on weights that are already on the device.
-    pub fn with_weights(
+    pub(crate) fn with_weights(
         engine: &Engine,
         model: &Architecture,
         weights: StackWeights,
@@ -85,7 +85,7 @@ impl ClientPart {
 
     /// The run's step, counted from 0, that the next optimiser step belongs to. A client that joins late, or that others went on
     /// without, then has the learning rate of its run; its moments' bias is corrected by its own steps.
-    pub fn set_run_step(&mut self, step: u64) {
+    pub(crate) fn set_run_step(&mut self, step: u64) {
         self.run_step = Some(step);
     }
 
@@ -162,19 +162,12 @@ impl ClientPart {
     }
 
     /// Replaces the optimiser's moments and its number of steps.
-    pub fn set_moments(&mut self, moments: &Moments) -> Result<(), Error> {
+    pub(crate) fn set_moments(&mut self, moments: &Moments) -> Result<(), Error> {
         let layout = self.stack.layout().expect("a client part has an adapter");
         check_length("the first moment", moments.first.len(), layout.len())?;
         check_length("the second moment", moments.second.len(), layout.len())?;
         self.stack.set_moments(moments);
         Ok(())
-    }
-
-    /// Bytes of one step's cut tensors at the longest sequence, each way.
-    pub fn largest_cut(&self) -> usize {
-        let Training { wire, batch, seq, .. } = self.training;
-        // Buffers of this size exist.
-        wire.bytes(batch * seq, self.stack.model().width).unwrap_or(usize::MAX)
     }
 
     /// The adapter's values, flat in the order of [`AdapterLayout`].

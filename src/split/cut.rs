@@ -38,7 +38,7 @@ impl CutBuffers {
     }
 
     /// Records the conversion of `values` (rows, width) to the wire form.
-    pub fn record_pack(&self, recording: &mut Recording, rows: usize, values: &Buffer) {
+    pub(crate) fn record_pack(&self, recording: &mut Recording, rows: usize, values: &Buffer) {
         match self.form {
             WireForm::F32 => {}
             WireForm::F16 => quantize::forward_f16(recording, self.params(rows), values, &self.packed),
@@ -47,7 +47,7 @@ impl CutBuffers {
     }
 
     /// Records the conversion of the uploaded wire form to `values` (rows, width).
-    pub fn record_unpack(&self, recording: &mut Recording, rows: usize, values: &Buffer) {
+    pub(crate) fn record_unpack(&self, recording: &mut Recording, rows: usize, values: &Buffer) {
         match self.form {
             WireForm::F32 => {}
             WireForm::F16 => quantize::inverse_f16(recording, self.params(rows), &self.packed, values),
@@ -105,7 +105,7 @@ impl CutBuffers {
     }
 
     /// That `tensor` has this side's width and form.
-    pub fn accepts(&self, tensor: &WireTensor) -> Result<(), Error> {
+    pub(crate) fn accepts(&self, tensor: &WireTensor) -> Result<(), Error> {
         check_length("a row on the wire", tensor.width(), self.width)?;
         let found = tensor.layout().form;
         if found != self.form {

@@ -135,7 +135,7 @@ impl ServerPart {
     ///
     /// # Panics
     /// If they lack the head.
-    pub fn with_weights(
+    pub(crate) fn with_weights(
         engine: &Engine,
         model: &Architecture,
         weights: StackWeights,

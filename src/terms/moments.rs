@@ -46,12 +46,12 @@ impl Moments {
     }
 
     /// Whether these are moments of `len` values after `steps` steps.
-    pub fn are_of(&self, len: usize, steps: u64) -> bool {
+    pub(crate) fn are_of(&self, len: usize, steps: u64) -> bool {
         (self.steps, self.first.len(), self.second.len()) == (steps, len, len)
     }
 
     /// Whether all are finite, and the second ones no less than zero.
-    pub fn are_possible(&self) -> bool {
+    pub(crate) fn are_possible(&self) -> bool {
         self.first.iter().all(|value| value.is_finite())
             && self.second.iter().all(|value| value.is_finite() && *value >= 0.0)
     }
@@ -84,7 +84,7 @@ impl Moments {
     }
 
     /// These, then those of `others`, brought to this number of steps.
-    pub fn followed_by(mut self, others: Self) -> Self {
+    pub(crate) fn followed_by(mut self, others: Self) -> Self {
         let others = others.at(self.steps);
         self.first.extend(others.first);
         self.second.extend(others.second);

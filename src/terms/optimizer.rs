@@ -58,7 +58,7 @@ pub const EPSILON: f32 = 1e-8;
 
 impl OptimizerSettings {
     /// The learning rate of the step with index `step`, counted from 0.
-    pub fn lr_at(&self, step: u64) -> f32 {
+    pub(crate) fn lr_at(&self, step: u64) -> f32 {
         let factor = if step < self.warmup {
             step as f64 / self.warmup as f64
         } else {

@@ -37,6 +37,9 @@ pub fn run(models: Models) -> Result<()> {
     let wasm = "clippy --package sflllm --lib --target wasm32-unknown-unknown -- -D warnings -A clippy::arc-with-non-send-sync";
     let wasm: Vec<&str> = wasm.split(' ').collect();
     times.cargo("lint, wasm", &wasm)?;
+    let library = "clippy --package sflllm --lib --examples --no-default-features -- -D warnings";
+    let library: Vec<&str> = library.split(' ').collect();
+    times.cargo("lint, the library alone", &library)?;
     // Before the tests, so that the binary they start carries the page.
     times.step("web bundle", || bundle::build(bundle::Profile::Shipped))?;
     times.step("tests: native, GPU and browser", || {

@@ -148,7 +148,7 @@ impl Document {
     }
 
     /// Whether there is text to encode, of conversations or other.
-    pub fn needs_tokenizer(&self) -> bool {
+    pub(crate) fn needs_tokenizer(&self) -> bool {
         !self.texts.is_empty() || self.conversations > 0
     }
 

@@ -62,7 +62,7 @@ impl Table {
     }
 
     /// Whether the columns' names say what is to be learned.
-    pub fn is_known(&self) -> bool {
+    pub(crate) fn is_known(&self) -> bool {
         learnable(self.names.iter().map(String::as_str))
     }
 

@@ -35,9 +35,9 @@ use super::template::Template;
 use super::{DataError, Flaw, Tokenize};
 
 /// The name under which the tokenizer is served.
-pub const TOKENIZER_FILE: &str = "tokenizer.json";
+pub(crate) const TOKENIZER_FILE: &str = "tokenizer.json";
 /// What `--chat-template` takes for [`CHATML`].
-pub const CHATML_NAME: &str = "chatml";
+pub(crate) const CHATML_NAME: &str = "chatml";
 
 const END_OF_TEXT: &str = "<|endoftext|>";
 /// Texts encoded at a time: enough to keep every core busy.

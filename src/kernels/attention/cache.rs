@@ -94,7 +94,7 @@ pub fn cache_words(capacity: usize, kv_heads: usize, head_size: usize) -> usize 
 
 contract! {
     /// Puts the keys and values of the new rows into the cache from `position[0]` on; rows beyond its capacity are left out.
-    pub static APPEND = "attention.append", CacheParams,
+    pub(crate) static APPEND = "attention.append", CacheParams,
     [qkv: Read f32, position: Read u32, cache: Write f32],
     spec: spec::append, host: append_host, variants: [APPEND_ELEMENTS]
 }
@@ -110,7 +110,7 @@ variant! {
 
 contract! {
     /// `out = softmax(scale · q·kᵀ) · v`, row i over the keys and values `0 ..= position[0] + i` of the cache.
-    pub static CACHED = "attention.cached", CacheParams,
+    pub(crate) static CACHED = "attention.cached", CacheParams,
     [qkv: Read f32, cache: Read f32, position: Read u32, out: Write f32],
     spec: spec::cached, host: cached_host, variants: [CACHED_ROWS, CACHED_WORKGROUP]
 }

@@ -91,28 +91,28 @@ impl Params {
 
 contract! {
     /// `out = softmax(scale · q·kᵀ + mask) · v` and the log-sum-exp of every row.
-    pub static FORWARD = "attention.forward", Params,
+    pub(crate) static FORWARD = "attention.forward", Params,
     [qkv: Read f32, out: Write f32, lse: Write f32],
     spec: spec::forward, host: host::forward, variants: [FORWARD_ROWS, FORWARD_TILED]
 }
 
 contract! {
     /// `dot = Σ out · d_out` over each head of each row.
-    pub static BACKWARD_DOT = "attention.backward_dot", Params,
+    pub(crate) static BACKWARD_DOT = "attention.backward_dot", Params,
     [out: Read f32, d_out: Read f32, dot: Write f32],
     spec: spec::backward_dot, host: host::backward_dot, variants: [BACKWARD_DOT_ROWS]
 }
 
 contract! {
     /// The query part of `d_qkv`.
-    pub static BACKWARD_Q = "attention.backward_q", Params,
+    pub(crate) static BACKWARD_Q = "attention.backward_q", Params,
     [qkv: Read f32, d_out: Read f32, lse: Read f32, dot: Read f32, d_qkv: Write f32],
     spec: spec::backward_q, host: host::backward_q, variants: [BACKWARD_Q_ROWS, BACKWARD_Q_TILED]
 }
 
 contract! {
     /// The key and value parts of `d_qkv`.
-    pub static BACKWARD_KV = "attention.backward_kv", Params,
+    pub(crate) static BACKWARD_KV = "attention.backward_kv", Params,
     [qkv: Read f32, d_out: Read f32, lse: Read f32, dot: Read f32, d_qkv: Write f32],
     spec: spec::backward_kv, host: host::backward_kv, variants: [BACKWARD_KV_ROWS, BACKWARD_KV_TILED]
 }
@@ -259,7 +259,7 @@ fn backward_example(b: &mut Builder<'_>, s: Sizes) -> Result<Case, Error> {
 }
 
 /// Uses of this family at a model's sizes.
-pub static EXAMPLES: &[Example] = &[
+pub(crate) static EXAMPLES: &[Example] = &[
     Example {
         name: "attention.forward",
         shape,

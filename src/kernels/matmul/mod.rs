@@ -72,7 +72,7 @@ params! {
 
 contract! {
     /// `out = x · W`: a linear layer's outputs.
-    pub static FORWARD = "matmul.forward", ProductParams,
+    pub(crate) static FORWARD = "matmul.forward", ProductParams,
     [x: Read f32, w: Read u32, bias: Read f32, u: Read f32, adapter: Read f32, residual: Read f32, row_scale: Read f32,
      out: Write f32],
     spec: spec::product, host: host::product,
@@ -81,7 +81,7 @@ contract! {
 
 contract! {
     /// `pre = x · W`, `out = gelu(pre)`.
-    pub static FORWARD_GELU = "matmul.forward_gelu", ProductParams,
+    pub(crate) static FORWARD_GELU = "matmul.forward_gelu", ProductParams,
     [x: Read f32, w: Read u32, bias: Read f32, u: Read f32, adapter: Read f32, out: Write f32, pre: Write f32],
     spec: spec::product_gelu, host: host::product_gelu,
     variants: [
@@ -91,7 +91,7 @@ contract! {
 
 contract! {
     /// `out = x · Wᵀ`, where `x` is the gradient of a linear layer's outputs: the gradient of its inputs.
-    pub static BACKWARD_X = "matmul.backward_x", ProductParams,
+    pub(crate) static BACKWARD_X = "matmul.backward_x", ProductParams,
     [x: Read f32, w: Read u32, bias: Read f32, u: Read f32, adapter: Read f32, residual: Read f32, row_scale: Read f32,
      out: Write f32],
     spec: spec::product, host: host::product,
@@ -380,7 +380,7 @@ fn example_lora<'a>(rank: usize, u: &'a Buffer, adapter: &'a Buffer) -> Option<L
 }
 
 /// What `bench` and the criterion benches run.
-pub static EXAMPLES: &[Example] = &[
+pub(crate) static EXAMPLES: &[Example] = &[
     Example {
         name: "matmul.forward",
         shape: |s| format!("{}x{}x{}", s.rows(), s.width, 3 * s.width),

@@ -84,7 +84,7 @@ impl Embedding {
     ///
     /// # Errors
     /// [`WeightsError`] when the file cannot be read.
-    pub fn gather(&self, tokens: &[u32], seq: usize, position: usize) -> Result<Vec<f32>, WeightsError> {
+    pub(crate) fn gather(&self, tokens: &[u32], seq: usize, position: usize) -> Result<Vec<f32>, WeightsError> {
         let width = self.width;
         let mut values = vec![0.0; tokens.len() * width];
         let mut learned = vec![0.0; if self.positions.is_some() { width } else { 0 }];

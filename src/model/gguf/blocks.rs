@@ -89,7 +89,7 @@ static STORED: [Stored; 34] = [
 ];
 
 impl Stored {
-    pub fn from_id(id: u32) -> Option<&'static Self> {
+    pub(crate) fn from_id(id: u32) -> Option<&'static Self> {
         STORED.iter().find(|stored| stored.id == id)
     }
 }

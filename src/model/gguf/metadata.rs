@@ -175,7 +175,7 @@ impl Array {
 
 impl Value {
     /// A number of any integer kind that is not negative.
-    pub fn unsigned(&self) -> Option<u64> {
+    pub(crate) fn unsigned(&self) -> Option<u64> {
         match *self {
             Value::U8(value) => Some(value.into()),
             Value::U16(value) => Some(value.into()),
@@ -190,7 +190,7 @@ impl Value {
     }
 
     /// A number of either float kind.
-    pub fn float(&self) -> Option<f64> {
+    pub(crate) fn float(&self) -> Option<f64> {
         match *self {
             Value::F32(value) => Some(value.into()),
             Value::F64(value) => Some(value),
@@ -212,7 +212,7 @@ impl Value {
         }
     }
 
-    pub fn strings(&self) -> Option<&[String]> {
+    pub(crate) fn strings(&self) -> Option<&[String]> {
         match self {
             Value::Array(Array::String(values)) => Some(values),
             _ => None,

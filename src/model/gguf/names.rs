@@ -99,7 +99,7 @@ impl Family {
 
     /// Whether the rows of a matrix, or the values of a bias, stand in llama.cpp's rotary order: [`half_split_rows`]
     /// undoes it.
-    pub fn is_interleaved(self, gguf: &str) -> bool {
+    pub(crate) fn is_interleaved(self, gguf: &str) -> bool {
         self == Family::Llama
             && split_kind(gguf)
                 .and_then(|(stem, _)| split_block(stem, "blk."))

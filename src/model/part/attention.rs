@@ -190,7 +190,7 @@ impl AttentionPart<'_> {
     }
 
     /// Records `out` (rows, width) from `x` (rows, width).
-    pub fn record_forward(&self, recording: &mut Recording, x: &Buffer, out: &Buffer, over: Over<'_>) {
+    pub(crate) fn record_forward(&self, recording: &mut Recording, x: &Buffer, out: &Buffer, over: Over<'_>) {
         let (model, rows, kept) = (self.model, self.pass.rows, self.activations);
         self.weights
             .norm

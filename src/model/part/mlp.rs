@@ -85,7 +85,7 @@ impl MlpPart<'_> {
     }
 
     /// Records `out` (rows, width) from `y` (rows, width).
-    pub fn record_forward(&self, recording: &mut Recording, y: &Buffer, out: &Buffer) {
+    pub(crate) fn record_forward(&self, recording: &mut Recording, y: &Buffer, out: &Buffer) {
         let (model, rows, kept) = (self.model, self.pass.rows, self.activations);
         self.weights
             .norm

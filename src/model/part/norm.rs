@@ -8,7 +8,7 @@ use crate::model::linear::upload_vector;
 use crate::model::unit::UnitData;
 
 /// Words a row takes in the statistics that a norm keeps for its backward pass, whichever norm it is.
-pub const STATS: usize = 2;
+pub(crate) const STATS: usize = 2;
 
 /// Scale and, of a layer norm, shift: (width) each. Clones share them.
 #[derive(Clone)]
@@ -31,7 +31,7 @@ impl Norm {
     }
 
     /// Records `out = norm(x)`, both (rows, width); `stats` (rows, [`STATS`]) is kept for the backward pass.
-    pub fn record_forward(
+    pub(crate) fn record_forward(
         &self,
         recording: &mut Recording,
         model: &Architecture,

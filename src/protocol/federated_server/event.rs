@@ -1,0 +1,66 @@
+//! How the service is run, and what its driver is told.
+//!
+//! Separate so that drivers can be read against this page alone.
+
+use std::time::Duration;
+
+use super::super::message::{Exclusion, ExclusionReason, Inclusion, RefusalReason, Version};
+use super::super::{ConnectionId, DepartureReason};
+use crate::terms::ids::{ClientId, RoundKey};
+
+/// Where the main server is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ControlAccess {
+    /// In this process: `handle_control` and `poll_control`.
+    Local,
+    /// Behind a connection for the service `Control`, let in by the join secret.
+    Remote { secret: Option<String> },
+}
+
+/// How the federated service is run. What is averaged comes with `Control::OpenRun`.
+pub struct FederatedConfig {
+    /// What this server speaks: `PROTOCOL_VERSION`.
+    pub version: Version,
+    pub control: ControlAccess,
+    /// More clients than these are refused.
+    pub max_clients: u32,
+    pub ping_interval: Duration,
+}
+
+/// What the driver should know.
+#[derive(Clone, Debug, PartialEq)]
+pub enum FederatedEvent {
+    ClientRefused {
+        connection: ConnectionId,
+        reason: RefusalReason,
+    },
+    ClientJoined {
+        connection: ConnectionId,
+        client: ClientId,
+        name: String,
+    },
+    ClientLeft {
+        client: ClientId,
+        reason: DepartureReason,
+    },
+    ControlConnected {
+        connection: ConnectionId,
+    },
+    ControlLost,
+    UpdateAccepted {
+        client: ClientId,
+        round: RoundKey,
+        examples: u64,
+    },
+    ClientExcluded {
+        client: ClientId,
+        round: RoundKey,
+        reason: ExclusionReason,
+    },
+    RoundClosed {
+        round: RoundKey,
+        included: Vec<Inclusion>,
+        excluded: Vec<Exclusion>,
+    },
+    RunClosed,
+}

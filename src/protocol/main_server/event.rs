@@ -1,0 +1,200 @@
+//! What the session tells its driver, and the values that they exchange.
+//!
+//! Separate so that drivers, reports and the simulator can be read against this page alone.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use super::super::ConnectionId;
+use super::super::message::{Exclusion, ExclusionReason, Inclusion, LinkRates, RefusalReason};
+use crate::terms::ids::{ClientId, RoundKey, StepKey};
+use crate::terms::moments::Moments;
+use crate::terms::phases::Phases;
+use crate::terms::tensor::WireTensor;
+
+/// What is to hold from the next round on.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RoundPlan {
+    /// Blocks of the client, if it is to be another number than now: possible where `PlanWanted` says so, and clients have
+    /// no cuts of their own.
+    pub split: Option<u32>,
+    /// Of the emulated uplinks; a client without a rate has none.
+    pub rates: BTreeMap<ClientId, LinkRates>,
+}
+
+/// When a plan is wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Occasion {
+    /// Nothing is trained yet: before `planned`, `place` may change cut and rank.
+    Start,
+    /// The steps of this round are done: the split may change.
+    Boundary(RoundKey),
+    /// Clients are ready whom the last plan did not know.
+    Membership,
+}
+
+/// How long the phases of one client's step took.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepTimes {
+    pub client: ClientId,
+    /// Forward and backward as the client says; the upload from the time the client was free to start until its activations had
+    /// come, less the forward pass; the download from the time the gradient went out until the client was done, less the backward
+    /// pass.
+    pub phases: Phases<Duration>,
+    /// Of the frames with activations and gradient.
+    pub bytes_up: u64,
+    pub bytes_down: u64,
+}
+
+/// A member's adapter on its way to the federated server.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct CollectTime {
+    pub client: ClientId,
+    /// From asking for the adapter until the federated server had it.
+    pub took: Duration,
+    pub bytes: u64,
+}
+
+/// One member's part of a step, as checked: the tensor is finite and its layout is one of the assignment's; targets are in the
+/// vocabulary or ignored.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Contribution {
+    pub client: ClientId,
+    /// Blocks run at the client.
+    pub split: u32,
+    pub examples: u32,
+    /// Targets that take part in the loss. May be zero: such a member's loss and gradient are zero.
+    pub tokens: u64,
+    /// Its share of the step's loss, `tokens / Σ tokens`. The shares of a step add up to 1.
+    pub weight: f64,
+    /// `(batch, seq)`
+    pub targets: Vec<i32>,
+    /// `(batch, seq, width)`
+    pub activations: WireTensor,
+}
+
+/// What the driver computed for one member.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GradientOutput {
+    pub client: ClientId,
+    /// Mean loss of its targets.
+    pub loss: f32,
+    /// Gradient of that loss by its activations, in their layout.
+    pub gradient: WireTensor,
+}
+
+/// Why a client is no longer in the run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DepartureReason {
+    /// It said goodbye.
+    Left,
+    /// Its connection closed.
+    Disconnected,
+    /// It was silent for too long.
+    Silent,
+    /// It opened another connection.
+    Superseded,
+    /// It broke the protocol.
+    Misbehaved(String),
+    /// The federated server left it out.
+    Excluded(ExclusionReason),
+    /// Its activations led to a loss or gradient the driver could not use.
+    Unusable,
+}
+
+impl std::fmt::Display for DepartureReason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            DepartureReason::Left => f.write_str("left"),
+            DepartureReason::Disconnected => f.write_str("disconnected"),
+            DepartureReason::Silent => f.write_str("went silent"),
+            DepartureReason::Superseded => f.write_str("connected again"),
+            DepartureReason::Misbehaved(detail) => write!(f, "broke the protocol: {detail}"),
+            DepartureReason::Excluded(reason) => write!(f, "left out of the round: {reason}"),
+            DepartureReason::Unusable => f.write_str("its activations gave no usable loss or gradient"),
+        }
+    }
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RunEnd {
+    Completed,
+    /// Everybody left and nobody came back in time.
+    NoClients,
+    Stopped(String),
+    /// The federated server returned something that is not an average of this run.
+    FederatedFault(String),
+}
+
+/// What the driver should know or do.
+#[derive(Clone, Debug, PartialEq)]
+pub enum MainEvent {
+    ClientRefused {
+        connection: ConnectionId,
+        reason: RefusalReason,
+    },
+    ClientJoined {
+        connection: ConnectionId,
+        client: ClientId,
+        name: String,
+        device: String,
+    },
+    ClientReady {
+        client: ClientId,
+    },
+    ClientLeft {
+        client: ClientId,
+        name: String,
+        reason: DepartureReason,
+    },
+    RoundStarted {
+        round: RoundKey,
+        members: Vec<ClientId>,
+    },
+    /// Compute the step and answer with `step_result`.
+    StepReady {
+        key: StepKey,
+        contributions: Vec<Contribution>,
+    },
+    /// All members that are left have done this step.
+    StepMeasured {
+        key: StepKey,
+        clients: Vec<StepTimes>,
+    },
+    /// Say what is to hold next, with `planned`.
+    PlanWanted {
+        occasion: Occasion,
+    },
+    /// The round's adapters are collected: answer with `copy`, the main server's values of the blocks that some clients have
+    /// and others do not.
+    CopyWanted {
+        round: RoundKey,
+    },
+    /// Take the average, which goes as far as the largest cut, validate, save, and answer with `validated`. If `split` is
+    /// another number than that of the placement, the answer brings the placement for it.
+    RoundClosed {
+        round: RoundKey,
+        average: Vec<f32>,
+        /// Of the blocks that leave the clients.
+        moments: Option<Moments>,
+        split: u32,
+        included: Vec<Inclusion>,
+        excluded: Vec<Exclusion>,
+        collected: Vec<CollectTime>,
+    },
+    /// Every member left. The round starts again, under another attempt, when somebody is ready; the server's adapter
+    /// should go back to where the round began.
+    RoundLost {
+        round: RoundKey,
+    },
+    /// Nobody is left to train with; the run stops at `until`.
+    Waiting {
+        until: Duration,
+    },
+    Finished {
+        reason: RunEnd,
+    },
+    /// All clients have been told and are gone.
+    Drained,
+}

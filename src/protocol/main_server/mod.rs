@@ -1,0 +1,369 @@
+//! The main server's session: who is in the run, and the rounds and steps they take together.
+//!
+//! One object for the run and all its connections. It decides when a round starts, gathers each step's activations,
+//! hands them to the driver, sends the gradients back, and after the last local step waits for the federated server's
+//! average. It sees activations and targets, never one client's adapter.
+//!
+//! Who holds which blocks is a `Placement`: the run begins with one, and may be given another at any boundary. At a boundary
+//! the driver is asked what is to hold for the next round (`PlanWanted`) before clients are asked for their adapters, so that
+//! they know which moments go with them. A round starts when everybody who was there has loaded the latest assignment.
+//!
+//! Clients may have cuts of their own, from before the first round to the end of the run. The main server then holds the blocks
+//! from the smallest cut on, and its copy of those up to the largest is averaged with the clients' (`CopyWanted`).
+//!
+//! Membership is frozen when a round starts and can only shrink within it; a client that joins meanwhile waits for the
+//! next boundary. Every change of membership goes through `retest`, so no step waits for somebody who has left.
+//!
+//! | file | holds |
+//! |---|---|
+//! | `config`, `placement` | what a run is, who holds which blocks |
+//! | `event`, `status` | what the driver is told, and what people see |
+//! | `roster`, `membership` | who is in the run; how they come in and go out |
+//! | `round`, `step` | what the members do together, as a whole and one by one |
+//! | `plan` | what is to hold next |
+//! | `timing` | how long the phases of a step took |
+
+mod config;
+mod event;
+mod membership;
+mod placement;
+mod plan;
+mod roster;
+mod round;
+mod status;
+mod step;
+mod timing;
+
+use std::collections::{BTreeSet, VecDeque};
+use std::time::Duration;
+
+pub use config::{MainConfig, MainError};
+pub use event::{
+    CollectTime, Contribution, DepartureReason, GradientOutput, MainEvent, Occasion, RoundPlan, RunEnd, StepTimes,
+};
+use membership::stop;
+pub use placement::Placement;
+use plan::Planning;
+use roster::{Readiness, Roster};
+use round::Phase;
+pub use status::{ClientStatus, RunPhase, RunStatus};
+use timing::Timing;
+
+use super::admission::TicketOffice;
+use super::door::{Door, Heard};
+use super::link::silence_limit;
+use super::message::{Control, ControlReply, Message, Ready, RunConfig, StopReason};
+use super::{ConnectionId, Transmit, earlier};
+use crate::terms::ids::{ClientId, RoundKey};
+
+/// The main server's state machine.
+pub struct MainServerSession {
+    config: MainConfig,
+    office: TicketOffice,
+    door: Door<ClientId>,
+    roster: Roster,
+    has_started: bool,
+    round: RoundKey,
+    phase: Phase,
+    /// The client side of the model as it is now; its adapter is the base of the next round.
+    placement: placement::Current,
+    /// Steps computed in the run.
+    steps: u64,
+    timing: Timing,
+    planning: Planning,
+    frame_limit: usize,
+    events: VecDeque<MainEvent>,
+    controls: VecDeque<Control>,
+}
+
+impl MainServerSession {
+    /// A run that waits for its first clients.
+    ///
+    /// # Errors
+    /// When the configuration is contradictory or too large for the wire.
+    pub fn new(config: MainConfig, now: Duration) -> Result<MainServerSession, MainError> {
+        let frame_limit = config.frame_limit()?;
+        let mut session = MainServerSession {
+            office: TicketOffice {
+                run: config.run,
+                key: config.ticket_key,
+                lifetime: config.ticket_lifetime,
+            },
+            door: Door::new(config.version, config.ping_interval),
+            roster: Roster::new(),
+            has_started: false,
+            round: RoundKey { round: 0, attempt: 0 },
+            phase: Phase::Waiting { until: None },
+            placement: placement::Current::new(config.placement.clone()),
+            steps: 0,
+            timing: Timing::default(),
+            planning: Planning::new(config.plans),
+            frame_limit,
+            events: VecDeque::new(),
+            controls: VecDeque::new(),
+            config,
+        };
+        session.open_run(now);
+        Ok(session)
+    }
+
+    /// The largest frame a client may send: what a socket need not read past.
+    pub fn max_frame_bytes(&self) -> usize {
+        self.frame_limit
+    }
+
+    /// What clients agree on at present.
+    pub fn config(&self) -> &RunConfig {
+        &self.placement.assignment.config
+    }
+
+    pub fn connected(&mut self, connection: ConnectionId, now: Duration) {
+        self.door.open(connection, now);
+    }
+
+    pub fn disconnected(&mut self, connection: ConnectionId, now: Duration) {
+        if let Some(client) = self.door.remove(connection) {
+            self.depart(client, DepartureReason::Disconnected);
+        }
+        self.retest(now);
+    }
+
+    pub fn handle_frame(&mut self, connection: ConnectionId, now: Duration, bytes: &[u8]) {
+        match self.door.hear(connection, bytes) {
+            Heard::Nothing => {}
+            Heard::Refused(reason) => self.events.push_back(MainEvent::ClientRefused { connection, reason }),
+            Heard::Hello(hello) => self.greet(connection, now, &hello),
+            Heard::Fault { guest, error } => self.expel(guest, DepartureReason::Misbehaved(error.to_string())),
+            Heard::Frame { guest, first, message } => {
+                if first {
+                    self.roster.spend_ticket(guest);
+                }
+                if let Some(message) = message {
+                    self.handle_message(guest, message, bytes.len() as u64, now);
+                }
+            }
+        }
+        self.retest(now);
+    }
+
+    pub fn handle_timeout(&mut self, now: Duration) {
+        for (_, client) in self.door.handle_timeout(now) {
+            if let Some(client) = client {
+                self.depart(client, DepartureReason::Silent);
+            }
+        }
+        self.retest(now);
+        match self.phase {
+            Phase::Waiting { until: Some(until) } if until <= now => {
+                if !self.has_started || self.roster.is_anybody_ready() {
+                    // Who is still loading has had long enough.
+                    self.roster.stop_expecting();
+                    self.phase = Phase::Waiting { until: None };
+                    self.retest(now);
+                } else {
+                    self.finish(RunEnd::NoClients, now);
+                }
+            }
+            Phase::Finished { drain_by, .. } if drain_by <= now => {
+                for connection in self.door.connections() {
+                    self.door.close(connection);
+                }
+                self.retest(now);
+            }
+            _ => {}
+        }
+    }
+
+    /// What the federated server said.
+    pub fn handle_control(&mut self, now: Duration, reply: ControlReply) {
+        match reply {
+            ControlReply::Excluded { round, exclusion } if round == self.round => self.exclude(&exclusion),
+            ControlReply::Received { round, client, bytes } if round == self.round => {
+                if let Phase::Averaging(averaging) = &mut self.phase {
+                    averaging.handle_received(client, bytes, now);
+                }
+            }
+            ControlReply::RoundClosed(closed) if closed.round == self.round => self.close_round(closed, now),
+            // Of a round that was lost meanwhile, or a repetition.
+            ControlReply::Excluded { .. } | ControlReply::Received { .. } | ControlReply::RoundClosed(_) => {}
+        }
+        self.retest(now);
+    }
+
+    /// The link to a federated server in another process is up, perhaps again: repeats what it must know.
+    pub(crate) fn control_connected(&mut self, now: Duration) {
+        self.controls.clear();
+        self.open_run(now);
+        let members = self.phase.members();
+        if !members.is_empty() {
+            self.open_round(members);
+        }
+        self.collect();
+        if matches!(self.phase, Phase::Finished { .. }) {
+            self.controls.push_back(Control::CloseRun);
+        }
+    }
+
+    /// Ends the run: clients are told, and `Drained` follows when they are gone.
+    pub fn stop(&mut self, now: Duration, detail: String) {
+        self.finish(RunEnd::Stopped(detail), now);
+        self.retest(now);
+    }
+
+    pub fn poll_transmit(&mut self) -> Option<Transmit<ConnectionId>> {
+        self.door.poll_transmit()
+    }
+
+    pub fn poll_event(&mut self) -> Option<MainEvent> {
+        self.events.pop_front()
+    }
+
+    pub fn poll_control(&mut self) -> Option<Control> {
+        self.controls.pop_front()
+    }
+
+    pub fn poll_timeout(&self) -> Option<Duration> {
+        let own = match self.phase {
+            Phase::Waiting { until } => until,
+            Phase::Finished {
+                drain_by,
+                drained: false,
+            } => Some(drain_by),
+            _ => None,
+        };
+        earlier(own, self.door.poll_timeout())
+    }
+
+    fn handle_message(&mut self, client: ClientId, message: Message, bytes: u64, now: Duration) {
+        if matches!(self.phase, Phase::Finished { .. }) && !matches!(message, Message::Leave) {
+            // What was on its way when the run ended.
+            return;
+        }
+        match message {
+            Message::Ready(ready) => self.handle_ready(client, ready, now),
+            Message::Activations(activations) => {
+                if let Err(detail) = self.handle_activations(client, activations, bytes, now) {
+                    self.expel(client, DepartureReason::Misbehaved(detail));
+                }
+            }
+            Message::StepDone(done) => {
+                if let Err(detail) = self.handle_step_done(client, done, now) {
+                    self.expel(client, DepartureReason::Misbehaved(detail));
+                }
+            }
+            Message::Leave => {
+                if let Some(connection) = self.roster.connection(client) {
+                    self.door.close(connection);
+                }
+                self.depart(client, DepartureReason::Left);
+            }
+            other => {
+                let detail = format!("expected {}, got {}", self.expected_of(client), other.name());
+                self.expel(client, DepartureReason::Misbehaved(detail));
+            }
+        }
+    }
+
+    /// What this client may send now, for error texts.
+    fn expected_of(&self, client: ClientId) -> String {
+        if let Some(key) = self.timing.unfinished(client) {
+            return format!("StepDone of {key} or Leave");
+        }
+        if !self.roster.is_ready(client) {
+            return "Ready or Leave".to_owned();
+        }
+        match self.phase.awaited_step(client) {
+            Some(key) => format!("Activations of {key} or Leave"),
+            None => "Leave".to_owned(),
+        }
+    }
+
+    fn handle_ready(&mut self, id: ClientId, ready: Ready, now: Duration) {
+        match self.roster.handle_ready(id, ready, self.placement.assignment.number) {
+            Readiness::New => {
+                self.events.push_back(MainEvent::ClientReady { client: id });
+                self.retest(now);
+            }
+            Readiness::Outdated => {}
+            Readiness::Unexpected => {
+                let detail = format!(
+                    "expected {}, got Ready for assignment {}",
+                    self.expected_of(id),
+                    ready.assignment
+                );
+                self.expel(id, DepartureReason::Misbehaved(detail));
+            }
+        }
+    }
+
+    /// Moves the run on as far as it can go. Called after every change, of membership above all.
+    fn retest(&mut self, now: Duration) {
+        if let Some((key, clients)) = self.timing.take_finished() {
+            self.events.push_back(MainEvent::StepMeasured { key, clients });
+        }
+        match &mut self.phase {
+            Phase::Waiting { .. } => self.start_round(now),
+            phase if phase.is_deserted() => self.lose_round(now),
+            Phase::Gathering(gathering) if gathering.is_complete() => {
+                let key = gathering.key();
+                let (computing, contributions) = gathering.close();
+                self.phase = Phase::Computing(computing);
+                self.events.push_back(MainEvent::StepReady { key, contributions });
+            }
+            Phase::Boundary { members } if !self.timing.is_finishing() && !self.planning.is_open() => {
+                let members = members.clone();
+                if self.planning.asks() && self.round.round + 1 < self.config().rounds {
+                    self.want_plan(Occasion::Boundary(self.round));
+                } else {
+                    self.ask_for_adapters(members, self.placement.split(), now);
+                }
+            }
+            Phase::Finished { drained, .. } if !*drained && !self.door.has_guests() => {
+                *drained = true;
+                self.events.push_back(MainEvent::Drained);
+            }
+            _ => {}
+        }
+    }
+
+    fn send_to_all(&mut self, clients: &BTreeSet<ClientId>, message: impl Fn(u32) -> Message) {
+        let connections: Vec<ConnectionId> = clients.iter().filter_map(|id| self.roster.connection(*id)).collect();
+        let message = message(connections.len() as u32);
+        for connection in connections {
+            self.door.send(connection, &message);
+        }
+    }
+
+    fn finish(&mut self, reason: RunEnd, now: Duration) {
+        if matches!(self.phase, Phase::Finished { .. }) {
+            return;
+        }
+        let message = Message::Stop(match &reason {
+            RunEnd::Completed => stop(StopReason::Completed, "all rounds are done", None),
+            RunEnd::NoClients => stop(StopReason::Shutdown, "nobody was ready in time", None),
+            RunEnd::Stopped(detail) | RunEnd::FederatedFault(detail) => stop(StopReason::Shutdown, detail, None),
+        });
+        // The connections stay until the clients have heard and hung up.
+        for connection in self.roster.connections() {
+            self.door.send(connection, &message);
+        }
+        self.phase = Phase::Finished {
+            drain_by: now + silence_limit(self.config.ping_interval),
+            drained: false,
+        };
+        self.controls.push_back(Control::CloseRun);
+        self.events.push_back(MainEvent::Finished { reason });
+    }
+
+    fn open_run(&mut self, now: Duration) {
+        self.controls.push_back(Control::OpenRun {
+            run: self.config.run,
+            ticket_key: self.config.ticket_key,
+            now,
+            ticket_lifetime: self.config.ticket_lifetime,
+            largest_update: self.config.largest_update,
+            model: self.config.model,
+            tokenizer: self.config.tokenizer,
+        });
+    }
+}

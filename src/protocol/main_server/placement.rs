@@ -1,0 +1,125 @@
+//! Who holds which blocks of the client side, as a value.
+//!
+//! Separate because everything that differs between cuts, adapters' lengths, assignments and digests, is derived here, and from
+//! nothing else.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::super::message::{Assignment, Digest};
+use crate::terms::ids::ClientId;
+use crate::terms::moments::Moments;
+
+/// Who holds which blocks, and in which state they come to the clients.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Placement {
+    /// What clients at the largest cut get, and others the beginning of; its number is set by the session.
+    pub assignment: Assignment,
+    /// The client side's adapter, flat.
+    pub adapter: Vec<f32>,
+    /// Moments of the blocks that clients did not hold before, the last of theirs; `None` where they start anew.
+    pub moments: Option<Moments>,
+    /// Clients' own cuts, up to the assignment's. Without any that is everybody's; else who has none gets the smallest.
+    pub cuts: BTreeMap<ClientId, u32>,
+}
+impl Placement {
+    /// Blocks below the main server's: the smallest cut.
+    pub fn split(&self) -> u32 {
+        self.cuts
+            .values()
+            .copied()
+            .min()
+            .unwrap_or(self.assignment.config.split)
+    }
+
+    /// Blocks of this client.
+    pub(crate) fn split_of(&self, client: ClientId) -> u32 {
+        self.cuts.get(&client).copied().unwrap_or_else(|| self.split())
+    }
+
+    /// Values of one block's adapter.
+    pub(super) fn block_len(&self) -> u64 {
+        self.assignment.adapter_len / u64::from(self.assignment.config.split.max(1))
+    }
+
+    /// Values in the adapter of a client with so many blocks.
+    pub(super) fn len_at(&self, split: u32) -> u64 {
+        u64::from(split) * self.block_len()
+    }
+
+    /// Values of the blocks that some clients may have and the main server has too.
+    pub(super) fn copy_len(&self) -> usize {
+        let len = usize::try_from(self.len_at(self.split())).unwrap_or(usize::MAX);
+        self.adapter.len().saturating_sub(len)
+    }
+
+    /// The adapter of a client with so many blocks.
+    pub(super) fn adapter_at(&self, split: u32) -> &[f32] {
+        let len = usize::try_from(self.len_at(split)).unwrap_or(usize::MAX);
+        self.adapter.get(..len).unwrap_or(&self.adapter)
+    }
+
+    pub(super) fn assignment_of(&self, client: ClientId) -> Assignment {
+        let split = self.split_of(client);
+        let mut assignment = self.assignment.clone();
+        // The embedding comes before the blocks.
+        assignment.weights.truncate(split as usize + 1);
+        assignment.adapter_len = self.len_at(split);
+        assignment.config.split = split;
+        assignment
+    }
+
+    /// Digests of the clients' adapters, by cut.
+    pub(super) fn bases(&self) -> BTreeMap<u32, Digest> {
+        let splits: BTreeSet<u32> = self.cuts.values().copied().chain([self.split()]).collect();
+        (splits.into_iter())
+            .map(|split| (split, Digest::of_values(self.adapter_at(split))))
+            .collect()
+    }
+}
+
+/// The placement that holds, with the digests of what clients start a round from.
+pub(super) struct Current {
+    placement: Placement,
+    /// Digests of the adapters that clients start the next round from, by cut.
+    bases: BTreeMap<u32, Digest>,
+}
+
+impl Current {
+    pub fn new(placement: Placement) -> Current {
+        Current {
+            bases: placement.bases(),
+            placement,
+        }
+    }
+
+    /// Takes another placement's place, and the next number.
+    pub fn replace(&mut self, mut placement: Placement) {
+        placement.assignment.number = self.placement.assignment.number.wrapping_add(1);
+        *self = Current::new(placement);
+    }
+
+    /// Makes an average the adapter that clients start from.
+    pub fn install(&mut self, average: &[f32]) {
+        self.placement.adapter.clear();
+        self.placement.adapter.extend_from_slice(average);
+        self.bases = self.placement.bases();
+    }
+
+    /// Forgets the moments: whoever comes later did not hold these blocks when they were moved.
+    pub(crate) fn forget_moments(&mut self) {
+        self.placement.moments = None;
+    }
+
+    /// Digest of the adapter that a client with so many blocks starts from; `None` when no client has so many.
+    pub(crate) fn base_at(&self, split: u32) -> Option<Digest> {
+        self.bases.get(&split).copied()
+    }
+}
+
+impl std::ops::Deref for Current {
+    type Target = Placement;
+
+    fn deref(&self) -> &Placement {
+        &self.placement
+    }
+}

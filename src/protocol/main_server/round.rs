@@ -1,0 +1,405 @@
+//! The rounds: from the members that start one, over the adapters they send, to the average that the next one starts from.
+//!
+//! Separate because a round is what is done or lost as a whole: it has its members, and every way for it to end is here.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use super::super::message::{
+    Control, Digest, Leaving, Mean, Member, Message, RoundClosed, RoundEnd, RoundResult, RoundStart, StepStart,
+};
+use super::MainServerSession;
+use super::config::MainError;
+use super::event::{CollectTime, MainEvent, Occasion, RunEnd};
+use super::placement::Placement;
+use super::step::{Computing, Gathering};
+use crate::terms::ids::{ClientId, RoundKey, StepKey};
+
+/// What the run is doing.
+pub(super) enum Phase {
+    Waiting { until: Option<Duration> },
+    Gathering(Gathering),
+    Computing(Computing),
+    Boundary { members: BTreeSet<ClientId> },
+    Averaging(Averaging),
+    Validating(Validating),
+    Finished { drain_by: Duration, drained: bool },
+}
+
+/// A round whose members were asked for their adapters.
+pub(super) struct Averaging {
+    members: BTreeSet<ClientId>,
+    /// Blocks at the clients afterwards.
+    split: u32,
+    /// What stands in for the blocks that some members lack; `None` until the driver has given it.
+    copy: Option<Vec<f32>>,
+    /// When they were asked for their adapters.
+    asked: Duration,
+    collected: Vec<CollectTime>,
+}
+
+impl Averaging {
+    /// The federated server has a member's adapter, of so many bytes.
+    pub(crate) fn handle_received(&mut self, client: ClientId, bytes: u64, now: Duration) {
+        let took = now.saturating_sub(self.asked);
+        self.collected.push(CollectTime { client, took, bytes });
+    }
+}
+
+/// A round whose average the driver has.
+#[derive(Clone, Copy)]
+pub(super) struct Validating {
+    round: RoundKey,
+    included: u32,
+    split: u32,
+}
+
+impl Phase {
+    /// Members of the round that is open at the federated server.
+    pub fn members(&self) -> BTreeSet<ClientId> {
+        match self {
+            Phase::Gathering(gathering) => gathering.members(),
+            Phase::Computing(computing) => computing.members(),
+            Phase::Boundary { members } | Phase::Averaging(Averaging { members, .. }) => members.clone(),
+            Phase::Waiting { .. } | Phase::Validating(_) | Phase::Finished { .. } => BTreeSet::new(),
+        }
+    }
+
+    /// Takes a client out of the open round. Returns whether it was a member.
+    pub fn remove(&mut self, client: ClientId) -> bool {
+        match self {
+            Phase::Gathering(gathering) => gathering.remove(client),
+            Phase::Computing(computing) => computing.remove(client),
+            Phase::Boundary { members } | Phase::Averaging(Averaging { members, .. }) => members.remove(&client),
+            Phase::Waiting { .. } | Phase::Validating(_) | Phase::Finished { .. } => false,
+        }
+    }
+
+    /// Whether everybody has left the open round.
+    pub(crate) fn is_deserted(&self) -> bool {
+        match self {
+            Phase::Gathering(gathering) => gathering.is_empty(),
+            Phase::Computing(computing) => computing.is_empty(),
+            Phase::Boundary { members } | Phase::Averaging(Averaging { members, .. }) => members.is_empty(),
+            Phase::Waiting { .. } | Phase::Validating(_) | Phase::Finished { .. } => false,
+        }
+    }
+
+    /// The step that waits for this client's activations.
+    pub(crate) fn awaited_step(&self, client: ClientId) -> Option<StepKey> {
+        match self {
+            Phase::Gathering(gathering) if gathering.awaits(client) => Some(gathering.key()),
+            _ => None,
+        }
+    }
+}
+
+/// What is wrong with an average, if something is: of how many values it should be, what leaves with it, after how many steps.
+fn average_fault(average: &Mean, expected: usize, leaving: Option<Leaving>) -> Option<String> {
+    let Mean {
+        digest,
+        values,
+        moments,
+    } = average;
+    if values.len() != expected {
+        Some(format!("an average of {} values, not {expected}", values.len()))
+    } else if !values.iter().all(|value| value.is_finite()) {
+        Some("an average with a value that is not finite".to_owned())
+    } else if Digest::of_values(values) != *digest {
+        Some("an average that does not have its digest".to_owned())
+    } else if !match (moments, leaving) {
+        (Some(moments), Some(Leaving { len, steps })) => {
+            moments.are_of(usize::try_from(len).unwrap_or(usize::MAX), steps) && moments.are_possible()
+        }
+        (moments, leaving) => moments.is_some() == leaving.is_some(),
+    } {
+        Some("an average without the moments of the blocks that leave".to_owned())
+    } else {
+        None
+    }
+}
+
+impl MainServerSession {
+    // Opening.
+
+    /// Starts the next round if enough are ready: the number asked for at first, anybody later; after a new placement,
+    /// everybody who was there.
+    pub(super) fn start_round(&mut self, now: Duration) {
+        let ready = self.roster.ready();
+        let needed = if self.has_started {
+            1
+        } else {
+            self.config.clients as usize
+        };
+        if ready.len() < needed || self.roster.is_reloading() || self.planning.is_open() {
+            return;
+        }
+        if self.planning.lacks(&ready) {
+            return self.want_plan(if self.planning.is_first() && !self.has_started {
+                Occasion::Start
+            } else {
+                Occasion::Membership
+            });
+        }
+        self.has_started = true;
+        let round = self.round;
+        let count = ready.len() as u32;
+        self.open_round(ready.clone());
+        self.events.push_back(MainEvent::RoundStarted {
+            round,
+            members: ready.iter().copied().collect(),
+        });
+        for id in &ready {
+            let split = self.placement.split_of(*id);
+            let Some(base) = self.placement.base_at(split) else {
+                continue;
+            };
+            let Some(needs) = self.roster.start(*id, base) else {
+                continue;
+            };
+            if let Some(connection) = self.roster.connection(*id) {
+                let start = RoundStart {
+                    round,
+                    base,
+                    members: count,
+                    adapter: needs.adapter.then(|| self.placement.adapter_at(split).to_vec()),
+                    moments: self.placement.moments.clone().filter(|_| needs.moments),
+                    rates: self.planning.rates_of(*id),
+                };
+                self.door.send(connection, &Message::RoundStart(start));
+            }
+        }
+        self.placement.forget_moments();
+        let key = round.step(0);
+        self.send_to_all(&ready, |count| Message::StepStart(StepStart { key, members: count }));
+        self.timing.start(&ready, now);
+        self.phase = Phase::Gathering(Gathering::new(key, &ready));
+        self.retest(now);
+    }
+
+    pub(super) fn open_round(&mut self, members: BTreeSet<ClientId>) {
+        let config = self.config();
+        let member = |client: ClientId| {
+            let split = self.placement.split_of(client);
+            Some(Member {
+                client,
+                base: self.placement.base_at(split)?,
+                adapter_len: self.placement.len_at(split),
+            })
+        };
+        self.controls.push_back(Control::OpenRound {
+            round: self.round,
+            members: members.into_iter().filter_map(member).collect(),
+            adapter_len: self.placement.adapter.len() as u64,
+            max_examples: u64::from(config.batch) * u64::from(config.local_steps),
+        });
+    }
+
+    // Collecting.
+
+    /// Ends the steps of the round.
+    pub(super) fn ask_for_adapters(&mut self, members: BTreeSet<ClientId>, split: u32, now: Duration) {
+        let (round, steps) = (self.round, self.steps);
+        let is_mixed = self.placement.copy_len() > 0;
+        for id in &members {
+            let kept = match is_mixed {
+                true => self.placement.split_of(*id),
+                false => split,
+            };
+            if let Some(connection) = self.roster.connection(*id) {
+                let end = RoundEnd {
+                    round,
+                    split: kept,
+                    steps,
+                };
+                self.door.send(connection, &Message::RoundEnd(end));
+            }
+        }
+        self.phase = Phase::Averaging(Averaging {
+            members,
+            split,
+            copy: (!is_mixed).then(Vec::new),
+            asked: now,
+            collected: Vec::new(),
+        });
+        if is_mixed {
+            self.events.push_back(MainEvent::CopyWanted { round });
+        }
+        self.collect();
+    }
+
+    /// Tells the federated server, as soon as that is known, what comes with the adapters and beside them.
+    pub(super) fn collect(&mut self) {
+        if let Phase::Averaging(Averaging {
+            split,
+            copy: Some(copy),
+            ..
+        }) = &self.phase
+        {
+            self.controls.push_back(Control::Collect {
+                round: self.round,
+                moments: self.leaving(*split),
+                copy: copy.clone(),
+            });
+        }
+    }
+
+    /// What leaves the clients when they keep `split` blocks.
+    fn leaving(&self, split: u32) -> Option<Leaving> {
+        let current = self.placement.split();
+        (split < current).then(|| Leaving {
+            len: self.placement.len_at(current - split),
+            steps: self.steps,
+        })
+    }
+
+    /// The driver's answer to `CopyWanted`. An answer for a round that has been lost is dropped.
+    ///
+    /// # Errors
+    /// When the values are not those that some clients have and others do not; the question stands.
+    pub fn copy(&mut self, now: Duration, round: RoundKey, values: Vec<f32>) -> Result<(), MainError> {
+        let expected = self.placement.copy_len();
+        let Phase::Averaging(Averaging { copy: copy @ None, .. }) = &mut self.phase else {
+            return Ok(());
+        };
+        if self.round != round {
+            return Ok(());
+        }
+        if values.len() != expected {
+            return Err(MainError::CopyLength {
+                given: values.len(),
+                expected,
+            });
+        }
+        if !values.iter().all(|value| value.is_finite()) {
+            return Err(MainError::CopyNotFinite);
+        }
+        *copy = Some(values);
+        self.collect();
+        self.retest(now);
+        Ok(())
+    }
+
+    // Closing.
+
+    pub(super) fn lose_round(&mut self, now: Duration) {
+        self.events.push_back(MainEvent::RoundLost { round: self.round });
+        self.round.attempt += 1;
+        self.wait(now);
+        self.retest(now);
+    }
+
+    /// The round boundary. If nobody is ready the run waits, for so long.
+    fn wait(&mut self, now: Duration) {
+        let until = now + self.config.wait_for_client;
+        self.phase = Phase::Waiting { until: Some(until) };
+        if !self.roster.is_reloading() && !self.roster.is_anybody_ready() {
+            self.events.push_back(MainEvent::Waiting { until });
+        }
+    }
+
+    pub(super) fn close_round(&mut self, closed: RoundClosed, now: Duration) {
+        let Phase::Averaging(Averaging { split, collected, .. }) = &mut self.phase else {
+            // Closed without anybody, as the exclusions before it said.
+            return;
+        };
+        let (split, collected) = (*split, std::mem::take(collected));
+        let Some(average) = closed.average else {
+            for exclusion in &closed.excluded {
+                self.exclude(exclusion);
+            }
+            if matches!(self.phase, Phase::Averaging(_)) {
+                self.lose_round(now);
+            }
+            return;
+        };
+        if let Some(fault) = average_fault(&average, self.placement.adapter.len(), self.leaving(split)) {
+            return self.finish(RunEnd::FederatedFault(fault), now);
+        }
+        let Mean { values, moments, .. } = average;
+        for exclusion in &closed.excluded {
+            self.exclude(exclusion);
+        }
+        self.placement.install(&values);
+        for inclusion in &closed.included {
+            let base = self.placement.base_at(self.placement.split_of(inclusion.client));
+            self.roster.hold(inclusion.client, base);
+        }
+        let round = closed.round;
+        self.phase = Phase::Validating(Validating {
+            round,
+            included: closed.included.len() as u32,
+            split,
+        });
+        let (included, excluded) = (closed.included, closed.excluded);
+        self.events.push_back(MainEvent::RoundClosed {
+            round,
+            average: values,
+            moments,
+            split,
+            included,
+            excluded,
+            collected,
+        });
+    }
+
+    /// The driver's answer to `RoundClosed`, with the mean validation loss if it validates, and with another placement where
+    /// the plan was one.
+    ///
+    /// # Errors
+    /// When the placement is missing, or is not what was planned; nothing is changed then.
+    pub fn validated(
+        &mut self,
+        now: Duration,
+        round: RoundKey,
+        valid_loss: Option<f64>,
+        placement: Option<Placement>,
+    ) -> Result<(), MainError> {
+        let Phase::Validating(Validating {
+            round: current,
+            included,
+            split,
+        }) = self.phase
+        else {
+            return Ok(());
+        };
+        if current != round {
+            return Ok(());
+        }
+        let found = placement.as_ref().unwrap_or(&self.placement).split();
+        if found != split {
+            return Err(MainError::Split { found, expected: split });
+        }
+        if let Some(placement) = &placement {
+            self.config.check(placement)?;
+        }
+        let config = &self.placement.assignment.config;
+        let rounds = config.rounds;
+        let done = round.round + 1;
+        let result = Message::RoundResult(RoundResult {
+            round: round.round,
+            rounds,
+            included,
+            valid_loss,
+            steps: done.saturating_mul(config.local_steps),
+            total_steps: rounds.saturating_mul(config.local_steps),
+        });
+        for connection in self.roster.connections() {
+            self.door.send(connection, &result);
+        }
+        if done >= rounds {
+            self.finish(RunEnd::Completed, now);
+        } else {
+            self.round = RoundKey {
+                round: done,
+                attempt: 0,
+            };
+            if let Some(placement) = placement {
+                self.adopt(placement);
+            }
+            self.wait(now);
+        }
+        self.retest(now);
+        Ok(())
+    }
+}

@@ -1,0 +1,140 @@
+//! The main server's session with what it computes and counts.
+//!
+//! Separate because only a main server has one: the coordinator of a federated server does without.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::{Duration, Instant};
+
+use super::super::Error;
+use super::super::inbox::Work;
+use super::super::metrics::{RoundRecord, StepRecord};
+use super::super::planner::{ClientFacts, Facts, RoundFacts, RoundPrediction, StartFacts};
+use super::Traffic;
+use super::measure::RoundMeasure;
+use crate::model::architecture::Architecture;
+use crate::protocol::{MainServerSession, Occasion, RunEnd};
+use crate::split::Training;
+use crate::terms::ids::{ClientId, StepKey};
+
+/// The main server's session with what it computes and counts.
+pub struct MainRun {
+    pub(super) session: MainServerSession,
+    pub(super) work: std::sync::mpsc::Sender<Work>,
+    pub(super) about: About,
+    /// Blocks of the client, clients' own cuts where they differ, and rank, as they are now.
+    pub(super) cut: usize,
+    pub(super) cuts: BTreeMap<ClientId, usize>,
+    pub(super) rank: usize,
+    /// When the current round, its current step, and the step's last arrival were.
+    pub(super) round_started: Instant,
+    pub(super) step_started: Instant,
+    pub(super) step_gathered: Instant,
+    /// Counted since the last step's line.
+    pub(super) step_bytes: Traffic,
+    /// Written once its members have done it.
+    pub(super) pending_step: Option<(StepKey, StepRecord)>,
+    pub(super) measured: RoundMeasure,
+    /// When a plan was asked for, and how long plans of this round have taken.
+    pub(super) planning_since: Option<(Occasion, Instant)>,
+    pub(super) planning: Duration,
+    /// Of this round, and of the next.
+    pub(super) prediction: Option<RoundPrediction>,
+    pub(super) next_prediction: Option<RoundPrediction>,
+    pub(super) pending_round: Option<RoundRecord>,
+    pub(super) names: HashMap<u64, String>,
+    pub(super) outcome: Option<RunEnd>,
+    pub(super) drained: bool,
+    pub(super) saved: bool,
+}
+
+impl MainRun {
+    pub fn new(session: MainServerSession, work: std::sync::mpsc::Sender<Work>, about: About, cut: usize) -> Self {
+        let now = Instant::now();
+        Self {
+            session,
+            work,
+            cut,
+            cuts: BTreeMap::new(),
+            rank: about.training.spec.rank,
+            about,
+            round_started: now,
+            step_started: now,
+            step_gathered: now,
+            step_bytes: Traffic::default(),
+            pending_step: None,
+            measured: RoundMeasure::default(),
+            planning_since: None,
+            planning: Duration::ZERO,
+            prediction: None,
+            next_prediction: None,
+            pending_round: None,
+            names: HashMap::new(),
+            outcome: None,
+            drained: false,
+            saved: false,
+        }
+    }
+
+    /// What a planner is told.
+    pub(super) fn facts(&self, occasion: Occasion) -> Facts {
+        let clients = self
+            .session
+            .status()
+            .clients
+            .into_iter()
+            .filter(|client| client.ready)
+            .map(|client| ClientFacts {
+                id: client.client,
+                name: client.name,
+                device: client.device,
+                memory_bytes: client.memory_bytes,
+                speed: client.speed,
+            })
+            .collect();
+        let About {
+            architecture,
+            training,
+            rounds,
+            local_steps,
+            ..
+        } = &self.about;
+        match occasion {
+            Occasion::Start => Facts::Start(StartFacts {
+                clients,
+                server_flops_per_s: None,
+                cut: self.cut,
+                rank: self.rank,
+                architecture: architecture.clone(),
+                training: training.clone(),
+                rounds: *rounds,
+                local_steps: *local_steps,
+            }),
+            Occasion::Boundary(_) | Occasion::Membership => Facts::Round(RoundFacts {
+                round: self.measured.round,
+                rounds: *rounds,
+                cut: self.cut,
+                cuts: self.cuts.clone(),
+                rank: self.rank,
+                can_recut: occasion != Occasion::Membership && self.cuts.is_empty(),
+                clients,
+                measured: self.measured.clients(&self.measured.collected),
+                server_s: self.measured.server_s(),
+            }),
+        }
+    }
+
+    /// Fails when the thread has ended, about which it has said why.
+    pub(super) fn compute(&self, work: Work) -> Result<(), Error> {
+        self.work.send(work).map_err(|_| Error::WorkerGone)
+    }
+}
+
+/// What a run is about, for records and planners.
+pub struct About {
+    pub model: String,
+    pub architecture: Architecture,
+    pub training: Training,
+    pub rounds: u32,
+    pub local_steps: u32,
+    pub validates: bool,
+}

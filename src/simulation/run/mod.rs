@@ -1,0 +1,310 @@
+//! A training run of toy clients over the real sessions.
+//!
+//! Separate from `network` because this is a driver, the third beside the native and the browser one: it answers the
+//! sessions' events, and checks what must hold of every run whatever the weather.
+//!
+//! | file | holds |
+//! |---|---|
+//! | `happening` | what the network and the clock do to the processes |
+//! | `client`, `server` | what they compute, and what must hold |
+//! | `settle` | what they say |
+
+mod client;
+mod happening;
+mod server;
+mod settle;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use super::network::{Happening, Network, SocketId, Traffic};
+use super::outcome::{ClientOutcome, Outcome};
+use super::scenario::{Fault, Scenario};
+use super::toy::{BLOCKS, NUMBERS, Trained, assignment, initial_adapter};
+use crate::protocol::message::{Digest, PROTOCOL_VERSION};
+use crate::protocol::{
+    AdapterInput, ClientSession, ControlAccess, ControlConfig, ControlSession, FederatedConfig, FederatedServerSession,
+    GradientOutput, MainConfig, MainServerSession, Occasion, Placement,
+};
+use crate::terms::ids::{ClientId, RoundKey, RunId, StepKey};
+use crate::terms::tensor::WireTensor;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Node {
+    Main,
+    Federated,
+    Control,
+    Client(usize),
+}
+
+enum Own {
+    Timer(Node),
+    Fault(Fault),
+    Loaded {
+        client: usize,
+        process: u32,
+    },
+    Forwarded {
+        client: usize,
+        process: u32,
+        key: StepKey,
+        took: Duration,
+    },
+    Backwarded {
+        client: usize,
+        process: u32,
+        key: StepKey,
+        took: Duration,
+        gradient: WireTensor,
+    },
+    Stepped {
+        key: StepKey,
+        outputs: Vec<GradientOutput>,
+        server: f64,
+        blocks: Trained,
+    },
+    Planned(Occasion),
+    Copied {
+        round: RoundKey,
+        values: Vec<f32>,
+    },
+    Validated {
+        round: RoundKey,
+        placement: Option<Box<Placement>>,
+    },
+}
+
+struct Toy {
+    session: Option<ClientSession>,
+    process: u32,
+    main: Option<SocketId>,
+    federated: Option<SocketId>,
+    dark_until: Duration,
+    timer: Option<Duration>,
+    cursor: u64,
+    examples: u64,
+    trained: Trained,
+    outcome: ClientOutcome,
+}
+
+/// Which way a socket leads.
+#[derive(Clone, Copy)]
+struct Route {
+    from: Node,
+    to: Node,
+}
+
+struct World {
+    scenario: Scenario,
+    network: Network<Own>,
+    main: MainServerSession,
+    federated: FederatedServerSession,
+    control: Option<ControlSession>,
+    control_socket: Option<SocketId>,
+    timers: [Option<Duration>; 3],
+    routes: Vec<Route>,
+    toys: Vec<Toy>,
+    /// Clients by the numbers the main server gave them.
+    numbers: BTreeMap<ClientId, usize>,
+    /// In the run, as the main server says.
+    present: BTreeSet<ClientId>,
+    /// Left since the current round began, as the main server says.
+    departed: BTreeSet<ClientId>,
+    members: Vec<ClientId>,
+    uploads: BTreeMap<(RoundKey, usize), AdapterInput>,
+    /// What the main server gave to the averages.
+    copies: BTreeMap<RoundKey, Vec<f32>>,
+    /// Blocks below the main server's.
+    split: u32,
+    /// Clients' own cuts.
+    cuts: BTreeMap<ClientId, u32>,
+    /// Of the blocks that some client has.
+    average: Vec<f32>,
+    /// The main server's blocks.
+    blocks: Trained,
+    server: f64,
+    outcome: Outcome,
+}
+
+/// Runs a scenario to its end.
+pub fn simulate(scenario: &Scenario) -> Outcome {
+    let mut world = World::new(scenario.clone());
+    world.run();
+    world.outcome.elapsed = world.network.now;
+    let below = &world.average[..world.split as usize * NUMBERS];
+    world.outcome.model = [below, &world.blocks.values].concat();
+    world.outcome.adapter = world.average;
+    world.outcome.server = world.server;
+    world.outcome.traffic = world.network.traffic;
+    world.outcome.clients = world
+        .toys
+        .into_iter()
+        .map(|toy| ClientOutcome {
+            adapter: toy.trained.values,
+            ..toy.outcome
+        })
+        .collect();
+    world.outcome
+}
+
+/// Every process reads another clock.
+fn skew(node: Node) -> Duration {
+    match node {
+        Node::Main | Node::Control => Duration::from_secs(5000),
+        Node::Federated => Duration::from_secs(77),
+        Node::Client(client) => Duration::from_millis(123_457 * (client as u64 + 1)),
+    }
+}
+
+impl World {
+    fn new(scenario: Scenario) -> World {
+        let secret = Some("open sesame".to_owned());
+        let digest = |text: &str| Digest::of(text.as_bytes());
+        let main = MainServerSession::new(
+            MainConfig {
+                version: PROTOCOL_VERSION,
+                run: RunId([3; 16]),
+                ticket_key: [5; 32],
+                ticket_lifetime: Duration::from_secs(12 * 3600),
+                secret: secret.clone(),
+                clients: scenario.needed,
+                max_clients: 1000,
+                placement: Placement {
+                    assignment: assignment(&scenario, 1),
+                    adapter: initial_adapter()[..NUMBERS].to_vec(),
+                    moments: None,
+                    cuts: BTreeMap::new(),
+                },
+                largest_update: (3 * BLOCKS * NUMBERS) as u64,
+                plans: !(scenario.splits.is_empty() && scenario.cuts.is_empty()),
+                model: digest("model"),
+                tokenizer: digest("tokenizer"),
+                federated_url: None,
+                ping_interval: crate::protocol::PING_INTERVAL,
+                wait_for_client: scenario.wait_for_client,
+            },
+            skew(Node::Main),
+        )
+        .expect("the toy run is well configured");
+        let control_access = if scenario.remote_control {
+            ControlAccess::Remote { secret: secret.clone() }
+        } else {
+            ControlAccess::Local
+        };
+        let federated = FederatedServerSession::new(FederatedConfig {
+            version: PROTOCOL_VERSION,
+            control: control_access,
+            max_clients: 1000,
+            ping_interval: crate::protocol::PING_INTERVAL,
+        });
+        let control = scenario.remote_control.then(|| {
+            let config = ControlConfig {
+                version: PROTOCOL_VERSION,
+                name: "main".to_owned(),
+                secret,
+                retries: 1000,
+            };
+            ControlSession::new(config, skew(Node::Control))
+        });
+        let toys = (0..scenario.clients)
+            .map(|_| Toy {
+                session: None,
+                process: 0,
+                main: None,
+                federated: None,
+                dark_until: Duration::ZERO,
+                timer: None,
+                cursor: 0,
+                examples: 0,
+                trained: Trained::default(),
+                outcome: ClientOutcome {
+                    finished: None,
+                    failed: None,
+                    adapter: Vec::new(),
+                    installed: Vec::new(),
+                    forwards: 0,
+                    backwards: 0,
+                    assigned: 0,
+                },
+            })
+            .collect();
+        let mut network = Network::new(scenario.seed, scenario.weather);
+        for client in 0..scenario.clients {
+            let is_start = |(_, fault): &(Duration, Fault)| *fault == Fault::Start(client);
+            if !scenario.faults.iter().any(is_start) {
+                network.schedule(Duration::ZERO, Own::Fault(Fault::Start(client)));
+            }
+        }
+        for (at, fault) in &scenario.faults {
+            network.schedule(*at, Own::Fault(*fault));
+        }
+        World {
+            network,
+            main,
+            federated,
+            control,
+            control_socket: None,
+            timers: [None; 3],
+            routes: Vec::new(),
+            toys,
+            numbers: BTreeMap::new(),
+            present: BTreeSet::new(),
+            departed: BTreeSet::new(),
+            members: Vec::new(),
+            uploads: BTreeMap::new(),
+            copies: BTreeMap::new(),
+            split: 1,
+            cuts: BTreeMap::new(),
+            average: initial_adapter()[..NUMBERS].to_vec(),
+            blocks: Trained::new(initial_adapter()[NUMBERS..].to_vec()),
+            server: 1.0,
+            outcome: Outcome {
+                end: None,
+                drained: false,
+                elapsed: Duration::ZERO,
+                adapter: Vec::new(),
+                model: Vec::new(),
+                server: 0.0,
+                steps: 0,
+                rounds: Vec::new(),
+                measured: Vec::new(),
+                history: Vec::new(),
+                clients: Vec::new(),
+                traffic: Traffic::default(),
+                violations: Vec::new(),
+            },
+            scenario,
+        }
+    }
+
+    fn run(&mut self) {
+        self.settle();
+        while !self.is_over()
+            && let Some(happening) = self.network.next()
+            && self.network.now <= self.scenario.time_limit
+        {
+            match happening {
+                Happening::Arrival { socket, end, arrival } => self.arrive(socket, end, arrival),
+                Happening::Own(own) => self.handle(own),
+            }
+            self.settle();
+        }
+    }
+
+    /// The servers are done, and so is every client that still runs.
+    fn is_over(&self) -> bool {
+        let client_over =
+            |toy: &Toy| toy.session.is_none() || toy.outcome.finished.is_some() || toy.outcome.failed.is_some();
+        self.outcome.drained && self.toys.iter().all(client_over)
+    }
+
+    fn now(&self, node: Node) -> Duration {
+        self.network.now + skew(node)
+    }
+
+    fn violation(&mut self, text: String) {
+        self.outcome
+            .violations
+            .push(format!("at {:?}: {text}", self.network.now));
+    }
+}
