@@ -190,7 +190,7 @@ impl Value {
     }
 
     /// A number of either float kind.
-    pub(crate) fn float(&self) -> Option<f64> {
+    pub fn float(&self) -> Option<f64> {
         match *self {
             Value::F32(value) => Some(value.into()),
             Value::F64(value) => Some(value),
