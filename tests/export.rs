@@ -274,6 +274,39 @@ fn pairs(metadata: &Metadata) -> Vec<(String, Metadatum)> {
         .collect()
 }
 
+/// Ranks, alphas and blocks of their own, rank-stabilised scales.
+#[test]
+fn every_variant_of_peft_is_merged() {
+    let mut case = Case::load("families/llama");
+    let model = case.weights.model().clone();
+    let engine = Engine::cpu();
+    for entry in std::fs::read_dir(fixture("families/llama/adapters")).unwrap() {
+        let path = entry.unwrap().path();
+        case.adapter = Adapter::load(&path, &model).unwrap();
+        let file = checkpoint(&case.merged(), Storage::F32, SHARD)
+            .remove("model.safetensors")
+            .unwrap();
+        let merged = Weights::from_bytes(file, &model).unwrap();
+        let adapter = case.adapter.clone().over_all_blocks(&model).unwrap();
+        let [expected, found] = [(&case.weights, Some(&adapter)), (&merged, None)].map(|(weights, adapter)| {
+            let mut units = HeldUnits { weights, holding: F32 };
+            let loaded = StackWeights::load(&engine, &model, &mut units).unwrap();
+            let extent = Extent { batch: 1, seq: 40 };
+            let mut central = Central::new(&engine, &model, loaded, adapter, extent, None).unwrap();
+            let ids = &case.data.examples[0].ids[..40];
+            block_on(central.logits(ids, 40, 0..40)).unwrap().concat()
+        });
+        let largest = expected.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
+        for (found, expected) in found.iter().zip(&expected) {
+            assert!(
+                (found - expected).abs() <= 5e-6 * largest,
+                "{}: {found}, expected {expected}",
+                path.display()
+            );
+        }
+    }
+}
+
 #[test]
 fn a_large_checkpoint_is_written_in_shards_that_are_read_as_one() {
     let case = Case::load("families/llama");
@@ -390,7 +423,9 @@ fn assert_lora(adapter: &Adapter, model: &Architecture, what: &str) {
     assert_eq!(text("general.type"), "adapter");
     assert_eq!(text("adapter.type"), "lora");
     assert_eq!(text("general.architecture"), model.family.model_type());
-    let alpha = file.metadata().get("adapter.lora.alpha").unwrap().float().unwrap();
+    let Some(&Metadatum::F32(alpha)) = file.metadata().get("adapter.lora.alpha") else {
+        panic!("{what}: no alpha");
+    };
     assert_eq!(file.tensors().len(), 2 * adapter.layout.entries().len(), "{what}");
     for entry in adapter.layout.entries() {
         let (rank, inputs, outputs) = (entry.rank, entry.inputs, entry.outputs);
@@ -417,7 +452,7 @@ fn assert_lora(adapter: &Adapter, model: &Architecture, what: &str) {
             };
             for column in (0..inputs).step_by(7) {
                 let expected = product(own_a, own_b, f64::from(entry.scale), row, column);
-                let found = product(&a, &b, alpha / rank as f64, in_file, column);
+                let found = product(&a, &b, f64::from(alpha) / rank as f64, in_file, column);
                 assert!(
                     (found - expected).abs() <= 1e-6 * (1.0 + expected.abs()),
                     "{what} {name} ({row}, {column}): {found}, expected {expected}"

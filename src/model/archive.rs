@@ -216,7 +216,8 @@ impl Archive {
     }
 
     /// How a tensor's elements are stored, if the archive has it.
-    pub fn dtype(&self, tensor: &str) -> Option<Dtype> {
+    #[cfg(not(target_arch = "wasm32"))]
+    pub(crate) fn dtype(&self, tensor: &str) -> Option<Dtype> {
         self.metadata.info(tensor).map(|info| info.dtype)
     }
 

@@ -11,17 +11,20 @@ use serde_json::Value;
 pub const CARD_FILE: &str = "README.md";
 
 /// What the card says of a run: a label, and where `run.json` has it, the first that is there.
-const FACTS: [(&str, &[&str]); 14] = [
+const FACTS: [(&str, &[&str]); 15] = [
     ("steps", &["/totals/steps"]),
     ("rounds", &["/totals/rounds"]),
     ("local steps of a round", &["/configuration/local_steps"]),
-    ("clients", &["/totals/clients", "/configuration/clients"]),
+    ("clients waited for", &["/configuration/clients"]),
     ("tokens", &["/totals/tokens"]),
     ("last training loss", &["/totals/loss"]),
-    ("validation perplexity before", &["/valid_before/perplexity"]),
+    (
+        "validation perplexity before",
+        &["/valid_before/perplexity", "/totals/first_valid_perplexity"],
+    ),
     (
         "validation perplexity after",
-        &["/valid_after/perplexity", "/totals/valid_perplexity"],
+        &["/valid_after/perplexity", "/totals/last_valid_perplexity"],
     ),
     ("batch", &["/configuration/batch"]),
     ("longest window, tokens", &["/configuration/seq"]),
@@ -29,6 +32,7 @@ const FACTS: [(&str, &[&str]); 14] = [
     ("weight decay", &["/configuration/optimizer/weight_decay"]),
     ("seed", &["/configuration/seed"]),
     ("frozen weights held as", &["/configuration/weights"]),
+    ("sflllm", &["/version"]),
 ];
 
 /// The card of an adapter with this `adapter_config.json`, and the `run.json` of the run it comes from if that is known.
@@ -75,6 +79,11 @@ pub fn card(description: &Value, run: Option<&Value>) -> String {
          model = PeftModel.from_pretrained(base, \"path/to/this/directory\")\n```",
         quoted(base.unwrap_or("path/to/the/base/model"))
     ));
+    if let Some(base) = base.filter(|base| !base.contains('/')) {
+        line(format!(
+            "\n`{base}` is what the base model's directory or file was called, if it is no name on the Hub: give the place of yours."
+        ));
+    }
     let facts = run.map_or(String::new(), facts);
     if !facts.is_empty() {
         line(format!("\n## Training\n\n| | |\n|---|---|\n{}", facts.trim_end()));

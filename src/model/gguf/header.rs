@@ -258,7 +258,7 @@ impl From<&Rotary> for Rope {
 
 impl ModelHeader {
     /// The header of a model that is in no GGUF file yet. What belongs to its tokenizer is missing.
-    pub fn of(model: &Architecture, name: &str) -> Self {
+    pub(crate) fn of(model: &Architecture, name: &str) -> Self {
         Self {
             family: model.family,
             name: Some(name.to_owned()),

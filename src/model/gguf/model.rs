@@ -82,7 +82,7 @@ impl GgufModel {
     }
 
     /// The type in which a tensor is stored; `None` when the file has no such tensor.
-    pub fn stored(&self, tensor: &str) -> Option<BlockType> {
+    pub(crate) fn stored(&self, tensor: &str) -> Option<BlockType> {
         let name = self.name(tensor).ok()?;
         self.gguf.tensor(&name)?.stored.block
     }
@@ -110,7 +110,7 @@ impl GgufModel {
     ///
     /// # Panics
     /// When `values` is not `rows.len() · columns` long, or there are no such rows.
-    pub fn rows(
+    pub(crate) fn rows(
         &mut self,
         tensor: &str,
         shape: [usize; 2],
