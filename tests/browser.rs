@@ -279,6 +279,41 @@ fn a_tab_fetches_the_embedding_into_a_file_once_and_computes_the_same_without_th
     again(4, &edit("window.writing = stream;"), size);
 }
 
+/// As `real_model`, where a file is named. Four blocks, batch 4 × 128, rank 8: what `docs/measured.md` has.
+#[test]
+#[expect(clippy::print_stderr, reason = "the test harness takes it")]
+fn a_tab_on_smollm2_downloads_less_than_45_mb_and_holds_less_than_120() {
+    let Some(model) = std::env::var_os("SFLLLM_REAL_MODEL") else {
+        eprintln!("SFLLLM_REAL_MODEL names no file: nothing is checked; try `cargo xtask test --real-model`");
+        return;
+    };
+    let Some(programs) = programs() else { return };
+    let run = tempfile::tempdir().unwrap();
+    let server = Server::start_with(run.path(), 1, 1, 2, |serve| {
+        serve.arg("--model").arg(&model).args([
+            "--device", "cpu", "--split", "4", "--batch", "4", "--seq", "128", "--rank", "8",
+        ]);
+    });
+    let chromium = Chromium::start(&programs, EMULATED_GPU);
+    chromium.open(&format!("{}/?join=1#t={TOKEN}", server.origin));
+    chromium.wait_for_state(&["done"], &server.said);
+    let shown = chromium.root_data();
+    server.finish();
+    let lines = check_steps(run.path(), 1, 2);
+    let steps = lines.iter().filter(|line| line["kind"] == "step");
+    let messages: u64 = steps.filter_map(|step| step["bytes_down"].as_u64()).sum();
+    let number = |field: &str| shown[field].as_str().and_then(|text| text.parse::<u64>().ok()).unwrap();
+    let (received, held, gpu) = (number("received"), number("held"), number("heldGpu"));
+    let files = chromium.files();
+    eprintln!(
+        "received {received} bytes, {messages} of them in steps; held {held}, {gpu} of them on the GPU; files {files:?}"
+    );
+    assert_eq!(files.len(), 1, "the embedding is kept in a file");
+    assert!(received - messages < 45_000_000);
+    // The four blocks alone are 8.8 MB.
+    assert!(gpu > 8_800_000 && held > gpu && held < 120_000_000);
+}
+
 /// Cuts by round, and slow uplinks.
 struct Moving([usize; 3]);
 

@@ -4,9 +4,27 @@
 import { keep, openCache, openFile, removeFile } from './store.js';
 
 const TRIES = 5;
+const PIECE = 1 << 16;
 
 const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 const address = ({ sha256 }) => `/weights/${sha256}`;
+
+// A function that reads the next piece of a stream. Where streams can do that all pieces come in one buffer, each until the next is
+// read: buffers of their own pile up faster than they are collected.
+function pieces(stream) {
+  let buffer = new ArrayBuffer(PIECE);
+  try {
+    const reader = stream.getReader({ mode: 'byob' });
+    return async () => {
+      const piece = await reader.read(new Uint8Array(buffer));
+      buffer = piece.value?.buffer;
+      return piece;
+    };
+  } catch {
+    const reader = stream.getReader();
+    return () => reader.read();
+  }
+}
 
 // Reads the rest of `url`, `size` bytes long, from `offset` on into `write(bytes, at)`; returns how far it got.
 async function readFrom(url, size, write, offset, onBytes, options) {
@@ -21,11 +39,11 @@ async function readFrom(url, size, write, offset, onBytes, options) {
     onBytes(-offset);
     offset = 0;
   }
-  const reader = response.body.getReader();
+  const read = pieces(response.body);
   let at = offset;
   try {
     for (;;) {
-      const { done, value } = await reader.read();
+      const { done, value } = await read();
       if (done) return at;
       if (at + value.length > size) {
         const error = new Error(`the server sent more than the ${size} bytes it announced for ${url}`);

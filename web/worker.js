@@ -136,9 +136,9 @@ class Run {
   reportTraffic() {
     this.trafficDue = false;
     say('traffic', { sent: this.sent, received: this.received });
+    if (!this.client) return;
     // On the CPU the buffers are in the engine's memory.
-    const buffers = this.engine === 'cpu' ? 0 : (this.client?.bufferBytes() ?? 0);
-    say('held', { memory: memory?.buffer.byteLength ?? 0, gpu: buffers });
+    say('held', { memory: memory.buffer.byteLength, gpu: this.engine === 'cpu' ? 0 : this.client.bufferBytes() });
   }
 
   // What the engine asks for. Endpoint 0 is the main server, 1 the federated server.
