@@ -290,7 +290,7 @@ fn a_disk_that_is_full_for_the_metrics_costs_lines_and_not_the_run() {
     let mut limited = Command::new("bash");
     limited.args(["-c", "trap '' XFSZ; ulimit -f 16; exec \"$@\"", "limited"]);
     limited.arg(env!("CARGO_BIN_EXE_sflllm"));
-    place.arguments(&mut limited, &format!("{TRAIN} --steps 400"));
+    place.arguments(&mut limited, &format!("{TRAIN} --targets c_attn --steps 400"));
     let (code, _, said) = told(limited.output().unwrap());
     assert_eq!(code, Some(0), "{said}");
     assert_eq!(said.matches("metrics.jsonl cannot be written").count(), 1, "{said}");
