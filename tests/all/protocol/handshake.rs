@@ -11,7 +11,7 @@ use sflllm::protocol::*;
 use sflllm::terms::ids::{ClientId, RunId};
 use sflllm::terms::tensor::WireForm;
 
-use crate::peer::*;
+use super::peer::*;
 
 #[test]
 fn every_pair_of_versions_gives_a_typed_result() {

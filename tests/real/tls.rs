@@ -11,9 +11,9 @@ use serde_json::Value;
 use sflllm::model::adapter::Adapter;
 use sflllm::model::architecture::Architecture;
 
-const DATA: &str = include_str!("../assets/demo/train.txt");
-const VALID: &str = include_str!("../assets/demo/valid.txt");
-const CONFIG: &str = include_str!("../assets/demo/config.json");
+const DATA: &str = include_str!("../../assets/demo/train.txt");
+const VALID: &str = include_str!("../../assets/demo/valid.txt");
+const CONFIG: &str = include_str!("../../assets/demo/config.json");
 /// Generous: a machine may be slow. Nothing is asserted about time.
 const LIMIT: Duration = Duration::from_secs(300);
 

@@ -166,7 +166,7 @@ fn object(path: &Path) -> Value {
 }
 
 fn has_adapter(run: &Path) -> bool {
-    let config = Architecture::from_json(include_str!("../assets/demo/config.json")).unwrap();
+    let config = Architecture::from_json(include_str!("../../assets/demo/config.json")).unwrap();
     Adapter::load(&run.join("adapter"), &config).is_ok()
 }
 
@@ -662,12 +662,12 @@ fn an_error_that_says_its_cause_does_not_pass_it_on() {
 #[test]
 fn a_byte_order_mark_before_json_is_no_fault() {
     let marked = |text: &str| format!("\u{feff}{text}");
-    let config = include_str!("../assets/demo/config.json");
+    let config = include_str!("../../assets/demo/config.json");
     assert_eq!(
         Architecture::from_json(&marked(config)).unwrap(),
         Architecture::from_json(config).unwrap()
     );
-    let tokenizer = include_str!("../assets/demo/tokenizer.json");
+    let tokenizer = include_str!("../../assets/demo/tokenizer.json");
     let plain = Tokenizer::from_json(tokenizer.as_bytes(), None).unwrap();
     // What clients get is the same file.
     assert_eq!(
