@@ -22,6 +22,7 @@ pub mod store;
 mod tls;
 mod worker;
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
@@ -177,7 +178,7 @@ pub struct Settings {
     pub home: PathBuf,
     pub directory: RunDirectory,
     /// Served to tabs that join without a file of their own.
-    pub demo_data: &'static [u8],
+    pub demo_data: Cow<'static, [u8]>,
     /// For the main server.
     pub run: Option<Run>,
 }

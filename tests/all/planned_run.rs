@@ -245,7 +245,7 @@ fn run_on(
         token: None,
         home: home.path().to_owned(),
         directory,
-        demo_data: b"",
+        demo_data: b"".into(),
         run: Some(run),
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()

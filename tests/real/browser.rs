@@ -256,7 +256,7 @@ fn a_tab_whose_blocks_come_and_go_trains_to_the_end() {
         token: Some(TOKEN.to_owned()),
         home: home.path().to_owned(),
         directory: RunDirectory::create(Some(&home.path().join("out")), "demo").unwrap(),
-        demo_data: include_bytes!("../../assets/demo/train.txt"),
+        demo_data: include_bytes!("../../assets/demo/train.txt").into(),
         run: Some(run),
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
