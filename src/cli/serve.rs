@@ -227,7 +227,7 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
     } = options.batches;
     let seq = options.batches.seq(source.config.positions)?;
     let initial = match &options.lora.init_adapter {
-        Some(directory) => source.adapter(directory)?,
+        Some(directory) => source.adapter(directory)?.with_one_rank(&source.config)?,
         None => Adapter::init(
             &source.config,
             &options.lora.spec(&source.config)?,

@@ -8,3 +8,4 @@ mod hub;
 mod plan_command;
 mod real_model;
 mod tls;
+mod uneven_adapters;
