@@ -86,6 +86,7 @@ pub fn main() -> Result<(), Box<dyn Error>> {
         weights: Vec::new(),
         tokenizer: Vec::new(),
         adapter_len: below.values.len() as u64,
+        alphas: Vec::new(),
     };
     let mut main = MainServerSession::new(
         MainConfig {

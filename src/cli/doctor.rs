@@ -6,19 +6,68 @@ use serde_json::json;
 use crate::compute::{DeviceClass, device};
 
 use super::console;
-use super::options::OutputOptions;
+use super::needs::{Described, Needs, machine_memory};
+use super::options::{OutputOptions, window};
+use super::source::ModelName;
+use crate::model::workspace::Extent;
 
-/// Show what this machine can do: adapters, features, limits, addresses, and what to install when something is missing.
+/// Show what this machine can do: adapters, features, limits, addresses, and what to install when something is missing; or what
+/// a model needs.
 #[derive(Args, Debug)]
 #[command(after_help = "\
-Example:
-  sflllm doctor")]
+Examples:
+  sflllm doctor
+  sflllm doctor --model hf:HuggingFaceTB/SmolLM2-135M-Instruct
+      memory of client and server and what a client fetches, for every cut and weight format; only headers are read")]
 pub struct Options {
+    /// Say what this model needs instead, without loading it
+    #[arg(long, value_name = "DIR|FILE.gguf|hf:ORG/NAME[@REVISION]|demo")]
+    pub model: Option<ModelName>,
+    /// Examples in a batch
+    #[arg(long, value_name = "N", default_value_t = 4, requires = "model", value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub batch: u32,
+    /// Longest window, in tokens; the smaller of 128 and the model's positions if not given
+    #[arg(long, value_name = "N", requires = "model", value_parser = clap::value_parser!(u32).range(2..=1_048_576))]
+    pub seq: Option<u32>,
     #[command(flatten)]
     pub output: OutputOptions,
 }
 
+/// # Errors
+/// One sentence that says what to do.
 pub fn run(options: Options) -> anyhow::Result<()> {
+    match &options.model {
+        Some(model) => needs(model, &options),
+        None => machine(&options),
+    }
+}
+
+/// What a model needs.
+fn needs(model: &ModelName, options: &Options) -> anyhow::Result<()> {
+    let described = Described::read(model, options.output.quiet)?;
+    let extent = Extent {
+        batch: options.batch as usize,
+        seq: window(options.seq, described.model().positions)?,
+    };
+    let needs = Needs::new(described, extent)?;
+    let memory = machine_memory();
+    let advice = needs.advice(memory);
+    if options.output.json {
+        let mut found = needs.json();
+        found["machine_bytes"] = json!(memory);
+        found["advice"] = json!([advice]);
+        console::print(format!("{found:#}"))?;
+        return Ok(());
+    }
+    let mut lines = needs.lines();
+    lines.push(String::new());
+    lines.push(format!("advice     {advice}"));
+    console::print(lines.join("\n"))?;
+    Ok(())
+}
+
+/// What this machine can do.
+fn machine(options: &Options) -> anyhow::Result<()> {
     let adapters = pollster::block_on(device::list());
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
     let addresses: Vec<(String, String)> = if_addrs::get_if_addrs()

@@ -24,6 +24,7 @@ use crate::model::peft;
 use crate::model::weights::Holding;
 
 use super::console::{self, Bar, Console};
+use super::human::shell_word;
 use super::interrupt::{self, Interrupt};
 use super::modelfile::{Chat, Modelfile, ollama_name};
 use super::options::OutputOptions;
@@ -428,16 +429,6 @@ fn next(form: ExportForm, out: &Path, source: &Source) -> String {
         ExportForm::GgufMerged => format!("llama-cli -m {}", shell_word(&out.join(MODEL_FILE))),
         ExportForm::Merged => format!("model = AutoModelForCausalLM.from_pretrained({out:?})"),
         ExportForm::Ollama => format!("cd {shown} && ollama create {}", ollama_name(name)),
-    }
-}
-
-/// A path as one word of a shell.
-fn shell_word(path: &Path) -> String {
-    let text = path.display().to_string();
-    let is_plain = |letter: char| letter.is_alphanumeric() || "/._-+:@%".contains(letter);
-    match text.chars().all(is_plain) {
-        true => text,
-        false => format!("'{}'", text.replace('\'', "'\\''")),
     }
 }
 

@@ -23,6 +23,24 @@ pub fn fetch(name: &Name, quiet: bool) -> Result<Snapshot, crate::hub::Error> {
     snapshot
 }
 
+/// A model that is in the cache as a whole, without asking the hub.
+pub fn cached(name: &Name) -> Option<Snapshot> {
+    let mut settings = Settings::from_environment().ok()?;
+    settings.offline = true;
+    Hub::new(settings).snapshot_blocking(name, &|_: Event<'_>| {}).ok()
+}
+
+/// A directory with a model's `config.json`, which is all that is fetched.
+///
+/// # Errors
+/// [`crate::hub::Error`] says what to do.
+pub fn description(name: &Name, quiet: bool) -> Result<std::path::PathBuf, crate::hub::Error> {
+    let shown = Shown::new(name, quiet);
+    let directory = Hub::new(Settings::from_environment()?).description_blocking(name, &shown);
+    shown.bar.finish_and_clear();
+    directory
+}
+
 struct Shown {
     model: String,
     bar: ProgressBar,

@@ -1,5 +1,7 @@
 //! Numbers in the words of a reader.
 
+use std::path::Path;
+
 /// A time in the units of a clock: `340 µs`, `1.25 s`, `8 h 12 min`.
 pub fn duration(seconds: f64) -> String {
     const MINUTE: f64 = 60.0;
@@ -96,6 +98,16 @@ pub fn certificate(gap: f64) -> String {
     match gap < ROUNDING {
         true => "certified: the best possible".to_owned(),
         false => format!("certified: at most {} from the best possible", percent(gap)),
+    }
+}
+
+/// A path as one word of a shell.
+pub fn shell_word(path: &Path) -> String {
+    let text = path.display().to_string();
+    let is_plain = |letter: char| letter.is_alphanumeric() || "/._-+:@%".contains(letter);
+    match text.chars().all(is_plain) {
+        true => text,
+        false => format!("'{}'", text.replace('\'', "'\\''")),
     }
 }
 

@@ -16,6 +16,7 @@ pub mod human;
 pub mod interrupt;
 pub mod join;
 pub mod modelfile;
+pub mod needs;
 pub mod options;
 pub mod plan;
 pub mod report;

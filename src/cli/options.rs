@@ -216,18 +216,23 @@ impl ReadingOptions {
 /// What `--seq` is without being given, where the model has as many positions.
 const DEFAULT_SEQ: usize = 128;
 
+/// The longest window that `--seq` means for a model of `positions`.
+pub(super) fn window(seq: Option<u32>, positions: usize) -> anyhow::Result<usize> {
+    match seq {
+        None => Ok(DEFAULT_SEQ.min(positions)),
+        Some(seq) => {
+            anyhow::ensure!(
+                seq as usize <= positions,
+                "--seq {seq} is longer than the model's {positions} positions"
+            );
+            Ok(seq as usize)
+        }
+    }
+}
+
 impl BatchOptions {
     /// The longest window for a model of `positions`.
     pub fn seq(&self, positions: usize) -> anyhow::Result<usize> {
-        match self.seq {
-            None => Ok(DEFAULT_SEQ.min(positions)),
-            Some(seq) => {
-                anyhow::ensure!(
-                    seq as usize <= positions,
-                    "--seq {seq} is longer than the model's {positions} positions"
-                );
-                Ok(seq as usize)
-            }
-        }
+        window(self.seq, positions)
     }
 }

@@ -149,6 +149,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         listen,
         open: options.open,
         quiet: options.output.quiet,
+        demo_data: DEMO_TRAIN.to_vec(),
     };
     if options.role == RoleName::Federated {
         if options.local_clients > 0 || options.valid.is_some() {
@@ -226,7 +227,7 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
     } = options.batches;
     let seq = options.batches.seq(source.config.positions)?;
     let initial = match &options.lora.init_adapter {
-        Some(directory) => source.adapter(directory)?,
+        Some(directory) => source.adapter(directory)?.with_one_rank(&source.config)?,
         None => Adapter::init(
             &source.config,
             &options.lora.spec(&source.config)?,
@@ -371,6 +372,8 @@ pub(super) struct Hosting {
     pub listen: Vec<Listen>,
     pub open: bool,
     pub quiet: bool,
+    /// For tabs that join without a file of their own.
+    pub demo_data: Vec<u8>,
 }
 
 /// A tokio runtime for servers and clients. Computing happens in threads of its own.
@@ -428,7 +431,7 @@ async fn host_here(
         token: hosting.token.clone(),
         home,
         directory,
-        demo_data: DEMO_TRAIN,
+        demo_data: hosting.demo_data.into(),
         run,
     };
     let server = Server::start(settings, Box::new(move |report| shown.report(report))).await?;

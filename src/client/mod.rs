@@ -16,7 +16,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::compute::{self, Engine};
 use crate::data::{self, Batches, Cursor, DataError, Example};
-use crate::model::adapter::{AdapterError, AdapterLayout, LoraSpec};
+use crate::model::adapter::{AdapterError, AdapterLayout, Exception, LoraSpec};
 use crate::model::architecture::{Architecture, ArchitectureError};
 use crate::model::archive::Source;
 use crate::model::block::BlockWeights;
@@ -24,7 +24,7 @@ use crate::model::ends::embedding::Embedding;
 use crate::model::stack::StackWeights;
 use crate::model::unit::{Unit, UnitData};
 use crate::model::weights::WeightsError;
-use crate::protocol::message::{Assignment, Blob, Capabilities, Gradient, RunConfig};
+use crate::protocol::message::{Assignment, Blob, Capabilities, Gradient, OwnAlpha};
 use crate::protocol::{ActivationsInput, AdapterInput};
 use crate::split::{self, ClientPart, Clock, Training};
 use crate::terms::ids::{RoundKey, RunId, StepKey};
@@ -120,7 +120,7 @@ impl Plan {
                 run.seq, config.positions
             ));
         }
-        let training = training(&config, run)?;
+        let training = training(&config, assignment)?;
         let layout = AdapterLayout::new(&config, &training.spec, 0..cut)?;
         if layout.len() as u64 != assignment.adapter_len {
             return fail(format!(
@@ -206,13 +206,30 @@ fn units(cut: usize) -> impl Iterator<Item = Unit> {
     std::iter::once(Unit::Embedding).chain((0..cut).map(Unit::Block))
 }
 
-fn training(model: &Architecture, run: &RunConfig) -> Result<Training, Error> {
+fn training(model: &Architecture, assignment: &Assignment) -> Result<Training, Error> {
+    let run = &assignment.config;
     let targets = LoraSpec::parse_targets(model, &run.targets.join(","))?;
     if let Some((name, number)) = run.optimizer.impossible() {
         return Err(Error::Assignment(format!("a {name} of {number}")));
     }
+    let rank = run.rank as usize;
+    let exception = |own: &OwnAlpha| {
+        let [target] = LoraSpec::parse_targets(model, &own.target)?[..] else {
+            return Err(Error::Assignment(format!(
+                "an alpha of the targets `{}`, not of one",
+                own.target
+            )));
+        };
+        Ok(Exception {
+            block: own.block as usize,
+            target,
+            rank,
+            alpha: own.alpha,
+        })
+    };
+    let exceptions = assignment.alphas.iter().map(exception).collect::<Result<_, _>>()?;
     Ok(Training {
-        spec: LoraSpec::new(run.rank as usize, run.alpha, targets)?,
+        spec: LoraSpec::new(rank, run.alpha, targets)?.with_exceptions(exceptions)?,
         optimizer: run.optimizer,
         batch: run.batch as usize,
         seq: run.seq as usize,

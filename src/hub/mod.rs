@@ -142,23 +142,76 @@ impl Hub {
         })
     }
 
+    /// A directory of the cache that has a model's `config.json`, which is all that is fetched where it is missing. What the
+    /// cache says of the model's branches stays as it is.
+    ///
+    /// # Errors
+    /// [`Error::NoConfig`] where the repository has none, as those with GGUF files alone; else as [`Hub::snapshot`].
+    pub async fn description(&self, name: &Name, progress: &dyn Progress) -> Result<PathBuf, Error> {
+        let repository = Repository::new(&self.settings.cache, name.repository());
+        let config = FileName::known(choice::CONFIG);
+        let here = (repository.commit(name.revision())).filter(|commit| repository.has(commit, &config));
+        let commit = match here {
+            Some(commit) => commit,
+            None if self.settings.offline => {
+                return Err(Error::Offline {
+                    model: name.to_string(),
+                    cache: self.settings.cache.clone(),
+                });
+            }
+            None => {
+                let remote = Remote::new(&self.settings)?;
+                let listing = remote.listing(name, progress).await?;
+                let entries: Vec<&Entry> = (listing.entries.iter()).filter(|entry| entry.name == config).collect();
+                if entries.is_empty() {
+                    return Err(Error::NoConfig {
+                        repository: name.repository().to_owned(),
+                    });
+                }
+                let transfer = Transfer {
+                    remote: &remote,
+                    repository: &repository,
+                    name,
+                    commit: &listing.commit,
+                    progress,
+                };
+                fetch_group(&transfer, entries).await?;
+                listing.commit
+            }
+        };
+        Ok(repository.snapshot(&commit))
+    }
+
+    /// [`Hub::description`] for callers that wait in their own thread.
+    ///
+    /// # Errors
+    /// [`Error`] says what to do.
+    pub fn description_blocking(&self, name: &Name, progress: &dyn Progress) -> Result<PathBuf, Error> {
+        blocking(|| self.description(name, progress))
+    }
+
     /// [`Hub::snapshot`] for callers that wait in their own thread, inside or outside of an async runtime.
     ///
     /// # Errors
     /// [`Error`] says what to do.
     pub fn snapshot_blocking(&self, name: &Name, progress: &dyn Progress) -> Result<Snapshot, Error> {
-        let fetching = || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-            let runtime = runtime.map_err(|error| Error::Http {
-                reason: error.to_string(),
-            })?;
-            runtime.block_on(self.snapshot(name, progress))
-        };
-        std::thread::scope(|scope| match scope.spawn(fetching).join() {
-            Ok(result) => result,
-            Err(panic) => std::panic::resume_unwind(panic),
-        })
+        blocking(|| self.snapshot(name, progress))
     }
+}
+
+/// Waits in a thread of its own, which may be inside or outside of an async runtime.
+fn blocking<T: Send, F: Future<Output = Result<T, Error>>>(work: impl FnOnce() -> F + Send) -> Result<T, Error> {
+    let waiting = || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = runtime.map_err(|error| Error::Http {
+            reason: error.to_string(),
+        })?;
+        runtime.block_on(work())
+    };
+    std::thread::scope(|scope| match scope.spawn(waiting).join() {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic),
+    })
 }
 
 /// Brings the files of a model into the cache: first those beside the weights, one of which may name the shards.

@@ -1,7 +1,7 @@
 //! Where each number lives in the `scalars` buffer, the handful of floats a step's host side sets before it replays a recording.
 //!
 //! They are in a buffer and not in params because params are fixed when a recording is prepared. A shader that reads the buffer
-//! names the index `const SCALAR_<NAME>: u32`; `tests/kernel_contract.rs` compares those with [`INDICES`].
+//! names the index `const SCALAR_<NAME>: u32`; `tests/all/kernel_contract.rs` compares those with [`INDICES`].
 
 /// Weight of the example's or client's loss in the adapter gradient.
 pub const WEIGHT: usize = 0;

@@ -262,7 +262,7 @@ impl LoraSpec {
     ///
     /// # Errors
     /// [`AdapterError::Exceptions`] when they are not in order; [`AdapterError::Rank`], [`AdapterError::Alpha`].
-    pub(crate) fn with_exceptions(mut self, exceptions: Vec<Exception>) -> Result<Self, AdapterError> {
+    pub fn with_exceptions(mut self, exceptions: Vec<Exception>) -> Result<Self, AdapterError> {
         let ordered = exceptions
             .windows(2)
             .all(|pair| (pair[0].block, pair[0].target) < (pair[1].block, pair[1].target));
@@ -604,6 +604,56 @@ impl Adapter {
         self.spec = self.spec.with_exceptions(exceptions)?;
         self.layout = AdapterLayout::new(model, &self.spec, 0..model.blocks)?;
         Ok(self)
+    }
+
+    /// This adapter with one rank for all projections, as devices exchange it: blocks then have equally many values. It computes the
+    /// same and trains the same. A projection of a smaller rank, or none, gets rows of A and columns of B that are zero, and they stay
+    /// zero: the gradient of each has the other as a factor. What is left of the spec's exceptions are alphas.
+    ///
+    /// # Errors
+    /// As [`AdapterLayout::new`].
+    pub fn with_one_rank(self, model: &Architecture) -> Result<Self, AdapterError> {
+        if self.spec.exceptions.is_empty() && !self.spec.rank_stabilised {
+            return Ok(self);
+        }
+        let entries = self.layout.entries();
+        let rank = entries.iter().map(|entry| entry.rank).max().unwrap_or(self.spec.rank);
+        let scale = self.spec.scale(self.spec.rank, self.spec.alpha);
+        let adapted = entries.iter().map(|entry| entry.target);
+        let exceptions = entries
+            .iter()
+            .filter(|entry| entry.scale != scale)
+            .map(|entry| Exception {
+                block: entry.block,
+                target: entry.target,
+                rank,
+                alpha: entry.scale * rank as f32,
+            });
+        let spec = LoraSpec::new(
+            rank,
+            scale * rank as f32,
+            adapted.chain(self.spec.targets.iter().copied()),
+        )?
+        .with_exceptions(exceptions.collect())?;
+        let layout = AdapterLayout::new(model, &spec, self.layout.blocks())?;
+        let mut values = vec![0.0; layout.len()];
+        let old = |block, target| {
+            entries
+                .iter()
+                .find(|entry| (entry.block, entry.target) == (block, target))
+        };
+        for to in layout.entries() {
+            let Some(from) = old(to.block, to.target) else {
+                continue;
+            };
+            let a = &self.values[from.range_a()];
+            values[to.range_a()][..a.len()].copy_from_slice(a);
+            let b = self.values[from.range_b()].chunks_exact(from.rank);
+            for (row, b) in values[to.range_b()].chunks_exact_mut(rank).zip(b) {
+                row[..from.rank].copy_from_slice(b);
+            }
+        }
+        Ok(Self { spec, layout, values })
     }
 
     /// This adapter and the one of the blocks that follow, as one: the client's part and the server's.

@@ -18,6 +18,7 @@
 //! [`Convention::Issued`] all of it is read off recordings on an engine that computes nothing, and so is memory.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use crate::compute::{Cost, Engine, Error, Recording};
@@ -59,6 +60,25 @@ pub struct Workload {
     /// What was read off recordings, by rank.
     recorded: Arc<Mutex<BTreeMap<usize, Passes>>>,
 }
+
+/// What one side of the cut holds on its device, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceBytes {
+    /// Frozen weights.
+    pub weights: u64,
+    /// For a batch: what the forward pass keeps, the gradients, the adapter with gradient and moments, the wire forms both ways.
+    pub training: u64,
+}
+
+impl DeviceBytes {
+    /// Both.
+    pub fn total(&self) -> u64 {
+        self.weights + self.training
+    }
+}
+
+/// In which format a matrix of a unit is held, by its name.
+pub type Formats<'a> = &'a dyn Fn(Unit, &str) -> Format;
 
 /// FLOP of the passes of one block and of the head.
 #[derive(Clone, Copy, Debug, Default)]
@@ -137,8 +157,8 @@ impl Workload {
 
     /// Records one block with the head on paper.
     fn record(&self, rank: usize) -> Passes {
-        let stack = self.on_paper(1, rank, Format::F16, true);
-        let Ok((_, stack)) = stack else {
+        let stack = self.on_paper(0..1, rank, &|_, _| Format::F16, true);
+        let Ok((stack, _)) = stack else {
             // Paper has room for anything; a rank beyond what adapters can have is refused where it is chosen.
             return Passes::default();
         };
@@ -159,26 +179,33 @@ impl Workload {
         }
     }
 
-    /// The first `blocks` blocks ready for training on an engine that computes nothing.
-    fn on_paper(&self, blocks: usize, rank: usize, weights: Format, head: bool) -> Result<(Engine, Stack), ModelError> {
+    /// Some blocks ready for training on an engine that computes nothing, and what they hold.
+    fn on_paper(
+        &self,
+        blocks: Range<usize>,
+        rank: usize,
+        formats: Formats<'_>,
+        head: bool,
+    ) -> Result<(Stack, DeviceBytes), ModelError> {
         let engine = Engine::paper();
         let mut units = Blank {
             model: &self.model,
-            format: weights,
+            formats,
         };
         let weights = StackWeights {
             embedding: None,
-            blocks: StackWeights::load_blocks(&engine, &self.model, &mut units, 0..blocks)?,
-            first_block: 0,
+            blocks: StackWeights::load_blocks(&engine, &self.model, &mut units, blocks.clone())?,
+            first_block: blocks.start,
             head: head
                 .then(|| HeadWeights::load(&engine, &self.model, &mut units))
                 .transpose()?,
         };
+        let weight_bytes = engine.buffer_bytes();
         let layout = LoraSpec::new(rank, 1.0, self.targets.iter().copied())
-            .and_then(|spec| AdapterLayout::new(&self.model, &spec, 0..blocks))
+            .and_then(|spec| AdapterLayout::new(&self.model, &spec, blocks.clone()))
             .map_err(|_| Error::LimitTooSmall {
                 limit: "values in an adapter",
-                needed: self.adapter_values(blocks, rank) as u64,
+                needed: self.adapter_values(blocks.len(), rank) as u64,
                 had: 1 << 29,
                 advice: "; take a smaller rank",
             })?;
@@ -191,7 +218,11 @@ impl Workload {
             self.extent,
             true,
         )?;
-        Ok((engine, stack))
+        let held = DeviceBytes {
+            weights: weight_bytes,
+            training: engine.buffer_bytes() - weight_bytes,
+        };
+        Ok((stack, held))
     }
 
     fn rows(&self) -> f64 {
@@ -309,34 +340,83 @@ impl Workload {
     /// backward pass, the adapter with gradient and moments, and the wire forms both ways; on the host the embedding. A program's
     /// own memory comes on top.
     pub fn client_memory_bytes(&self, cut: usize, rank: usize, weights: Format, wire: WireForm) -> f64 {
-        let Ok((engine, _stack)) = self.on_paper(self.client_blocks(cut).max(1), rank, weights, false) else {
-            return f64::INFINITY;
+        match self.client_bytes(cut, rank, &|_, _| weights, wire) {
+            Ok(held) => held.total() as f64 + self.unit_bytes(Unit::Embedding, weights),
+            Err(_) => f64::INFINITY,
+        }
+    }
+
+    /// What a client's device holds at a cut.
+    ///
+    /// # Errors
+    /// When an adapter of this rank cannot be.
+    pub fn client_bytes(
+        &self,
+        cut: usize,
+        rank: usize,
+        formats: Formats<'_>,
+        wire: WireForm,
+    ) -> Result<DeviceBytes, ModelError> {
+        self.side_bytes(0..self.client_blocks(cut).max(1), rank, formats, (wire, false))
+    }
+
+    /// What the server's device holds at a cut, however many clients there are: they are computed one after the other.
+    ///
+    /// # Errors
+    /// As [`Workload::client_bytes`].
+    pub fn server_bytes(
+        &self,
+        cut: usize,
+        rank: usize,
+        formats: Formats<'_>,
+        wire: WireForm,
+    ) -> Result<DeviceBytes, ModelError> {
+        let cut = self.client_blocks(cut).min(self.model.blocks.saturating_sub(1));
+        self.side_bytes(cut..self.model.blocks, rank, formats, (wire, true))
+    }
+
+    fn side_bytes(
+        &self,
+        blocks: Range<usize>,
+        rank: usize,
+        formats: Formats<'_>,
+        (wire, head): (WireForm, bool),
+    ) -> Result<DeviceBytes, ModelError> {
+        let (_, mut held) = self.on_paper(blocks, rank, formats, head)?;
+        held.training += match wire {
+            WireForm::F32 => 0,
+            packed => 2 * self.activation_bits(packed) as u64 / 8,
         };
-        let wire_bytes = match wire {
-            WireForm::F32 => 0.0,
-            packed => 2.0 * self.activation_bits(packed) / 8.0,
-        };
-        engine.buffer_bytes() as f64 + self.unit_bytes(Unit::Embedding, weights) + wire_bytes
+        Ok(held)
     }
 
     /// A unit's tensors, in bytes.
     pub fn unit_bytes(&self, unit: Unit, weights: Format) -> f64 {
-        let words = |(_, shape): (&'static str, Vec<usize>)| layout(&shape, weights).words() as f64;
-        4.0 * unit.tensors(&self.model).into_iter().map(words).sum::<f64>()
+        self.held_unit_bytes(unit, &|_, _| weights) as f64
+    }
+
+    /// A unit's tensors as they are held and sent, in bytes.
+    pub fn held_unit_bytes(&self, unit: Unit, formats: Formats<'_>) -> u64 {
+        let words = |(name, shape): (&'static str, Vec<usize>)| layout(&shape, formats(unit, name)).words() as u64;
+        4 * unit.tensors(&self.model).into_iter().map(words).sum::<u64>()
     }
 }
 
 /// Units that have shapes and no values, for [`Engine::paper`].
 struct Blank<'a> {
     model: &'a Architecture,
-    format: Format,
+    formats: Formats<'a>,
 }
 
 impl UnitSource for Blank<'_> {
     fn unit(&mut self, unit: Unit) -> Result<UnitData, WeightsError> {
         let tensors = unit.tensors(self.model).into_iter().map(|(name, shape)| Tensor {
             name: name.to_owned(),
-            format: if shape.len() == 2 { self.format } else { Format::F32 },
+            format: if shape.len() == 2 {
+                (self.formats)(unit, name)
+            } else {
+                Format::F32
+            },
             shape,
             words: Vec::new(),
         });

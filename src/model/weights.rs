@@ -77,7 +77,7 @@ impl Holding {
     /// Of one unit's matrices. Where the blocks are held in four bits the embedding and the head are held in eight, as files of
     /// four bits have them: on SmolLM2-135M four bits there cost 7.2 % of perplexity, more than all blocks together, and save a
     /// third of a client's download.
-    fn of(self, unit: Unit) -> Self {
+    pub(crate) fn of(self, unit: Unit) -> Self {
         match (self, unit) {
             (Holding::As(Format::Q4), Unit::Embedding | Unit::Final) => Holding::As(Format::Q8),
             _ => self,
@@ -321,18 +321,22 @@ impl Weights {
         }
     }
 
-    /// How matrices of blocks are held, most of them.
-    pub fn format(&self, holding: Holding) -> Format {
+    /// How one matrix of a unit is held.
+    pub fn matrix_format(&self, unit: Unit, tensor: &str, holding: Holding) -> Format {
+        let holding = holding.of(unit);
         match &self.store {
             Store::Safetensors(_) => holding.or(Format::F16),
             #[cfg(not(target_arch = "wasm32"))]
             Store::Gguf(gguf) => {
-                let gguf = lock(gguf);
-                let first = self.model.targets()[0].weight();
-                let natural = gguf.natural(&Unit::Block(0).file_name(&self.model, first));
+                let natural = lock(gguf).natural(&unit.file_name(&self.model, tensor));
                 holding.or(natural.unwrap_or(Format::F16))
             }
         }
+    }
+
+    /// How matrices of blocks are held, most of them.
+    pub fn format(&self, holding: Holding) -> Format {
+        self.matrix_format(Unit::Block(0), self.model.targets()[0].weight(), holding)
     }
 
     /// The embedding, whose rows stay where they are kept until they are asked for. They are what [`Weights::unit`] gives for the

@@ -60,12 +60,13 @@ impl Buffers<'_> {
         words: usize,
         old: Option<&Buffer>,
     ) -> Result<Buffer, Error> {
-        let adapted = self
-            .lora
-            .into_iter()
-            .flat_map(|layout| layout.entries())
-            .any(|entry| entry.block == self.block && entry.target.level() == level);
-        self.picked(name, words, self.keep && adapted, old)
+        let adapted = |block: usize| {
+            let mut entries = self.lora.into_iter().flat_map(|layout| layout.entries());
+            self.keep && entries.any(|entry| entry.block == block && entry.target.level() == level)
+        };
+        // What the block before keeps is its own: one that keeps nothing may not write there.
+        let old = old.filter(|_| self.block > 0 && !adapted(self.block - 1));
+        self.picked(name, words, adapted(self.block), old)
     }
 
     fn picked(&self, name: &str, words: usize, own: bool, old: Option<&Buffer>) -> Result<Buffer, Error> {

@@ -4,6 +4,7 @@
 //! It is separate from `socket` because nothing here knows the protocol, and from `coordinator` because nothing here may
 //! wait for it.
 
+use std::borrow::Cow;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -45,7 +46,7 @@ pub struct Site {
     /// `/status`, kept up to date by the coordinator.
     pub status: watch::Receiver<Value>,
     /// For tabs that join without a file of their own.
-    pub demo_data: &'static [u8],
+    pub demo_data: Cow<'static, [u8]>,
     pub door: Door,
 }
 
@@ -78,7 +79,7 @@ async fn status(State(site): State<Arc<Site>>) -> Response {
 
 async fn demo(State(site): State<Arc<Site>>) -> Response {
     let headers = [(CONTENT_TYPE, "text/plain; charset=utf-8"), (CACHE_CONTROL, "no-cache")];
-    (headers, site.demo_data).into_response()
+    (headers, site.demo_data.clone()).into_response()
 }
 
 async fn federated_only() -> &'static str {
@@ -235,7 +236,7 @@ mod tests {
         Arc::new(Site {
             blobs: Some(Arc::new(blobs)),
             status: watch::channel(starting()).1,
-            demo_data: b"",
+            demo_data: Cow::Borrowed(b""),
             door: Door::new(
                 (true, true),
                 inputs,

@@ -22,6 +22,7 @@ pub mod store;
 mod tls;
 mod worker;
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
@@ -42,7 +43,7 @@ use crate::disk;
 use crate::model::adapter::{Adapter, AdapterError, AdapterLayout, LoraSpec, Target};
 use crate::model::architecture::Architecture;
 use crate::model::weights::{HeldUnits, Holding, Weights, WeightsError};
-use crate::protocol::message::{Assignment, Blob, Digest, PROTOCOL_VERSION, RunConfig};
+use crate::protocol::message::{Assignment, Blob, Digest, OwnAlpha, PROTOCOL_VERSION, RunConfig};
 use crate::protocol::{
     ControlAccess, ControlConfig, ControlSession, FederatedConfig, FederatedServerSession, MAX_FRAME_BYTES, MainConfig,
     MainError, MainServerSession, PING_INTERVAL, Placement,
@@ -177,7 +178,7 @@ pub struct Settings {
     pub home: PathBuf,
     pub directory: RunDirectory,
     /// Served to tabs that join without a file of their own.
-    pub demo_data: &'static [u8],
+    pub demo_data: Cow<'static, [u8]>,
     /// For the main server.
     pub run: Option<Run>,
 }
@@ -486,6 +487,7 @@ fn prepare(
         weights: parts.clone(),
         tokenizer: tokenizer_files,
         adapter_len: initial_adapter.len() as u64,
+        alphas: alphas(&training.spec),
     };
     directory.note(json!({
         "run": id.to_string(),
@@ -596,6 +598,17 @@ fn run_config(run: &Run) -> RunConfig {
         optimizer: training.optimizer,
         moments: MomentPolicy::Keep,
     }
+}
+
+/// The alphas of a spec that has one rank.
+fn alphas(spec: &LoraSpec) -> Vec<OwnAlpha> {
+    (spec.exceptions.iter())
+        .map(|exception| OwnAlpha {
+            block: u32::try_from(exception.block).unwrap_or(u32::MAX),
+            target: exception.target.module().to_owned(),
+            alpha: exception.alpha,
+        })
+        .collect()
 }
 
 /// A join secret that can be typed on a phone: eighty random bits, without letters that look alike.

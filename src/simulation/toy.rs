@@ -120,6 +120,7 @@ pub(super) fn assignment(scenario: &Scenario, split: u32) -> Assignment {
         weights: Vec::new(),
         tokenizer: Vec::new(),
         adapter_len: u64::from(split) * NUMBERS as u64,
+        alphas: Vec::new(),
     }
 }
 

@@ -1,4 +1,4 @@
-//! Where Chromium and its driver are on this machine. `tests/browser.rs` includes this file by its path, so that what
+//! Where Chromium and its driver are on this machine. `tests/real/browser.rs` includes this file by its path, so that what
 //! the set-up looks for is what the test runs.
 
 use std::env;

@@ -119,11 +119,30 @@ pub(crate) fn set_acknowledged(frame: &mut [u8], acknowledged: u32) {
     }
 }
 
+/// An assignment with alphas.
+const SCALED_ASSIGNMENT: u8 = 32;
+
+fn take_scaled_assignment(body: &[u8]) -> Result<Message, DecodeError> {
+    let mut reader = Reader { bytes: body };
+    let mut assignment = Assignment::take(&mut reader)?;
+    assignment.alphas = Wire::take(&mut reader)?;
+    reader.finish()?;
+    match assignment.alphas[..] {
+        [] => Err(DecodeError::Range("an empty list of alphas")),
+        _ => Ok(Message::Assignment(Box::new(assignment))),
+    }
+}
+
 macro_rules! messages {
     ($($name:ident($kind:ty) = $value:literal),* ; $($bare:ident = $bare_value:literal),*) => {
         /// Appends a message's body and returns its kind.
         fn put_message(message: &Message, out: &mut Vec<u8>) -> u8 {
             match message {
+                Message::Assignment(assignment) if !assignment.alphas.is_empty() => {
+                    assignment.put(out);
+                    assignment.alphas.put(out);
+                    SCALED_ASSIGNMENT
+                }
                 $(Message::$name(inner) => {
                     <$kind as Wire>::put(inner, out);
                     $value
@@ -141,6 +160,7 @@ macro_rules! messages {
             let message = match kind {
                 $($value => Message::$name(<$kind as Wire>::take(&mut reader)?.into()),)*
                 $($bare_value => Message::$bare,)*
+                SCALED_ASSIGNMENT => return take_scaled_assignment(body),
                 kind => return Err(DecodeError::Unknown { what: "message kind", value: kind.into() }),
             };
             reader.finish()?;

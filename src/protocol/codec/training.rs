@@ -20,7 +20,7 @@ wire_struct!(Blob {
     sha256: Digest,
     bytes: u64
 });
-wire_list!(Blob);
+wire_list!(Blob, OwnAlpha);
 wire_struct!(RunConfig {
     split: u32,
     rank: u32,
@@ -39,15 +39,41 @@ wire_struct!(RunConfig {
     optimizer: OptimizerSettings,
     moments: MomentPolicy,
 });
-wire_struct!(Assignment {
-    run: RunId,
-    number: u32,
-    config: RunConfig,
-    model_config: String,
-    weights: Vec<Blob>,
-    tokenizer: Vec<Blob>,
-    adapter_len: u64,
+wire_struct!(OwnAlpha {
+    block: u32,
+    target: String,
+    alpha: f32
 });
+
+/// Without its alphas: they follow in a kind of message of their own, which came with protocol 3.1, where there are any.
+impl Wire for Assignment {
+    const MIN_BYTES: usize =
+        <RunId as Wire>::MIN_BYTES + <u32 as Wire>::MIN_BYTES + <RunConfig as Wire>::MIN_BYTES + 3 * 4 + 8;
+
+    fn put(&self, out: &mut Vec<u8>) {
+        self.run.put(out);
+        self.number.put(out);
+        self.config.put(out);
+        self.model_config.put(out);
+        self.weights.put(out);
+        self.tokenizer.put(out);
+        self.adapter_len.put(out);
+    }
+
+    fn take(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
+        Ok(Assignment {
+            run: Wire::take(reader)?,
+            number: Wire::take(reader)?,
+            config: Wire::take(reader)?,
+            model_config: Wire::take(reader)?,
+            weights: Wire::take(reader)?,
+            tokenizer: Wire::take(reader)?,
+            adapter_len: Wire::take(reader)?,
+            alphas: Vec::new(),
+        })
+    }
+}
+
 wire_struct!(RoundStart {
     round: RoundKey,
     base: Digest,

@@ -7,8 +7,8 @@ use std::time::Duration;
 use super::super::ConnectionId;
 use super::super::admission::{Admission, Pass, check_secret};
 use super::super::message::{
-    Control, Credential, Digest, Exclusion, ExclusionReason, Hello, Message, RefusalReason, Service, Stop, StopReason,
-    Welcome,
+    ALPHAS_SINCE, Control, Credential, Digest, Exclusion, ExclusionReason, Hello, Message, RefusalReason, Service,
+    Stop, StopReason, Welcome,
 };
 use super::MainServerSession;
 use super::event::{DepartureReason, MainEvent};
@@ -64,6 +64,10 @@ impl MainServerSession {
         let wire = self.config().wire;
         if !hello.capabilities.forms.contains(&wire) {
             return Err((RefusalReason::WireForm, format!("this run's wire form is {wire}")));
+        }
+        if !self.placement.assignment.alphas.is_empty() && hello.version < ALPHAS_SINCE {
+            let detail = format!("this run's adapter has alphas of its own, which need protocol {ALPHAS_SINCE}");
+            return Err((RefusalReason::Version, detail));
         }
         let replaces = match admission {
             Admission::Known(pass) => self.roster.connection(pass.client).is_some(),

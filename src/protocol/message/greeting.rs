@@ -10,7 +10,10 @@ use crate::terms::ids::{ClientId, RunId};
 use crate::terms::tensor::WireForm;
 
 /// The protocol this crate speaks. Peers with another major version are refused; of two minors the lower is used.
-pub const PROTOCOL_VERSION: Version = Version { major: 3, minor: 0 };
+pub const PROTOCOL_VERSION: Version = Version { major: 3, minor: 1 };
+
+/// The first version in which an assignment can have [`Assignment::alphas`](super::Assignment::alphas).
+pub const ALPHAS_SINCE: Version = Version { major: 3, minor: 1 };
 
 /// A protocol version. Minor versions only append fields and message kinds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

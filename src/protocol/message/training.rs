@@ -80,6 +80,18 @@ pub struct Assignment {
     pub tokenizer: Vec<Blob>,
     /// Numbers in the client side's flat adapter.
     pub adapter_len: u64,
+    /// Of the whole model, ordered by block and target; where there are any, a client speaks
+    /// [`ALPHAS_SINCE`](super::ALPHAS_SINCE).
+    pub alphas: Vec<OwnAlpha>,
+}
+
+/// A projection of one block with another alpha than the run's. Its rank is the run's.
+#[derive(Clone, Debug, PartialEq)]
+pub struct OwnAlpha {
+    pub block: u32,
+    /// As in [`RunConfig::targets`].
+    pub target: String,
+    pub alpha: f32,
 }
 
 /// The rates of a client's emulated uplinks, in bits per second.

@@ -11,7 +11,7 @@ use sflllm::protocol::*;
 use sflllm::terms::ids::{ClientId, RunId};
 use sflllm::terms::tensor::WireForm;
 
-use crate::peer::*;
+use super::peer::*;
 
 #[test]
 fn every_pair_of_versions_gives_a_typed_result() {
@@ -112,6 +112,32 @@ fn nothing_but_a_greeting_is_parsed_first() {
             }]
         );
         assert!(main.status().clients.is_empty());
+    }
+}
+
+#[test]
+fn a_run_with_alphas_of_its_own_takes_no_client_that_cannot_read_them() {
+    let own = || OwnAlpha {
+        block: 0,
+        target: "attn.c_attn".to_owned(),
+        alpha: 3.0,
+    };
+    let of = |version| Hello {
+        version,
+        ..hello(Service::Main, secret())
+    };
+    let old = Version { major: 3, minor: 0 };
+    for (version, alphas, reason) in [
+        (old, true, Some(RefusalReason::Version)),
+        (old, false, None),
+        (ALPHAS_SINCE, true, None),
+        (PROTOCOL_VERSION, true, None),
+    ] {
+        let mut config = main_config(1);
+        config.placement.assignment.alphas = if alphas { vec![own()] } else { Vec::new() };
+        let mut main = MainServerSession::new(config, Duration::ZERO).unwrap();
+        let transmits = greet(&mut main, 1, Duration::ZERO, &of(version));
+        assert_eq!(refusal(&transmits), reason, "{version} {alphas}");
     }
 }
 

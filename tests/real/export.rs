@@ -603,7 +603,7 @@ fn text(path: &Path) -> &str {
 
 /// The demo's architecture, and a PEFT directory with an adapter of it.
 fn demo_adapter(directory: &Path) -> (Architecture, PathBuf) {
-    let config = include_str!("../assets/demo/config.json");
+    let config = include_str!("../../assets/demo/config.json");
     let model = Architecture::from_json(config).unwrap();
     let path = directory.join("adapter-of-demo");
     everywhere(&model).save(&path, &model, "demo").unwrap();
@@ -635,7 +635,7 @@ fn a_run_is_exported_for_peft_as_it_wrote_it() {
     ]);
     // The model is known from the run.
     let printed = succeed(&["export", text(&run), "--format", "peft", "--out", text(&out), "--json"]);
-    let model = Architecture::from_json(include_str!("../assets/demo/config.json")).unwrap();
+    let model = Architecture::from_json(include_str!("../../assets/demo/config.json")).unwrap();
     let [before, after] = [run.join("adapter"), out.clone()].map(|path| Adapter::load(&path, &model).unwrap());
     assert_eq!(before, after);
     assert!(before.values.iter().any(|&value| value != 0.0));

@@ -1,12 +1,12 @@
 //! The examples do what they say, on this machine.
 
-#[path = "../examples/allocation.rs"]
+#[path = "../../examples/allocation.rs"]
 mod allocation;
-#[path = "../examples/kernels.rs"]
+#[path = "../../examples/kernels.rs"]
 mod kernels;
-#[path = "../examples/sessions.rs"]
+#[path = "../../examples/sessions.rs"]
 mod sessions;
-#[path = "../examples/train.rs"]
+#[path = "../../examples/train.rs"]
 mod train;
 
 #[test]

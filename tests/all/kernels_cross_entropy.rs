@@ -1,15 +1,12 @@
 //! The fused head: specification, CPU engine and every variant against each other, loss and gradient against a plain `f64` softmax
 //! with weights in every format, and that gradient against finite differences.
 
-mod engines;
-mod weights;
-
-use engines::{agree, assert_close, exact, finite_differences, floats, numbers, poisoned};
+use crate::engines::{agree, assert_close, exact, finite_differences, floats, numbers, poisoned};
+use crate::weights::{FORMATS, Matrix};
 use sflllm::kernels::cross_entropy::{self, Chunk, Head, STATE_WORDS, Scratch};
 use sflllm::kernels::scalar;
 use sflllm::terms::format::Format;
 use sflllm::terms::tensor::IGNORED_TARGET;
-use weights::{FORMATS, Matrix};
 
 /// One head's numbers.
 struct Case {

@@ -11,7 +11,7 @@ use sflllm::terms::ids::{ClientId, RoundKey, RunId, StepKey};
 use sflllm::terms::moments::Moments;
 use sflllm::terms::speed::Speed;
 
-use crate::peer::*;
+use super::peer::*;
 
 /// A main server's side of one connection, in the test's hands.
 struct Puppet {

@@ -40,7 +40,7 @@ fn odd() -> Case {
 }
 
 fn demo() -> Case {
-    let text = include_str!("../assets/demo/config.json");
+    let text = include_str!("../../assets/demo/config.json");
     Case {
         config: Architecture::from_json(text).unwrap(),
         extent: Extent { batch: 4, seq: 128 },

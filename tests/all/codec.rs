@@ -255,21 +255,31 @@ fn stop() -> impl Strategy<Value = Stop> {
     })
 }
 
+fn alphas() -> impl Strategy<Value = Vec<OwnAlpha>> {
+    let one = (any::<u32>(), text(), number()).prop_map(|(block, target, alpha)| OwnAlpha { block, target, alpha });
+    vec(one, 0..4)
+}
+
 fn message() -> impl Strategy<Value = Message> {
     prop_oneof![
-        (run(), any::<u32>(), config(), text(), blobs(), blobs(), any::<u64>()).prop_map(
-            |(run, number, config, model_config, weights, tokenizer, adapter_len)| {
-                Message::Assignment(Box::new(Assignment {
-                    run,
-                    number,
-                    config,
-                    model_config,
-                    weights,
-                    tokenizer,
-                    adapter_len,
-                }))
-            }
-        ),
+        (
+            (run(), any::<u32>(), config()),
+            (text(), blobs(), blobs(), any::<u64>(), alphas())
+        )
+            .prop_map(
+                |((run, number, config), (model_config, weights, tokenizer, adapter_len, alphas))| {
+                    Message::Assignment(Box::new(Assignment {
+                        run,
+                        number,
+                        config,
+                        model_config,
+                        weights,
+                        tokenizer,
+                        adapter_len,
+                        alphas,
+                    }))
+                }
+            ),
         (any::<u32>(), option::of(speed())).prop_map(|(assignment, speed)| Message::Ready(Ready { assignment, speed })),
         (
             (round(), digest(), any::<u32>()),
@@ -734,6 +744,7 @@ fn the_bytes_of_a_step_and_of_an_assignment_are_those_of_this_version() {
         weights: Vec::new(),
         tokenizer: Vec::new(),
         adapter_len: 13,
+        alphas: Vec::new(),
     };
     let expected = [
         vec![4; 16],
@@ -752,8 +763,29 @@ fn the_bytes_of_a_step_and_of_an_assignment_are_those_of_this_version() {
         bulk(b"{}"),
         words(&[0, 0, 13, 0]),
     ];
-    let (kind, body) = encode_message(&Message::Assignment(Box::new(assignment)));
+    let (kind, body) = encode_message(&Message::Assignment(Box::new(assignment.clone())));
     assert_eq!((kind, body), (16, expected.concat()));
+
+    // With alphas it is a kind of its own, which came with 3.1.
+    let with_alphas = Assignment {
+        alphas: vec![OwnAlpha {
+            block: 3,
+            target: "mlp.c_fc".to_owned(),
+            alpha: 2.5,
+        }],
+        ..assignment
+    };
+    let appended = [words(&[1, 3]), bulk(b"mlp.c_fc"), words(&[2.5_f32.to_bits()])].concat();
+    let body = [expected.concat(), appended].concat();
+    let message = Message::Assignment(Box::new(with_alphas));
+    assert_eq!(encode_message(&message), (32, body.clone()));
+    let empty = [expected.concat(), words(&[0])].concat();
+    assert_eq!(
+        decode_message(32, &empty),
+        Err(DecodeError::Range("an empty list of alphas"))
+    );
+    let endless = [expected.concat(), words(&[u32::MAX])].concat();
+    assert!(matches!(decode_message(32, &endless), Err(DecodeError::Truncated(_))));
 }
 
 #[test]

@@ -2,17 +2,14 @@
 //! each other and against a plain `f64` computation, over shape classes, formats, orientations, strides and epilogues, and the
 //! gradients against finite differences.
 
-mod engines;
-mod weights;
-
-use engines::{agree, assert_close, exact, finite_differences, floats, numbers, poisoned};
+use crate::engines::{agree, assert_close, exact, finite_differences, floats, numbers, poisoned};
+use crate::weights::{FORMATS, Matrix};
 use sflllm::compute::{Engine, Recording};
 use sflllm::kernels::lora::{self, BackwardAParams, BackwardBParams, DownParams, UpParams};
 use sflllm::kernels::matmul::{self, Epilogue, Lora};
 use sflllm::kernels::scalar;
 use sflllm::kernels::weight::Columns;
 use sflllm::terms::format::Format;
-use weights::{FORMATS, Matrix};
 
 /// (rows, outputs, inputs): one, primes, around a tile of 64 and around the register tile, groups that are whole and cut short,
 /// the sizes of a width of 70 with 5 heads; and the few rows of generation.

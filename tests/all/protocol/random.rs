@@ -7,7 +7,7 @@ use sflllm::protocol::message::*;
 use sflllm::protocol::*;
 use sflllm::simulation::{Fault, Scenario, Weather, simulate};
 
-use crate::peer::*;
+use super::peer::*;
 
 fn fault(clients: usize) -> impl Strategy<Value = Fault> {
     let client = 0..clients;

@@ -2,8 +2,8 @@
 //!
 //! Without Chromium the tests say so and pass, unless `SFLLLM_REQUIRE_BROWSER=1` is set, as `cargo xtask test` does.
 
-#[path = "../xtask/src/browser.rs"]
-mod browser;
+#[path = "../../xtask/src/browser.rs"]
+mod chromium;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -384,7 +384,7 @@ fn a_tab_whose_blocks_come_and_go_trains_to_the_end() {
         token: Some(TOKEN.to_owned()),
         home: home.path().to_owned(),
         directory: RunDirectory::create(Some(&home.path().join("out")), "demo").unwrap(),
-        demo_data: include_bytes!("../assets/demo/train.txt"),
+        demo_data: include_bytes!("../../assets/demo/train.txt").into(),
         run: Some(run),
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -603,8 +603,8 @@ fn read_metrics(file: &Path) -> Vec<Value> {
 }
 
 #[expect(clippy::print_stderr, reason = "the test harness takes it")]
-fn programs() -> Option<browser::Browser> {
-    match browser::find() {
+fn programs() -> Option<chromium::Browser> {
+    match chromium::find() {
         Ok(programs) => Some(programs),
         Err(missing) => {
             let missing = missing.join(" and ");
@@ -730,7 +730,7 @@ struct Chromium {
 }
 
 impl Chromium {
-    fn start(programs: &browser::Browser, flags: &[&str]) -> Self {
+    fn start(programs: &chromium::Browser, flags: &[&str]) -> Self {
         let profile = tempfile::tempdir().unwrap();
         let mut driver = Command::new(&programs.driver)
             .arg("--port=0")

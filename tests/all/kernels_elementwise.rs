@@ -1,9 +1,7 @@
 //! Kernels without a reduction over large dimensions (GELU, AdamW, quantisation) and layer normalisation: every variant and the CPU
 //! engine equal the specification, and the specification equals the mathematics.
 
-mod engines;
-
-use engines::{agree, assert_close, exact, finite_differences, floats, numbers, poisoned};
+use crate::engines::{agree, assert_close, exact, finite_differences, floats, numbers, poisoned};
 use sflllm::kernels::{adamw, gelu, layernorm, quantize, scalar};
 
 /// One, primes, one below, at and above a workgroup of 64 and a CPU block of 4096.

@@ -2,9 +2,7 @@
 //! the specifications, which equal the published formulas, numbers that Hugging Face's Transformers gives, and finite
 //! differences in f64.
 
-mod engines;
-
-use engines::{agree, assert_close, exact, finite_differences, floats, numbers, poisoned};
+use crate::engines::{agree, assert_close, exact, finite_differences, floats, numbers, poisoned};
 use sflllm::kernels::rotary::Scaling;
 use sflllm::kernels::weight::Columns;
 use sflllm::kernels::{rmsnorm, rotary, swiglu};

@@ -9,7 +9,7 @@ use sflllm::protocol::*;
 use sflllm::terms::ids::{ClientId, RunId};
 use sflllm::terms::moments::Moments;
 
-use crate::peer::*;
+use super::peer::*;
 
 /// A run of two clients that plans, with its first clients ready.
 fn planning() -> (MainServerSession, [Peer; 2]) {

@@ -8,7 +8,7 @@ use sflllm::protocol::*;
 use sflllm::terms::ids::{ClientId, RoundKey, StepKey};
 use sflllm::terms::tensor::IGNORED_TARGET;
 
-use crate::peer::*;
+use super::peer::*;
 
 #[test]
 fn a_silent_client_is_gone_after_three_missed_pings_and_any_frame_keeps_one() {

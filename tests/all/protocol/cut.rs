@@ -6,8 +6,8 @@ use sflllm::protocol::message::*;
 use sflllm::protocol::*;
 use sflllm::simulation::{Fault, Phase, Scenario, Weather, simulate};
 
-use crate::peer::*;
-use crate::run::{assert_sound, staggered};
+use super::peer::*;
+use super::run::{assert_sound, staggered};
 
 /// Frames take no time but what the uplinks take, and every pass takes 100 ms.
 fn paced(main_bits_per_s: f64, federated_bits_per_s: f64) -> Scenario {

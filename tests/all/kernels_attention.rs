@@ -1,9 +1,7 @@
 //! Attention: every tiling equals the specification, whose gradients equal finite differences in f64; heads that share keys are
 //! heads with copies of them; and tokens that come one by one through a cache get what they would have got together.
 
-mod engines;
-
-use engines::{agree, assert_close, exact, finite_differences, floats, numbers, poisoned};
+use crate::engines::{agree, assert_close, exact, finite_differences, floats, numbers, poisoned};
 use sflllm::compute::Engine;
 use sflllm::kernels::attention::{self, CacheParams, Params, cache, spec};
 

@@ -19,7 +19,7 @@ use sflllm::model::unit::Unit;
 use sflllm::model::weights::{HeldUnits, Holding, Weights};
 use sflllm::model::workspace::Extent;
 use sflllm::protocol::FinishReason;
-use sflllm::protocol::message::{Assignment, Blob, Digest, LinkRates, RunConfig};
+use sflllm::protocol::message::{Assignment, Blob, Digest, LinkRates, OwnAlpha, RunConfig};
 use sflllm::server::planner::{ClientPrediction, Decision, Planner, RoundFacts, RoundPrediction, StartFacts};
 use sflllm::server::store::RunDirectory;
 use sflllm::server::{Model, Role, Run, Server, Settings, Summary};
@@ -246,7 +246,7 @@ fn run_on(
         token: None,
         home: home.path().to_owned(),
         directory,
-        demo_data: b"",
+        demo_data: b"".into(),
         run: Some(run),
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -509,6 +509,7 @@ fn assign(cut: usize) -> (Assignment, Vec<Vec<u8>>) {
         weights: blobs,
         tokenizer: Vec::new(),
         adapter_len: AdapterLayout::new(&config, &spec, 0..cut).unwrap().len() as u64,
+        alphas: Vec::new(),
     };
     (assignment, files)
 }
@@ -548,6 +549,30 @@ fn an_assignment_that_cannot_be_is_refused_with_what_is_wrong() {
         ..assignment(2)
     });
     assert!(rank.contains("rank 0"), "{rank}");
+
+    let own = |block, target: &str, alpha| OwnAlpha {
+        block,
+        target: target.to_owned(),
+        alpha,
+    };
+    let with = |alphas| Assignment {
+        alphas,
+        ..assignment(2)
+    };
+    let plan = Plan::new(&with(vec![own(0, "attn.c_attn", 3.0), own(1, "attn.c_attn", 1e-3)])).unwrap();
+    assert_eq!(plan.cut, 2);
+    for (alphas, wrong) in [
+        (vec![own(0, "c_proj", 1.0)], "alpha of the targets `c_proj`"),
+        (vec![own(0, "q_proj", 1.0)], "`q_proj` is no LoRA target"),
+        (vec![own(0, "c_attn", 0.0)], "alpha 0 must be"),
+        (vec![own(0, "c_attn", f32::NAN)], "alpha NaN must be"),
+        (vec![own(1, "c_attn", 1.0), own(0, "c_attn", 1.0)], "ordered by block"),
+        (vec![own(1, "c_attn", 1.0), own(1, "c_attn", 1.0)], "each named once"),
+        (vec![own(1, "c_fc", 1.0)], "an adapter of"),
+    ] {
+        let error = refused(with(alphas));
+        assert!(error.contains(wrong), "{error}");
+    }
 }
 
 #[test]

@@ -9,7 +9,7 @@ use sflllm::protocol::*;
 use sflllm::terms::ids::{ClientId, RoundKey, RunId};
 use sflllm::terms::moments::Moments;
 
-use crate::peer::*;
+use super::peer::*;
 
 /// A member with the whole adapter.
 fn member(client: u64) -> Member {

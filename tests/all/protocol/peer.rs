@@ -68,6 +68,7 @@ pub fn assignment(run: RunId) -> Assignment {
         weights: Vec::new(),
         tokenizer: Vec::new(),
         adapter_len: ADAPTER.len() as u64,
+        alphas: Vec::new(),
     }
 }
 

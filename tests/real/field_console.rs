@@ -166,7 +166,7 @@ fn object(path: &Path) -> Value {
 }
 
 fn has_adapter(run: &Path) -> bool {
-    let config = Architecture::from_json(include_str!("../assets/demo/config.json")).unwrap();
+    let config = Architecture::from_json(include_str!("../../assets/demo/config.json")).unwrap();
     Adapter::load(&run.join("adapter"), &config).is_ok()
 }
 
@@ -290,7 +290,7 @@ fn a_disk_that_is_full_for_the_metrics_costs_lines_and_not_the_run() {
     let mut limited = Command::new("bash");
     limited.args(["-c", "trap '' XFSZ; ulimit -f 16; exec \"$@\"", "limited"]);
     limited.arg(env!("CARGO_BIN_EXE_sflllm"));
-    place.arguments(&mut limited, &format!("{TRAIN} --steps 400"));
+    place.arguments(&mut limited, &format!("{TRAIN} --targets c_attn --steps 400"));
     let (code, _, said) = told(limited.output().unwrap());
     assert_eq!(code, Some(0), "{said}");
     assert_eq!(said.matches("metrics.jsonl cannot be written").count(), 1, "{said}");
@@ -662,12 +662,12 @@ fn an_error_that_says_its_cause_does_not_pass_it_on() {
 #[test]
 fn a_byte_order_mark_before_json_is_no_fault() {
     let marked = |text: &str| format!("\u{feff}{text}");
-    let config = include_str!("../assets/demo/config.json");
+    let config = include_str!("../../assets/demo/config.json");
     assert_eq!(
         Architecture::from_json(&marked(config)).unwrap(),
         Architecture::from_json(config).unwrap()
     );
-    let tokenizer = include_str!("../assets/demo/tokenizer.json");
+    let tokenizer = include_str!("../../assets/demo/tokenizer.json");
     let plain = Tokenizer::from_json(tokenizer.as_bytes(), None).unwrap();
     // What clients get is the same file.
     assert_eq!(

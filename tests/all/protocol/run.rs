@@ -7,7 +7,7 @@ use sflllm::protocol::*;
 use sflllm::simulation::{Fault, Outcome, Phase, Scenario, Weather, simulate};
 use sflllm::terms::ids::RoundKey;
 
-use crate::peer::*;
+use super::peer::*;
 
 pub fn assert_sound(outcome: &Outcome, scenario: &Scenario) {
     assert!(

@@ -1,0 +1,11 @@
+//! What is true of the program as it is used: processes, sockets, browsers and files.
+
+mod browser;
+mod defaults;
+mod export;
+mod field_console;
+mod hub;
+mod plan_command;
+mod real_model;
+mod tls;
+mod uneven_adapters;
