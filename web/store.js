@@ -21,15 +21,15 @@ async function openDirectory() {
   }
 }
 
-// Removes what older runs left when there is no room for `bytes` more. What another tab has open stays.
-async function makeRoom(bytes, keep) {
+// Removes what older runs left when there is no room for `bytes` more. What another tab has open stays, and `exempt`.
+async function makeRoom(bytes, exempt) {
   const { quota = 0, usage = 0 } = (await navigator.storage?.estimate?.()) ?? {};
   if (quota - usage >= 2 * bytes) return;
   const cache = await openCache();
   for (const old of (await cache?.keys()) ?? []) await cache.delete(old);
   const directory = await openDirectory();
   for await (const name of directory?.keys() ?? []) {
-    if (name !== keep) await directory.removeEntry(name).catch(() => {});
+    if (name !== exempt) await directory.removeEntry(name).catch(() => {});
   }
 }
 
