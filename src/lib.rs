@@ -80,6 +80,11 @@
 //! moments, and the clients load what they lack. Before the first round it may give every client a cut of its own, for the whole run:
 //! the server then holds the blocks from the smallest cut on, and those that some clients hold too are averaged over both. It may also give every client's uplinks a rate (`protocol`).
 
+#![cfg_attr(
+    target_arch = "wasm32",
+    expect(clippy::arc_with_non_send_sync, reason = "a browser's Worker has one thread")
+)]
+
 pub mod allocation;
 pub mod client;
 pub mod compute;

@@ -1,7 +1,8 @@
 // The page: a form, a few figures and a chart. It computes nothing; the Worker does, and sends what to show.
 //
 // Messages to the Worker:   diagnose | join {token, name, engine, source} | leave
-// Messages from the Worker: diagnosis | state | device | loading | plan | step | round | members | traffic
+// Messages from the Worker: diagnosis | state | device | loading | plan | step | round | members | traffic |
+//                           held
 // `data-*` on the root element mirror what is shown, for automation.
 
 import { lossChart } from './chart.js';
@@ -213,6 +214,13 @@ const handlers = {
     root.dataset.received = String(received);
     element('sent').textContent = bytes(sent);
     element('received').textContent = bytes(received);
+  },
+
+  // Bytes of the engine's memory and of its buffers on the GPU.
+  held({ memory, gpu }) {
+    root.dataset.held = String(memory + gpu);
+    root.dataset.heldGpu = String(gpu);
+    element('run-device').textContent = `Computing on ${root.dataset.device}, in ${bytes(memory + gpu)} of memory.`;
   },
 };
 

@@ -4,7 +4,7 @@
 // calling `perform` with an action; `actions` below has one function for each. `page.js` lists the page's messages.
 
 import init, { EdgeClient, openDevice } from './sflllm.js';
-import { fetchBlob, forgetBlob } from './blob.js';
+import { fetchBlob, fetchFile, forgetBlob } from './blob.js';
 import { readExamples } from './codec.js';
 
 // Demo text is dealt out in this many parts, so that tabs on one text still bring different examples.
@@ -16,14 +16,15 @@ const say = (type, fields = {}) => postMessage({ type, ...fields });
 const show = (state, message, advice = {}) => say('state', { state, message, ...advice });
 
 let wasm = null;
+let memory = null;
 let gpu = null;
 let run = null;
 
 // ---- the device ---------------------------------------------------------------------------------------------------
 
-function loadEngine() {
+async function loadEngine() {
   wasm ??= init({ module_or_path: new URL('./sflllm_bg.wasm', import.meta.url) });
-  return wasm;
+  ({ memory } = await wasm);
 }
 
 async function adapterName() {
@@ -76,6 +77,8 @@ class Run {
     this.lastStep = 0;
     this.trafficDue = false;
     this.loading = null;
+    // Open until the end, since the engine reads from them; by hash.
+    this.files = new Map();
     this.prepared = false;
     this.state = 'connecting';
   }
@@ -108,9 +111,13 @@ class Run {
     clearTimeout(this.timer);
     this.loading?.abort();
     for (const socket of this.sockets) socket?.close();
+    for (const file of this.files.values()) file.close();
     this.reportTraffic();
     // The engine may still be inside a call that led here.
-    setTimeout(() => this.client?.free());
+    setTimeout(() => {
+      this.client?.free();
+      this.client = null;
+    });
   }
 
   fail(title, remedy) {
@@ -129,6 +136,9 @@ class Run {
   reportTraffic() {
     this.trafficDue = false;
     say('traffic', { sent: this.sent, received: this.received });
+    if (!this.client) return;
+    // On the CPU the buffers are in the engine's memory.
+    say('held', { memory: memory.buffer.byteLength, gpu: this.engine === 'cpu' ? 0 : this.client.bufferBytes() });
   }
 
   // What the engine asks for. Endpoint 0 is the main server, 1 the federated server.
@@ -249,10 +259,36 @@ class Run {
     };
     let tokenizerFile = null;
     for (const blob of tokenizer) tokenizerFile = await fetchChecked(blob, (bytes) => this.client.checkTokenizer(bytes));
-    for (const blob of weights) await fetchChecked(blob, (bytes) => this.client.loadWeights(bytes));
+    for (const blob of weights) {
+      // Of the embedding only the rows of a step's tokens are needed at a time.
+      if (blob.name === 'embedding' && (await this.loadStored(blob, progress))) continue;
+      await fetchChecked(blob, (bytes) => this.client.loadWeights(bytes));
+    }
     if (needsText) await this.readText(tokenizerFile, endToken, signal);
     this.show('loading', 'Preparing the device');
     this.client.prepare();
+  }
+
+  // Lets the engine read a part of the weights from a file, which is fetched anew if it is damaged. If that does not help, or there
+  // are no files here, the answer is false: the part can still be had in memory.
+  async loadStored(blob, progress, anew = false) {
+    const open = this.files.get(blob.sha256);
+    const file = open ?? (await fetchFile(blob, progress));
+    if (!file) return false;
+    if (open) progress.onBytes(blob.bytes);
+    this.files.set(blob.sha256, file);
+    try {
+      progress.signal.throwIfAborted();
+      this.client.loadStored(file);
+      return true;
+    } catch {
+      file.close();
+      this.files.delete(blob.sha256);
+      progress.signal.throwIfAborted();
+      progress.onBytes(-blob.bytes);
+      await forgetBlob(blob);
+      return !anew && this.loadStored(blob, progress, true);
+    }
   }
 
   async readText(tokenizerFile, endToken, signal) {

@@ -9,6 +9,7 @@ pub mod native;
 #[cfg(target_arch = "wasm32")]
 pub mod web;
 
+use std::io::{self, Read};
 use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
@@ -17,6 +18,7 @@ use crate::compute::{self, Engine};
 use crate::data::{self, Batches, Cursor, DataError, Example};
 use crate::model::adapter::{AdapterError, AdapterLayout, Exception, LoraSpec};
 use crate::model::architecture::{Architecture, ArchitectureError};
+use crate::model::archive::Source;
 use crate::model::block::BlockWeights;
 use crate::model::ends::embedding::Embedding;
 use crate::model::stack::StackWeights;
@@ -46,6 +48,8 @@ pub enum Error {
         "{name} from the server has another hash than announced; fetch it again, and if it stays tell the server's owner"
     )]
     Hash { name: String },
+    #[error("cannot read what was fetched of {name}: {source}")]
+    Read { name: String, r#source: io::Error },
     #[error(transparent)]
     Compute(#[from] compute::Error),
     #[error(transparent)]
@@ -233,18 +237,39 @@ fn training(model: &Architecture, assignment: &Assignment) -> Result<Training, E
     })
 }
 
-/// That `bytes` are what `blob` announced.
+/// That `source` has what `blob` announced, and nothing after it. It is read in pieces and never held whole.
 ///
 /// # Errors
-/// [`Error::Hash`] with the blob's name.
-pub fn verify(blob: &Blob, bytes: &[u8]) -> Result<(), Error> {
-    let digest: [u8; 32] = Sha256::digest(bytes).into();
-    if bytes.len() as u64 != blob.bytes || digest != blob.sha256.0 {
+/// [`Error::Hash`] with the blob's name; [`Error::Read`].
+pub fn verify(blob: &Blob, mut source: impl Read) -> Result<(), Error> {
+    let (mut hash, mut length) = (Sha256::new(), 0);
+    let mut piece = vec![0; 1 << 16];
+    // A source that does not end is not what was announced either.
+    while length <= blob.bytes {
+        match source.read(&mut piece) {
+            Ok(0) => break,
+            Ok(count) => {
+                hash.update(&piece[..count]);
+                length += count as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(unreadable(blob, error)),
+        }
+    }
+    let digest: [u8; 32] = hash.finalize().into();
+    if length != blob.bytes || digest != blob.sha256.0 {
         return Err(Error::Hash {
             name: blob.name.clone(),
         });
     }
     Ok(())
+}
+
+fn unreadable(blob: &Blob, source: io::Error) -> Error {
+    Error::Read {
+        name: blob.name.clone(),
+        source,
+    }
 }
 
 /// What an assignment leaves on a device for the next one.
@@ -329,13 +354,13 @@ impl Loader {
         self.data.take()
     }
 
-    /// Takes the bytes of the next part.
+    /// Takes the bytes of the next part, the embedding's into memory.
     ///
     /// # Errors
     /// [`Error::Hash`] when they are not what was announced; [`Error::Weights`], [`Error::Compute`].
     pub fn add(&mut self, bytes: Vec<u8>) -> Result<(), Error> {
         let Some(blob) = self.next() else { return Ok(()) };
-        verify(blob, &bytes)?;
+        verify(blob, &bytes[..])?;
         let config = &self.plan.config;
         match self.embedding {
             None => {
@@ -349,6 +374,24 @@ impl Loader {
                 self.blocks.push(BlockWeights::upload(&self.engine, config, &unit)?);
             }
         }
+        Ok(())
+    }
+
+    /// Takes the next part from where it is kept. The embedding stays there: its rows are read when they are needed, so `source`
+    /// must stay as it is. Other parts are read whole.
+    ///
+    /// # Errors
+    /// As [`Loader::add`]; [`Error::Read`].
+    pub fn add_stored(&mut self, mut source: impl Source + 'static) -> Result<(), Error> {
+        let Some(blob) = self.next() else { return Ok(()) };
+        if self.embedding.is_some() {
+            let mut bytes = Vec::new();
+            let read = (&mut source).take(blob.bytes + 1).read_to_end(&mut bytes);
+            read.map_err(|error| unreadable(blob, error))?;
+            return self.add(bytes);
+        }
+        verify(blob, &mut source)?;
+        self.embedding = Some(Embedding::stored(&self.plan.config, source)?);
         Ok(())
     }
 

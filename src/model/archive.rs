@@ -10,6 +10,8 @@ use half::{bf16, f16};
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 
+use super::thread::MaybeSend;
+
 /// The longest header read, as in the format's reference implementation.
 const MAX_HEADER: u64 = 100_000_000;
 /// Elements converted at a time.
@@ -43,9 +45,9 @@ pub enum ArchiveError {
     NotFinite { file: String, tensor: String },
 }
 
-/// Where an archive's bytes come from: a file, or a cursor over bytes in memory.
-pub trait Source: Read + Seek + Send {}
-impl<T: Read + Seek + Send> Source for T {}
+/// Where bytes are kept: a file, or a cursor over bytes in memory.
+pub trait Source: Read + Seek + MaybeSend {}
+impl<T: Read + Seek + MaybeSend> Source for T {}
 
 /// An open safetensors file whose table has been checked against its length.
 pub struct Archive {

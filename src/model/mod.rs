@@ -1,6 +1,6 @@
 //! Language models with LoRA adapters: architecture, files, and the recording of their passes as kernels.
 //!
-//! `architecture` is a model's shape as data. `weights` (over `archive`) reads Hugging Face files, in `unit`s; `adapter` has the
+//! `architecture` is a model's shape as data. `weights` (over `archive`) reads Hugging Face files, in `unit`s, which are `encoded` for others; `adapter` has the
 //! order of LoRA's values and `peft` their files; `export` writes both for other programs. `linear`, `part` and `ends` record the
 //! pieces, `block` joins two parts, `stack` joins blocks and ends into one side of the cut or the whole model, on a `workspace`. `optimizer` sets AdamW's numbers, `central` is the
 //! unsplit model that trains and evaluates, `generation` writes text. `cost` says what a split step takes before it runs, `rounds`
@@ -12,6 +12,7 @@ pub mod archive;
 pub mod block;
 pub mod central;
 pub mod cost;
+pub(crate) mod encoded;
 pub mod ends;
 #[cfg(not(target_arch = "wasm32"))]
 pub mod export;
@@ -25,6 +26,7 @@ pub mod part;
 pub mod peft;
 pub mod rounds;
 pub mod stack;
+pub mod thread;
 pub mod unit;
 pub mod weights;
 pub mod workspace;

@@ -11,10 +11,9 @@ use sha2::{Digest, Sha256};
 
 use super::adapter::Target;
 use super::architecture::{Architecture, Family};
+use super::encoded::{check_words, encode_header, parse, words_of};
 use super::weights::WeightsError;
-use crate::terms::format::{Format, FormatError, Layout};
-
-const MAGIC: [u8; 4] = *b"SFLU";
+use crate::terms::format::{Format, Layout};
 
 /// The head's matrix, in files and in the last unit of a model whose head is not tied.
 pub const HEAD: &str = "lm_head.weight";
@@ -121,15 +120,6 @@ impl Unit {
                 blocks: model.blocks,
             }),
             _ => Ok(()),
-        }
-    }
-
-    /// Kind and block index in the encoded header.
-    fn numbers(self) -> (u32, u32) {
-        match self {
-            Unit::Embedding => (0, 0),
-            Unit::Block(block) => (1, block as u32),
-            Unit::Final => (2, 0),
         }
     }
 }
@@ -311,105 +301,19 @@ impl UnitData {
     /// # Errors
     /// [`WeightsError::Unit`] says what differs; [`WeightsError::NoSuchBlock`].
     pub fn decode(bytes: &[u8], unit: Unit, model: &Architecture) -> Result<Self, WeightsError> {
-        unit.check(model)?;
-        let fail = |reason: String| WeightsError::Unit { unit, reason };
-        let table = unit.tensors(model);
-        if !bytes.starts_with(&MAGIC) {
-            return Err(fail("it does not begin as a model unit".to_owned()));
-        }
-        // What the header must be is known from the model but for the formats: these are read where they must stand, and then
-        // all of it is compared.
-        let other = || fail("its table is another unit's or another model's".to_owned());
-        let mut formats = Vec::with_capacity(table.len());
-        let mut at = 4 * 5;
-        for (name, shape) in &table {
-            at += 4 + name.len().next_multiple_of(4);
-            let code = bytes.get(at..at + 4).ok_or_else(other)?;
-            let code = u32::from_le_bytes([code[0], code[1], code[2], code[3]]);
-            let format = Format::ALL
-                .into_iter()
-                .find(|&format| format_code(format) == code)
-                .filter(|&format| format == Format::F32 || shape.len() == 2)
-                .ok_or_else(other)?;
-            formats.push(format);
-            at += 4 * (2 + shape.len());
-        }
-        let described = table
-            .iter()
-            .zip(&formats)
-            .map(|((name, shape), &format)| (*name, &shape[..], format));
-        let header = encode_header(unit, described);
-        if !bytes.starts_with(&header) {
-            return Err(other());
-        }
-        let lengths: Vec<usize> = table
-            .iter()
-            .zip(&formats)
-            .map(|((_, shape), &format)| layout(shape, format).words())
-            .collect();
-        let expected = header.len() as u64 + lengths.iter().map(|&length| 4 * length as u64).sum::<u64>();
-        if bytes.len() as u64 != expected {
-            return Err(fail(format!("it has {} bytes, expected {expected}", bytes.len())));
-        }
-        let mut rest = &bytes[header.len()..];
-        let mut tensors = Vec::with_capacity(table.len());
-        for (((name, shape), format), length) in table.into_iter().zip(formats).zip(lengths) {
-            let (data, after) = rest.split_at(4 * length);
-            rest = after;
-            let words: Vec<u32> = data
-                .as_chunks::<4>()
-                .0
-                .iter()
-                .map(|&word| u32::from_le_bytes(word))
-                .collect();
-            layout(&shape, format).check(&words).map_err(|error| match error {
-                FormatError::Padding { .. } => fail(format!("the padding after tensor `{name}` is not zero")),
-                FormatError::NotFinite { .. } => fail(format!("tensor `{name}` holds a value that is not finite")),
-                other => fail(format!("tensor `{name}`: {other}")),
-            })?;
-            tensors.push(Tensor {
-                name: name.to_owned(),
-                shape,
-                format,
+        let table = parse(bytes, bytes.len() as u64, unit, model)?;
+        let tensors = table.into_iter().map(|tensor| {
+            let layout = tensor.layout();
+            let words = words_of(&bytes[tensor.at as usize..][..4 * layout.words()]);
+            check_words(unit, tensor.name, layout, &words)?;
+            Ok(Tensor {
+                name: tensor.name.to_owned(),
+                shape: tensor.shape,
+                format: tensor.format,
                 words,
-            });
-        }
+            })
+        });
+        let tensors = tensors.collect::<Result<_, WeightsError>>()?;
         Ok(Self { unit, tensors })
     }
-}
-
-fn format_code(format: Format) -> u32 {
-    match format {
-        Format::F32 => 0,
-        Format::F16 => 1,
-        Format::Q8 => 2,
-        Format::Q4 => 3,
-    }
-}
-
-fn encode_header<'a>(unit: Unit, tensors: impl Iterator<Item = (&'a str, &'a [usize], Format)>) -> Vec<u8> {
-    let (kind, block) = unit.numbers();
-    let mut table = Vec::new();
-    let mut count: u32 = 0;
-    let mut version: u32 = 1;
-    for (name, shape, format) in tensors {
-        count += 1;
-        if format.is_quantised() {
-            version = 2;
-        }
-        table.extend((name.len() as u32).to_le_bytes());
-        table.extend(name.as_bytes());
-        table.resize(table.len().next_multiple_of(4), 0);
-        table.extend(format_code(format).to_le_bytes());
-        table.extend((shape.len() as u32).to_le_bytes());
-        for &size in shape {
-            table.extend((size as u32).to_le_bytes());
-        }
-    }
-    let mut header = MAGIC.to_vec();
-    for number in [version, kind, block, count] {
-        header.extend(number.to_le_bytes());
-    }
-    header.extend(table);
-    header
 }

@@ -51,6 +51,8 @@ pub enum WeightsError {
     Index(String),
     #[error("the bytes of model unit {unit} are not valid: {reason}")]
     Unit { unit: Unit, reason: String },
+    #[error("cannot read model unit {unit}: {source}")]
+    Read { unit: Unit, r#source: std::io::Error },
     #[error("`{0}` names no part of a model: embedding, block.<index> and final do")]
     UnitName(String),
 }

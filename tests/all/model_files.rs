@@ -8,7 +8,8 @@ use serde_json::{Value, json};
 use sflllm::model::adapter::{Adapter, AdapterError, AdapterLayout, LoraSpec, Target};
 use sflllm::model::architecture::{Architecture, ArchitectureError};
 use sflllm::model::archive::{Archive, ArchiveError};
-use sflllm::model::unit::{Unit, UnitData};
+use sflllm::model::ends::embedding::Embedding;
+use sflllm::model::unit::{Tensor, Unit, UnitData};
 use sflllm::model::weights::{Holding, Weights, WeightsError};
 use sflllm::terms::format::Format;
 
@@ -598,6 +599,127 @@ fn bytes_of_another_unit_or_model_are_refused() {
     );
 }
 
+/// An embedding of this width whose vocabulary and positions are odd, with its matrices in `format`.
+fn embedding_unit(width: usize, format: Format) -> (Architecture, UnitData) {
+    let model = Architecture {
+        width,
+        head_size: width,
+        heads: 1,
+        kv_heads: 1,
+        ..config()
+    };
+    let tensors = Unit::Embedding.tensors(&model).into_iter().map(|(name, shape)| {
+        let values: Vec<f32> = (0..shape[0] * shape[1]).map(value).collect();
+        let words = format.encode(&values, shape[0], shape[1]).unwrap();
+        Tensor {
+            name: name.to_owned(),
+            shape,
+            format,
+            words,
+        }
+    });
+    let unit = UnitData {
+        unit: Unit::Embedding,
+        tensors: tensors.collect(),
+    };
+    (model, unit)
+}
+
+#[test]
+fn rows_read_from_an_encoded_embedding_are_the_rows_held_in_memory() {
+    for format in Format::ALL {
+        // One column, primes, one below and above a group and two; odd numbers of groups.
+        for width in [1, 3, 6, 31, 32, 33, 63, 65, 96] {
+            let (model, unit) = embedding_unit(width, format);
+            let stored = Embedding::stored(&model, Cursor::new(encoded(&unit))).unwrap();
+            let held = Embedding::held(&model, unit);
+            let tokens: Vec<u32> = (0..model.vocab as u32).rev().chain([0, 3, 3, 6, 1]).collect();
+            // Sequences that reach the first position and the last, and tokens alone at each.
+            for (seq, position) in [(9, 0), (4, 5), (1, 3), (1, 8)] {
+                assert_eq!(
+                    stored.gather(&tokens, seq, position).unwrap(),
+                    held.gather(&tokens, seq, position).unwrap(),
+                    "{format}, width {width}, {seq} from {position}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn an_encoded_embedding_of_another_model_or_another_length_is_refused() {
+    let (model, unit) = embedding_unit(33, Format::Q8);
+    let bytes = encoded(&unit);
+    let refused = |model: &Architecture, bytes: Vec<u8>| {
+        let error = Embedding::stored(model, Cursor::new(bytes)).unwrap_err().to_string();
+        assert!(error.contains("model unit embedding"), "{error}");
+        error
+    };
+    for other in [
+        Architecture {
+            vocab: 8,
+            ..model.clone()
+        },
+        Architecture {
+            width: 34,
+            ..model.clone()
+        },
+        Architecture {
+            positions: 8,
+            ..model.clone()
+        },
+    ] {
+        assert!(refused(&other, bytes.clone()).contains("another model's"));
+    }
+    let block = open(&stored_model(&config(), ""))
+        .unwrap()
+        .unit(Unit::Block(0), Holding::As(Format::F16))
+        .unwrap();
+    assert!(refused(&config(), encoded(&block)).contains("another unit's"));
+    for length in [0, 3, 4, 19, 40, bytes.len() - 1] {
+        refused(&model, bytes[..length].to_vec());
+    }
+    let longer = refused(&model, [&bytes[..], &[0]].concat());
+    assert!(longer.contains(&format!("{} bytes", bytes.len() + 1)), "{longer}");
+}
+
+#[test]
+fn a_stored_row_that_is_not_finite_names_the_unit_and_leaves_the_others() {
+    let (model, unit) = embedding_unit(3, Format::F32);
+    let mut bytes = encoded(&unit);
+    // The last value of the last row of the positions, of which there are nine.
+    let end = bytes.len();
+    bytes[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
+    let stored = Embedding::stored(&model, Cursor::new(bytes)).unwrap();
+    let error = stored.gather(&[0], 1, 8).unwrap_err().to_string();
+    assert!(
+        error.contains("embedding") && error.contains("wpe.weight") && error.contains("not finite"),
+        "{error}"
+    );
+    assert!(stored.gather(&[0, 1, 2], 3, 5).is_ok());
+}
+
+#[test]
+fn a_file_that_was_cut_short_after_it_was_opened_is_an_error() {
+    let (model, unit) = embedding_unit(33, Format::Q4);
+    let mut file = tempfile::tempfile().unwrap();
+    std::io::Write::write_all(&mut file, &encoded(&unit)).unwrap();
+    let stored = Embedding::stored(&model, file.try_clone().unwrap()).unwrap();
+    assert!(stored.gather(&[6], 1, 0).is_ok());
+    file.set_len(100).unwrap();
+    let error = stored.gather(&[6], 1, 0).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            WeightsError::Read {
+                unit: Unit::Embedding,
+                ..
+            }
+        ),
+        "{error}"
+    );
+}
+
 #[test]
 fn unit_names_read_back_and_have_one_spelling() {
     for unit in Unit::all(&config()) {
@@ -624,7 +746,9 @@ proptest! {
     #[test]
     fn any_bytes_are_a_unit_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
         prop_assert!(UnitData::decode(&bytes, Unit::Final, &config()).is_err());
-        let _ = UnitData::decode(&[b"SFLU\x01\0\0\0", &bytes[..]].concat(), Unit::Embedding, &config());
+        let begun = [b"SFLU\x01\0\0\0", &bytes[..]].concat();
+        let _ = UnitData::decode(&begun, Unit::Embedding, &config());
+        let _ = Embedding::stored(&config(), Cursor::new(begun));
     }
 
     #[test]

@@ -1,13 +1,14 @@
 //! Runs whose cut, rank and link rates are planned, through real sessions: a server in this process and native clients of it.
 //! Wherever the cut is, and however often it moves, training stays what it is on one device.
 
+use std::io::Cursor;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use pollster::block_on;
 use serde_json::Value;
-use sflllm::client::{Loader, Plan, native};
+use sflllm::client::{self, Loader, Plan, native};
 use sflllm::compute::Engine;
 use sflllm::data::{Batches, Dataset, Example, Options};
 use sflllm::model::adapter::{Adapter, AdapterLayout, LoraSpec, Target};
@@ -24,7 +25,7 @@ use sflllm::server::store::RunDirectory;
 use sflllm::server::{Model, Role, Run, Server, Settings, Summary};
 use sflllm::split::Training;
 use sflllm::terms::format::Format;
-use sflllm::terms::ids::RunId;
+use sflllm::terms::ids::{RoundKey, RunId, StepKey};
 use sflllm::terms::moments::MomentPolicy;
 use sflllm::terms::optimizer::{OptimizerSettings, Schedule};
 use sflllm::terms::phases::Phases;
@@ -572,6 +573,50 @@ fn an_assignment_that_cannot_be_is_refused_with_what_is_wrong() {
         let error = refused(with(alphas));
         assert!(error.contains(wrong), "{error}");
     }
+}
+
+#[test]
+fn parts_taken_from_files_compute_what_parts_taken_from_memory_do() {
+    let engine = Engine::cpu();
+    let (assignment, files) = assign(2);
+    let plan = Plan::new(&assignment).unwrap();
+    let loader = || Loader::new(&engine, &plan, || Duration::ZERO, None).unwrap();
+    let (mut stored, mut held) = (loader(), loader());
+    for bytes in &files {
+        stored.add_stored(Cursor::new(bytes.clone())).unwrap();
+        held.add(bytes.clone()).unwrap();
+    }
+    let key = StepKey {
+        round: RoundKey { round: 0, attempt: 0 },
+        step: 0,
+    };
+    let [stored, held] = [stored, held].map(|loader| {
+        let mut learner = loader.finish(examples(&config())).unwrap();
+        block_on(learner.forward(key)).unwrap()
+    });
+    assert_eq!(stored.tensor, held.tensor);
+    assert_eq!(stored.targets, held.targets);
+}
+
+#[test]
+fn parts_in_damaged_files_are_refused_and_the_right_ones_taken_after_them() {
+    let engine = Engine::cpu();
+    let (assignment, files) = assign(1);
+    let mut loader = Loader::new(&engine, &Plan::new(&assignment).unwrap(), || Duration::ZERO, None).unwrap();
+    for (blob, bytes) in assignment.weights.iter().zip(files) {
+        let mut flipped = bytes.clone();
+        flipped[bytes.len() / 2] ^= 1;
+        let longer = [&bytes[..], &[0]].concat();
+        for damaged in [flipped, bytes[..bytes.len() - 1].to_vec(), longer, Vec::new()] {
+            let error = loader.add_stored(Cursor::new(damaged)).unwrap_err();
+            assert!(
+                matches!(&error, client::Error::Hash { name } if *name == blob.name),
+                "{error}"
+            );
+        }
+        loader.add_stored(Cursor::new(bytes)).unwrap();
+    }
+    assert!(loader.missing().is_empty());
 }
 
 #[test]

@@ -19,6 +19,7 @@ use sflllm::compute::Engine;
 use sflllm::data::{Dataset, Options, Tokenize, Tokenizer};
 use sflllm::model::adapter::{Adapter, LoraSpec, Target};
 use sflllm::model::architecture::Architecture;
+use sflllm::model::unit::Unit;
 use sflllm::model::weights::{Holding, Weights};
 use sflllm::protocol::message::{Digest, LinkRates};
 use sflllm::server::planner::{Decision, Planner, RoundFacts, StartFacts};
@@ -168,12 +169,9 @@ fn a_tab_trains_a_llama_in_four_bits_as_one_process_does() {
     let shown = chromium.root_data();
     let device = shown["device"].as_str().unwrap_or_default().to_lowercase();
     assert!(device.contains("swiftshader"), "{shown}");
+    assert_eq!(chromium.files().len(), 1, "the embedding was to be read from a file");
     server.finish();
 
-    let losses = |lines: Vec<Value>| -> Vec<f64> {
-        let steps = lines.iter().filter(|line| line["kind"] == "step");
-        steps.map(|step| step["loss"].as_f64().unwrap()).collect()
-    };
     let together = losses(check_steps(run.path(), 1, rounds * local_steps));
     let alone = losses(read_metrics(&run.path().join("alone/metrics.jsonl")));
     assert_eq!(alone.len(), together.len());
@@ -184,6 +182,136 @@ fn a_tab_trains_a_llama_in_four_bits_as_one_process_does() {
         );
     }
     assert!(together.last() < together.first(), "nothing was learned: {together:?}");
+}
+
+fn losses(lines: Vec<Value>) -> Vec<f64> {
+    let steps = lines.iter().filter(|line| line["kind"] == "step");
+    steps.map(|step| step["loss"].as_f64().unwrap()).collect()
+}
+
+#[test]
+fn a_tab_fetches_the_embedding_into_a_file_once_and_computes_the_same_without_the_file() {
+    let Some(programs) = programs() else { return };
+    let home = tempfile::tempdir().unwrap();
+    let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/demo");
+    let config = Architecture::load(&assets).unwrap();
+    let weights = Weights::open(&assets, &config).unwrap();
+    let embedding = weights.unit(Unit::Embedding, Holding::Auto).unwrap();
+    let (name, size) = (Digest(embedding.digest()).to_string(), embedding.encoded_length());
+    let text = home.path().join("diary.txt");
+    fs::write(
+        &text,
+        "The river was high today. We walked to the old mill and back. ".repeat(60),
+    )
+    .unwrap();
+
+    let chromium = Chromium::start(&programs, NO_GPU);
+    // Files belong to an origin, so all runs are at one address.
+    let mut listen = "http://127.0.0.1:0".to_owned();
+    let mut visit = |number: usize, prepare: &str| -> (i64, Vec<f64>) {
+        let run = home.path().join(number.to_string());
+        fs::create_dir(&run).unwrap();
+        let server = Server::start_with(&run, 1, 1, 3, |serve| {
+            serve
+                .args([
+                    "--listen", &listen, "--model", "demo", "--device", "cpu", "--batch", "2",
+                ])
+                .args(["--lr", "3e-3", "--split", "1", "--rank", "4", "--seq", "64"]);
+        });
+        listen.clone_from(&server.origin);
+        // Another fragment alone would not load the page again.
+        chromium.open("about:blank");
+        chromium.open(&format!("{}/#t={TOKEN}", server.origin));
+        chromium.wait_for_state(&["unsupported"], &server.said);
+        let prepared = chromium.asynchronous_script(
+            "const [code, name, done] = arguments;
+             const prepare = Object.getPrototypeOf(async () => {}).constructor('file', 'name', code);
+             const directory = async () => (await navigator.storage.getDirectory()).getDirectoryHandle('sflllm');
+             prepare(async () => (await directory()).getFileHandle(name)).then(() => done(''), (error) => done(String(error)));",
+            json!([prepare, name]),
+        );
+        assert_eq!(prepared, "", "{prepare}");
+        chromium.choose_file("#file", &text);
+        chromium.script("document.querySelector('input[value=file]').checked = true", json!([]));
+        chromium.script("document.getElementById('join-button').click()", json!([]));
+        chromium.wait_for_state(&["done"], &server.said);
+        let shown = chromium.root_data();
+        server.finish();
+        let number = |field: &str| shown[field].as_str().and_then(|text| text.parse::<i64>().ok());
+        assert!(
+            number("held") > Some(1 << 20),
+            "what the tab holds is not said: {shown}"
+        );
+        (number("received").unwrap(), losses(check_steps(&run, 1, 3)))
+    };
+
+    let (fresh, expected) = visit(0, "");
+    assert_eq!(chromium.files(), [(name.clone(), size)]);
+    let (kept, losses) = visit(1, "");
+    assert_eq!(losses, expected);
+    assert!(fresh - kept >= size as i64, "{kept} bytes after {fresh}");
+    // Besides the file all visits receive the same, but for a few messages that tell time.
+    let mut again = |number, prepare: &str, fetched: u64| {
+        let (received, losses) = visit(number, prepare);
+        assert_eq!(losses, expected, "after {prepare}");
+        let more = received - kept;
+        assert!(
+            (more - fetched as i64).abs() < 4096,
+            "{more} bytes more after {prepare}"
+        );
+    };
+    let half = size / 2;
+    let edit = |edit: &str| {
+        format!("const stream = await (await file()).createWritable({{ keepExistingData: true }}); {edit}")
+    };
+    again(
+        2,
+        &edit(&format!("await stream.truncate({half}); await stream.close();")),
+        size - half,
+    );
+    assert_eq!(chromium.files(), [(name.clone(), size)]);
+    let damage = format!(
+        "await stream.write({{ type: 'write', position: {half}, data: new Uint8Array(64).fill(255) }}); await stream.close();"
+    );
+    again(3, &edit(&damage), size);
+    assert_eq!(chromium.files(), [(name.clone(), size)]);
+    // Whoever writes a file keeps others from it: the tab goes on in memory.
+    again(4, &edit("window.writing = stream;"), size);
+}
+
+/// As `real_model`, where a file is named. Four blocks, batch 4 × 128, rank 8: what `docs/measured.md` has.
+#[test]
+#[expect(clippy::print_stderr, reason = "the test harness takes it")]
+fn a_tab_on_smollm2_downloads_less_than_45_mb_and_holds_less_than_120() {
+    let Some(model) = std::env::var_os("SFLLLM_REAL_MODEL") else {
+        eprintln!("SFLLLM_REAL_MODEL names no file: nothing is checked; try `cargo xtask test --real-model`");
+        return;
+    };
+    let Some(programs) = programs() else { return };
+    let run = tempfile::tempdir().unwrap();
+    let server = Server::start_with(run.path(), 1, 1, 2, |serve| {
+        serve.arg("--model").arg(&model).args([
+            "--device", "cpu", "--split", "4", "--batch", "4", "--seq", "128", "--rank", "8",
+        ]);
+    });
+    let chromium = Chromium::start(&programs, EMULATED_GPU);
+    chromium.open(&format!("{}/?join=1#t={TOKEN}", server.origin));
+    chromium.wait_for_state(&["done"], &server.said);
+    let shown = chromium.root_data();
+    server.finish();
+    let lines = check_steps(run.path(), 1, 2);
+    let steps = lines.iter().filter(|line| line["kind"] == "step");
+    let messages: u64 = steps.filter_map(|step| step["bytes_down"].as_u64()).sum();
+    let number = |field: &str| shown[field].as_str().and_then(|text| text.parse::<u64>().ok()).unwrap();
+    let (received, held, gpu) = (number("received"), number("held"), number("heldGpu"));
+    let files = chromium.files();
+    eprintln!(
+        "received {received} bytes, {messages} of them in steps; held {held}, {gpu} of them on the GPU; files {files:?}"
+    );
+    assert_eq!(files.len(), 1, "the embedding is kept in a file");
+    assert!(received - messages < 45_000_000);
+    // The four blocks alone are 8.8 MB.
+    assert!(gpu > 8_800_000 && held > gpu && held < 120_000_000);
 }
 
 /// Cuts by round, and slow uplinks.
@@ -518,7 +646,7 @@ impl Server {
         })
     }
 
-    /// With the arguments that `configure` adds.
+    /// With the arguments that `configure` adds, which may say another address as well.
     fn start_with(
         directory: &Path,
         clients: u64,
@@ -528,12 +656,15 @@ impl Server {
     ) -> Self {
         let mut serve = Command::new(env!("CARGO_BIN_EXE_sflllm"));
         serve
-            .args(["serve", "--listen", "http://127.0.0.1:0", "--token", TOKEN])
+            .args(["serve", "--token", TOKEN])
             .args(["--clients", &clients.to_string(), "--rounds", &rounds.to_string()])
             .args(["--local-steps", &local_steps.to_string()])
             .arg("--out")
             .arg(directory.join("out"));
         configure(&mut serve);
+        if !serve.get_args().any(|argument| argument == "--listen") {
+            serve.args(["--listen", "http://127.0.0.1:0"]);
+        }
         let mut process = serve
             .env("SFLLLM_HOME", directory.join("home"))
             .stdin(Stdio::null())
@@ -708,6 +839,23 @@ impl Chromium {
             "execute/async",
             Some(&json!({ "script": script, "args": arguments })),
         )
+    }
+
+    /// Names and sizes of the files that the page's origin keeps in its private file system.
+    fn files(&self) -> Vec<(String, u64)> {
+        let found = self.asynchronous_script(
+            "const [done] = arguments;
+             (async () => {
+               const root = await navigator.storage.getDirectory();
+               const files = [];
+               for await (const file of (await root.getDirectoryHandle('sflllm')).values()) {
+                 files.push([file.name, (await file.getFile()).size]);
+               }
+               return files;
+             })().then(done, (error) => done(String(error)));",
+            json!([]),
+        );
+        serde_json::from_value(found.clone()).unwrap_or_else(|_| panic!("the page answered {found}"))
     }
 
     /// The root element's `data-*`.

@@ -2,7 +2,6 @@
 //!
 //! Separate from the driver because a download is a task of its own: the session goes on meanwhile.
 
-use std::io;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest as _, Sha256};
@@ -114,24 +113,5 @@ impl Fetcher {
 
 /// Whether the cache holds the blob with its hash.
 fn cached(path: &Path, blob: &Blob) -> bool {
-    let Ok(mut file) = std::fs::File::open(path) else {
-        return false;
-    };
-    let mut hash = Sha256::new();
-    let copied = io::copy(&mut file, &mut HashWriter(&mut hash));
-    let digest: [u8; 32] = hash.finalize().into();
-    copied.is_ok_and(|bytes| bytes == blob.bytes) && digest == blob.sha256.0
-}
-
-struct HashWriter<'a>(&'a mut Sha256);
-
-impl io::Write for HashWriter<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.update(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
+    std::fs::File::open(path).is_ok_and(|file| client::verify(blob, file).is_ok())
 }

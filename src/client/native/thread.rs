@@ -2,6 +2,7 @@
 //!
 //! Separate from the driver because a pass may take as long as it takes, and a ping is answered at once.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{LazyLock, mpsc as thread_mpsc};
 use std::time::{Duration, Instant};
@@ -196,7 +197,8 @@ fn load(
     };
     let there = units.len().saturating_sub(loader.missing().len());
     for path in units.iter().skip(there) {
-        loader.add(read(path)?)?;
+        let file = File::open(path).map_err(|error| Error::file("open", path, error))?;
+        loader.add_stored(file)?;
     }
     Ok((loader.finish(examples)?, summary))
 }

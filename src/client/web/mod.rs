@@ -5,6 +5,7 @@
 mod action;
 mod data;
 mod driver;
+mod file;
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -14,8 +15,10 @@ use std::time::Duration;
 use action::endpoint_of;
 pub use data::DataReader;
 use driver::{Shared, State, Work};
+use file::File;
 use js_sys::Function;
 use wasm_bindgen::prelude::*;
+use web_sys::FileSystemSyncAccessHandle;
 
 use super::{Plan, capabilities, verify};
 use crate::compute::{Engine, Selection};
@@ -139,6 +142,24 @@ impl EdgeClient {
         let mut state = self.0.state.borrow_mut();
         let (_, loader) = state.loader.as_mut().ok_or_else(no_assignment)?;
         Ok(loader.add(bytes)?)
+    }
+
+    /// Takes the next part of the assigned weights from a file, in which the embedding stays: the handle must stay open until this
+    /// client is freed.
+    ///
+    /// # Errors
+    /// A JavaScript `Error`; the file must then not be kept.
+    #[wasm_bindgen(js_name = loadStored)]
+    pub fn load_stored(&self, handle: FileSystemSyncAccessHandle) -> Result<(), JsError> {
+        let mut state = self.0.state.borrow_mut();
+        let (_, loader) = state.loader.as_mut().ok_or_else(no_assignment)?;
+        Ok(loader.add_stored(File::new(handle))?)
+    }
+
+    /// Bytes of the buffers on the device.
+    #[wasm_bindgen(js_name = bufferBytes)]
+    pub fn buffer_bytes(&self) -> f64 {
+        self.0.engine.buffer_bytes() as f64
     }
 
     /// Checks a tokenizer before it is used.

@@ -5,12 +5,13 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::model::architecture::Architecture;
+use crate::model::thread::{MaybeSend, MaybeSync};
 use crate::model::unit::UnitData;
 use crate::model::weights::WeightsError;
 use crate::terms::format::Packed;
 
 /// Rows of a matrix that are read where they are kept.
-pub trait RowSource: fmt::Debug + Send + Sync {
+pub trait RowSource: fmt::Debug + MaybeSend + MaybeSync {
     /// Fills `values` with row `row`.
     ///
     /// # Errors

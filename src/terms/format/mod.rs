@@ -214,6 +214,30 @@ impl Layout {
         GROUP.min(self.columns - GROUP * group)
     }
 
+    /// The part of the matrix to read for one row: that row and the other of its pair, since a row alone may begin within a word
+    /// of halves.
+    ///
+    /// # Panics
+    /// When the row does not exist.
+    pub fn window(&self, row: usize) -> Window {
+        assert!(row < self.rows, "row {row} of {self:?}");
+        let first = row - row % 2;
+        let before = self.format.layout(first, self.columns);
+        let layout = self.format.layout(2.min(self.rows - first), self.columns);
+        let (codes, scales) = (
+            before.scales_at(),
+            self.scales_at() + before.words() - before.scales_at(),
+        );
+        Window {
+            layout,
+            row: row - first,
+            words: [
+                codes..codes + layout.scales_at(),
+                scales..scales + layout.words() - layout.scales_at(),
+            ],
+        }
+    }
+
     /// Encodes all values, row major.
     ///
     /// # Errors
@@ -420,6 +444,16 @@ impl Layout {
             found,
         })
     }
+}
+
+/// One or two rows of a matrix, which are a matrix too.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Window {
+    pub layout: Layout,
+    /// The row asked for, counted within the window.
+    pub row: usize,
+    /// Which words of the whole matrix are the window's, in their order: values or codes, then scales.
+    pub words: [Range<usize>; 2],
 }
 
 /// Half `element` of words that hold two each, the earlier low.
