@@ -98,11 +98,20 @@ impl<'a> Pass<'a> {
 
     /// Whether a map of the block below `level` is adapted.
     pub(crate) fn adapted_below(&self, level: usize) -> bool {
+        self.adapted(|at| at < level)
+    }
+
+    /// Whether a map of the block at `level` is adapted.
+    pub(crate) fn adapted_at(&self, level: usize) -> bool {
+        self.adapted(|at| at == level)
+    }
+
+    fn adapted(&self, is_meant: impl Fn(usize) -> bool) -> bool {
         let Some(lora) = self.lora else { return false };
         lora.layout
             .entries()
             .iter()
-            .any(|entry| entry.block == self.block && entry.target.level() < level)
+            .any(|entry| entry.block == self.block && is_meant(entry.target.level()))
     }
 }
 

@@ -52,6 +52,11 @@ impl Buffers<'_> {
         self.picked(name, words, self.keep, old)
     }
 
+    /// A buffer that the backward pass does not read, or writes again before it does: one for all blocks.
+    pub(crate) fn shared(&self, name: &str, words: usize, old: Option<&Buffer>) -> Result<Buffer, Error> {
+        self.picked(name, words, false, old)
+    }
+
     /// The input of the projections of a level, which only the gradients of their adapters read.
     pub(crate) fn input_of_level(
         &self,

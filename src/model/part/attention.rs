@@ -62,7 +62,7 @@ impl AttentionWeights {
 #[derive(Clone)]
 pub(in crate::model) struct AttentionActivations {
     stats: Buffer, // (rows, 2)
-    a: Buffer,     // (rows, width)
+    a: Buffer,     // (rows, width); one for all blocks: the backward pass makes it again
     qk: Option<NormedHeads>,
     pub qkv: Buffer, // (rows, qkv_width), rotated
     lse: Buffer,     // (batch, heads, seq)
@@ -94,7 +94,7 @@ impl AttentionActivations {
             .transpose()?;
         Ok(Self {
             stats: buffers.kept("stats_1", rows * STATS, shared.map(|s| &s.stats))?,
-            a: buffers.input_of_level(QKV, "a", rows * model.width, shared.map(|s| &s.a))?,
+            a: buffers.shared("a", rows * model.width, shared.map(|s| &s.a))?,
             qk,
             qkv: buffers.kept("qkv", rows * model.qkv_width(), shared.map(|s| &s.qkv))?,
             lse: buffers.kept("lse", rows * model.heads, shared.map(|s| &s.lse))?,
@@ -289,6 +289,10 @@ impl AttentionPart<'_> {
         let below = to == BackwardTo::Input;
         let d_y = self.columns(&scratch.d_qkv, scratch.d_qk.as_ref());
         let d_a = below.then_some(&scratch.d_norm);
+        if pass.adapted_at(QKV) {
+            let norm = &self.weights.norm;
+            norm.record_forward(recording, model, rows, x, &kept.a, &kept.stats);
+        }
         self.weights
             .qkv
             .record_backward(recording, pass, &scratch.lora, &kept.a, d_y, d_a);

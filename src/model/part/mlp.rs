@@ -51,9 +51,9 @@ pub(in crate::model) fn inner_width(model: &Architecture) -> usize {
 #[derive(Clone)]
 pub(in crate::model) struct MlpActivations {
     stats: Buffer, // (rows, 2)
-    m: Buffer,     // (rows, width)
+    m: Buffer,     // (rows, width); one for all blocks: the backward pass makes it again
     h: Buffer,     // (rows, inner_width), before the activation
-    g: Buffer,     // (rows, ffn), after it
+    g: Buffer,     // (rows, ffn), after it; made again after SwiGLU, kept after GELU, which is fused into its product
 }
 
 impl MlpActivations {
@@ -61,9 +61,12 @@ impl MlpActivations {
         let rows = buffers.rows;
         Ok(Self {
             stats: buffers.kept("stats_2", rows * STATS, shared.map(|s| &s.stats))?,
-            m: buffers.input_of_level(UP, "m", rows * model.width, shared.map(|s| &s.m))?,
+            m: buffers.shared("m", rows * model.width, shared.map(|s| &s.m))?,
             h: buffers.kept("h", rows * inner_width(model), shared.map(|s| &s.h))?,
-            g: buffers.input_of_level(DOWN, "g", rows * model.ffn, shared.map(|s| &s.g))?,
+            g: match model.mlp() {
+                MlpKind::Gelu => buffers.input_of_level(DOWN, "g", rows * model.ffn, shared.map(|s| &s.g))?,
+                MlpKind::SwiGlu => buffers.shared("g", rows * model.ffn, shared.map(|s| &s.g))?,
+            },
         })
     }
 }
@@ -119,6 +122,9 @@ impl MlpPart<'_> {
         let below = needed(DOWN);
         let d_out = Columns::all(&scratch.d_x, model.width);
         let d_g = below.then_some((&scratch.d_g, false));
+        if pass.adapted_at(DOWN) && model.mlp() == MlpKind::SwiGlu {
+            swiglu::forward(recording, self.swiglu(), &kept.h, &kept.g);
+        }
         self.weights
             .down
             .record_backward(recording, pass, &scratch.lora, &kept.g, d_out, d_g);
@@ -132,6 +138,10 @@ impl MlpPart<'_> {
         let below = needed(UP);
         let d_y = self.weights.up.columns(&scratch.d_h, inner_width(model));
         let d_m = below.then_some(&scratch.d_norm);
+        if pass.adapted_at(UP) {
+            let norm = &self.weights.norm;
+            norm.record_forward(recording, model, rows, y, &kept.m, &kept.stats);
+        }
         self.weights
             .up
             .record_backward(recording, pass, &scratch.lora, &kept.m, d_y, d_m);
