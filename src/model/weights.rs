@@ -322,11 +322,11 @@ impl Weights {
     }
 
     /// How one matrix of a unit is held.
+    #[cfg(not(target_arch = "wasm32"))]
     pub fn matrix_format(&self, unit: Unit, tensor: &str, holding: Holding) -> Format {
         let holding = holding.of(unit);
         match &self.store {
             Store::Safetensors(_) => holding.or(Format::F16),
-            #[cfg(not(target_arch = "wasm32"))]
             Store::Gguf(gguf) => {
                 let natural = lock(gguf).natural(&unit.file_name(&self.model, tensor));
                 holding.or(natural.unwrap_or(Format::F16))
@@ -335,6 +335,7 @@ impl Weights {
     }
 
     /// How matrices of blocks are held, most of them.
+    #[cfg(not(target_arch = "wasm32"))]
     pub fn format(&self, holding: Holding) -> Format {
         self.matrix_format(Unit::Block(0), self.model.targets()[0].weight(), holding)
     }
