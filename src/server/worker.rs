@@ -295,7 +295,7 @@ impl Worker {
         if rank != training.spec.rank {
             let seed = assignment.config.seed;
             let fresh = |spec: &LoraSpec| Adapter::init(architecture, spec, 0..architecture.blocks, seed);
-            if fresh(&training.spec)? != *initial {
+            if !training.spec.exceptions.is_empty() || fresh(&training.spec)? != *initial {
                 return Err(Error::Planner(format!(
                     "the plan's rank is {rank}, but the run starts from an adapter of rank {}",
                     training.spec.rank

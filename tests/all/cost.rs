@@ -286,3 +286,38 @@ fn client_memory_is_what_a_stack_takes() {
         }
     }
 }
+
+#[test]
+fn what_either_side_holds_is_told_apart_into_weights_and_training() {
+    for case in cases() {
+        let (model, cut) = (&case.config, case.cut);
+        let targets = model.targets();
+        let workload = case.workload(targets, Convention::Issued);
+        let format = Format::Q8;
+        let formats = |_: Unit, _: &str| format;
+        let units = |units: &[Unit]| -> u64 {
+            let bytes = units.iter().map(|&unit| workload.held_unit_bytes(unit, &formats));
+            bytes.sum()
+        };
+        let blocks = |range: Range<usize>| range.map(Unit::Block).collect::<Vec<_>>();
+        let held = |range: Range<usize>| {
+            let engine = Engine::cpu();
+            let _stack = case.stack(&engine, range, targets, format);
+            engine.buffer_bytes()
+        };
+        let wire = 2 * WireForm::F16
+            .bytes(case.extent.batch * case.extent.seq, model.width)
+            .unwrap() as u64;
+
+        let client = workload.client_bytes(cut, case.rank, &formats, WireForm::F16).unwrap();
+        assert_eq!(client.weights, units(&blocks(0..cut)));
+        assert_eq!(client.total(), held(0..cut) + wire);
+
+        let server = workload.server_bytes(cut, case.rank, &formats, WireForm::F16).unwrap();
+        assert!(
+            server.weights > units(&blocks(cut..model.blocks)),
+            "the head is held too"
+        );
+        assert_eq!(server.total(), held(cut..model.blocks) + wire);
+    }
+}

@@ -720,6 +720,41 @@ fn offline_the_cache_is_all_there_is() {
     assert_eq!(server.seen(), []);
 }
 
+#[test]
+fn a_description_is_the_config_alone_and_is_asked_for_once() {
+    let (server, cache) = (Server::new(), cache());
+    let hub = server.hub(cache.path());
+    let described = hub.description_blocking(&model("hf:a/b"), &quiet).unwrap();
+    assert_eq!(names(&described), ["config.json"]);
+    let fetched: Vec<Seen> = (server.seen().into_iter())
+        .filter(|seen| seen.path.contains("/resolve/"))
+        .collect();
+    assert!(
+        fetched.iter().all(|seen| seen.path.ends_with("/config.json")),
+        "{fetched:?}"
+    );
+    // A commit that is named is here; of a branch nobody knows where it is now, and it is not said to be here as a whole.
+    let pinned = model(&format!("hf:a/b@{COMMIT}"));
+    assert_eq!(hub.description_blocking(&pinned, &quiet).unwrap(), described);
+    assert_eq!(server.seen(), []);
+    assert_whole(&fetch(&hub, "hf:a/b").unwrap());
+    server.seen();
+    assert_eq!(hub.description_blocking(&model("hf:a/b"), &quiet).unwrap(), described);
+    assert_eq!(server.seen(), []);
+}
+
+#[test]
+fn a_description_that_cannot_be_is_refused() {
+    let (server, cache) = (Server::new(), cache());
+    let mut settings = server.settings(cache.path());
+    settings.offline = true;
+    let offline = Hub::new(settings).description_blocking(&model("hf:a/b"), &quiet);
+    assert!(matches!(offline, Err(Error::Offline { .. })));
+    server.remove("config.json");
+    let absent = server.hub(cache.path()).description_blocking(&model("hf:a/b"), &quiet);
+    assert!(matches!(absent, Err(Error::NoConfig { .. })), "{absent:?}");
+}
+
 /// An address at which nothing listens.
 fn nowhere() -> Endpoint {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();

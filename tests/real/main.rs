@@ -5,6 +5,7 @@ mod defaults;
 mod export;
 mod field_console;
 mod hub;
+mod needs;
 mod plan_command;
 mod real_model;
 mod tls;

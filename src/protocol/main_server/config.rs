@@ -159,7 +159,8 @@ impl MainConfig {
             alpha: first.config.alpha,
             ..config.clone()
         };
-        if same != first.config || placement.assignment.run != first.run {
+        let next = &placement.assignment;
+        if same != first.config || next.run != first.run || next.alphas != first.alphas {
             return Err(MainError::Fixed);
         }
         Ok(())
