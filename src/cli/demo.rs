@@ -138,7 +138,7 @@ Example:
   sflllm demo --model hf:HuggingFaceTB/SmolLM2-135M-Instruct
       a pretrained model instead of the small one inside this program")]
 pub struct Options {
-    /// The model: `demo`, a Hugging Face directory, a .gguf file, or hf:ORG/NAME[@REVISION]
+    /// The model: `demo`, a Hugging Face directory, a .gguf file, or `hf:ORG/NAME`
     #[arg(long, default_value = "demo", value_name = "DIR|FILE.gguf|hf:ORG/NAME|demo")]
     pub model: ModelName,
     /// How frozen weights are held
