@@ -6,6 +6,7 @@ pub mod attention;
 pub mod case;
 pub mod cross_entropy;
 pub mod gelu;
+pub mod gradient;
 pub mod layernorm;
 pub mod lora;
 pub mod matmul;
@@ -27,6 +28,7 @@ pub fn all() -> impl Iterator<Item = &'static Contract> {
         attention::ALL,
         cross_entropy::ALL,
         gelu::ALL,
+        gradient::ALL,
         layernorm::ALL,
         lora::ALL,
         matmul::ALL,
@@ -48,6 +50,7 @@ pub fn examples() -> impl Iterator<Item = &'static Example> {
         attention::EXAMPLES,
         cross_entropy::EXAMPLES,
         gelu::EXAMPLES,
+        gradient::EXAMPLES,
         layernorm::EXAMPLES,
         lora::EXAMPLES,
         matmul::EXAMPLES,

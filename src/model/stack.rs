@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use crate::compute::{Buffer, Cost, Engine, Error, Prepared, Recording};
-use crate::kernels::{adamw, rotary, scalar};
+use crate::kernels::{adamw, gradient, rotary, scalar};
 
 use super::ModelError;
 use super::adapter::AdapterLayout;
@@ -146,7 +146,11 @@ impl Stack {
             rotations: None,
             position: engine.buffer("position", 1)?,
             scalars,
-            scalar_values: [0.0; scalar::COUNT],
+            scalar_values: {
+                let mut values = [0.0; scalar::COUNT];
+                values[scalar::GRAD_SCALE] = 1.0;
+                values
+            },
             step: 0,
             prepared: HashMap::new(),
         };
@@ -321,6 +325,50 @@ impl Stack {
         recording.clear(&self.lora.as_ref().expect("a training stack").gradient);
     }
 
+    /// Records the norm of the accumulated adapter gradient, to be read from [`Stack::record_reply`].
+    pub(crate) fn record_gradient_norm(&self, recording: &mut Recording) {
+        let (lora, moments) = (
+            self.lora.as_ref().expect("a training stack"),
+            self.moments.as_ref().expect("a training stack"),
+        );
+        let n = lora.layout.len();
+        adamw::norm(recording, n, &lora.gradient, &moments.norm_partial, &self.scalars);
+    }
+
+    /// Records copying the norm of the adapter gradient and the losses of (batch, seq) targets to the beginning of `reply`. Returns
+    /// the words that takes.
+    pub(crate) fn record_reply(&self, recording: &mut Recording, seq: usize, reply: &Buffer) -> usize {
+        let head = self.workspace.head.as_ref().expect("a stack with a head");
+        let rows = self.extent().batch * seq;
+        recording.copy((&self.scalars, scalar::NORM), (reply, 0), 1);
+        recording.copy((&head.loss, 0), (reply, 1), rows);
+        1 + rows
+    }
+
+    /// A buffer that holds an adapter gradient.
+    pub(crate) fn gradient_buffer(&self, name: String) -> Result<Buffer, Error> {
+        let lora = self.lora.as_ref().expect("a training stack");
+        self.engine.buffer(name, lora.layout.len())
+    }
+
+    /// Records copying the accumulated adapter gradient.
+    pub(crate) fn record_keep_gradient(&self, recording: &mut Recording, into: &Buffer) {
+        let lora = self.lora.as_ref().expect("a training stack");
+        recording.copy((&lora.gradient, 0), (into, 0), lora.layout.len());
+    }
+
+    /// Records adding an adapter gradient, times the weight of [`Stack::set_weight`], to the accumulated one.
+    pub(crate) fn record_add_gradient(&self, recording: &mut Recording, from: &Buffer) {
+        let lora = self.lora.as_ref().expect("a training stack");
+        gradient::add(recording, lora.layout.len(), from, &self.scalars, &lora.gradient);
+    }
+
+    /// Uploads the weight of what is added to the adapter gradient next.
+    pub(crate) fn set_weight(&mut self, weight: f32) {
+        self.scalar_values[scalar::WEIGHT] = weight;
+        self.engine.upload(&self.scalars, 0, &self.scalar_values);
+    }
+
     /// Runs the recording called `name` for sequences of `seq`, recording and preparing it the first time.
     pub fn run(
         &mut self,
@@ -393,11 +441,6 @@ impl Stack {
     /// Optimiser steps taken.
     pub fn steps(&self) -> u64 {
         self.step
-    }
-
-    /// The mean loss of the last batch over its `count` targets, summed in f64; 0 for none.
-    pub async fn mean_loss(&self, seq: usize, count: usize) -> Result<f64, Error> {
-        Ok(self.loss_sum(seq).await? / count.max(1) as f64)
     }
 
     /// The summed loss of the last batch's targets.

@@ -99,6 +99,8 @@ pub enum Error {
     #[error(transparent)]
     Split(#[from] split::Error),
     #[error(transparent)]
+    Lane(#[from] split::LaneError),
+    #[error(transparent)]
     Weights(#[from] WeightsError),
     #[error(transparent)]
     Adapter(#[from] AdapterError),

@@ -115,7 +115,8 @@ impl ClientPart {
         self.gradient.accepts(gradient)?;
         check_length("the rows of a gradient", gradient.rows(), batch * seq)?;
         self.pending = None;
-        self.gradient.upload(self.stack.engine(), gradient, self.stack.d_x());
+        self.gradient
+            .upload(self.stack.engine(), gradient, batch * seq, self.stack.d_x());
         let run_step = self.run_step.unwrap_or_else(|| self.stack.steps());
         self.stack.begin_update(&self.training.optimizer, run_step, 1.0);
         let gradient = &self.gradient;

@@ -55,7 +55,7 @@ impl CutBuffers {
         }
     }
 
-    /// Reads the wire form back; `values` itself when it is f32.
+    /// Reads the wire form of (batch·seq, width) back; `values` itself when it is f32.
     pub async fn download(
         &self,
         engine: &Engine,
@@ -63,44 +63,73 @@ impl CutBuffers {
         values: &Buffer,
     ) -> Result<WireTensor, Error> {
         let rows = batch * seq;
-        let words: Vec<u32> = match self.form {
-            WireForm::F32 => engine.download(values, 0, rows * self.width).await?,
-            WireForm::F16 => {
-                engine
-                    .download(&self.packed, 0, (rows * self.width).div_ceil(2))
-                    .await?
-            }
-            WireForm::Int8 => {
-                let mut words: Vec<u32> = engine.download(&self.scales, 0, rows).await?;
-                words.extend(
-                    engine
-                        .download::<u32>(&self.packed, 0, rows * self.width.div_ceil(4))
-                        .await?,
-                );
-                words
-            }
-        };
+        let mut words = Vec::with_capacity(self.words(rows));
+        for (buffer, count) in self.pieces(rows, values) {
+            words.extend(engine.download::<u32>(buffer, 0, count).await?);
+        }
+        self.tensor((batch, seq), rows, &words)
+    }
+
+    /// Length in words of (rows, width).
+    pub fn words(&self, rows: usize) -> usize {
+        self.form.words(rows, self.width).expect("as many as there are buffers for")
+    }
+
+    /// The buffers that hold the wire form of (rows, width), in its order, with their words.
+    fn pieces<'a>(&'a self, rows: usize, values: &'a Buffer) -> Vec<(&'a Buffer, usize)> {
+        match self.form {
+            WireForm::F32 => vec![(values, rows * self.width)],
+            WireForm::F16 => vec![(&self.packed, self.words(rows))],
+            WireForm::Int8 => vec![(&self.scales, rows), (&self.packed, self.words(rows) - rows)],
+        }
+    }
+
+    /// Records copying the wire form of (rows, width) to `reply`, from word `at` on.
+    pub(crate) fn record_reply(
+        &self,
+        recording: &mut Recording,
+        rows: usize,
+        values: &Buffer,
+        (reply, mut at): (&Buffer, usize),
+    ) {
+        for (buffer, count) in self.pieces(rows, values) {
+            recording.copy((buffer, 0), (reply, at), count);
+            at += count;
+        }
+    }
+
+    /// The first `batch` sequences of the `rows` whose wire form is `words`.
+    pub(crate) fn tensor(
+        &self,
+        (batch, seq): (usize, usize),
+        rows: usize,
+        words: &[u32],
+    ) -> Result<WireTensor, Error> {
+        let own = batch * seq;
+        let (scales, packed) = words.split_at(if self.form == WireForm::Int8 { rows } else { 0 });
+        let own_scales = &scales[..own.min(scales.len())];
+        let words = own_scales.iter().chain(&packed[..self.words(own) - own_scales.len()]);
         let layout = WireLayout {
             form: self.form,
             batch: batch as u32,
             seq: seq as u32,
             width: self.width as u32,
         };
-        let bytes = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-        Ok(WireTensor::new(layout, bytes)?)
+        Ok(WireTensor::new(layout, words.flat_map(|word| word.to_le_bytes()).collect())?)
     }
 
-    /// Uploads the wire form, or `values` itself when it is f32.
-    pub fn upload(&self, engine: &Engine, tensor: &WireTensor, values: &Buffer) {
+    /// Uploads the wire form, or `values` itself when it is f32, of `rows` of which those past the tensor's are zero.
+    pub fn upload(&self, engine: &Engine, tensor: &WireTensor, rows: usize, values: &Buffer) {
         let words = tensor.bytes().as_chunks::<4>().0;
-        let words: Vec<u32> = words.iter().map(|word| u32::from_le_bytes(*word)).collect();
-        match self.form {
-            WireForm::F32 => engine.upload(values, 0, &words),
-            WireForm::F16 => engine.upload(&self.packed, 0, &words),
-            WireForm::Int8 => {
-                engine.upload(&self.scales, 0, &words[..tensor.rows()]);
-                engine.upload(&self.packed, 0, &words[tensor.rows()..]);
-            }
+        let mut words: Vec<u32> = words.iter().map(|word| u32::from_le_bytes(*word)).collect();
+        let mut packed = match self.form {
+            WireForm::Int8 => words.split_off(tensor.rows()),
+            WireForm::F32 | WireForm::F16 => std::mem::take(&mut words),
+        };
+        let mut scales = words;
+        for ((buffer, count), words) in self.pieces(rows, values).into_iter().rev().zip([&mut packed, &mut scales]) {
+            words.resize(count, 0);
+            engine.upload(buffer, 0, words);
         }
     }
 

@@ -6,8 +6,10 @@
 //! ```
 //! The server's adapter takes one optimiser step on `Σ w_k loss_k`, `w_k = tokens_k / Σ tokens`; every client gets the gradient of
 //! its own mean loss, not scaled by `w_k`, and takes a step of its own. With one client this is centralised training.
-//! (SflLLM, arXiv 2504.14667.) Clients' activations run one after the other through the server's blocks, with their adapter
-//! gradients accumulated: the same sums as one concatenated batch, in memory that does not grow with the number of clients.
+//! (SflLLM, arXiv 2504.14667.) The server's step is a stream: a contribution runs through its blocks when it comes, in a lane of its
+//! own, and is answered at once; the step closes with the sum of the lanes' adapter gradients, in client order, so that its bits do
+//! not depend on who came first. A lane costs the memory of one adapter gradient. One whose loss or gradient is not finite leaves
+//! nothing behind.
 //!
 //! Gradient clipping is by the norm of each side's own adapter gradient, since neither side sees the other's: with a clip the
 //! split run differs from the centralised one by that, and by nothing else.
@@ -26,7 +28,7 @@ mod server;
 mod speed;
 
 pub use client::ClientPart;
-pub use server::{Contribution, Evaluation, Moved, Reply, ServerPart};
+pub use server::{Closed, Contribution, Evaluation, Moved, Reply, ServerPart};
 pub use speed::Clock;
 
 use crate::compute;
@@ -34,6 +36,7 @@ use crate::model::ModelError;
 use crate::model::adapter::{AdapterError, AdapterLayout, LoraSpec};
 use crate::model::architecture::Architecture;
 use crate::model::weights::WeightsError;
+use crate::terms::ids::ClientId;
 use crate::terms::optimizer::OptimizerSettings;
 use crate::terms::tensor::{IGNORED_TARGET, WireForm, WireTensorError};
 
@@ -74,8 +77,32 @@ pub enum Error {
     },
     #[error("a gradient arrived for no forward pass")]
     NoForward,
-    #[error("the loss of step {step} is {loss}: try a lower --lr, or --clip 1")]
-    NotFinite { step: u64, loss: f64 },
+    #[error("{client} has no lane in this step")]
+    NoLane { client: ClientId },
+}
+
+/// Why a contribution has no lane in a step. Nothing of it is left behind.
+#[derive(Debug, thiserror::Error)]
+pub enum LaneError {
+    /// It is not what was agreed.
+    #[error(transparent)]
+    Refused(Error),
+    #[error("its loss is {0}")]
+    Loss(f64),
+    #[error("its gradient has a value that is not finite")]
+    Gradient,
+    /// It has a lane already.
+    #[error("it came a second time")]
+    Again,
+    /// Not the contribution's fault: the device could not compute it.
+    #[error(transparent)]
+    Device(compute::Error),
+}
+
+impl From<compute::Error> for LaneError {
+    fn from(error: compute::Error) -> Self {
+        LaneError::Device(error)
+    }
 }
 
 /// What both sides of a run agree on.

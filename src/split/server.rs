@@ -1,6 +1,8 @@
 //! The main server's side: the blocks above the cut, the head and the loss, with their adapter and optimiser.
 
-use crate::compute::Engine;
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::compute::{Buffer, Engine};
 use crate::model::adapter::{Adapter, AdapterLayout};
 use crate::model::architecture::Architecture;
 use crate::model::central::{Central, Counted};
@@ -11,9 +13,10 @@ use crate::model::workspace::Extent;
 
 use super::cut::CutBuffers;
 use super::speed::{self, Clock};
-use super::{Error, Training, check_adapter, check_length, check_targets};
+use super::{Error, LaneError, Training, check_adapter, check_length, check_targets};
+use crate::terms::ids::ClientId;
 use crate::terms::moments::Moments;
-use crate::terms::tensor::WireTensor;
+use crate::terms::tensor::{IGNORED_TARGET, WireTensor};
 
 /// One client's part in a step.
 #[derive(Clone, Copy, Debug)]
@@ -22,7 +25,7 @@ pub struct Contribution<'a> {
     /// there.
     pub cut: usize,
     pub activations: &'a WireTensor,
-    /// (batch, seq), [`IGNORED_TARGET`](crate::terms::tensor::IGNORED_TARGET) where there is nothing to predict.
+    /// (batch, seq), [`IGNORED_TARGET`] where there is nothing to predict.
     pub targets: &'a [i32],
 }
 
@@ -35,6 +38,31 @@ pub struct Reply {
     pub loss: f64,
     /// Targets the loss is averaged over.
     pub tokens: usize,
+}
+
+/// A step that the optimiser has taken.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Closed {
+    /// Mean over the targets of all its lanes.
+    pub loss: f64,
+    /// Targets of all its lanes.
+    pub tokens: usize,
+}
+
+/// A contribution to the open step that has been computed.
+struct Lane {
+    /// Which of the kept gradients is its own.
+    slot: usize,
+    /// Mean over its targets.
+    loss: f64,
+    tokens: usize,
+}
+
+/// The lanes of the open step, and the adapter gradients they are kept in from step to step.
+#[derive(Default)]
+struct Lanes {
+    open: BTreeMap<ClientId, Lane>,
+    gradients: Vec<Buffer>,
 }
 
 /// Loss and perplexity over a data set.
@@ -74,6 +102,9 @@ pub struct ServerPart {
     cut: usize,
     activations: CutBuffers,
     gradient: CutBuffers,
+    /// What one readback brings: the norm of the adapter gradient, the losses of the rows, the gradient's wire form.
+    reply: Buffer,
+    lanes: Lanes,
 }
 
 impl ServerPart {
@@ -158,16 +189,19 @@ impl ServerPart {
             seq: training.seq,
         };
         let rows = training.batch * training.seq;
+        let gradient = CutBuffers::new(engine, training.wire, rows, model.width)?;
         Ok(Self {
             stack: Stack::new(engine, model, weights, Some((&layout, adapter)), extent, true)?,
             training: training.clone(),
             cut,
             activations: CutBuffers::new(engine, training.wire, rows, model.width)?,
-            gradient: CutBuffers::new(engine, training.wire, rows, model.width)?,
+            reply: engine.buffer("reply", 1 + rows + gradient.words(rows))?,
+            gradient,
+            lanes: Lanes::default(),
         })
     }
 
-    /// That the server can use a contribution.
+    /// That the server can use a contribution: of as many rows as were agreed, or fewer.
     pub fn check(&self, contribution: &Contribution<'_>) -> Result<(), Error> {
         let blocks = self.stack.model().blocks;
         if !(self.cut..blocks).contains(&contribution.cut) {
@@ -180,63 +214,158 @@ impl ServerPart {
         let activations = contribution.activations;
         self.activations.accepts(activations)?;
         self.training.check_seq(activations.seq(), self.stack.model())?;
-        check_length("the rows of a batch", activations.batch(), self.training.batch)?;
+        if !(1..=self.training.batch).contains(&activations.batch()) {
+            check_length("a batch", activations.batch(), self.training.batch)?;
+        }
         check_length("a batch of targets", contribution.targets.len(), activations.rows())?;
         check_targets(contribution.targets, self.stack.model().vocab)
     }
 
-    /// Forward and backward of every contribution and one optimiser step on `Σ w_k loss_k`, `w_k = tokens_k / Σ tokens`. Returns
-    /// that loss and the replies in the order of the contributions. A block has the gradient of the contributions that passed it.
-    pub async fn step(&mut self, contributions: &[Contribution<'_>]) -> Result<(f64, Vec<Reply>), Error> {
-        let (total_loss, replies) = self.accumulate(contributions).await?;
-        let step = self.stack.steps();
-        self.stack.begin_update(&self.training.optimizer, step, 1.0);
+    /// Begins a step. What was in the one before, if it was not closed, is dropped.
+    pub fn open_step(&mut self) {
+        self.lanes.open.clear();
+    }
+
+    /// Runs one client's contribution to the open step, forward and backward, in a lane of its own, and answers it. Fewer rows
+    /// than agreed are as if the others had no target.
+    ///
+    /// # Errors
+    /// [`LaneError`]; the step is as it was before.
+    pub async fn contribute(
+        &mut self,
+        client: ClientId,
+        contribution: &Contribution<'_>,
+    ) -> Result<Reply, LaneError> {
+        self.check(contribution).map_err(LaneError::Refused)?;
+        if self.lanes.open.contains_key(&client) {
+            return Err(LaneError::Again);
+        }
+        let given = contribution.activations;
+        let (batch, seq) = (given.batch(), given.seq());
+        let entry = contribution.cut - self.cut;
+        let rows = self.training.batch * seq;
+        let input = self.stack.input_of(entry);
+        self.activations.upload(self.stack.engine(), given, rows, input);
+        let mut targets = contribution.targets.to_vec();
+        targets.resize(rows, IGNORED_TARGET);
+        let tokens = self.stack.upload_targets(&targets, 1.0);
+        let (activations, gradient, reply) = (&self.activations, &self.gradient, &self.reply);
+        self.stack.run_from(("contribution", entry), seq, |stack, recording| {
+            stack.record_clear_gradient(recording);
+            activations.record_unpack(recording, rows, stack.input_of(entry));
+            stack.record_blocks_from(recording, seq, entry);
+            stack.record_loss(recording, seq, true);
+            stack.record_backward_to(recording, seq, entry);
+            gradient.record_pack(recording, rows, stack.d_x());
+            stack.record_gradient_norm(recording);
+            let at = stack.record_reply(recording, seq, reply);
+            gradient.record_reply(recording, rows, stack.d_x(), (reply, at));
+        })?;
+        let words = 1 + rows + self.gradient.words(rows);
+        let words: Vec<u32> = self.stack.engine().download(&self.reply, 0, words).await?;
+        let (norm, losses) = (f32::from_bits(words[0]), &words[1..1 + rows]);
+        let loss = losses.iter().map(|word| f64::from(f32::from_bits(*word))).sum::<f64>() / tokens.max(1) as f64;
+        if !loss.is_finite() {
+            return Err(LaneError::Loss(loss));
+        }
+        let gradient = self
+            .gradient
+            .tensor((batch, seq), rows, &words[1 + rows..])
+            .map_err(LaneError::Refused)?;
+        if !norm.is_finite() || !gradient.is_finite() {
+            return Err(LaneError::Gradient);
+        }
+        let slot = self.keep_gradient()?;
+        self.lanes.open.insert(client, Lane { slot, loss, tokens });
+        Ok(Reply { gradient, loss, tokens })
+    }
+
+    /// Keeps the gradient of the last contribution until the step closes. Returns where.
+    fn keep_gradient(&mut self) -> Result<usize, LaneError> {
+        let is_free = |slot: &usize| self.lanes.open.values().all(|lane| lane.slot != *slot);
+        let slot = (0..=self.lanes.gradients.len()).find(is_free).unwrap_or_default();
+        if slot == self.lanes.gradients.len() {
+            self.lanes.gradients.push(self.stack.gradient_buffer(format!("lane.{slot}"))?);
+        }
+        let kept = &self.lanes.gradients[slot];
+        self.stack.run_from(("lane.keep", slot), 0, |stack, recording| {
+            stack.record_keep_gradient(recording, kept);
+        })?;
+        Ok(slot)
+    }
+
+    /// Closes the step with these clients' lanes, in the order of the clients: one optimiser step on `Σ w_k loss_k`, `w_k = tokens_k / Σ tokens`.
+    /// A block has the gradient of the contributions that passed it. The other lanes are dropped; without any there is no step.
+    ///
+    /// # Errors
+    /// [`Error::NoLane`], before anything is changed; [`Error::Compute`].
+    pub fn close(&mut self, lanes: &BTreeSet<ClientId>) -> Result<Closed, Error> {
+        let closed = self.sum(lanes)?;
+        if !lanes.is_empty() {
+            let step = self.stack.steps();
+            self.stack.begin_update(&self.training.optimizer, step, 1.0);
+            self.stack
+                .run("update", 0, |stack, recording| stack.record_update(recording))?;
+        }
+        Ok(closed)
+    }
+
+    /// Sums these lanes' adapter gradients, and ends the step.
+    fn sum(&mut self, lanes: &BTreeSet<ClientId>) -> Result<Closed, Error> {
+        let lane = |client: &ClientId| match self.lanes.open.get(client) {
+            Some(lane) => Ok((lane.slot, lane.loss, lane.tokens)),
+            None => Err(Error::NoLane { client: *client }),
+        };
+        let lanes = lanes.iter().map(lane).collect::<Result<Vec<_>, _>>()?;
+        let tokens: usize = lanes.iter().map(|(.., tokens)| tokens).sum();
         self.stack
-            .run("update", 0, |stack, recording| stack.record_update(recording))?;
-        Ok((total_loss, replies))
+            .run("lane.clear", 0, |stack, recording| stack.record_clear_gradient(recording))?;
+        let mut loss = 0.0;
+        for (slot, own_loss, own_tokens) in lanes {
+            let weight = own_tokens as f64 / tokens.max(1) as f64;
+            loss += weight * own_loss;
+            self.stack.set_weight(weight as f32);
+            let kept = &self.lanes.gradients[slot];
+            self.stack.run_from(("lane.add", slot), 0, |stack, recording| {
+                stack.record_add_gradient(recording, kept);
+            })?;
+        }
+        self.lanes.open.clear();
+        Ok(Closed { loss, tokens })
+    }
+
+    /// A whole step: these contributions, and the optimiser's part. Returns the loss and the replies in the order of the
+    /// contributions.
+    ///
+    /// # Errors
+    /// The first [`LaneError`], without a step.
+    pub async fn step(&mut self, contributions: &[Contribution<'_>]) -> Result<(f64, Vec<Reply>), LaneError> {
+        let (lanes, replies) = self.contribute_all(contributions).await?;
+        let closed = self.close(&lanes).map_err(LaneError::Refused)?;
+        Ok((closed.loss, replies))
     }
 
     /// [`ServerPart::step`] without the optimiser's part: the adapter's gradient stays accumulated.
-    pub async fn accumulate(&mut self, contributions: &[Contribution<'_>]) -> Result<(f64, Vec<Reply>), Error> {
-        contributions.iter().try_for_each(|c| self.check(c))?;
-        let count = |c: &Contribution<'_>| c.targets.iter().filter(|&&target| target >= 0).count();
-        let total: usize = contributions.iter().map(count).sum();
+    ///
+    /// # Errors
+    /// As [`ServerPart::step`].
+    pub async fn accumulate(&mut self, contributions: &[Contribution<'_>]) -> Result<(f64, Vec<Reply>), LaneError> {
+        let (lanes, replies) = self.contribute_all(contributions).await?;
+        let closed = self.sum(&lanes).map_err(LaneError::Refused)?;
+        Ok((closed.loss, replies))
+    }
+
+    async fn contribute_all(
+        &mut self,
+        contributions: &[Contribution<'_>],
+    ) -> Result<(BTreeSet<ClientId>, Vec<Reply>), LaneError> {
+        self.open_step();
+        let lanes: BTreeSet<ClientId> = (0..contributions.len() as u64).map(ClientId).collect();
         let mut replies = Vec::with_capacity(contributions.len());
-        let mut total_loss = 0.0;
-        for contribution in contributions {
-            let given = contribution.activations;
-            let (batch, seq) = (given.batch(), given.seq());
-            let weight = count(contribution) as f64 / total.max(1) as f64;
-            let entry = contribution.cut - self.cut;
-            self.activations
-                .upload(self.stack.engine(), given, self.stack.input_of(entry));
-            let tokens = self.stack.upload_targets(contribution.targets, weight as f32);
-            let (activations, gradient) = (&self.activations, &self.gradient);
-            self.stack.run_from(("contribution", entry), seq, |stack, recording| {
-                activations.record_unpack(recording, batch * seq, stack.input_of(entry));
-                stack.record_blocks_from(recording, seq, entry);
-                stack.record_loss(recording, seq, true);
-                stack.record_backward_to(recording, seq, entry);
-                gradient.record_pack(recording, batch * seq, stack.d_x());
-            })?;
-            let loss = self.stack.mean_loss(seq, tokens).await?;
-            if !loss.is_finite() {
-                return Err(Error::NotFinite {
-                    step: self.stack.steps(),
-                    loss,
-                });
-            }
-            total_loss += weight * loss;
-            replies.push(Reply {
-                gradient: self
-                    .gradient
-                    .download(self.stack.engine(), (batch, seq), self.stack.d_x())
-                    .await?,
-                loss,
-                tokens,
-            });
+        for (client, contribution) in lanes.iter().zip(contributions) {
+            replies.push(self.contribute(*client, contribution).await?);
         }
-        Ok((total_loss, replies))
+        Ok((lanes, replies))
     }
 
     /// The accumulated gradient of the adapter, flat.

@@ -2,7 +2,7 @@
 //! engine equal the specification, and the specification equals the mathematics.
 
 use crate::engines::{agree, assert_close, exact, finite_differences, floats, numbers, poisoned};
-use sflllm::kernels::{adamw, gelu, layernorm, quantize, scalar};
+use sflllm::kernels::{adamw, gelu, gradient, layernorm, quantize, scalar};
 
 /// One, primes, one below, at and above a workgroup of 64 and a CPU block of 4096.
 const LENGTHS: &[usize] = &[1, 2, 7, 63, 64, 65, 301, 4095, 4096, 4097, 20_011];
@@ -171,6 +171,28 @@ fn layernorm_backward_equals_finite_differences() {
                 assert_close(&claim, as_floats(&found[4]), &expected, 1e-4);
             }
         }
+    }
+}
+
+#[test]
+fn gradient_add_is_a_weighted_sum() {
+    for &n in LENGTHS {
+        let (lane, sum) = (numbers(19, n + 3), numbers(20, n + 3));
+        let mut scalars = vec![0.25f32; scalar::COUNT];
+        scalars[scalar::WEIGHT] = -0.375;
+        let claim = format!("gradient.add {n}");
+        let found = agree(
+            &claim,
+            &[floats(&lane), floats(&scalars), floats(&sum)],
+            |recording, buffers| gradient::add(recording, n, &buffers[0], &buffers[1], &buffers[2]),
+        );
+        let expected: Vec<f32> = (0..n + 3)
+            .map(|i| match i < n {
+                true => (f64::from(sum[i]) - 0.375 * f64::from(lane[i])) as f32,
+                false => sum[i],
+            })
+            .collect();
+        assert_close(&claim, as_floats(&found[2]), &expected, 1e-6);
     }
 }
 

@@ -19,6 +19,7 @@ mod kernels_cross_entropy;
 mod kernels_elementwise;
 mod kernels_llama;
 mod kernels_matmul;
+mod lanes;
 mod layering;
 mod model_files;
 mod planned_run;
