@@ -20,7 +20,7 @@ use crate::model::central::{Central, Counted};
 use crate::model::rounds::RoundsTable;
 use crate::model::stack::StackWeights;
 use crate::model::workspace::Extent;
-use crate::split::{ClientPart, Contribution, ServerPart, Training};
+use crate::split::{ClientPart, Contribution, LaneError, ServerPart, Training};
 
 use super::console::{self, Bar, Rewritten};
 use super::defaults;
@@ -288,7 +288,12 @@ impl Trainee {
                         targets: &batch.targets,
                     })
                     .collect();
-                let (_, replies) = block_on(server.step(&contributions))?;
+                let (_, replies) = block_on(server.step(&contributions)).map_err(|error| match error {
+                    LaneError::Loss(loss) => {
+                        anyhow::anyhow!("the training loss is {loss}: try a lower --lr, or --clip 1")
+                    }
+                    other => other.into(),
+                })?;
                 for (member, reply) in members.iter_mut().zip(&replies) {
                     block_on(member.part.backward(&reply.gradient))?;
                 }

@@ -72,7 +72,9 @@ impl CutBuffers {
 
     /// Length in words of (rows, width).
     pub fn words(&self, rows: usize) -> usize {
-        self.form.words(rows, self.width).expect("as many as there are buffers for")
+        self.form
+            .words(rows, self.width)
+            .expect("as many as there are buffers for")
     }
 
     /// The buffers that hold the wire form of (rows, width), in its order, with their words.
@@ -99,12 +101,7 @@ impl CutBuffers {
     }
 
     /// The first `batch` sequences of the `rows` whose wire form is `words`.
-    pub(crate) fn tensor(
-        &self,
-        (batch, seq): (usize, usize),
-        rows: usize,
-        words: &[u32],
-    ) -> Result<WireTensor, Error> {
+    pub(crate) fn tensor(&self, (batch, seq): (usize, usize), rows: usize, words: &[u32]) -> Result<WireTensor, Error> {
         let own = batch * seq;
         let (scales, packed) = words.split_at(if self.form == WireForm::Int8 { rows } else { 0 });
         let own_scales = &scales[..own.min(scales.len())];
@@ -115,7 +112,10 @@ impl CutBuffers {
             seq: seq as u32,
             width: self.width as u32,
         };
-        Ok(WireTensor::new(layout, words.flat_map(|word| word.to_le_bytes()).collect())?)
+        Ok(WireTensor::new(
+            layout,
+            words.flat_map(|word| word.to_le_bytes()).collect(),
+        )?)
     }
 
     /// Uploads the wire form, or `values` itself when it is f32, of `rows` of which those past the tensor's are zero.
@@ -127,7 +127,12 @@ impl CutBuffers {
             WireForm::F32 | WireForm::F16 => std::mem::take(&mut words),
         };
         let mut scales = words;
-        for ((buffer, count), words) in self.pieces(rows, values).into_iter().rev().zip([&mut packed, &mut scales]) {
+        for ((buffer, count), words) in self
+            .pieces(rows, values)
+            .into_iter()
+            .rev()
+            .zip([&mut packed, &mut scales])
+        {
             words.resize(count, 0);
             engine.upload(buffer, 0, words);
         }

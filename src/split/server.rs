@@ -231,11 +231,7 @@ impl ServerPart {
     ///
     /// # Errors
     /// [`LaneError`]; the step is as it was before.
-    pub async fn contribute(
-        &mut self,
-        client: ClientId,
-        contribution: &Contribution<'_>,
-    ) -> Result<Reply, LaneError> {
+    pub async fn contribute(&mut self, client: ClientId, contribution: &Contribution<'_>) -> Result<Reply, LaneError> {
         self.check(contribution).map_err(LaneError::Refused)?;
         if self.lanes.open.contains_key(&client) {
             return Err(LaneError::Again);
@@ -285,7 +281,9 @@ impl ServerPart {
         let is_free = |slot: &usize| self.lanes.open.values().all(|lane| lane.slot != *slot);
         let slot = (0..=self.lanes.gradients.len()).find(is_free).unwrap_or_default();
         if slot == self.lanes.gradients.len() {
-            self.lanes.gradients.push(self.stack.gradient_buffer(format!("lane.{slot}"))?);
+            self.lanes
+                .gradients
+                .push(self.stack.gradient_buffer(format!("lane.{slot}"))?);
         }
         let kept = &self.lanes.gradients[slot];
         self.stack.run_from(("lane.keep", slot), 0, |stack, recording| {
@@ -318,8 +316,9 @@ impl ServerPart {
         };
         let lanes = lanes.iter().map(lane).collect::<Result<Vec<_>, _>>()?;
         let tokens: usize = lanes.iter().map(|(.., tokens)| tokens).sum();
-        self.stack
-            .run("lane.clear", 0, |stack, recording| stack.record_clear_gradient(recording))?;
+        self.stack.run("lane.clear", 0, |stack, recording| {
+            stack.record_clear_gradient(recording)
+        })?;
         let mut loss = 0.0;
         for (slot, own_loss, own_tokens) in lanes {
             let weight = own_tokens as f64 / tokens.max(1) as f64;

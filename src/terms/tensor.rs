@@ -148,7 +148,7 @@ impl WireTensor {
         &self.bytes
     }
 
-    /// Whether every number is finite. Of int8 only the scales can fail to be.
+    /// Whether every number is finite when it is decoded. Of int8 only the scales can fail to be.
     pub fn is_finite(&self) -> bool {
         let finite = |words: &[u8]| {
             let words = words.as_chunks::<4>().0;
@@ -160,7 +160,14 @@ impl WireTensor {
                 let halves = self.bytes.as_chunks::<2>().0;
                 halves.iter().all(|half| u16::from_le_bytes(*half) & 0x7c00 != 0x7c00)
             }
-            WireForm::Int8 => finite(&self.bytes[..4 * self.rows()]),
+            WireForm::Int8 => {
+                let scales = self.bytes[..4 * self.rows()].as_chunks::<4>().0;
+                // The furthest from zero that a byte can be.
+                let furthest = f32::from(i8::MIN);
+                scales
+                    .iter()
+                    .all(|scale| (f32::from_le_bytes(*scale) * furthest).is_finite())
+            }
         }
     }
 }
@@ -213,6 +220,9 @@ mod tests {
         let scale = |scale: f32| [scale.to_le_bytes(), [0xff; 4]].concat();
         assert!(tensor(WireForm::Int8, 4, &scale(0.5)).is_finite());
         assert!(!tensor(WireForm::Int8, 4, &scale(f32::INFINITY)).is_finite());
+        // Finite itself, but not times what it scales.
+        assert!(!tensor(WireForm::Int8, 4, &scale(1e37)).is_finite());
+        assert!(tensor(WireForm::Int8, 4, &scale(-2e36)).is_finite());
     }
 
     #[test]

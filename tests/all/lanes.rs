@@ -42,7 +42,7 @@ impl Setup {
 
     fn training(&self, wire: WireForm) -> Training {
         Training {
-            spec: self.adapter.layout.spec().clone(),
+            spec: self.adapter.spec.clone(),
             optimizer: OptimizerSettings {
                 clip: Some(1.0),
                 ..OptimizerSettings::default()
@@ -67,8 +67,7 @@ impl Setup {
         let embedding = self.weights.embedding(F32).unwrap();
         let block = [self.weights.unit(Unit::Block(0), F32).unwrap()];
         let below = self.adapter.slice(&self.model, 0..1).unwrap().values;
-        let mut client =
-            ClientPart::new(engine, &self.model, embedding, &block, &self.training(wire), &below).unwrap();
+        let mut client = ClientPart::new(engine, &self.model, embedding, &block, &self.training(wire), &below).unwrap();
         let forward = |batch: &Batch| block_on(client.forward(&batch.tokens, batch.seq)).unwrap();
         self.batches[..3].iter().map(forward).collect()
     }
@@ -130,7 +129,11 @@ fn the_order_of_arrival_changes_no_bit_of_a_step() {
             }
             results.push((closed, replies, bits(&server)));
         }
-        assert!(results.iter().all(|result| *result == results[0]), "on {}", engine.name());
+        assert!(
+            results.iter().all(|result| *result == results[0]),
+            "on {}",
+            engine.name()
+        );
         assert!(results[0].0[1].loss < results[0].0[0].loss, "the steps are steps");
     }
 }
