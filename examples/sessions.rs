@@ -110,6 +110,8 @@ pub fn main() -> Result<(), Box<dyn Error>> {
             federated_url: None,
             ping_interval: PING_INTERVAL,
             wait_for_client: Duration::from_secs(60),
+            deadline: Deadline::Auto,
+            quorum: None,
         },
         now,
     )?;
@@ -208,23 +210,24 @@ pub fn main() -> Result<(), Box<dyn Error>> {
         }
         while let Some(event) = main.poll_event() {
             match event {
-                MainEvent::StepReady { key, contributions } => {
-                    let given: Vec<_> = (contributions.iter())
-                        .map(|c| split::Contribution {
-                            cut: CUT,
-                            activations: &c.activations,
-                            targets: &c.targets,
-                        })
-                        .collect();
-                    let (_, replies) = block_on(server_part.step(&given))?;
-                    let outputs = (contributions.iter().zip(replies))
-                        .map(|(c, reply)| GradientOutput {
-                            client: c.client,
-                            loss: reply.loss as f32,
-                            gradient: reply.gradient,
-                        })
-                        .collect();
-                    main.step_result(now, key, outputs)?;
+                MainEvent::Contribution { key, contribution } => {
+                    let client = contribution.client;
+                    let given = split::Contribution {
+                        cut: CUT,
+                        activations: &contribution.activations,
+                        targets: &contribution.targets,
+                    };
+                    let reply = block_on(server_part.contribute(client, &given))?;
+                    let output = GradientOutput {
+                        client,
+                        loss: reply.loss as f32,
+                        gradient: reply.gradient,
+                    };
+                    main.contributed(now, key, client, Some(output))?;
+                }
+                MainEvent::CloseStep { lanes, .. } => {
+                    let closed = server_part.close(&lanes)?;
+                    println!("the server's step has a loss of {:.4}", closed.loss);
                 }
                 MainEvent::RoundClosed { round, average, .. } => {
                     println!("the round's average has {} values", average.len());

@@ -19,6 +19,7 @@ use crate::compute::Engine;
 use crate::data::{Conversation, Dataset, Message, Sharding, Tokenizer};
 use crate::model::adapter::{Adapter, LoraSpec};
 use crate::model::weights::Holding;
+use crate::protocol::Deadline;
 use crate::server::store::RunDirectory;
 use crate::server::{self, Ending, Listen, Role, Run};
 use crate::split::Training;
@@ -261,6 +262,8 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         shuffle: true,
         clients: CLIENTS as u32,
         wait: Duration::from_secs(10),
+        deadline: Deadline::Auto,
+        quorum: None,
         planner: None,
     };
     let hosting = Hosting {

@@ -24,6 +24,7 @@ use crate::compute::Engine;
 use crate::data::{Dataset, Example, Sharding};
 use crate::model::adapter::Adapter;
 use crate::model::rounds::RoundsTable;
+use crate::protocol::Deadline;
 use crate::protocol::message::Digest;
 use crate::server::allocator::{self, Allocator};
 use crate::server::listen::{join_link, qr_code};
@@ -106,6 +107,13 @@ pub struct Options {
     /// Seconds to wait for a client to return when all have left
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     pub wait: u32,
+    /// How long a step waits for a client's activations, and a round for its adapter, once others' have come; who is late is left
+    /// out, and dropped after three times running. auto goes by how long they have taken, from 5 s to 10 minutes
+    #[arg(long, value_name = "auto|SECONDS", default_value = "auto")]
+    pub deadline: Deadline,
+    /// At the deadline, wait on until this many clients' have come [default: 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub quorum: Option<u32>,
     /// Run directory [default: runs/TIME-MODEL]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
@@ -277,7 +285,7 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
             "rounds": options.rounds, "local_steps": options.local_steps, "clients": options.clients,
             "local_clients": options.local_clients, "split": cut, "spec": training.spec,
             "optimizer": training.optimizer, "batch": batch, "seq": seq, "wire": training.wire,
-            "seed": seed, "shuffle": !no_shuffle, "wait": options.wait,
+            "seed": seed, "shuffle": !no_shuffle, "wait": options.wait, "deadline_s": options.deadline.seconds(), "quorum": options.quorum,
         },
         "settings": said,
         "valid": options.valid.as_ref().zip(valid.as_ref()).map(|(path, data)| describe(path, data)),
@@ -329,6 +337,8 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
         shuffle: !no_shuffle,
         clients,
         wait: Duration::from_secs(options.wait.into()),
+        deadline: options.deadline,
+        quorum: options.quorum,
         planner: Some(Box::new(planner)),
         model: model(source),
     };
@@ -626,6 +636,7 @@ pub(super) fn conclude(summary: &Summary, adapter: Option<&Path>, output: &Outpu
             summary.rounds
         )),
         Ending::Stopped(_) => console::say(format!("stopped: {text}")),
+        Ending::Diverged(reason) => bail!("{reason}; {text}"),
         Ending::NoClients => bail!("all clients left and none came back in time; {text}"),
     }
     Ok(printed?)
@@ -663,11 +674,26 @@ impl Shown {
                 console.waiting(format!("round {round} with {members} client{}", plural(members)));
             }
             Report::RoundLost { round } => console.line(format!("round {round} lost all its clients")),
-            Report::Step(step) => console.step(
-                u64::from(step.step),
-                self.steps,
-                format!("round {}  loss {:.3}  {} clients", step.round, step.loss, step.clients),
-            ),
+            Report::RoundRejected { round, reason } => {
+                console.important(format!("round {round} cannot be used and is begun again: {reason}"));
+            }
+            Report::Step(step) => {
+                let partial = match step.excluded.len() {
+                    0 => String::new(),
+                    count => format!(", without {count}"),
+                };
+                console.step(
+                    u64::from(step.step),
+                    self.steps,
+                    format!(
+                        "round {}  loss {:.3}  {} client{}{partial}",
+                        step.round,
+                        step.loss,
+                        step.clients,
+                        plural(step.clients)
+                    ),
+                );
+            }
             Report::Planned {
                 round,
                 cut,
@@ -698,9 +724,16 @@ impl Shown {
                     .predicted_s
                     .map(|predicted| format!(" ({predicted:.1} s predicted)"))
                     .unwrap_or_default();
+                let partial = match round.excluded.len() {
+                    0 => String::new(),
+                    count => format!(", without {count}"),
+                };
                 console.line(format!(
-                    "round {}: {} adapters averaged in {:.1} s{predicted}{validation}",
-                    round.round, round.adapters, round.measured_s
+                    "round {}: {} adapter{} averaged in {:.1} s{predicted}{partial}{validation}",
+                    round.round,
+                    round.adapters,
+                    plural(round.adapters),
+                    round.measured_s
                 ));
             }
             Report::Waiting { limit } => {

@@ -434,6 +434,7 @@ impl Loader {
             speed,
             unfilled,
             examples: 0,
+            pending: 0,
             tokens: 0,
         })
     }
@@ -448,8 +449,10 @@ pub struct Learner {
     speed: Option<Speed>,
     /// Values, the last ones, whose moments are still to come.
     unfilled: usize,
-    /// Used in the current round.
+    /// Trained on in the current round.
     examples: u64,
+    /// Of the last forward pass, until its gradient has come.
+    pending: u64,
     /// Targets of the last forward pass.
     tokens: usize,
 }
@@ -522,7 +525,7 @@ impl Learner {
         let rounds = u64::from(key.round.round) * u64::from(self.plan.local_steps);
         self.part.set_run_step(rounds + u64::from(key.step));
         let tensor = self.part.forward(&batch.tokens, batch.seq).await?;
-        self.examples += batch.examples as u64;
+        self.pending = batch.examples as u64;
         self.tokens = batch.target_count;
         Ok(ActivationsInput {
             key,
@@ -540,6 +543,7 @@ impl Learner {
     pub async fn backward(&mut self, gradient: Gradient) -> Result<Duration, Error> {
         let start = (self.clock)();
         self.part.backward(&gradient.tensor).await?;
+        self.examples += std::mem::take(&mut self.pending);
         Ok((self.clock)().saturating_sub(start))
     }
 

@@ -3,6 +3,7 @@
 //!
 //! It is apart from all of them, so that sockets and the compute thread need not name the coordinator, nor it them.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -11,8 +12,8 @@ use tokio::sync::mpsc;
 use super::Error;
 use super::planner::{Decision, Facts};
 use crate::protocol::{ConnectionId, Contribution, Endpoint, GradientOutput, Placement};
-use crate::split::Evaluation;
-use crate::terms::ids::{RoundKey, StepKey};
+use crate::split::{Evaluation, LaneError};
+use crate::terms::ids::{ClientId, RoundKey, StepKey};
 use crate::terms::moments::Moments;
 
 /// What reaches the coordinator.
@@ -47,10 +48,10 @@ pub enum Outgoing {
 pub enum Work {
     /// Loss of the validation data before training.
     Baseline,
-    Step {
-        key: StepKey,
-        contributions: Vec<Contribution>,
-    },
+    /// One member's part of a step; the first of a step opens it.
+    Contribute { key: StepKey, contribution: Contribution },
+    /// Closes the step with these members' gradients.
+    CloseStep { key: StepKey, lanes: BTreeSet<ClientId> },
     /// Back to the adapter with which the round began.
     Restore,
     /// Asks the planner what is to hold next, and at the start puts it into effect.
@@ -75,11 +76,18 @@ pub enum Done {
     /// The model is loaded.
     Ready,
     Baseline(Option<Evaluation>),
-    Step {
+    Contributed {
         key: StepKey,
-        outputs: Vec<GradientOutput>,
+        client: ClientId,
+        /// Or why there is nothing for this client.
+        output: Result<GradientOutput, LaneError>,
+    },
+    StepClosed {
+        key: StepKey,
+        /// Mean over the targets of all its members.
         loss: f64,
         tokens: u64,
+        /// What its contributions and its close took.
         elapsed: Duration,
     },
     Planned {
@@ -95,7 +103,8 @@ pub enum Done {
         round: RoundKey,
         evaluation: Option<Evaluation>,
         placement: Option<Box<Placement>>,
-        /// Whether the adapter could be written; it is tried again with the next round.
+        /// Whether the adapter could be written; it is tried again with the next round. Where the validation loss is not finite,
+        /// nothing of the round was kept, and nothing written.
         saved: Result<(), Error>,
     },
     Finished,

@@ -58,6 +58,25 @@ pub struct ServerPhase {
     pub measured_s: Option<f64>,
 }
 
+/// Whether a step or a round has all who were members when it began.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Completeness {
+    #[default]
+    Full,
+    Partial,
+}
+
+impl Completeness {
+    /// Of a step or round that goes without so many.
+    pub fn without(excluded: usize) -> Self {
+        match excluded {
+            0 => Self::Full,
+            _ => Self::Partial,
+        }
+    }
+}
+
 /// One optimiser step of the server.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct StepRecord {
@@ -69,6 +88,10 @@ pub struct StepRecord {
     /// Targets the loss is averaged over.
     pub tokens: u64,
     pub clients: usize,
+    /// Whether all members of the round are in it.
+    pub result: Completeness,
+    /// Client numbers and why they are not in it.
+    pub excluded: Vec<Value>,
     /// From the end of the step before (or the round's start) to the end of this one.
     pub seconds: f64,
     /// Of `seconds`, until the last member's activations had come.
@@ -88,6 +111,8 @@ pub struct RoundRecord {
     pub round: u32,
     /// In the average.
     pub adapters: usize,
+    /// Whether all members of the round are in it.
+    pub result: Completeness,
     /// Client numbers and why they are not in the average.
     pub excluded: Vec<Value>,
     pub valid_loss: Option<f64>,
@@ -253,6 +278,8 @@ mod tests {
             step: 2,
             loss: 3.5,
             tokens: 40,
+            result: Completeness::Full,
+            excluded: Vec::new(),
             clients: 2,
             seconds: 0.5,
             wait_seconds: 0.25,
@@ -270,6 +297,7 @@ mod tests {
         metrics.step(&step);
         let round = RoundRecord {
             round: 1,
+            result: Completeness::Partial,
             adapters: 2,
             excluded: vec![json!({ "client": 3, "reason": "left the round" })],
             valid_loss: Some(2.0),

@@ -45,8 +45,8 @@ use crate::model::architecture::Architecture;
 use crate::model::weights::{HeldUnits, Holding, Weights, WeightsError};
 use crate::protocol::message::{Assignment, Blob, Digest, OwnAlpha, PROTOCOL_VERSION, RunConfig};
 use crate::protocol::{
-    ControlAccess, ControlConfig, ControlSession, FederatedConfig, FederatedServerSession, MAX_FRAME_BYTES, MainConfig,
-    MainError, MainServerSession, PING_INTERVAL, Placement,
+    ControlAccess, ControlConfig, ControlSession, Deadline, FederatedConfig, FederatedServerSession, MAX_FRAME_BYTES,
+    MainConfig, MainError, MainServerSession, PING_INTERVAL, Placement,
 };
 use crate::split::{self, Training};
 use crate::terms::ids::RunId;
@@ -98,8 +98,6 @@ pub enum Error {
     Serve(io::Error),
     #[error(transparent)]
     Split(#[from] split::Error),
-    #[error(transparent)]
-    Lane(#[from] split::LaneError),
     #[error(transparent)]
     Weights(#[from] WeightsError),
     #[error(transparent)]
@@ -166,6 +164,9 @@ pub struct Run {
     pub clients: u32,
     /// How long to wait for one to return when all have left.
     pub wait: Duration,
+    /// How long members are waited for, and how many of them a step or a round goes on with then.
+    pub deadline: Deadline,
+    pub quorum: Option<u32>,
     /// Chooses cut, rank and link rates as the run goes; without one they stay.
     pub planner: Option<Box<dyn Planner>>,
 }
@@ -448,6 +449,8 @@ fn prepare(
         local_steps,
         clients,
         wait,
+        deadline,
+        quorum,
         planner,
         ..
     } = run;
@@ -525,6 +528,8 @@ fn prepare(
             },
             ping_interval: PING_INTERVAL,
             wait_for_client: wait,
+            deadline,
+            quorum,
         },
         Duration::ZERO,
     )?;

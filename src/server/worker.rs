@@ -1,8 +1,8 @@
-//! The main server's compute thread: its side of the model, one step after the other.
+//! The main server's compute thread: its side of the model, one contribution after the other.
 //!
 //! It is separate from the coordinator, and a thread of its own, so that a slow step never keeps a ping unanswered.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, LazyLock, mpsc};
 use std::time::{Duration, Instant};
@@ -19,7 +19,7 @@ use crate::model::unit::Unit;
 use crate::model::weights::{HeldUnits, Holding, UnitSource, Weights};
 use crate::protocol::message::{Assignment, Blob, RunConfig};
 use crate::protocol::{Contribution, GradientOutput, Placement};
-use crate::split::{self, Evaluation, Moved, ServerPart, Training};
+use crate::split::{self, Evaluation, LaneError, Moved, ServerPart, Training};
 use crate::terms::ids::{ClientId, StepKey};
 use crate::terms::moments::Moments;
 
@@ -84,9 +84,10 @@ async fn run(
     while let Ok(work) = work.recv() {
         let done = match work {
             Work::Baseline => Done::Baseline(worker.evaluate().await?),
-            Work::Step { key, contributions } => worker.step(key, contributions).await?,
+            Work::Contribute { key, contribution } => worker.contribute(key, contribution).await?,
+            Work::CloseStep { key, lanes } => worker.close_step(key, &lanes)?,
             Work::Restore => {
-                worker.part.set_adapter(&worker.server_values)?;
+                worker.restore()?;
                 continue;
             }
             Work::Plan(facts) => {
@@ -106,8 +107,10 @@ async fn run(
                 split,
             } => {
                 let (saved, evaluation) = worker.close(average).await?;
-                let placement;
-                (worker, placement) = worker.recut(split, moments).await?;
+                let mut placement = None;
+                if evaluation.is_none_or(|evaluation| evaluation.loss.is_finite()) {
+                    (worker, placement) = worker.recut(split, moments).await?;
+                }
                 Done::Closed {
                     round,
                     evaluation,
@@ -159,6 +162,8 @@ struct Worker {
     /// How many of this side's values some clients have too: they are the first.
     shared: usize,
     saved: bool,
+    /// The open step, and what it has taken so far.
+    step: Option<(StepKey, Duration)>,
 }
 
 impl Worker {
@@ -188,65 +193,77 @@ impl Worker {
             cuts: BTreeMap::new(),
             shared: 0,
             saved: false,
+            step: None,
         })
     }
 
-    async fn step(&mut self, key: StepKey, contributions: Vec<Contribution>) -> Result<Done, Error> {
+    async fn contribute(&mut self, key: StepKey, contribution: Contribution) -> Result<Done, Error> {
         let start = Instant::now();
-        let mut members = VecDeque::with_capacity(contributions.len());
-        let mut splits = Vec::with_capacity(contributions.len());
-        let mut targets = Vec::with_capacity(contributions.len());
-        let mut activations = Vec::with_capacity(contributions.len());
-        for contribution in contributions {
-            members.push_back(contribution.client);
-            splits.push(contribution.split as usize);
-            targets.push(contribution.targets);
-            activations.push(contribution.activations);
+        if self.step.is_none_or(|(open, _)| open != key) {
+            self.part.open_step();
+            self.step = Some((key, Duration::ZERO));
         }
-        let inputs: Vec<split::Contribution<'_>> = activations
-            .iter()
-            .zip(&targets)
-            .zip(splits)
-            .map(|((activations, targets), cut)| split::Contribution {
-                cut,
-                activations,
-                targets,
-            })
-            .collect();
-        let (loss, replies) = self.part.step(&inputs).await?;
-        let tokens = replies.iter().map(|reply| reply.tokens as u64).sum();
-        let outputs = members
-            .into_iter()
-            .zip(replies)
-            .map(|(client, reply)| GradientOutput {
+        let client = contribution.client;
+        let given = split::Contribution {
+            cut: contribution.split as usize,
+            activations: &contribution.activations,
+            targets: &contribution.targets,
+        };
+        let output = match self.part.contribute(client, &given).await {
+            Ok(reply) => Ok(GradientOutput {
                 client,
                 loss: reply.loss as f32,
                 gradient: reply.gradient,
-            })
-            .collect();
-        Ok(Done::Step {
+            }),
+            Err(LaneError::Device(error)) => return Err(split::Error::from(error).into()),
+            Err(error) => Err(error),
+        };
+        if let Some((_, elapsed)) = &mut self.step {
+            *elapsed += start.elapsed();
+        }
+        Ok(Done::Contributed { key, client, output })
+    }
+
+    fn close_step(&mut self, key: StepKey, lanes: &BTreeSet<ClientId>) -> Result<Done, Error> {
+        let start = Instant::now();
+        let closed = self.part.close(lanes)?;
+        let computed = self.step.take().map_or(Duration::ZERO, |(_, elapsed)| elapsed);
+        Ok(Done::StepClosed {
             key,
-            outputs,
-            loss,
-            tokens,
-            elapsed: start.elapsed(),
+            loss: closed.loss,
+            tokens: closed.tokens as u64,
+            elapsed: computed + start.elapsed(),
         })
     }
 
-    /// Takes a round's average in; whether it could be saved, and its validation.
+    /// Back to the adapter with which the round began; what is open of a step is void.
+    fn restore(&mut self) -> Result<(), Error> {
+        self.step = None;
+        self.part.open_step();
+        Ok(self.part.set_adapter(&self.server_values)?)
+    }
+
+    /// Takes a round's average in; whether it could be saved, and its validation. A round whose validation loss is not finite is
+    /// as if it had not been.
     async fn close(&mut self, mut average: Vec<f32>) -> Result<(Result<(), Error>, Option<Evaluation>), Error> {
-        self.server_values = self.part.adapter().await?;
+        let mut server_values = self.part.adapter().await?;
         if self.shared > 0 {
             let above = average.split_off(self.client_values.len().min(average.len()));
-            for (own, averaged) in self.server_values.iter_mut().zip(above) {
+            for (own, averaged) in server_values.iter_mut().zip(above) {
                 *own = averaged;
             }
-            self.part.set_adapter(&self.server_values)?;
+            self.part.set_adapter(&server_values)?;
         }
-        self.client_values = average;
+        let client_values = std::mem::replace(&mut self.client_values, average);
+        let evaluation = self.evaluate().await?;
+        if evaluation.is_some_and(|evaluation| !evaluation.loss.is_finite()) {
+            self.client_values = client_values;
+            self.restore()?;
+            return Ok((Ok(()), evaluation));
+        }
+        self.server_values = server_values;
         self.saved = false;
-        let saved = self.save();
-        Ok((saved, self.evaluate().await?))
+        Ok((self.save(), evaluation))
     }
 
     /// Asks the planner. Nothing is trained before the start, so cut and rank are changed there and then.

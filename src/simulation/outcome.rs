@@ -48,6 +48,7 @@ pub enum Phase {
     Joined(usize),
     Left(usize),
     Lost(RoundKey),
+    Rejected(RoundKey),
     Waiting,
 }
 
@@ -68,6 +69,8 @@ pub struct Outcome {
     /// Steps the main server computed.
     pub steps: u64,
     pub rounds: Vec<RoundRecord>,
+    /// Clients, by number of the scenario, that closed steps went on without.
+    pub partial: Vec<(StepKey, Vec<usize>)>,
     pub measured: Vec<(StepKey, Vec<StepTimes>)>,
     pub history: Vec<(Duration, Phase)>,
     pub clients: Vec<ClientOutcome>,

@@ -5,8 +5,8 @@
 use std::time::Duration;
 
 use super::network::Weather;
-use crate::protocol::Endpoint;
 use crate::protocol::message::LinkRates;
+use crate::protocol::{Deadline, Endpoint};
 
 /// A thing that goes wrong, or a decision of somebody.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +45,9 @@ pub struct Scenario {
     /// Time of a client's forward or backward pass and of the server's step.
     pub compute: (Duration, Duration),
     pub wait_for_client: Duration,
+    /// How long members are waited for, and how many are enough then.
+    pub deadline: Deadline,
+    pub quorum: Option<u32>,
     /// Blocks of the client in each round, from 1 to 3; the last holds for the rounds after it. Without any the cut stays after
     /// the first block and nobody plans.
     pub splits: Vec<u32>,
@@ -71,6 +74,9 @@ impl Scenario {
             remote_control: false,
             compute: (Duration::from_millis(50), Duration::from_millis(200)),
             wait_for_client: Duration::from_secs(60),
+            // Longer than anything takes that is not about being late.
+            deadline: Deadline::After(Duration::from_secs(20 * 3600)),
+            quorum: None,
             splits: Vec::new(),
             cuts: Vec::new(),
             rates: None,

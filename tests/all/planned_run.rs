@@ -18,8 +18,8 @@ use sflllm::model::stack::StackWeights;
 use sflllm::model::unit::Unit;
 use sflllm::model::weights::{HeldUnits, Holding, Weights};
 use sflllm::model::workspace::Extent;
-use sflllm::protocol::FinishReason;
 use sflllm::protocol::message::{Assignment, Blob, Digest, LinkRates, OwnAlpha, RunConfig};
+use sflllm::protocol::{Deadline, FinishReason};
 use sflllm::server::planner::{ClientPrediction, Decision, Planner, RoundFacts, RoundPrediction, StartFacts};
 use sflllm::server::store::RunDirectory;
 use sflllm::server::{Model, Role, Run, Server, Settings, Summary};
@@ -237,6 +237,8 @@ fn run_on(
         shuffle: false,
         clients: clients.len() as u32,
         wait: Duration::from_secs(60),
+        deadline: Deadline::Auto,
+        quorum: None,
         planner: planner.map(|planner| Box::new(planner) as Box<dyn Planner>),
     };
     let directory = RunDirectory::create(Some(&home.path().join("run")), "plan").unwrap();

@@ -21,6 +21,7 @@ use sflllm::model::adapter::{Adapter, LoraSpec, Target};
 use sflllm::model::architecture::Architecture;
 use sflllm::model::unit::Unit;
 use sflllm::model::weights::{Holding, Weights};
+use sflllm::protocol::Deadline;
 use sflllm::protocol::message::{Digest, LinkRates};
 use sflllm::server::planner::{Decision, Planner, RoundFacts, StartFacts};
 use sflllm::server::store::RunDirectory;
@@ -376,6 +377,8 @@ fn a_tab_whose_blocks_come_and_go_trains_to_the_end() {
         shuffle: true,
         clients: 1,
         wait: PATIENCE,
+        deadline: Deadline::Auto,
+        quorum: None,
         planner: Some(Box::new(Moving([2, 3, 1]))),
     };
     let settings = Settings {

@@ -6,6 +6,9 @@
 //! its ticket, from the next round. Between rounds the main server may assign another cut, which is loaded as the first one
 //! was. Activations and adapters leave no faster than the rates of the round.
 //!
+//! A client that is too late is told the next step, the round's end or the next round instead of what it waits for: it gives up what
+//! it was doing and goes on there.
+//!
 //! | file | holds |
 //! |---|---|
 //! | `event` | what the driver is asked and told |
@@ -51,6 +54,8 @@ pub struct ClientSession {
     work: Work,
     /// A step announced before the work of the last one is done.
     next_step: Option<StepStart>,
+    /// The round's end, announced likewise.
+    next_end: Option<RoundEnd>,
     /// The run is complete, but for the last average.
     ending: Option<Duration>,
     over: bool,
@@ -72,6 +77,7 @@ impl ClientSession {
             base: Digest([0; 32]),
             work: Work::Idle,
             next_step: None,
+            next_end: None,
             ending: None,
             over: false,
             events: VecDeque::new(),
@@ -242,7 +248,9 @@ impl ClientSession {
         let more = key.step + 1 < assigned.assignment.config.local_steps;
         self.connections
             .send(Endpoint::Main, &Message::StepDone(StepDone { key, backward }));
-        if more {
+        if let Some(end) = self.next_end.take() {
+            self.begin_end(end);
+        } else if more {
             self.work = Work::AwaitStep(key.round.step(key.step + 1));
             self.begin_step();
         } else {
@@ -341,7 +349,7 @@ impl ClientSession {
                 });
             }
             StopReason::Excluded => self.lose(endpoint, now),
-            StopReason::Unexpected | StopReason::BadUpdate | StopReason::Superseded => {
+            StopReason::Unexpected | StopReason::BadUpdate | StopReason::Superseded | StopReason::Late => {
                 self.fail(ClientFailure::Stopped { endpoint, stop });
             }
         }

@@ -47,14 +47,36 @@ pub(super) enum Work {
     AwaitAverage(AdapterUpdate),
 }
 
+impl Work {
+    /// The round this belongs to, while its outcome is open.
+    fn round(&self) -> Option<RoundKey> {
+        match self {
+            Work::Idle => None,
+            Work::AwaitBase { start, .. } => Some(start.round),
+            Work::AwaitStep(key) | Work::Forward(key) | Work::AwaitGradient { key, .. } | Work::Backward(key) => {
+                Some(key.round)
+            }
+            Work::AwaitEnd(round) => Some(*round),
+            Work::Collect(end) => Some(end.round),
+            Work::AwaitAverage(update) => Some(update.round),
+        }
+    }
+}
+
 impl ClientSession {
     pub(super) fn leave_round(&mut self) {
-        self.work = Work::Idle;
-        self.next_step = None;
+        self.give_up();
         if let Some(assigned) = &mut self.assigned {
             assigned.current = false;
             assigned.told = false;
         }
+    }
+
+    /// Gives up what it was doing. Answers of the driver to that are dropped.
+    fn give_up(&mut self) {
+        self.work = Work::Idle;
+        self.next_step = None;
+        self.next_end = None;
     }
 
     pub(super) fn handle_message(&mut self, endpoint: Endpoint, now: Duration, message: Message) {
@@ -114,11 +136,7 @@ impl ClientSession {
 
     fn handle_assignment(&mut self, now: Duration, assignment: Assignment) {
         match &mut self.assigned {
-            Some(assigned)
-                if assigned.current
-                    && !(matches!(self.work, Work::Idle | Work::AwaitAverage(_))
-                        && assignment.number > assigned.assignment.number) =>
-            {
+            Some(assigned) if assigned.current && assignment.number <= assigned.assignment.number => {
                 let detail = format!(
                     "expected {}, got Assignment {}",
                     self.expected(Endpoint::Main),
@@ -128,9 +146,10 @@ impl ClientSession {
             }
             Some(assigned) if assigned.assignment == assignment => assigned.current = true,
             _ => {
-                // The next round brings the adapter; the average that was awaited is that of another cut.
+                // The next round brings the adapter; the average that was awaited is that of another cut. In the middle of a
+                // round it says that the round has gone on without this client.
                 self.installed = None;
-                self.work = Work::Idle;
+                self.give_up();
                 self.assigned = Some(Assigned {
                     assignment: assignment.clone(),
                     current: true,
@@ -152,13 +171,18 @@ impl ClientSession {
 
     fn handle_round_start(&mut self, start: RoundStart) {
         let told = self.assigned.as_ref().is_some_and(|assigned| assigned.told);
-        if !told || !matches!(self.work, Work::Idle | Work::AwaitAverage(_)) {
+        let is_next = self.work.round().is_none_or(|round| round < start.round);
+        if !told || !is_next {
             let detail = format!(
                 "expected {}, got RoundStart of {}",
                 self.expected(Endpoint::Main),
                 start.round
             );
             return self.protocol(Endpoint::Main, detail);
+        }
+        if !matches!(self.work, Work::AwaitAverage(_)) {
+            // The round before has gone on without this client.
+            self.give_up();
         }
         self.rates = start.rates;
         self.connections.set_rates(self.rates);
@@ -200,14 +224,26 @@ impl ClientSession {
         self.begin_step();
     }
 
+    /// A step is announced: the next one or, where steps have gone on without this client, one after that.
     fn handle_step_start(&mut self, start: StepStart) {
-        let expected = match &self.work {
+        let first = match &self.work {
             Work::AwaitStep(key) => Some(*key),
             Work::AwaitBase { start, .. } => Some(start.round.step(0)),
-            Work::Backward(key) => Some(key.round.step(key.step + 1)),
+            Work::Forward(key) | Work::AwaitGradient { key, .. } | Work::Backward(key) => {
+                key.step.checked_add(1).map(|step| key.round.step(step))
+            }
             _ => None,
         };
-        if expected != Some(start.key) || self.next_step.is_some() {
+        let first = match (first, &self.next_step) {
+            (Some(first), Some(next)) => Some(first.max(next.key.round.step(next.key.step.saturating_add(1)))),
+            (first, _) => first,
+        };
+        let local_steps = self
+            .assigned
+            .as_ref()
+            .map_or(0, |assigned| assigned.assignment.config.local_steps);
+        let is_due = first.is_some_and(|first| first.round == start.key.round && first <= start.key);
+        if !is_due || start.key.step >= local_steps {
             let detail = format!(
                 "expected {}, got StepStart of {}",
                 self.expected(Endpoint::Main),
@@ -216,22 +252,34 @@ impl ClientSession {
             return self.protocol(Endpoint::Main, detail);
         }
         self.next_step = Some(start);
+        if matches!(self.work, Work::Forward(_) | Work::AwaitGradient { .. }) {
+            // Its activations were too late.
+            self.work = Work::AwaitStep(start.key);
+        }
         self.begin_step();
     }
 
     /// Asks for the forward pass of a step that has been announced and whose turn it is.
     pub(super) fn begin_step(&mut self) {
-        if let Work::AwaitStep(key) = self.work
-            && self.next_step.take_if(|start| start.key == key).is_some()
+        if let Work::AwaitStep(first) = self.work
+            && let Some(StepStart { key, .. }) = self.next_step.take_if(|start| start.key >= first)
         {
             self.work = Work::Forward(key);
             self.events.push_back(ClientEvent::ComputeForward { key });
         }
     }
 
+    /// The round's steps are done, the last of them perhaps without this client.
     fn handle_round_end(&mut self, end: RoundEnd) {
         let RoundEnd { round, split, steps } = end;
-        if !matches!(self.work, Work::AwaitEnd(current) if current == round) {
+        let is_due = match &self.work {
+            Work::AwaitStep(_) | Work::Forward(_) | Work::AwaitGradient { .. } | Work::Backward(_) => {
+                self.work.round() == Some(round) && self.next_end.is_none()
+            }
+            Work::AwaitEnd(current) => *current == round,
+            _ => false,
+        };
+        if !is_due {
             let detail = format!("expected {}, got RoundEnd of {round}", self.expected(Endpoint::Main));
             return self.protocol(Endpoint::Main, detail);
         }
@@ -239,6 +287,17 @@ impl ClientSession {
             let detail = format!("a RoundEnd of {round} that keeps {split} blocks, after {steps} steps");
             return self.protocol(Endpoint::Main, detail);
         }
+        if matches!(self.work, Work::Backward(_)) {
+            self.next_end = Some(end);
+        } else {
+            self.begin_end(end);
+        }
+    }
+
+    /// Asks for the adapter.
+    pub(super) fn begin_end(&mut self, end: RoundEnd) {
+        let RoundEnd { round, split, steps } = end;
+        self.give_up();
         self.work = Work::Collect(end);
         self.events
             .push_back(ClientEvent::UploadAdapter { round, split, steps });

@@ -18,6 +18,8 @@ wire_enum!(ExclusionReason {
     WrongBase = 4,
     Examples = 5,
     Misbehaved = 6,
+    Late = 7,
+    Outlier = 8,
 });
 wire_struct!(Exclusion {
     client: ClientId,

@@ -103,12 +103,13 @@ const fn refusal_code(reason: RefusalReason) -> u16 {
         RefusalReason::WireForm => 13,
         RefusalReason::NoRun => 14,
         RefusalReason::Full => 15,
+        RefusalReason::Expelled => 16,
         RefusalReason::Other => u16::MAX,
     }
 }
 
 /// Every reason with a code of its own.
-const REFUSALS: [RefusalReason; 15] = [
+const REFUSALS: [RefusalReason; 16] = [
     RefusalReason::NotThisProtocol,
     RefusalReason::Version,
     RefusalReason::Malformed,
@@ -124,6 +125,7 @@ const REFUSALS: [RefusalReason; 15] = [
     RefusalReason::WireForm,
     RefusalReason::NoRun,
     RefusalReason::Full,
+    RefusalReason::Expelled,
 ];
 
 fn greeting(kind: u8, version: Version) -> Vec<u8> {

@@ -167,5 +167,5 @@ wire_struct!(RoundResult {
     steps: u32,
     total_steps: u32,
 });
-wire_enum!(StopReason { Completed = 0, Shutdown = 1, Unexpected = 2, BadUpdate = 3, Excluded = 4, Superseded = 5 });
+wire_enum!(StopReason { Completed = 0, Shutdown = 1, Unexpected = 2, BadUpdate = 3, Excluded = 4, Superseded = 5, Late = 6 });
 wire_struct!(Stop { reason: StopReason, detail: String, return_after: Option<Duration> });

@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::super::codec::MAX_HANDSHAKE_BYTES;
 use super::super::frame::{adapter_frame_bytes, step_frame_bytes};
 use super::super::message::{Assignment, Digest, RunConfig, Version};
+use super::lateness::Deadline;
 use super::placement::Placement;
 use crate::terms::ids::{ClientId, RunId};
 use crate::terms::moments::Moments;
@@ -40,6 +41,10 @@ pub struct MainConfig {
     pub ping_interval: Duration,
     /// How long to wait for somebody to return when everybody has left.
     pub wait_for_client: Duration,
+    /// How long members are waited for.
+    pub deadline: Deadline,
+    /// Members that a step or a round goes on with at the deadline; all of them where they are fewer. `None` is one.
+    pub quorum: Option<u32>,
 }
 
 /// A mistake of the driver or of the configuration; nothing a peer sends leads here.
@@ -86,6 +91,7 @@ impl MainConfig {
         let sizes = [
             ("the number of clients", self.clients),
             ("the most clients", self.max_clients),
+            ("the quorum", self.quorum.unwrap_or(1)),
             ("the batch", run.batch),
             ("the sequence", run.seq),
             ("the width", run.width),

@@ -2,11 +2,12 @@
 //!
 //! Separate so that drivers, reports and the simulator can be read against this page alone.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::super::ConnectionId;
 use super::super::message::{Exclusion, ExclusionReason, Inclusion, LinkRates, RefusalReason};
+use super::lateness::MISSES;
 use crate::terms::ids::{ClientId, RoundKey, StepKey};
 use crate::terms::moments::Moments;
 use crate::terms::phases::Phases;
@@ -65,8 +66,6 @@ pub struct Contribution {
     pub examples: u32,
     /// Targets that take part in the loss. May be zero: such a member's loss and gradient are zero.
     pub tokens: u64,
-    /// Its share of the step's loss, `tokens / Σ tokens`. The shares of a step add up to 1.
-    pub weight: f64,
     /// `(batch, seq)`
     pub targets: Vec<i32>,
     /// `(batch, seq, width)`
@@ -81,6 +80,13 @@ pub struct GradientOutput {
     pub loss: f32,
     /// Gradient of that loss by its activations, in their layout.
     pub gradient: WireTensor,
+}
+
+/// A member that a step or a round goes on without, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeftOut {
+    pub client: ClientId,
+    pub reason: String,
 }
 
 /// Why a client is no longer in the run.
@@ -100,6 +106,8 @@ pub enum DepartureReason {
     Excluded(ExclusionReason),
     /// Its activations led to a loss or gradient the driver could not use.
     Unusable,
+    /// It was waited for in vain, for this, as often in a row as is allowed.
+    Late(&'static str),
 }
 
 impl std::fmt::Display for DepartureReason {
@@ -112,6 +120,9 @@ impl std::fmt::Display for DepartureReason {
             DepartureReason::Misbehaved(detail) => write!(f, "broke the protocol: {detail}"),
             DepartureReason::Excluded(reason) => write!(f, "left out of the round: {reason}"),
             DepartureReason::Unusable => f.write_str("its activations gave no usable loss or gradient"),
+            DepartureReason::Late(what) => {
+                write!(f, "too slow: its {what} did not come in time {MISSES} times running")
+            }
         }
     }
 }
@@ -125,6 +136,8 @@ pub enum RunEnd {
     Stopped(String),
     /// The federated server returned something that is not an average of this run.
     FederatedFault(String),
+    /// A round was started again as often as is allowed, and came to nothing that can be used.
+    Diverged(String),
 }
 
 /// What the driver should know or do.
@@ -152,10 +165,19 @@ pub enum MainEvent {
         round: RoundKey,
         members: Vec<ClientId>,
     },
-    /// Compute the step and answer with `step_result`.
-    StepReady {
+    /// Compute this member's part of a step, and answer with `contributed`. The first of a step opens it; one that was not closed
+    /// is void.
+    Contribution {
         key: StepKey,
-        contributions: Vec<Contribution>,
+        contribution: Contribution,
+    },
+    /// Close the step with the gradients of these members, which have been answered; others that were computed are dropped.
+    /// There is no answer.
+    CloseStep {
+        key: StepKey,
+        lanes: BTreeSet<ClientId>,
+        /// Members it goes without: the step is partial if there are any.
+        left_out: Vec<LeftOut>,
     },
     /// All members that are left have done this step.
     StepMeasured {
@@ -187,6 +209,12 @@ pub enum MainEvent {
     /// should go back to where the round began.
     RoundLost {
         round: RoundKey,
+    },
+    /// The round came to nothing that can be used. It starts again, under another attempt; the server's adapter should go back
+    /// to where the round began.
+    RoundRejected {
+        round: RoundKey,
+        reason: String,
     },
     /// Nobody is left to train with; the run stops at `until`.
     Waiting {

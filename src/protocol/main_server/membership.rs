@@ -12,7 +12,9 @@ use super::super::message::{
 };
 use super::MainServerSession;
 use super::event::{DepartureReason, MainEvent};
+use super::lateness::MISSES;
 use super::round::Phase;
+use super::step::Awaited;
 use crate::terms::ids::ClientId;
 
 impl MainServerSession {
@@ -35,6 +37,9 @@ impl MainServerSession {
         let admission = match &hello.credential {
             Credential::Ticket(ticket) => {
                 let pass = self.office.check(Service::Main, ticket, now).map_err(plain)?;
+                if self.roster.is_banned(pass.client) {
+                    return Err(plain(RefusalReason::Expelled));
+                }
                 if !self.roster.knows(pass) {
                     return Err(plain(RefusalReason::TicketSpent));
                 }
@@ -139,28 +144,44 @@ impl MainServerSession {
             return;
         };
         self.timing.forget(id);
+        let round = self.round;
+        if self.phase.remove(id, &reason.to_string()) {
+            self.controls.push_back(Control::Departed { round, client: id });
+        }
         self.events.push_back(MainEvent::ClientLeft {
             client: id,
             name,
             reason,
         });
-        let round = self.round;
-        if self.phase.remove(id) {
-            self.controls.push_back(Control::Departed { round, client: id });
-        }
     }
 
-    /// Ends a client's session, and says why.
+    /// Ends a client's session, and says why. But for who was only away or late once, its tickets are good for nothing after
+    /// that; whoever knows the join secret can come in as somebody new.
     pub(super) fn expel(&mut self, id: ClientId, reason: DepartureReason) {
         if let Some(connection) = self.roster.connection(id) {
             let (wire, return_after) = match &reason {
-                DepartureReason::Excluded(ExclusionReason::Absent) => (StopReason::Excluded, Some(Duration::ZERO)),
+                DepartureReason::Excluded(ExclusionReason::Absent | ExclusionReason::Late) => {
+                    (StopReason::Excluded, Some(Duration::ZERO))
+                }
                 DepartureReason::Excluded(_) | DepartureReason::Unusable => (StopReason::BadUpdate, None),
+                DepartureReason::Late(_) if self.roster.can_be_left_out(id) => (StopReason::Late, None),
                 _ => (StopReason::Unexpected, None),
             };
+            if wire != StopReason::Excluded {
+                self.roster.ban(id);
+            }
             self.door
                 .stop(connection, stop(wire, &reason.to_string(), return_after));
             self.depart(id, reason);
+        }
+    }
+
+    /// A member was waited for in vain; `left_out` is whether that was the last wait for this.
+    pub(super) fn was_late(&mut self, id: ClientId, awaited: Awaited, left_out: bool) {
+        if self.roster.was_late(id, awaited) >= MISSES {
+            self.expel(id, DepartureReason::Late(awaited.name()));
+        } else if left_out && !self.roster.can_be_left_out(id) {
+            self.expel(id, DepartureReason::Excluded(ExclusionReason::Late));
         }
     }
 

@@ -1,8 +1,8 @@
 //! The main server's session: who is in the run, and the rounds and steps they take together.
 //!
-//! One object for the run and all its connections. It decides when a round starts, gathers each step's activations,
-//! hands them to the driver, sends the gradients back, and after the last local step waits for the federated server's
-//! average. It sees activations and targets, never one client's adapter.
+//! One object for the run and all its connections. It decides when a round starts, hands each member's activations to the driver
+//! as they come, sends the gradient back as soon as that has it, closes the step, and after the last local step waits for the
+//! federated server's average. It sees activations and targets, never one client's adapter.
 //!
 //! Who holds which blocks is a `Placement`: the run begins with one, and may be given another at any boundary. At a boundary
 //! the driver is asked what is to hold for the next round (`PlanWanted`) before clients are asked for their adapters, so that
@@ -12,7 +12,12 @@
 //! from the smallest cut on, and its copy of those up to the largest is averaged with the clients' (`CopyWanted`).
 //!
 //! Membership is frozen when a round starts and can only shrink within it; a client that joins meanwhile waits for the
-//! next boundary. Every change of membership goes through `retest`, so no step waits for somebody who has left.
+//! next boundary. Every change of membership goes through `retest`, so no step waits for somebody who has left. Nor does one
+//! wait for ever for somebody who is there: at the deadline it closes with whom it has, and who was waited for in vain three times
+//! running is dropped.
+//!
+//! A round that comes to nothing that can be used is rejected: it starts again from what it started from. After three in a row
+//! the run ends as diverged.
 //!
 //! | file | holds |
 //! |---|---|
@@ -20,11 +25,13 @@
 //! | `event`, `status` | what the driver is told, and what people see |
 //! | `roster`, `membership` | who is in the run; how they come in and go out |
 //! | `round`, `step` | what the members do together, as a whole and one by one |
+//! | `lateness` | how long they are waited for |
 //! | `plan` | what is to hold next |
 //! | `timing` | how long the phases of a step took |
 
 mod config;
 mod event;
+mod lateness;
 mod membership;
 mod placement;
 mod plan;
@@ -39,14 +46,18 @@ use std::time::Duration;
 
 pub use config::{MainConfig, MainError};
 pub use event::{
-    CollectTime, Contribution, DepartureReason, GradientOutput, MainEvent, Occasion, RoundPlan, RunEnd, StepTimes,
+    CollectTime, Contribution, DepartureReason, GradientOutput, LeftOut, MainEvent, Occasion, RoundPlan, RunEnd,
+    StepTimes,
 };
+pub use lateness::Deadline;
+use lateness::Patience;
 use membership::stop;
 pub use placement::Placement;
 use plan::Planning;
 use roster::{Readiness, Roster};
 use round::Phase;
 pub use status::{ClientStatus, RunPhase, RunStatus};
+use step::Awaited;
 use timing::Timing;
 
 use super::admission::TicketOffice;
@@ -67,8 +78,18 @@ pub struct MainServerSession {
     phase: Phase,
     /// The client side of the model as it is now; its adapter is the base of the next round.
     placement: placement::Current,
-    /// Steps computed in the run.
+    /// Steps closed in the run.
     steps: u64,
+    /// Who has had a gradient in this round.
+    answered: BTreeSet<ClientId>,
+    /// Whose adapters this round goes on without.
+    late: BTreeSet<ClientId>,
+    /// Rounds rejected since the last that came to something.
+    rejected: u32,
+    step_patience: Patience,
+    adapter_patience: Patience,
+    /// The way to the federated server is lost: nobody's adapter is late.
+    control_lost: bool,
     timing: Timing,
     planning: Planning,
     frame_limit: usize,
@@ -96,6 +117,12 @@ impl MainServerSession {
             phase: Phase::Waiting { until: None },
             placement: placement::Current::new(config.placement.clone()),
             steps: 0,
+            answered: BTreeSet::new(),
+            late: BTreeSet::new(),
+            rejected: 0,
+            step_patience: Patience::new(config.deadline),
+            adapter_patience: Patience::new(config.deadline),
+            control_lost: false,
             timing: Timing::default(),
             planning: Planning::new(config.plans),
             frame_limit,
@@ -170,7 +197,21 @@ impl MainServerSession {
                 }
                 self.retest(now);
             }
+            _ if self.late_at().is_some_and(|deadline| deadline <= now) => match self.phase {
+                Phase::Step(_) => self.step_is_late(now),
+                _ => self.round_is_late(now),
+            },
             _ => {}
+        }
+    }
+
+    /// When those who are waited for are late.
+    fn late_at(&self) -> Option<Duration> {
+        match &self.phase {
+            Phase::Step(step) => step.deadline(),
+            Phase::Boundary { wait, .. } if self.timing.is_finishing() => Some(wait.ends(true)),
+            Phase::Averaging(averaging) if !self.control_lost => averaging.deadline(),
+            _ => None,
         }
     }
 
@@ -179,8 +220,11 @@ impl MainServerSession {
         match reply {
             ControlReply::Excluded { round, exclusion } if round == self.round => self.exclude(&exclusion),
             ControlReply::Received { round, client, bytes } if round == self.round => {
-                if let Phase::Averaging(averaging) = &mut self.phase {
-                    averaging.handle_received(client, bytes, now);
+                if let Phase::Averaging(averaging) = &mut self.phase
+                    && let Some(took) = averaging.handle_received(client, bytes, now)
+                {
+                    self.adapter_patience.note(took);
+                    self.roster.was_in_time(client, Awaited::Adapter);
                 }
             }
             ControlReply::RoundClosed(closed) if closed.round == self.round => self.close_round(closed, now),
@@ -190,8 +234,17 @@ impl MainServerSession {
         self.retest(now);
     }
 
+    /// The link to a federated server in another process is lost: until it is up again, nobody's adapter is late.
+    pub(crate) fn control_disconnected(&mut self) {
+        self.control_lost = true;
+    }
+
     /// The link to a federated server in another process is up, perhaps again: repeats what it must know.
     pub(crate) fn control_connected(&mut self, now: Duration) {
+        self.control_lost = false;
+        if let Phase::Averaging(averaging) = &mut self.phase {
+            averaging.wait_again(now);
+        }
         self.controls.clear();
         self.open_run(now);
         let members = self.phase.members();
@@ -229,7 +282,7 @@ impl MainServerSession {
                 drain_by,
                 drained: false,
             } => Some(drain_by),
-            _ => None,
+            _ => self.late_at(),
         };
         earlier(own, self.door.poll_timeout())
     }
@@ -298,19 +351,14 @@ impl MainServerSession {
 
     /// Moves the run on as far as it can go. Called after every change, of membership above all.
     fn retest(&mut self, now: Duration) {
-        if let Some((key, clients)) = self.timing.take_finished() {
+        while let Some((key, clients)) = self.timing.take_finished() {
             self.events.push_back(MainEvent::StepMeasured { key, clients });
         }
         match &mut self.phase {
             Phase::Waiting { .. } => self.start_round(now),
             phase if phase.is_deserted() => self.lose_round(now),
-            Phase::Gathering(gathering) if gathering.is_complete() => {
-                let key = gathering.key();
-                let (computing, contributions) = gathering.close();
-                self.phase = Phase::Computing(computing);
-                self.events.push_back(MainEvent::StepReady { key, contributions });
-            }
-            Phase::Boundary { members } if !self.timing.is_finishing() && !self.planning.is_open() => {
+            Phase::Step(_) => self.retest_step(now),
+            Phase::Boundary { members, .. } if !self.timing.is_finishing() && !self.planning.is_open() => {
                 let members = members.clone();
                 if self.planning.asks() && self.round.round + 1 < self.config().rounds {
                     self.want_plan(Occasion::Boundary(self.round));
@@ -341,7 +389,9 @@ impl MainServerSession {
         let message = Message::Stop(match &reason {
             RunEnd::Completed => stop(StopReason::Completed, "all rounds are done", None),
             RunEnd::NoClients => stop(StopReason::Shutdown, "nobody was ready in time", None),
-            RunEnd::Stopped(detail) | RunEnd::FederatedFault(detail) => stop(StopReason::Shutdown, detail, None),
+            RunEnd::Stopped(detail) | RunEnd::FederatedFault(detail) | RunEnd::Diverged(detail) => {
+                stop(StopReason::Shutdown, detail, None)
+            }
         });
         // The connections stay until the clients have heard and hung up.
         for connection in self.roster.connections() {

@@ -102,7 +102,7 @@ impl MainServerSession {
             self.planning.rates = plan.rates;
         }
         // A round may have been lost meanwhile, and with it the boundary.
-        if let (Occasion::Boundary(round), Phase::Boundary { members }) = (occasion, &self.phase)
+        if let (Occasion::Boundary(round), Phase::Boundary { members, .. }) = (occasion, &self.phase)
             && round == self.round
         {
             let members = members.clone();

@@ -6,9 +6,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::super::admission::{Admission, Pass};
-use super::super::message::{Digest, Hello, Ready};
+use super::super::message::{DEADLINES_SINCE, Digest, Hello, Ready, Version};
 use super::super::{ConnectionId, display_name};
-use crate::terms::ids::ClientId;
+use super::step::Awaited;
+use crate::terms::ids::{ClientId, StepKey};
 use crate::terms::speed::Speed;
 
 /// What is kept of a client over its connections.
@@ -26,6 +27,14 @@ pub(super) struct Client {
     holds: Option<Digest>,
     /// Tickets below this serial are spent.
     next_serial: u64,
+    /// What it speaks.
+    version: Version,
+    /// Its tickets are good for nothing any more.
+    banned: bool,
+    /// How often in a row it was waited for in vain.
+    misses: BTreeMap<Awaited, u32>,
+    /// The last step that a round went on from without it; what it sends up to that is late.
+    left_out: Option<StepKey>,
 }
 
 impl Client {
@@ -108,8 +117,21 @@ impl Roster {
         }
     }
 
-    /// Lets a client in, or in again. Whatever was known of it but its number is as it says now.
+    /// Whether this client was thrown out for good.
+    pub(crate) fn is_banned(&self, id: ClientId) -> bool {
+        self.clients.get(&id).is_some_and(|client| client.banned)
+    }
+
+    /// Throws a client out for good.
+    pub(crate) fn ban(&mut self, id: ClientId) {
+        if let Some(client) = self.clients.get_mut(&id) {
+            client.banned = true;
+        }
+    }
+
+    /// Lets a client in, or in again. Whatever was known of it but its number, and how often it was late, is as it says now.
     pub(crate) fn enter(&mut self, pass: Pass, hello: &Hello, connection: ConnectionId) -> &Client {
+        let before = self.clients.get_mut(&pass.client);
         let client = Client {
             name: display_name(&hello.name),
             device: display_name(&hello.capabilities.device),
@@ -120,6 +142,12 @@ impl Roster {
             carries: false,
             holds: None,
             next_serial: pass.serial,
+            version: hello.version,
+            banned: false,
+            misses: before
+                .map(|client| std::mem::take(&mut client.misses))
+                .unwrap_or_default(),
+            left_out: None,
         };
         self.clients.entry(pass.client).insert_entry(client).into_mut()
     }
@@ -213,7 +241,52 @@ impl Roster {
         }
     }
 
+    // Being late.
+
+    /// The client was waited for in vain. Returns how often in a row.
+    pub(crate) fn was_late(&mut self, id: ClientId, awaited: Awaited) -> u32 {
+        let Some(client) = self.clients.get_mut(&id) else {
+            return 0;
+        };
+        let misses = client.misses.entry(awaited).or_default();
+        *misses += 1;
+        *misses
+    }
+
+    pub(crate) fn was_in_time(&mut self, id: ClientId, awaited: Awaited) {
+        if let Some(client) = self.clients.get_mut(&id) {
+            client.misses.remove(&awaited);
+        }
+    }
+
+    /// A round goes on from this step without the client.
+    pub(crate) fn leave_out(&mut self, id: ClientId, key: StepKey) {
+        if let Some(client) = self.clients.get_mut(&id) {
+            client.left_out = Some(key);
+        }
+    }
+
+    /// Whether what the client sends for this step is late: the round went on without it.
+    pub(crate) fn was_left_out(&self, id: ClientId, key: StepKey) -> bool {
+        let left_out = self.clients.get(&id).and_then(|client| client.left_out);
+        left_out.is_some_and(|last| last.round == key.round && key.step <= last.step)
+    }
+
+    /// Whether the client goes on when a step or a round has gone on without it. Else it has to come again.
+    pub(crate) fn can_be_left_out(&self, id: ClientId) -> bool {
+        self.clients
+            .get(&id)
+            .is_some_and(|client| client.version >= DEADLINES_SINCE)
+    }
+
     // Adapters.
+
+    /// The client's adapter is not what it started the round from, nor what comes of the round.
+    pub(crate) fn forget_adapter(&mut self, id: ClientId) {
+        if let Some(client) = self.clients.get_mut(&id) {
+            client.holds = None;
+        }
+    }
 
     /// A client starts a round from the adapter of this digest. `None` for nobody.
     pub fn start(&mut self, id: ClientId, base: Digest) -> Option<Needs> {

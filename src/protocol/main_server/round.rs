@@ -6,24 +6,33 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::super::message::{
-    Control, Digest, Leaving, Mean, Member, Message, RoundClosed, RoundEnd, RoundResult, RoundStart, StepStart,
+    Control, Digest, ExclusionReason, Leaving, Mean, Member, Message, RoundClosed, RoundEnd, RoundResult, RoundStart,
 };
 use super::MainServerSession;
 use super::config::MainError;
-use super::event::{CollectTime, MainEvent, Occasion, RunEnd};
+use super::event::{CollectTime, DepartureReason, MainEvent, Occasion, RunEnd};
+use super::lateness::Wait;
 use super::placement::Placement;
-use super::step::{Computing, Gathering};
+use super::step::{Awaited, Step};
 use crate::terms::ids::{ClientId, RoundKey, StepKey};
 
 /// What the run is doing.
 pub(super) enum Phase {
-    Waiting { until: Option<Duration> },
-    Gathering(Gathering),
-    Computing(Computing),
-    Boundary { members: BTreeSet<ClientId> },
+    Waiting {
+        until: Option<Duration>,
+    },
+    Step(Step),
+    /// The steps are closed; some members may not be done with the last.
+    Boundary {
+        members: BTreeSet<ClientId>,
+        wait: Wait,
+    },
     Averaging(Averaging),
     Validating(Validating),
-    Finished { drain_by: Duration, drained: bool },
+    Finished {
+        drain_by: Duration,
+        drained: bool,
+    },
 }
 
 /// A round whose members were asked for their adapters.
@@ -35,42 +44,68 @@ pub(super) struct Averaging {
     copy: Option<Vec<f32>>,
     /// When they were asked for their adapters.
     asked: Duration,
+    wait: Wait,
     collected: Vec<CollectTime>,
 }
 
 impl Averaging {
-    /// The federated server has a member's adapter, of so many bytes.
-    pub(crate) fn handle_received(&mut self, client: ClientId, bytes: u64, now: Duration) {
+    /// The federated server has a member's adapter, of so many bytes. Returns how long that took, the first time.
+    pub(crate) fn handle_received(&mut self, client: ClientId, bytes: u64, now: Duration) -> Option<Duration> {
+        if self.collected.iter().any(|time| time.client == client) {
+            return None;
+        }
         let took = now.saturating_sub(self.asked);
         self.collected.push(CollectTime { client, took, bytes });
+        Some(took)
+    }
+
+    /// Members whose adapters have not come.
+    fn awaited(&self) -> BTreeSet<ClientId> {
+        let mut awaited = self.members.clone();
+        for time in &self.collected {
+            awaited.remove(&time.client);
+        }
+        awaited
+    }
+
+    /// When who has not sent its adapter is late.
+    pub(crate) fn deadline(&self) -> Option<Duration> {
+        let awaited = self.awaited().len();
+        (awaited > 0).then(|| self.wait.ends(awaited < self.members.len()))
+    }
+
+    pub(crate) fn wait_again(&mut self, now: Duration) {
+        self.wait.again(now);
     }
 }
 
 /// A round whose average the driver has.
-#[derive(Clone, Copy)]
 pub(super) struct Validating {
     round: RoundKey,
     included: u32,
     split: u32,
+    /// What the round began with.
+    before: Vec<f32>,
 }
+
+/// Rounds in a row that may come to nothing.
+const MOST_REJECTED: u32 = 3;
 
 impl Phase {
     /// Members of the round that is open at the federated server.
     pub fn members(&self) -> BTreeSet<ClientId> {
         match self {
-            Phase::Gathering(gathering) => gathering.members(),
-            Phase::Computing(computing) => computing.members(),
-            Phase::Boundary { members } | Phase::Averaging(Averaging { members, .. }) => members.clone(),
+            Phase::Step(step) => step.members(),
+            Phase::Boundary { members, .. } | Phase::Averaging(Averaging { members, .. }) => members.clone(),
             Phase::Waiting { .. } | Phase::Validating(_) | Phase::Finished { .. } => BTreeSet::new(),
         }
     }
 
     /// Takes a client out of the open round. Returns whether it was a member.
-    pub fn remove(&mut self, client: ClientId) -> bool {
+    pub fn remove(&mut self, client: ClientId, reason: &str) -> bool {
         match self {
-            Phase::Gathering(gathering) => gathering.remove(client),
-            Phase::Computing(computing) => computing.remove(client),
-            Phase::Boundary { members } | Phase::Averaging(Averaging { members, .. }) => members.remove(&client),
+            Phase::Step(step) => step.remove(client, reason),
+            Phase::Boundary { members, .. } | Phase::Averaging(Averaging { members, .. }) => members.remove(&client),
             Phase::Waiting { .. } | Phase::Validating(_) | Phase::Finished { .. } => false,
         }
     }
@@ -78,9 +113,8 @@ impl Phase {
     /// Whether everybody has left the open round.
     pub(crate) fn is_deserted(&self) -> bool {
         match self {
-            Phase::Gathering(gathering) => gathering.is_empty(),
-            Phase::Computing(computing) => computing.is_empty(),
-            Phase::Boundary { members } | Phase::Averaging(Averaging { members, .. }) => members.is_empty(),
+            Phase::Step(step) => step.is_empty(),
+            Phase::Boundary { members, .. } | Phase::Averaging(Averaging { members, .. }) => members.is_empty(),
             Phase::Waiting { .. } | Phase::Validating(_) | Phase::Finished { .. } => false,
         }
     }
@@ -88,7 +122,7 @@ impl Phase {
     /// The step that waits for this client's activations.
     pub(crate) fn awaited_step(&self, client: ClientId) -> Option<StepKey> {
         match self {
-            Phase::Gathering(gathering) if gathering.awaits(client) => Some(gathering.key()),
+            Phase::Step(step) if step.awaits(client) => Some(step.key()),
             _ => None,
         }
     }
@@ -170,10 +204,10 @@ impl MainServerSession {
             }
         }
         self.placement.forget_moments();
-        let key = round.step(0);
-        self.send_to_all(&ready, |count| Message::StepStart(StepStart { key, members: count }));
+        self.answered.clear();
+        self.late.clear();
         self.timing.start(&ready, now);
-        self.phase = Phase::Gathering(Gathering::new(key, &ready));
+        self.open_step(round.step(0), &ready, now);
         self.retest(now);
     }
 
@@ -197,9 +231,14 @@ impl MainServerSession {
 
     // Collecting.
 
-    /// Ends the steps of the round.
+    /// Ends the steps of the round. Who was in none of them has nothing to give.
     pub(super) fn ask_for_adapters(&mut self, members: BTreeSet<ClientId>, split: u32, now: Duration) {
         let (round, steps) = (self.round, self.steps);
+        let (members, idle): (BTreeSet<ClientId>, BTreeSet<ClientId>) =
+            members.into_iter().partition(|client| self.answered.contains(client));
+        for client in idle {
+            self.leave_out_of_round(client);
+        }
         let is_mixed = self.placement.copy_len() > 0;
         for id in &members {
             let kept = match is_mixed {
@@ -220,8 +259,12 @@ impl MainServerSession {
             split,
             copy: (!is_mixed).then(Vec::new),
             asked: now,
+            wait: Wait::new(now, self.adapter_patience.limits()),
             collected: Vec::new(),
         });
+        if self.phase.is_deserted() {
+            return self.lose_round(now);
+        }
         if is_mixed {
             self.events.push_back(MainEvent::CopyWanted { round });
         }
@@ -280,11 +323,82 @@ impl MainServerSession {
         Ok(())
     }
 
+    /// The round has waited long enough for those who are not done with its last step, or have not sent their adapters.
+    pub(super) fn round_is_late(&mut self, now: Duration) {
+        let (late, closes) = match &mut self.phase {
+            Phase::Boundary { .. } => (self.timing.finishing(), true),
+            Phase::Averaging(averaging) => {
+                let awaited = averaging.awaited();
+                let here = averaging.members.len() - awaited.len();
+                let enough = self.config.quorum.unwrap_or(1).max(1) as usize;
+                let closes = here >= enough.min(averaging.members.len());
+                if !closes {
+                    averaging.wait.again(now);
+                }
+                (awaited, closes)
+            }
+            _ => return,
+        };
+        for client in late {
+            if closes {
+                self.leave_out_of_round(client);
+            }
+            self.was_late(client, Awaited::Adapter, closes);
+        }
+        self.retest(now);
+    }
+
+    /// The round goes on without a member, which is one of the next again.
+    fn leave_out_of_round(&mut self, client: ClientId) {
+        let round = self.round;
+        if self.phase.remove(client, "") {
+            self.controls.push_back(Control::Departed { round, client });
+        }
+        self.late.insert(client);
+        self.timing.forget(client);
+        self.roster.leave_out(client, round.step(u32::MAX));
+        self.roster.forget_adapter(client);
+    }
+
     // Closing.
 
     pub(super) fn lose_round(&mut self, now: Duration) {
         self.events.push_back(MainEvent::RoundLost { round: self.round });
+        self.begin_again(now);
+    }
+
+    /// The round came to nothing that can be used: it starts again from what it started from, or the run ends.
+    pub(super) fn reject_round(&mut self, reason: String, now: Duration) {
+        let round = self.round;
+        self.rejected += 1;
+        let members = self.phase.members();
+        let everybody: Vec<ClientId> = self.roster.connected().map(|(client, _)| client).collect();
+        for client in everybody {
+            self.roster.leave_out(client, round.step(u32::MAX));
+            self.roster.forget_adapter(client);
+        }
+        self.events.push_back(MainEvent::RoundRejected {
+            round,
+            reason: reason.clone(),
+        });
+        if self.rejected >= MOST_REJECTED {
+            let detail = format!(
+                "{reason}, in {MOST_REJECTED} attempts running: try a lower --lr, or --clip 1; the adapter is that of the \
+                 last round before"
+            );
+            return self.finish(RunEnd::Diverged(detail), now);
+        }
+        for client in members {
+            if !self.roster.can_be_left_out(client) {
+                self.expel(client, DepartureReason::Excluded(ExclusionReason::Late));
+            }
+        }
+        self.begin_again(now);
+    }
+
+    fn begin_again(&mut self, now: Duration) {
         self.round.attempt += 1;
+        self.timing.clear();
         self.wait(now);
         self.retest(now);
     }
@@ -320,6 +434,7 @@ impl MainServerSession {
         for exclusion in &closed.excluded {
             self.exclude(exclusion);
         }
+        let before = self.placement.adapter.clone();
         self.placement.install(&values);
         for inclusion in &closed.included {
             let base = self.placement.base_at(self.placement.split_of(inclusion.client));
@@ -330,8 +445,15 @@ impl MainServerSession {
             round,
             included: closed.included.len() as u32,
             split,
+            before,
         });
-        let (included, excluded) = (closed.included, closed.excluded);
+        let (included, mut excluded) = (closed.included, closed.excluded);
+        // The federated server knows only that they are not in the round.
+        for exclusion in &mut excluded {
+            if self.late.contains(&exclusion.client) {
+                exclusion.reason = ExclusionReason::Late;
+            }
+        }
         self.events.push_back(MainEvent::RoundClosed {
             round,
             average: values,
@@ -344,7 +466,7 @@ impl MainServerSession {
     }
 
     /// The driver's answer to `RoundClosed`, with the mean validation loss if it validates, and with another placement where
-    /// the plan was one.
+    /// the plan was one. A loss that is not finite rejects the round: the driver is to have kept nothing of it.
     ///
     /// # Errors
     /// When the placement is missing, or is not what was planned; nothing is changed then.
@@ -355,15 +477,17 @@ impl MainServerSession {
         valid_loss: Option<f64>,
         placement: Option<Placement>,
     ) -> Result<(), MainError> {
-        let Phase::Validating(Validating {
-            round: current,
-            included,
-            split,
-        }) = self.phase
-        else {
+        let Phase::Validating(validating) = &mut self.phase else {
             return Ok(());
         };
-        if current != round {
+        if validating.round != round {
+            return Ok(());
+        }
+        let (included, split) = (validating.included, validating.split);
+        if let Some(loss) = valid_loss.filter(|loss| !loss.is_finite()) {
+            let before = std::mem::take(&mut validating.before);
+            self.placement.install(&before);
+            self.reject_round(format!("the validation loss of {round} is {loss}"), now);
             return Ok(());
         }
         let found = placement.as_ref().unwrap_or(&self.placement).split();
@@ -373,6 +497,7 @@ impl MainServerSession {
         if let Some(placement) = &placement {
             self.config.check(placement)?;
         }
+        self.rejected = 0;
         let config = &self.placement.assignment.config;
         let rounds = config.rounds;
         let done = round.round + 1;

@@ -14,7 +14,7 @@ pub enum RunPhase {
     Waiting,
     /// For activations.
     Gathering,
-    /// For the driver's `step_result`.
+    /// For the driver's `contributed`: nobody's activations are missing.
     Computing,
     /// For the last step's backward passes, or for the driver's `planned`.
     Boundary,
@@ -60,8 +60,8 @@ impl MainServerSession {
         let config = self.config();
         let (phase, step) = match &self.phase {
             Phase::Waiting { .. } => (RunPhase::Waiting, 0),
-            Phase::Gathering(gathering) => (RunPhase::Gathering, gathering.key().step),
-            Phase::Computing(computing) => (RunPhase::Computing, computing.key().step),
+            Phase::Step(step) if step.is_awaiting() => (RunPhase::Gathering, step.key().step),
+            Phase::Step(step) => (RunPhase::Computing, step.key().step),
             Phase::Boundary { .. } => (RunPhase::Boundary, config.local_steps),
             Phase::Averaging(_) => (RunPhase::Averaging, config.local_steps),
             Phase::Validating(_) => (RunPhase::Validating, config.local_steps),

@@ -1,38 +1,63 @@
-//! One step: its members' activations as they come, and what the driver made of them.
+//! One step: its members' activations as they come, each answered as soon as the driver has computed it, until it closes.
 //!
-//! Separate because a step has rules of its own: what may be in a member's message, that each is taken once, and that the shares
-//! of those who are in it add up to 1.
+//! Separate because a step has rules of its own: what may be in a member's message, that each is taken once, and with whom it
+//! closes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use super::super::message::{Activations, Control, Digest, Gradient, Message, RunConfig, StepDone, StepStart};
+use super::super::message::{Activations, Digest, Gradient, Message, RunConfig, StepDone, StepStart};
 use super::MainServerSession;
 use super::config::MainError;
-use super::event::{Contribution, DepartureReason, GradientOutput};
+use super::event::{Contribution, DepartureReason, GradientOutput, LeftOut, MainEvent};
+use super::lateness::{Limits, Wait};
 use super::round::Phase;
 use crate::terms::ids::{ClientId, StepKey};
 use crate::terms::tensor::{IGNORED_TARGET, WireLayout};
 
 /// What is kept of a contribution while the driver computes.
+#[derive(Clone, Copy)]
 struct Received {
     layout: WireLayout,
     tokens: u64,
     activations: Digest,
 }
 
-/// A step that waits for activations.
-pub(super) struct Gathering {
-    key: StepKey,
-    /// With what has come.
-    members: BTreeMap<ClientId, Option<(Received, Contribution)>>,
+/// A member's part of a step.
+enum Lane {
+    /// Its activations have not come.
+    Awaited,
+    /// The driver has them.
+    Computing(Received),
+    /// It has its gradient.
+    Answered { tokens: u64, loss: f32 },
+    /// The driver could not use them. Whose fault that is shows when somebody's can be used.
+    Unusable,
 }
 
-impl Gathering {
-    pub fn new(key: StepKey, members: &BTreeSet<ClientId>) -> Gathering {
-        Gathering {
+/// A step that is open.
+pub(super) struct Step {
+    key: StepKey,
+    opened: Duration,
+    /// How long who has not come is waited for.
+    wait: Wait,
+    /// Of the members that it is to close with.
+    lanes: BTreeMap<ClientId, Lane>,
+    /// Members that it goes on without.
+    late: BTreeSet<ClientId>,
+    /// These, and those that have left the run since it was opened.
+    left_out: Vec<LeftOut>,
+}
+
+impl Step {
+    pub fn new(key: StepKey, members: &BTreeSet<ClientId>, now: Duration, limits: Limits) -> Step {
+        Step {
             key,
-            members: members.iter().map(|client| (*client, None)).collect(),
+            opened: now,
+            wait: Wait::new(now, limits),
+            lanes: members.iter().map(|client| (*client, Lane::Awaited)).collect(),
+            late: BTreeSet::new(),
+            left_out: Vec::new(),
         }
     }
 
@@ -40,111 +65,88 @@ impl Gathering {
         self.key
     }
 
+    /// All members of the round, late ones too.
     pub fn members(&self) -> BTreeSet<ClientId> {
-        self.members.keys().copied().collect()
+        self.lanes.keys().chain(&self.late).copied().collect()
     }
 
     pub fn is_empty(&self) -> bool {
-        self.members.is_empty()
+        self.lanes.is_empty() && self.late.is_empty()
     }
 
-    /// Whether this member's activations have not come.
+    /// Whether this member's activations have not come, and are waited for.
     pub(crate) fn awaits(&self, client: ClientId) -> bool {
-        self.members.get(&client).is_some_and(Option::is_none)
+        matches!(self.lanes.get(&client), Some(Lane::Awaited))
     }
 
-    /// Whether all have come.
-    pub(crate) fn is_complete(&self) -> bool {
-        self.members.values().all(Option::is_some)
+    /// Whether anybody's activations have not come.
+    pub(crate) fn is_awaiting(&self) -> bool {
+        self.lanes.values().any(|lane| matches!(lane, Lane::Awaited))
     }
 
-    /// Returns whether the client was a member.
-    pub fn remove(&mut self, client: ClientId) -> bool {
-        self.members.remove(&client).is_some()
+    /// Whose activations have not come.
+    fn awaited(&self) -> BTreeSet<ClientId> {
+        self.those(|lane| matches!(lane, Lane::Awaited))
     }
 
-    /// Takes in a member's activations.
-    fn insert(&mut self, client: ClientId, checked: (Received, Contribution)) {
-        self.members.insert(client, Some(checked));
+    /// Who has a gradient.
+    fn answered(&self) -> BTreeSet<ClientId> {
+        self.those(|lane| matches!(lane, Lane::Answered { .. }))
     }
 
-    /// Ends the waiting: what the driver is to compute, in client order, each with its share.
-    pub fn close(&mut self) -> (Computing, Vec<Contribution>) {
-        let mut received = BTreeMap::new();
-        let mut contributions = Vec::new();
-        for (client, (record, contribution)) in std::mem::take(&mut self.members)
-            .into_iter()
-            .filter_map(|(client, given)| Some((client, given?)))
-        {
-            received.insert(client, record);
-            contributions.push(contribution);
-        }
-        share(&mut contributions);
-        let computing = Computing {
-            key: self.key,
-            members: received,
-        };
-        (computing, contributions)
-    }
-}
-
-/// A step that the driver computes.
-pub(super) struct Computing {
-    key: StepKey,
-    members: BTreeMap<ClientId, Received>,
-}
-
-impl Computing {
-    pub fn key(&self) -> StepKey {
-        self.key
+    fn unusable(&self) -> BTreeSet<ClientId> {
+        self.those(|lane| matches!(lane, Lane::Unusable))
     }
 
-    pub fn members(&self) -> BTreeSet<ClientId> {
-        self.members.keys().copied().collect()
+    fn those(&self, which: impl Fn(&Lane) -> bool) -> BTreeSet<ClientId> {
+        let lanes = self.lanes.iter().filter(|(_, lane)| which(lane));
+        lanes.map(|(client, _)| *client).collect()
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.members.is_empty()
+    /// Whether nothing is to come any more, from members or from the driver.
+    fn is_settled(&self) -> bool {
+        let settled = |lane: &Lane| matches!(lane, Lane::Answered { .. } | Lane::Unusable);
+        self.lanes.values().all(settled)
+    }
+
+    /// Members whose activations have come, and may be of use.
+    fn arrived(&self) -> usize {
+        let arrived = |lane: &&Lane| matches!(lane, Lane::Computing(_) | Lane::Answered { .. });
+        self.lanes.values().filter(arrived).count()
+    }
+
+    /// When who has not come is late.
+    pub(crate) fn deadline(&self) -> Option<Duration> {
+        self.is_awaiting().then(|| self.wait.ends(self.arrived() > 0))
     }
 
     /// Returns whether the client was a member.
-    pub fn remove(&mut self, client: ClientId) -> bool {
-        self.members.remove(&client).is_some()
-    }
-
-    /// Whether the gradients have the layouts of the activations they belong to.
-    fn check(&self, outputs: &[GradientOutput]) -> Result<(), MainError> {
-        for output in outputs {
-            if let Some(received) = self.members.get(&output.client)
-                && received.layout != output.gradient.layout()
-            {
-                return Err(MainError::GradientLayout {
-                    client: output.client,
-                    given: output.gradient.layout(),
-                    expected: received.layout,
-                });
-            }
+    pub fn remove(&mut self, client: ClientId, reason: &str) -> bool {
+        let was_lane = self.lanes.remove(&client).is_some();
+        if was_lane {
+            let reason = reason.to_owned();
+            self.left_out.push(LeftOut { client, reason });
         }
-        Ok(())
+        self.late.remove(&client) || was_lane
     }
 
-    /// Whether an output is a member's, and finite.
-    fn is_usable(&self, output: &GradientOutput) -> bool {
-        self.members.contains_key(&output.client) && output.loss.is_finite() && output.gradient.is_finite()
+    /// Goes on without a member that is still one of the round.
+    fn leave_out(&mut self, client: ClientId, reason: String) {
+        if self.lanes.remove(&client).is_some() {
+            self.late.insert(client);
+            self.left_out.push(LeftOut { client, reason });
+        }
     }
 
-    /// Mean loss over the targets of all members that have an output; 0 without any target.
-    fn mean_loss(&self, outputs: &[GradientOutput]) -> f32 {
-        let weighted = |output: &GradientOutput| {
-            let received = self.members.get(&output.client)?;
-            Some((received.tokens, f64::from(output.loss)))
+    /// Mean loss over the targets of all who have been answered; 0 without any target.
+    fn mean_loss(&self) -> f32 {
+        let answered = |lane: &Lane| match lane {
+            Lane::Answered { tokens, loss } => Some((*tokens, f64::from(*loss))),
+            _ => None,
         };
-        let tokens: u64 = outputs.iter().filter_map(weighted).map(|(tokens, _)| tokens).sum();
-        let total: f64 = outputs
-            .iter()
-            .filter_map(weighted)
-            .map(|(tokens, loss)| tokens as f64 * loss)
-            .sum();
+        let lanes = || self.lanes.values().filter_map(answered);
+        let tokens: u64 = lanes().map(|(tokens, _)| tokens).sum();
+        let total: f64 = lanes().map(|(tokens, loss)| tokens as f64 * loss).sum();
         if tokens == 0 {
             0.0
         } else {
@@ -207,102 +209,16 @@ fn check_activations(
         split,
         examples,
         tokens,
-        weight: 0.0,
         targets,
         activations: tensor,
     };
     Ok((received, contribution))
 }
 
-/// Gives each contribution its share of the step's tokens; equal shares if there is no token at all.
-fn share(contributions: &mut [Contribution]) {
-    let total: u64 = contributions.iter().map(|contribution| contribution.tokens).sum();
-    let count = contributions.len() as f64;
-    for contribution in contributions {
-        contribution.weight = if total == 0 {
-            1.0 / count
-        } else {
-            contribution.tokens as f64 / total as f64
-        };
-    }
-}
-
 impl MainServerSession {
-    /// The driver's answer to `StepReady`. A member without an output, or with a loss or gradient that is not finite,
-    /// is dropped. Outputs for clients that have left since are ignored, as is an answer to a step that has been lost.
-    ///
-    /// # Errors
-    /// When a gradient is not of the layout of the activations it belongs to; nothing is changed then.
-    pub fn step_result(
-        &mut self,
-        now: Duration,
-        key: StepKey,
-        mut outputs: Vec<GradientOutput>,
-    ) -> Result<(), MainError> {
-        let Phase::Computing(computing) = &self.phase else {
-            return Ok(());
-        };
-        if computing.key != key {
-            return Ok(());
-        }
-        computing.check(&outputs)?;
-        outputs.retain(|output| computing.is_usable(output));
-        let mean_loss = computing.mean_loss(&outputs);
-
-        let Phase::Computing(Computing { mut members, .. }) =
-            std::mem::replace(&mut self.phase, Phase::Waiting { until: None })
-        else {
-            return Ok(());
-        };
-        self.steps += 1;
-        let mut staying = BTreeSet::new();
-        let mut sent = Vec::new();
-        for GradientOutput { client, loss, gradient } in outputs {
-            let Some(received) = members.remove(&client) else {
-                continue;
-            };
-            let gradient = Gradient {
-                key,
-                activations: received.activations,
-                loss,
-                tokens: received.tokens,
-                mean_loss,
-                tensor: gradient,
-            };
-            staying.insert(client);
-            let bytes_down = match self.roster.connection(client) {
-                Some(connection) => self.door.send(connection, &Message::Gradient(gradient)),
-                None => 0,
-            };
-            sent.push((client, bytes_down as u64));
-        }
-        self.timing.gradients_sent(key, now, sent);
-        let next = key.step + 1;
-        if next < self.config().local_steps {
-            self.phase = Phase::Gathering(Gathering::new(key.round.step(next), &staying));
-        } else {
-            self.phase = Phase::Boundary {
-                members: staying.clone(),
-            };
-        }
-        for client in members.into_keys() {
-            self.controls.push_back(Control::Departed {
-                round: key.round,
-                client,
-            });
-            self.expel(client, DepartureReason::Unusable);
-        }
-        // Only those who stay are told of the next step; they may have become fewer while the others were dropped.
-        if matches!(self.phase, Phase::Gathering { .. }) {
-            self.send_to_all(&staying, |count| {
-                Message::StepStart(StepStart {
-                    key: key.round.step(next),
-                    members: count,
-                })
-            });
-        }
-        self.retest(now);
-        Ok(())
+    pub(super) fn open_step(&mut self, key: StepKey, members: &BTreeSet<ClientId>, now: Duration) {
+        self.phase = Phase::Step(Step::new(key, members, now, self.step_patience.limits()));
+        self.send_to_all(members, |count| Message::StepStart(StepStart { key, members: count }));
     }
 
     pub(super) fn handle_activations(
@@ -312,6 +228,10 @@ impl MainServerSession {
         bytes: u64,
         now: Duration,
     ) -> Result<(), String> {
+        if self.roster.was_left_out(client, activations.key) {
+            // They were on their way when the step closed.
+            return Ok(());
+        }
         let unexpected = || {
             format!(
                 "expected {}, got Activations of {}",
@@ -319,32 +239,175 @@ impl MainServerSession {
                 activations.key
             )
         };
-        let Phase::Gathering(gathering) = &self.phase else {
+        let Phase::Step(step) = &self.phase else {
             return Err(unexpected());
         };
-        let awaited = gathering.awaits(client) && self.timing.unfinished(client).is_none();
-        if activations.key != gathering.key || !awaited {
+        let awaited = step.awaits(client) && self.timing.unfinished(client).is_none();
+        if activations.key != step.key || !awaited {
             return Err(unexpected());
         }
         let forward = activations.forward;
         let cut = self.placement.split_of(client);
-        let checked = check_activations(self.config(), cut, client, activations)?;
-        if let Phase::Gathering(gathering) = &mut self.phase {
-            gathering.insert(client, checked);
-        }
+        let (received, contribution) = check_activations(self.config(), cut, client, activations)?;
+        let Phase::Step(step) = &mut self.phase else {
+            return Ok(());
+        };
+        let key = step.key;
+        step.lanes.insert(client, Lane::Computing(received));
+        self.step_patience.note(now.saturating_sub(step.opened));
+        self.roster.was_in_time(client, Awaited::Activations);
         self.timing.handle_activations(client, forward, bytes, now);
+        self.events.push_back(MainEvent::Contribution { key, contribution });
+        Ok(())
+    }
+
+    /// The driver's answer to `Contribution`: the member's gradient, which goes out at once, or `None` where its activations
+    /// gave nothing that can be used, as is a loss or gradient that is not finite. An answer for a member that has left since, or
+    /// to a step that is lost, is dropped.
+    ///
+    /// # Errors
+    /// When the gradient is not of the layout of the activations it belongs to; nothing is changed then.
+    pub fn contributed(
+        &mut self,
+        now: Duration,
+        key: StepKey,
+        client: ClientId,
+        output: Option<GradientOutput>,
+    ) -> Result<(), MainError> {
+        let Phase::Step(step) = &mut self.phase else {
+            return Ok(());
+        };
+        let (true, Some(Lane::Computing(received))) = (step.key == key, step.lanes.get(&client)) else {
+            return Ok(());
+        };
+        let received = *received;
+        let Some(output) = output.filter(|output| output.loss.is_finite() && output.gradient.is_finite()) else {
+            step.lanes.insert(client, Lane::Unusable);
+            self.retest(now);
+            return Ok(());
+        };
+        let given = output.gradient.layout();
+        if given != received.layout {
+            return Err(MainError::GradientLayout {
+                client,
+                given,
+                expected: received.layout,
+            });
+        }
+        let answered = Lane::Answered {
+            tokens: received.tokens,
+            loss: output.loss,
+        };
+        step.lanes.insert(client, answered);
+        let gradient = Gradient {
+            key,
+            activations: received.activations,
+            loss: output.loss,
+            tokens: received.tokens,
+            mean_loss: step.mean_loss(),
+            tensor: output.gradient,
+        };
+        self.answered.insert(client);
+        if let Some(connection) = self.roster.connection(client) {
+            let bytes = self.door.send(connection, &Message::Gradient(gradient));
+            self.timing.gradient_sent(key, client, bytes as u64, now);
+        }
+        self.retest(now);
         Ok(())
     }
 
     pub(super) fn handle_step_done(&mut self, client: ClientId, done: StepDone, now: Duration) -> Result<(), String> {
-        if self.timing.unfinished(client) != Some(done.key) {
+        if self.timing.unfinished(client) == Some(done.key) {
+            self.timing.handle_step_done(client, done.key, done.backward, now);
+        } else if !self.roster.was_left_out(client, done.key) {
             return Err(format!(
                 "expected {}, got StepDone of {}",
                 self.expected_of(client),
                 done.key
             ));
         }
-        self.timing.handle_step_done(client, done.backward, now);
         Ok(())
+    }
+
+    /// Moves an open step on: drops whose activations cannot be used, and closes it when nothing is to come any more.
+    pub(super) fn retest_step(&mut self, now: Duration) {
+        let Phase::Step(step) = &self.phase else { return };
+        let unusable = step.unusable();
+        // As long as nobody's can be used, what they start from may be to blame.
+        if !unusable.is_empty() && !self.answered.is_empty() {
+            for client in unusable {
+                self.expel(client, DepartureReason::Unusable);
+            }
+            return self.retest(now);
+        }
+        if !step.is_settled() {
+            return;
+        }
+        if step.answered().is_empty() {
+            if !unusable.is_empty() {
+                let key = step.key;
+                self.reject_round(format!("no member's loss in {key} is finite"), now);
+            }
+            return;
+        }
+        self.close_step(now);
+    }
+
+    fn close_step(&mut self, now: Duration) {
+        let Phase::Step(step) = &mut self.phase else { return };
+        let (key, lanes, members) = (step.key, step.answered(), step.members());
+        let left_out = std::mem::take(&mut step.left_out);
+        self.steps += 1;
+        self.timing.close(key, now);
+        self.events.push_back(MainEvent::CloseStep { key, lanes, left_out });
+        let next = key.step + 1;
+        if next < self.config().local_steps {
+            self.open_step(key.round.step(next), &members, now);
+        } else {
+            self.phase = Phase::Boundary {
+                members,
+                wait: Wait::new(now, self.step_patience.limits()),
+            };
+        }
+        self.retest(now);
+    }
+
+    /// The step has waited long enough for those who have not come.
+    pub(super) fn step_is_late(&mut self, now: Duration) {
+        let Phase::Step(step) = &mut self.phase else { return };
+        let (key, opened, awaited) = (step.key, step.opened, step.awaited());
+        let enough = self.config.quorum.unwrap_or(1).max(1) as usize;
+        let closes = step.arrived() >= enough.min(step.lanes.len());
+        if closes {
+            let waited = now.saturating_sub(opened).as_secs_f64();
+            for client in &awaited {
+                step.leave_out(*client, format!("its activations had not come after {waited:.1} s"));
+            }
+        } else {
+            step.wait.again(now);
+        }
+        for client in awaited {
+            if closes {
+                self.roster.leave_out(client, key);
+            }
+            self.was_late(client, Awaited::Activations, closes);
+        }
+        self.retest(now);
+    }
+}
+
+/// What a member is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Awaited {
+    Activations,
+    Adapter,
+}
+
+impl Awaited {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Awaited::Activations => "activations",
+            Awaited::Adapter => "adapter",
+        }
     }
 }

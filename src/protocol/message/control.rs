@@ -97,6 +97,10 @@ pub enum ExclusionReason {
     Examples,
     /// It broke the protocol.
     Misbehaved,
+    /// Its adapter, or what it was trained on, did not come in time. It is in the next round again.
+    Late,
+    /// Its adapter has moved much further than the others'.
+    Outlier,
 }
 
 impl fmt::Display for ExclusionReason {
@@ -109,6 +113,8 @@ impl fmt::Display for ExclusionReason {
             ExclusionReason::WrongBase => "its adapter comes from another base",
             ExclusionReason::Examples => "its number of examples is impossible",
             ExclusionReason::Misbehaved => "it broke the protocol",
+            ExclusionReason::Late => "it was too late",
+            ExclusionReason::Outlier => "its adapter has moved much further than is usual in this run",
         })
     }
 }

@@ -10,10 +10,15 @@ use crate::terms::ids::{ClientId, RunId};
 use crate::terms::tensor::WireForm;
 
 /// The protocol this crate speaks. Peers with another major version are refused; of two minors the lower is used.
-pub const PROTOCOL_VERSION: Version = Version { major: 3, minor: 1 };
+pub const PROTOCOL_VERSION: Version = Version { major: 3, minor: 2 };
 
 /// The first version in which an assignment can have [`Assignment::alphas`](super::Assignment::alphas).
 pub const ALPHAS_SINCE: Version = Version { major: 3, minor: 1 };
+
+/// The first version in which a round can go on without a client that is there: it may be sent the next step, the round's end or the
+/// next round instead of what it waits for. Also the first of [`StopReason::Late`](super::StopReason::Late),
+/// [`ExclusionReason::Late`](super::ExclusionReason::Late) and [`ExclusionReason::Outlier`](super::ExclusionReason::Outlier).
+pub const DEADLINES_SINCE: Version = Version { major: 3, minor: 2 };
 
 /// A protocol version. Minor versions only append fields and message kinds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -149,6 +154,8 @@ pub enum RefusalReason {
     NoRun,
     /// As many clients as this server takes are connected.
     Full,
+    /// The bearer was thrown out of the run.
+    Expelled,
     /// A reason a newer server gave that this version has no name for; the detail says it.
     Other,
 }
@@ -185,6 +192,7 @@ impl fmt::Display for RefusalReason {
             RefusalReason::Tokenizer => "the server uses another tokenizer",
             RefusalReason::WireForm => "this client cannot encode the run's wire form",
             RefusalReason::NoRun => "no run is open here",
+            RefusalReason::Expelled => "this client was thrown out of the run",
             RefusalReason::Full => "the server has as many clients as it takes; try later",
             RefusalReason::Other => "the server refused",
         })

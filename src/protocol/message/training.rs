@@ -170,7 +170,7 @@ pub struct Gradient {
     pub loss: f32,
     /// Targets of this client that took part.
     pub tokens: u64,
-    /// Mean loss over all members' targets.
+    /// Mean loss over the targets of all members who had been answered by then, this one among them.
     pub mean_loss: f32,
     /// `(batch, seq, width)`: `d loss / d activations`.
     pub tensor: WireTensor,
@@ -254,6 +254,8 @@ pub enum StopReason {
     Excluded,
     /// The same client opened another connection.
     Superseded,
+    /// It was waited for in vain too often.
+    Late,
 }
 
 impl fmt::Display for StopReason {
@@ -265,6 +267,7 @@ impl fmt::Display for StopReason {
             StopReason::BadUpdate => "the server could not use an update",
             StopReason::Excluded => "left out of the round",
             StopReason::Superseded => "this client is connected elsewhere",
+            StopReason::Late => "this client is too slow for the run",
         })
     }
 }

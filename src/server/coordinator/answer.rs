@@ -11,9 +11,9 @@ use super::super::Error;
 use super::super::inbox::Done;
 use super::super::metrics::{RoundRecord, StepRecord};
 use super::super::planner::Decision;
+use super::Coordinator;
 use super::main_run::About;
 use super::report::Report;
-use super::{Coordinator, Traffic};
 use crate::protocol::message::RunConfig;
 use crate::protocol::{Occasion, Placement, RoundPlan};
 use crate::split::Evaluation;
@@ -36,36 +36,50 @@ impl Coordinator {
                         .round(&validated(RoundRecord::default(), Some(evaluation)));
                 }
             }
-            Done::Step {
+            Done::Contributed { key, client, output } => {
+                let output = match output {
+                    Ok(output) => Some(output),
+                    Err(error) => {
+                        let fields = json!({
+                            "client": client.0, "name": main.names.get(&client.0), "reason": error.to_string(),
+                        });
+                        self.parts.metrics.event(now.as_secs_f64(), "unusable", fields);
+                        None
+                    }
+                };
+                main.session.contributed(now, key, client, output)?;
+            }
+            Done::StepClosed {
                 key,
-                outputs,
                 loss,
                 tokens,
                 elapsed,
             } => {
-                let record = StepRecord {
-                    round: key.round.round + 1,
-                    step: key.round.round * main.about.local_steps + key.step + 1,
+                let Some((_, record)) = main.closing_step.take_if(|(closing, _)| *closing == key) else {
+                    return Ok(());
+                };
+                let mut record = StepRecord {
                     loss,
                     tokens,
-                    clients: outputs.len(),
                     seconds: main.step_started.elapsed().as_secs_f64(),
-                    wait_seconds: main.step_gathered.duration_since(main.step_started).as_secs_f64(),
                     compute_seconds: elapsed.as_secs_f64(),
-                    bytes_up: main.step_bytes.up,
-                    bytes_down: main.step_bytes.down,
-                    phases: Vec::new(),
+                    ..record
                 };
-                main.session.step_result(now, key, outputs)?;
                 main.step_started = Instant::now();
-                main.step_bytes = Traffic::default();
                 main.measured.steps += 1;
                 main.measured.server += elapsed;
                 self.summary.steps += 1;
                 self.summary.tokens += tokens;
                 // The one before may belong to a round that was lost.
-                if let Some((_, record)) = main.pending_step.replace((key, record.clone())) {
+                if let Some((_, record)) = main.pending_step.take() {
                     self.parts.metrics.step(&record);
+                }
+                match main.step_phases.take_if(|(measured, _)| *measured == key) {
+                    Some((_, phases)) => {
+                        record.phases = phases;
+                        self.parts.metrics.step(&record);
+                    }
+                    None => main.pending_step = Some((key, record.clone())),
                 }
                 (self.parts.report)(Report::Step(record));
             }
@@ -86,6 +100,11 @@ impl Coordinator {
                 let loss = evaluation.map(|evaluation| evaluation.loss);
                 main.session
                     .validated(now, round, loss, placement.map(|placement| *placement))?;
+                if loss.is_some_and(|loss| !loss.is_finite()) {
+                    // The round is not closed: it is begun again.
+                    main.pending_round = None;
+                    return Ok(());
+                }
                 self.summary.rounds = round.round + 1;
                 self.summary.last = evaluation.or(self.summary.last);
                 if let Some(record) = main.pending_round.take() {

@@ -10,12 +10,12 @@ use serde_json::json;
 
 use super::super::Error;
 use super::super::inbox::Work;
-use super::super::metrics::{RoundRecord, ServerPhase};
+use super::super::metrics::{Completeness, RoundRecord, ServerPhase, StepRecord};
 use super::measure::phases;
 use super::report::Report;
 use super::{Connection, Coordinator, DRAIN_LIMIT};
 use crate::protocol::message::RefusalReason;
-use crate::protocol::{ConnectionId, FederatedEvent, MainEvent};
+use crate::protocol::{ConnectionId, FederatedEvent, LeftOut, MainEvent};
 
 impl Coordinator {
     pub(super) fn main_event(&mut self, event: MainEvent) -> Result<(), Error> {
@@ -74,17 +74,41 @@ impl Coordinator {
                     members: members.len(),
                 });
             }
-            MainEvent::StepReady { key, contributions } => {
+            MainEvent::Contribution { key, contribution } => {
                 main.step_gathered = Instant::now();
-                main.compute(Work::Step { key, contributions })?;
+                main.compute(Work::Contribute { key, contribution })?;
+            }
+            MainEvent::CloseStep { key, lanes, left_out } => {
+                let bytes = std::mem::take(&mut main.step_bytes);
+                let record = StepRecord {
+                    round: key.round.round + 1,
+                    step: key.round.round * main.about.local_steps + key.step + 1,
+                    loss: 0.0,
+                    tokens: 0,
+                    clients: lanes.len(),
+                    result: Completeness::without(left_out.len()),
+                    excluded: left_out.iter().map(|left_out| main.excluded(left_out)).collect(),
+                    seconds: 0.0,
+                    wait_seconds: main
+                        .step_gathered
+                        .saturating_duration_since(main.step_started)
+                        .as_secs_f64(),
+                    compute_seconds: 0.0,
+                    bytes_up: bytes.up,
+                    bytes_down: bytes.down,
+                    phases: Vec::new(),
+                };
+                main.closing_step = Some((key, record));
+                main.compute(Work::CloseStep { key, lanes })?;
             }
             MainEvent::StepMeasured { key, clients } => {
                 for times in &clients {
                     main.measured.add(times);
                 }
-                if let Some((_, mut record)) = main.pending_step.take_if(|(pending, _)| *pending == key) {
-                    record.phases = clients.iter().map(phases).collect();
-                    metrics.step(&record);
+                let phases = clients.iter().map(phases).collect();
+                match main.pending_step.take_if(|(pending, _)| *pending == key) {
+                    Some((_, record)) => metrics.step(&StepRecord { phases, ..record }),
+                    None => main.step_phases = Some((key, phases)),
                 }
             }
             MainEvent::PlanWanted { occasion } => {
@@ -112,12 +136,14 @@ impl Coordinator {
                 main.pending_round = Some(RoundRecord {
                     round: round.round + 1,
                     adapters: included.len(),
+                    result: Completeness::without(excluded.len()),
                     excluded: excluded
                         .iter()
                         .map(|exclusion| {
-                            let name = main.names.get(&exclusion.client.0);
-                            let reason = exclusion.reason.to_string();
-                            json!({ "client": exclusion.client.0, "name": name, "reason": reason })
+                            main.excluded(&LeftOut {
+                                client: exclusion.client,
+                                reason: exclusion.reason.to_string(),
+                            })
                         })
                         .collect(),
                     predicted_s: prediction.map(|prediction| prediction.total_s),
@@ -140,6 +166,18 @@ impl Coordinator {
                     json!({ "round": round.round + 1, "attempt": round.attempt }),
                 );
                 report(Report::RoundLost { round: round.round + 1 });
+                main.compute(Work::Restore)?;
+            }
+            MainEvent::RoundRejected { round, reason } => {
+                metrics.event(
+                    at,
+                    "round_rejected",
+                    json!({ "round": round.round + 1, "attempt": round.attempt, "reason": reason }),
+                );
+                report(Report::RoundRejected {
+                    round: round.round + 1,
+                    reason,
+                });
                 main.compute(Work::Restore)?;
             }
             MainEvent::CopyWanted { round } => main.compute(Work::Copy { round })?,

@@ -110,7 +110,7 @@ impl Coordinator {
                         link.sender.clone(),
                     );
                 }
-                ControlEvent::ConnectionLost { .. } => {}
+                ControlEvent::ConnectionLost { .. } => main.session.control_disconnected(),
                 ControlEvent::Connected => {
                     link.last_error = None;
                     report(Report::Link {

@@ -5,14 +5,16 @@
 use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
+use serde_json::{Value, json};
+
 use super::super::Error;
 use super::super::inbox::Work;
-use super::super::metrics::{RoundRecord, StepRecord};
+use super::super::metrics::{RoundRecord, StepPhases, StepRecord};
 use super::super::planner::{ClientFacts, Facts, RoundFacts, RoundPrediction, StartFacts};
 use super::Traffic;
 use super::measure::RoundMeasure;
 use crate::model::architecture::Architecture;
-use crate::protocol::{MainServerSession, Occasion, RunEnd};
+use crate::protocol::{LeftOut, MainServerSession, Occasion, RunEnd};
 use crate::split::Training;
 use crate::terms::ids::{ClientId, StepKey};
 
@@ -31,8 +33,12 @@ pub struct MainRun {
     pub(super) step_gathered: Instant,
     /// Counted since the last step's line.
     pub(super) step_bytes: Traffic,
+    /// What is known of the step that is being closed.
+    pub(super) closing_step: Option<(StepKey, StepRecord)>,
     /// Written once its members have done it.
     pub(super) pending_step: Option<(StepKey, StepRecord)>,
+    /// What its members took, where they were done before the step was closed.
+    pub(super) step_phases: Option<(StepKey, Vec<StepPhases>)>,
     pub(super) measured: RoundMeasure,
     /// When a plan was asked for, and how long plans of this round have taken.
     pub(super) planning_since: Option<(Occasion, Instant)>,
@@ -61,7 +67,9 @@ impl MainRun {
             step_started: now,
             step_gathered: now,
             step_bytes: Traffic::default(),
+            closing_step: None,
             pending_step: None,
+            step_phases: None,
             measured: RoundMeasure::default(),
             planning_since: None,
             planning: Duration::ZERO,
@@ -121,6 +129,12 @@ impl MainRun {
                 server_s: self.measured.server_s(),
             }),
         }
+    }
+
+    /// A member that is not in a step or round, for the log.
+    pub(super) fn excluded(&self, left_out: &LeftOut) -> Value {
+        let LeftOut { client, reason } = left_out;
+        json!({ "client": client.0, "name": self.names.get(&client.0), "reason": reason })
     }
 
     /// Fails when the thread has ended, about which it has said why.

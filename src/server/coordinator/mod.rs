@@ -182,6 +182,7 @@ impl Coordinator {
                 self.failure.get_or_insert(Error::Federated(detail.clone()));
                 (Ending::Stopped(detail.clone()), detail)
             }
+            Some(RunEnd::Diverged(detail)) => (Ending::Diverged(detail.clone()), detail),
             None if self.run_closed => (Ending::RunClosed, "the main server ended the run".to_owned()),
             None => (Ending::Stopped("stopped".to_owned()), "stopped".to_owned()),
         };

@@ -36,6 +36,11 @@ pub enum Report {
     RoundLost {
         round: u32,
     },
+    /// The round came to nothing that can be used, and is begun again.
+    RoundRejected {
+        round: u32,
+        reason: String,
+    },
     /// What is to hold from this round on.
     Planned {
         round: u32,
@@ -74,6 +79,8 @@ pub enum Ending {
     /// Everybody left and nobody came back in time.
     NoClients,
     Stopped(String),
+    /// A round came to nothing that can be used, however often it was tried.
+    Diverged(String),
     /// The main server ended the run of this federated server.
     RunClosed,
 }

@@ -90,17 +90,9 @@ impl World {
                     self.violation(error.to_string());
                 }
             }
-            Own::Stepped {
-                key,
-                outputs,
-                server,
-                blocks,
-            } => {
+            Own::Contributed { key, output } => {
                 let now = self.now(Node::Main);
-                self.server = server;
-                self.blocks = blocks;
-                self.outcome.steps += 1;
-                if let Err(error) = self.main.step_result(now, key, outputs) {
+                if let Err(error) = self.main.contributed(now, key, output.client, Some(output)) {
                     self.violation(error.to_string());
                 }
             }

@@ -57,11 +57,9 @@ enum Own {
         took: Duration,
         gradient: WireTensor,
     },
-    Stepped {
+    Contributed {
         key: StepKey,
-        outputs: Vec<GradientOutput>,
-        server: f64,
-        blocks: Trained,
+        output: GradientOutput,
     },
     Planned(Occasion),
     Copied {
@@ -72,6 +70,15 @@ enum Own {
         round: RoundKey,
         placement: Option<Box<Placement>>,
     },
+}
+
+/// What a contribution comes to at the main server.
+struct Lane {
+    tokens: u64,
+    mean: f64,
+    /// Of the first value that this is added to.
+    entry: usize,
+    d_activations: Vec<f32>,
 }
 
 struct Toy {
@@ -111,6 +118,11 @@ struct World {
     /// Left since the current round began, as the main server says.
     departed: BTreeSet<ClientId>,
     members: Vec<ClientId>,
+    /// The open step, and what has been computed of it.
+    step: Option<StepKey>,
+    lanes: BTreeMap<ClientId, Lane>,
+    /// When the main server has computed what it was given so far.
+    busy_until: Duration,
     uploads: BTreeMap<(RoundKey, usize), AdapterInput>,
     /// What the main server gave to the averages.
     copies: BTreeMap<RoundKey, Vec<f32>>,
@@ -182,6 +194,8 @@ impl World {
                 federated_url: None,
                 ping_interval: crate::protocol::PING_INTERVAL,
                 wait_for_client: scenario.wait_for_client,
+                deadline: scenario.deadline,
+                quorum: scenario.quorum,
             },
             skew(Node::Main),
         )
@@ -251,6 +265,9 @@ impl World {
             present: BTreeSet::new(),
             departed: BTreeSet::new(),
             members: Vec::new(),
+            step: None,
+            lanes: BTreeMap::new(),
+            busy_until: Duration::ZERO,
             uploads: BTreeMap::new(),
             copies: BTreeMap::new(),
             split: 1,
@@ -267,6 +284,7 @@ impl World {
                 server: 0.0,
                 steps: 0,
                 rounds: Vec::new(),
+                partial: Vec::new(),
                 measured: Vec::new(),
                 history: Vec::new(),
                 clients: Vec::new(),

@@ -6,10 +6,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::super::outcome::{Phase, RoundRecord};
 use super::super::toy::{NUMBERS, Trained, assignment, from_tensor, initial_adapter, to_tensor};
-use super::{Node, Own, World};
+use super::{Lane, Node, Own, World};
 use crate::federated::{mean_of_prefixes, weighted_mean};
 use crate::protocol::message::{Exclusion, Inclusion};
-use crate::protocol::{AdapterInput, Contribution, GradientOutput, MainEvent, Occasion, Placement, RoundPlan};
+use crate::protocol::{AdapterInput, Contribution, GradientOutput, LeftOut, MainEvent, Occasion, Placement, RoundPlan};
 use crate::terms::ids::{ClientId, StepKey};
 use crate::terms::moments::Moments;
 
@@ -121,7 +121,8 @@ impl World {
                 self.members = members;
                 self.departed.clear();
             }
-            MainEvent::StepReady { key, contributions } => self.compute_step(key, &contributions),
+            MainEvent::Contribution { key, contribution } => self.contribute(key, &contribution),
+            MainEvent::CloseStep { key, lanes, left_out } => self.close_step(key, &lanes, &left_out),
             MainEvent::StepMeasured { key, clients } => self.outcome.measured.push((key, clients)),
             MainEvent::PlanWanted { occasion } => {
                 let at = at + self.network.pause(self.scenario.compute);
@@ -161,6 +162,7 @@ impl World {
                 let at = at + self.network.pause(self.scenario.compute);
                 self.network.schedule(at, Own::Validated { round, placement });
             }
+            MainEvent::RoundRejected { round, .. } => self.outcome.history.push((at, Phase::Rejected(round))),
             MainEvent::RoundLost { round } => self.outcome.history.push((at, Phase::Lost(round))),
             MainEvent::Waiting { .. } => self.outcome.history.push((at, Phase::Waiting)),
             MainEvent::Finished { reason } => self.outcome.end = Some(reason),
@@ -169,65 +171,80 @@ impl World {
         }
     }
 
-    fn compute_step(&mut self, key: StepKey, contributions: &[Contribution]) {
-        let weights: f64 = contributions.iter().map(|contribution| contribution.weight).sum();
-        if (weights - 1.0).abs() > 1e-12 {
-            self.violation(format!("the weights of {key} add up to {weights}"));
+    fn contribute(&mut self, key: StepKey, contribution: &Contribution) {
+        let client = contribution.client;
+        if self.step != Some(key) {
+            self.step = Some(key);
+            self.lanes.clear();
         }
-        let clients: BTreeSet<ClientId> = contributions.iter().map(|contribution| contribution.client).collect();
-        if clients.len() != contributions.len() {
-            self.violation(format!("somebody contributes twice to {key}"));
+        if !self.present.contains(&client) {
+            self.violation(format!("{client} contributes to {key} but has left"));
         }
-        if let Some(gone) = clients.iter().find(|client| !self.present.contains(client)) {
-            self.violation(format!("{gone} contributes to {key} but has left"));
+        if !self.members.contains(&client) {
+            self.violation(format!("{client} contributes to {key} and is no member"));
         }
+        let split = self.cuts.get(&client).copied().unwrap_or(self.split);
+        if contribution.split != split {
+            self.violation(format!("{client} contributes at a cut after {}", contribution.split));
+        }
+        let mut activations = from_tensor(&contribution.activations);
+        let entry = (split - self.split) as usize * NUMBERS;
+        self.blocks.run(entry, &mut activations);
+        let mean = activations.iter().map(|value| f64::from(*value)).sum::<f64>() / activations.len() as f64;
+        let d_activations: Vec<f32> = activations.iter().map(|value| 0.5 * value).collect();
+        let output = GradientOutput {
+            client,
+            loss: mean.abs() as f32,
+            gradient: to_tensor(&d_activations),
+        };
+        let lane = Lane {
+            tokens: contribution.tokens,
+            mean,
+            entry,
+            d_activations,
+        };
+        if self.lanes.insert(client, lane).is_some() {
+            self.violation(format!("{client} contributes twice to {key}"));
+        }
+        // One after the other, as they come.
+        self.busy_until = self.busy_until.max(self.network.now) + self.network.pause(self.scenario.compute);
+        self.network.schedule(self.busy_until, Own::Contributed { key, output });
+    }
+
+    fn close_step(&mut self, key: StepKey, lanes: &BTreeSet<ClientId>, left_out: &[LeftOut]) {
+        let late: BTreeSet<ClientId> = left_out.iter().map(|left_out| left_out.client).collect();
         let expected: BTreeSet<ClientId> = self
             .members
             .iter()
-            .filter(|member| !self.departed.contains(member))
+            .filter(|member| !self.departed.contains(member) && !late.contains(member))
             .copied()
             .collect();
-        if clients != expected {
-            self.violation(format!(
-                "{key} has contributions of {clients:?}, its members are {expected:?}"
-            ));
+        if *lanes != expected || lanes.is_empty() {
+            self.violation(format!("{key} closes with {lanes:?}, its members are {expected:?}"));
         }
-        let mut server = self.server;
-        let mut blocks = self.blocks.clone();
-        let mut d_blocks = vec![0.0; blocks.values.len()];
-        let mut outputs = Vec::new();
-        for contribution in contributions {
-            let split = self.cuts.get(&contribution.client).copied().unwrap_or(self.split);
-            if contribution.split != split {
-                self.violation(format!(
-                    "{} contributes at a cut after {}",
-                    contribution.client, contribution.split
-                ));
-            }
-            let mut activations = from_tensor(&contribution.activations);
-            let entry = (split - self.split) as usize * NUMBERS;
-            self.blocks.run(entry, &mut activations);
-            let mean = activations.iter().map(|value| f64::from(*value)).sum::<f64>() / activations.len() as f64;
-            server -= 0.01 * contribution.weight * mean;
-            let d_activations: Vec<f32> = activations.iter().map(|value| 0.5 * value).collect();
-            for (sum, value) in d_blocks[entry..].iter_mut().zip(d_activations.iter().cycle()) {
-                *sum += contribution.weight as f32 * value;
-            }
-            outputs.push(GradientOutput {
-                client: contribution.client,
-                loss: mean.abs() as f32,
-                gradient: to_tensor(&d_activations),
-            });
+        if self.step != Some(key) {
+            self.violation(format!("{key} closes, but {:?} is open", self.step));
         }
-        blocks.step(|index| d_blocks[index]);
-        let at = self.network.now + self.network.pause(self.scenario.compute);
-        let own = Own::Stepped {
-            key,
-            outputs,
-            server,
-            blocks,
-        };
-        self.network.schedule(at, own);
+        let computed: Vec<Lane> = lanes.iter().filter_map(|client| self.lanes.remove(client)).collect();
+        if computed.len() != lanes.len() {
+            self.violation(format!("{key} closes with lanes that are not there"));
+        }
+        (self.step, self.lanes) = (None, BTreeMap::new());
+        let tokens: u64 = computed.iter().map(|lane| lane.tokens).sum();
+        let mut d_blocks = vec![0.0; self.blocks.values.len()];
+        for lane in &computed {
+            let weight = lane.tokens as f64 / tokens.max(1) as f64;
+            self.server -= 0.01 * weight * lane.mean;
+            for (sum, value) in d_blocks[lane.entry..].iter_mut().zip(lane.d_activations.iter().cycle()) {
+                *sum += weight as f32 * value;
+            }
+        }
+        self.blocks.step(|index| d_blocks[index]);
+        self.outcome.steps += 1;
+        if !late.is_empty() {
+            let numbers = late.iter().filter_map(|client| self.numbers.get(client).copied());
+            self.outcome.partial.push((key, numbers.collect()));
+        }
     }
 
     fn check_round(&mut self, record: RoundRecord, included: &[Inclusion], excluded: &[Exclusion]) {

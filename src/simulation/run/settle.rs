@@ -87,7 +87,7 @@ impl World {
                     });
                 }
                 ControlEvent::Connected => self.main.control_connected(now),
-                ControlEvent::ConnectionLost { .. } => {}
+                ControlEvent::ConnectionLost { .. } => self.main.control_disconnected(),
                 ControlEvent::Failed(failure) => {
                     self.outcome
                         .violations

@@ -149,23 +149,33 @@ fn activations_that_cannot_be_used_end_their_senders_session_and_the_step_goes_o
             "{what}: {left:?}"
         );
         honest.send(&mut main, &Message::Activations(good()));
-        let ready = events(&mut main);
-        let [
-            MainEvent::StepReady {
-                key: KEY,
-                contributions,
-            },
-        ] = ready.as_slice()
-        else {
-            panic!("{what}: {ready:?}");
+        let given = events(&mut main);
+        let [MainEvent::Contribution { key: KEY, contribution }] = given.as_slice() else {
+            panic!("{what}: {given:?}");
         };
-        assert_eq!(contributions.len(), 1);
-        assert_eq!(
-            (contributions[0].client, contributions[0].weight),
-            (ClientId(1), 1.0),
-            "{what}"
-        );
+        assert_eq!(contribution.client, ClientId(1), "{what}");
+        answer(&mut main, 1, 2.0, 0.5).unwrap();
+        assert_eq!(closed(&events(&mut main)), Some((KEY, vec![1], vec![2])), "{what}");
     }
+}
+
+/// A batch of fewer rows than agreed is what the last of a file is.
+#[test]
+fn activations_of_fewer_rows_than_agreed_are_taken() {
+    let (mut main, [mut one, _]) = gathering();
+    let short = Activations {
+        examples: 1,
+        targets: vec![1, 2],
+        tensor: zeros(1, 2, 2),
+        ..good_activations()
+    };
+    let said = one.send(&mut main, &Message::Activations(short));
+    assert!(!said.closed, "{said:?}");
+    let given = events(&mut main);
+    assert!(
+        matches!(given.as_slice(), [MainEvent::Contribution { .. }]),
+        "{given:?}"
+    );
 }
 
 #[test]
@@ -217,31 +227,6 @@ fn a_frame_larger_than_a_step_is_refused_before_it_is_parsed() {
     assert_eq!(main.status().clients.len(), 1);
 }
 
-#[test]
-fn shares_are_of_tokens_and_add_up_to_one() {
-    let (mut main, mut peers) = gathering();
-    let targets = [
-        vec![1, 2, 3, IGNORED_TARGET],
-        vec![IGNORED_TARGET, 1, IGNORED_TARGET, IGNORED_TARGET],
-    ];
-    for (peer, targets) in peers.iter_mut().zip(targets) {
-        let activations = Activations {
-            targets,
-            ..good_activations()
-        };
-        peer.send(&mut main, &Message::Activations(activations));
-    }
-    let ready = events(&mut main);
-    let [MainEvent::StepReady { contributions, .. }] = ready.as_slice() else {
-        panic!("{ready:?}")
-    };
-    let shares: Vec<(u64, f64)> = contributions
-        .iter()
-        .map(|contribution| (contribution.tokens, contribution.weight))
-        .collect();
-    assert_eq!(shares, [(3, 0.75), (1, 0.25)]);
-}
-
 fn output(client: u64, loss: f32, value: f32) -> GradientOutput {
     GradientOutput {
         client: ClientId(client),
@@ -250,26 +235,76 @@ fn output(client: u64, loss: f32, value: f32) -> GradientOutput {
     }
 }
 
+/// The driver's answer for a member.
+fn answer(main: &mut MainServerSession, client: u64, loss: f32, value: f32) -> Result<(), MainError> {
+    main.contributed(Duration::ZERO, KEY, ClientId(client), Some(output(client, loss, value)))
+}
+
+/// The last step that closed: with whom, and without whom.
+fn closed(events: &[MainEvent]) -> Option<(StepKey, Vec<u64>, Vec<u64>)> {
+    events.iter().rev().find_map(|event| match event {
+        MainEvent::CloseStep { key, lanes, left_out } => Some((
+            *key,
+            lanes.iter().map(|client| client.0).collect(),
+            left_out.iter().map(|left_out| left_out.client.0).collect(),
+        )),
+        _ => None,
+    })
+}
+
 #[test]
-fn who_leaves_while_the_server_computes_gets_no_gradient_and_has_no_part_in_the_next_step() {
+fn a_member_is_answered_at_once_and_the_step_closes_with_all_of_them() {
     let (mut main, mut peers) = gathering();
-    for peer in &mut peers {
-        peer.send(&mut main, &Message::Activations(good_activations()));
-    }
-    main.disconnected(peers[1].connection, Duration::ZERO);
-    events(&mut main);
-    main.step_result(Duration::ZERO, KEY, vec![output(1, 2.0, 0.5), output(2, 4.0, 0.5)])
-        .unwrap();
-    let said = listen(&mut main, peers[0].connection);
-    let [Message::Gradient(gradient), Message::StepStart(start)] = said.messages.as_slice() else {
+    peers[1].send(&mut main, &Message::Activations(good_activations()));
+    assert_eq!(main.status().phase, RunPhase::Gathering);
+    answer(&mut main, 2, 4.0, 0.5).unwrap();
+    let said = listen(&mut main, peers[1].connection);
+    let [Message::Gradient(gradient)] = said.messages.as_slice() else {
         panic!("{said:?}");
     };
-    assert_eq!((gradient.loss, gradient.mean_loss, gradient.tokens), (2.0, 2.0, 3));
+    assert_eq!((gradient.loss, gradient.mean_loss, gradient.tokens), (4.0, 4.0, 3));
     assert_eq!(
         gradient.activations,
         Digest::of(&[0; 32]),
         "the gradient names its activations"
     );
+    assert_eq!(closed(&events(&mut main)), None);
+
+    let fewer = Activations {
+        targets: vec![1, IGNORED_TARGET, IGNORED_TARGET, IGNORED_TARGET],
+        ..good_activations()
+    };
+    peers[0].send(&mut main, &Message::Activations(fewer));
+    assert_eq!(main.status().phase, RunPhase::Computing);
+    assert_eq!(listen(&mut main, peers[0].connection).messages, []);
+    answer(&mut main, 1, 2.0, 0.5).unwrap();
+    let said = listen(&mut main, peers[0].connection);
+    let [Message::Gradient(gradient), Message::StepStart(start)] = said.messages.as_slice() else {
+        panic!("{said:?}");
+    };
+    assert_eq!((gradient.loss, gradient.mean_loss, gradient.tokens), (2.0, 3.5, 1));
+    assert_eq!((start.key.step, start.members), (1, 2));
+    assert_eq!(closed(&events(&mut main)), Some((KEY, vec![1, 2], vec![])));
+    // The driver's second word on a member is of no effect.
+    answer(&mut main, 1, 2.0, 0.5).unwrap();
+    assert_eq!(events(&mut main), []);
+}
+
+#[test]
+fn who_leaves_while_the_server_computes_gets_no_gradient_and_has_no_part_in_the_step() {
+    let (mut main, mut peers) = gathering();
+    for peer in &mut peers {
+        peer.send(&mut main, &Message::Activations(good_activations()));
+    }
+    main.disconnected(peers[1].connection, Duration::ZERO);
+    answer(&mut main, 1, 2.0, 0.5).unwrap();
+    answer(&mut main, 2, 4.0, 0.5).unwrap();
+    assert_eq!(closed(&events(&mut main)), Some((KEY, vec![1], vec![2])));
+    let said = listen(&mut main, peers[0].connection);
+    let [Message::Gradient(gradient), Message::StepStart(start)] = said.messages.as_slice() else {
+        panic!("{said:?}");
+    };
+    assert_eq!((gradient.loss, gradient.mean_loss, gradient.tokens), (2.0, 2.0, 3));
     assert_eq!((start.key.step, start.members), (1, 1));
     let mut again = Activations {
         key: start.key,
@@ -288,12 +323,12 @@ fn who_leaves_while_the_server_computes_gets_no_gradient_and_has_no_part_in_the_
     let said = events(&mut main);
     let [
         MainEvent::StepMeasured { key: KEY, clients },
-        MainEvent::StepReady { contributions, .. },
+        MainEvent::Contribution { .. },
     ] = said.as_slice()
     else {
         panic!("{said:?}");
     };
-    assert_eq!((clients.len(), contributions.len()), (1, 1));
+    assert_eq!(clients.len(), 1);
     assert_eq!(
         clients[0].phases.backward,
         Duration::ZERO,
@@ -301,39 +336,65 @@ fn who_leaves_while_the_server_computes_gets_no_gradient_and_has_no_part_in_the_
     );
 }
 
+/// Also who has been answered: its lane is dropped, as if it had never come.
+#[test]
+fn who_leaves_before_the_close_has_no_part_in_the_step() {
+    let (mut main, mut peers) = gathering();
+    peers[1].send(&mut main, &Message::Activations(good_activations()));
+    answer(&mut main, 2, 4.0, 0.5).unwrap();
+    main.disconnected(peers[1].connection, Duration::ZERO);
+    peers[0].send(&mut main, &Message::Activations(good_activations()));
+    answer(&mut main, 1, 2.0, 0.5).unwrap();
+    assert_eq!(closed(&events(&mut main)), Some((KEY, vec![1], vec![2])));
+}
+
+fn departures(events: &[MainEvent]) -> Vec<(u64, DepartureReason)> {
+    let left = events.iter().filter_map(|event| match event {
+        MainEvent::ClientLeft { client, reason, .. } => Some((client.0, reason.clone())),
+        _ => None,
+    });
+    left.collect()
+}
+
 #[test]
 fn a_member_whose_loss_or_gradient_is_not_finite_is_dropped_and_the_rest_go_on() {
-    let nothing = || vec![output(1, 2.0, 0.5)];
     let bad = [
-        nothing(),
-        vec![output(1, 2.0, 0.5), output(2, f32::NAN, 0.5)],
-        vec![output(1, 2.0, 0.5), output(2, 2.0, f32::INFINITY)],
+        None,
+        Some(output(2, f32::NAN, 0.5)),
+        Some(output(2, 2.0, f32::INFINITY)),
     ];
-    for outputs in bad {
+    for (output, first) in bad
+        .into_iter()
+        .flat_map(|output| [(output.clone(), true), (output, false)])
+    {
         let (mut main, mut peers) = gathering();
         for peer in &mut peers {
             peer.send(&mut main, &Message::Activations(good_activations()));
         }
+        let liar = |main: &mut MainServerSession| {
+            main.contributed(Duration::ZERO, KEY, ClientId(2), output.clone())
+                .unwrap();
+        };
         events(&mut main);
-        main.step_result(Duration::ZERO, KEY, outputs).unwrap();
+        if first {
+            liar(&mut main);
+            assert_eq!(events(&mut main), [], "it may be the adapter they all start from");
+        }
+        answer(&mut main, 1, 2.0, 0.5).unwrap();
+        if !first {
+            liar(&mut main);
+        }
         let left = events(&mut main);
-        assert!(
-            matches!(
-                left.as_slice(),
-                [MainEvent::ClientLeft {
-                    client: ClientId(2),
-                    reason: DepartureReason::Unusable,
-                    ..
-                }]
-            ),
-            "{left:?}"
-        );
+        assert_eq!(departures(&left), [(2, DepartureReason::Unusable)]);
+        assert_eq!(closed(&left), Some((KEY, vec![1], vec![2])));
         let controls: Vec<Control> = std::iter::from_fn(|| main.poll_control()).collect();
         assert!(controls.contains(&Control::Departed {
             round: KEY.round,
             client: ClientId(2)
         }));
         assert_eq!(main.status().phase, RunPhase::Gathering);
+        let said = listen(&mut main, peers[1].connection);
+        assert_eq!(stop_reason(&said), Some(StopReason::BadUpdate));
     }
     let (mut main, mut peers) = gathering();
     for peer in &mut peers {
@@ -344,7 +405,9 @@ fn a_member_whose_loss_or_gradient_is_not_finite_is_dropped_and_the_rest_go_on()
         loss: 1.0,
         gradient: zeros(1, 1, 2),
     };
-    let error = main.step_result(Duration::ZERO, KEY, vec![short]).unwrap_err();
+    let error = main
+        .contributed(Duration::ZERO, KEY, ClientId(1), Some(short))
+        .unwrap_err();
     assert_eq!(
         error,
         MainError::GradientLayout {
@@ -353,6 +416,50 @@ fn a_member_whose_loss_or_gradient_is_not_finite_is_dropped_and_the_rest_go_on()
             expected: zeros(2, 2, 2).layout(),
         }
     );
+}
+
+/// Where no member's loss is finite, the adapter they start from is to blame, or the learning rate, and not all of them.
+#[test]
+fn a_step_in_which_nobodys_loss_is_finite_rejects_the_round_and_expels_nobody() {
+    let (mut main, mut peers) = gathering();
+    for attempt in 0..3 {
+        let key = StepKey {
+            round: RoundKey { round: 0, attempt },
+            step: 0,
+        };
+        for peer in &mut peers {
+            let activations = Activations {
+                key,
+                ..good_activations()
+            };
+            peer.send(&mut main, &Message::Activations(activations));
+        }
+        for client in [1, 2] {
+            main.contributed(Duration::ZERO, key, ClientId(client), None).unwrap();
+        }
+        let found = events(&mut main);
+        assert_eq!(departures(&found), []);
+        let rejected =
+            |event: &MainEvent| matches!(event, MainEvent::RoundRejected { round, .. } if *round == key.round);
+        assert!(found.iter().any(rejected), "{found:?}");
+        let mut all = listen_to_all(&mut main);
+        for peer in &mut peers {
+            let said = all.remove(&peer.connection).unwrap_or_default();
+            peer.received += said.messages.len() as u32;
+            match (attempt, said.messages.as_slice()) {
+                (0 | 1, [Message::RoundStart(start), Message::StepStart(_)]) => {
+                    assert_eq!(
+                        start.adapter.as_deref(),
+                        Some(&ADAPTER[..]),
+                        "from where the round began"
+                    );
+                }
+                (2, [Message::Stop(stop)]) => assert!(stop.detail.contains("--lr"), "{}", stop.detail),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    assert_eq!(main.status().phase, RunPhase::Finished);
 }
 
 #[test]

@@ -254,7 +254,7 @@ fn failure(puppet: &mut Puppet) -> String {
 }
 
 #[test]
-fn another_assignment_is_loaded_between_rounds_and_nowhere_else() {
+fn another_assignment_is_loaded_once_and_ends_the_round_for_this_client() {
     let reassign = |assignment: Assignment| Message::Assignment(Box::new(assignment));
     let mut puppet = Puppet::ready();
     puppet.events();
@@ -274,7 +274,7 @@ fn another_assignment_is_loaded_between_rounds_and_nowhere_else() {
     });
     assert_eq!(decode_message(kind, body), Ok(ready));
 
-    // Not twice, not out of order, not in the middle of a step, and of no impossible size.
+    // Not twice, not out of order, and of no impossible size.
     let again = Assignment {
         number: 1,
         config: assignment(RunId([1; 16])).config,
@@ -288,9 +288,12 @@ fn another_assignment_is_loaded_between_rounds_and_nowhere_else() {
         ..reassignment()
     }));
     assert!(failure(&mut puppet).contains("got Assignment 0"));
+    // In the middle of a round it says that the round goes on without this client.
     let mut puppet = Puppet::awaiting_gradient();
     puppet.send(&reassign(reassignment()));
-    assert!(failure(&mut puppet).contains("expected Gradient"));
+    assert_eq!(puppet.events(), [ClientEvent::Assigned(Box::new(reassignment()))]);
+    puppet.send(&Message::Gradient(good_gradient()));
+    assert!(failure(&mut puppet).contains("got Gradient"));
     let mut puppet = Puppet::ready();
     puppet.send(&reassign(Assignment {
         adapter_len: u64::MAX / 2,
@@ -373,8 +376,15 @@ fn an_adapter_is_asked_for_after_the_last_step_and_with_sense() {
             steps,
         })
     };
-    let mut puppet = Puppet::awaiting_gradient();
+    let mut puppet = Puppet::ready();
     puppet.send(&end(1, 2));
+    assert!(failure(&mut puppet).contains("got RoundEnd"));
+    let mut puppet = Puppet::awaiting_end();
+    puppet.send(&Message::RoundEnd(RoundEnd {
+        round: RoundKey { round: 1, attempt: 0 },
+        split: 1,
+        steps: 2,
+    }));
     assert!(failure(&mut puppet).contains("got RoundEnd"));
     for (split, steps) in [(0, 2), (1, 0)] {
         let mut puppet = Puppet::awaiting_end();
@@ -410,6 +420,137 @@ fn an_adapter_is_asked_for_after_the_last_step_and_with_sense() {
         Ok(()),
         "the request stands"
     );
+}
+
+/// What the client has sent since it was last asked.
+fn sent(puppet: &mut Puppet) -> Vec<Message> {
+    let frames = std::iter::from_fn(|| puppet.client.poll_transmit());
+    frames
+        .filter_map(|transmit| match transmit {
+            Transmit::Frame { bytes, .. } if !sflllm::protocol::codec::is_greeting(&bytes) => {
+                match decode_frame(&bytes).unwrap() {
+                    Frame::Message { kind, body, .. } => Some(decode_message(kind, body).unwrap()),
+                    _ => None,
+                }
+            }
+            _ => None,
+        })
+        .collect()
+}
+
+fn step_start(step: u32) -> Message {
+    Message::StepStart(StepStart {
+        key: StepKey { step, ..KEY },
+        members: 2,
+    })
+}
+
+#[test]
+fn a_client_that_was_too_late_for_a_step_goes_on_with_the_next() {
+    let next = StepKey { step: 1, ..KEY };
+    let input = ActivationsInput {
+        key: KEY,
+        examples: 1,
+        forward: Duration::ZERO,
+        targets: vec![1, 2],
+        tensor: tensor(1, 2, 2, vec![3; 16]),
+    };
+    // Its activations were on their way.
+    let mut puppet = Puppet::awaiting_gradient();
+    puppet.send(&step_start(1));
+    assert_eq!(puppet.events(), [ClientEvent::ComputeForward { key: next }]);
+    // They are not yet computed: what comes of that is dropped.
+    let mut puppet = Puppet::ready();
+    let base = Digest::of_values(&ADAPTER);
+    puppet.send(&Message::RoundStart(RoundStart {
+        base,
+        ..round_start(ADAPTER.to_vec(), None)
+    }));
+    puppet.send(&step_start(0));
+    puppet.events();
+    puppet.send(&step_start(1));
+    assert_eq!(puppet.events(), [ClientEvent::ComputeForward { key: next }]);
+    sent(&mut puppet);
+    puppet.client.activations(Duration::ZERO, input.clone()).unwrap();
+    assert_eq!(sent(&mut puppet), []);
+    let fits = ActivationsInput { key: next, ..input };
+    puppet.client.activations(Duration::ZERO, fits).unwrap();
+    assert!(matches!(sent(&mut puppet).as_slice(), [Message::Activations(given)] if given.key == next));
+    // Not back again, and not past the round's last.
+    for step in [0, 1, 2] {
+        let mut puppet = Puppet::awaiting_gradient();
+        puppet.send(&step_start(1));
+        puppet.events();
+        puppet.send(&step_start(step));
+        assert!(failure(&mut puppet).contains("got StepStart"), "{step}");
+    }
+}
+
+#[test]
+fn a_client_that_is_busy_with_a_gradient_finishes_it_before_it_goes_on() {
+    let mut puppet = Puppet::awaiting_gradient();
+    puppet.send(&Message::Gradient(good_gradient()));
+    puppet.send(&step_start(1));
+    let end = RoundEnd {
+        round: KEY.round,
+        split: 1,
+        steps: 2,
+    };
+    puppet.send(&Message::RoundEnd(end));
+    assert!(matches!(
+        puppet.events().as_slice(),
+        [ClientEvent::ComputeBackward { .. }]
+    ));
+    sent(&mut puppet);
+    puppet.client.step_done(Duration::ZERO, KEY, Duration::ZERO);
+    assert!(matches!(sent(&mut puppet).as_slice(), [Message::StepDone(done)] if done.key == KEY));
+    let asked = ClientEvent::UploadAdapter {
+        round: KEY.round,
+        split: 1,
+        steps: 2,
+    };
+    assert_eq!(puppet.events(), [asked], "the last step went on without it");
+}
+
+#[test]
+fn a_client_that_was_too_late_for_a_round_begins_the_next() {
+    let again = |attempt, adapter: Option<Vec<f32>>| {
+        Message::RoundStart(RoundStart {
+            round: RoundKey { round: 0, attempt },
+            adapter,
+            ..round_start(ADAPTER.to_vec(), None)
+        })
+    };
+    let states: [fn() -> Puppet; 3] = [Puppet::awaiting_gradient, Puppet::awaiting_end, || {
+        let mut puppet = Puppet::awaiting_gradient();
+        puppet.send(&Message::Gradient(good_gradient()));
+        puppet
+    }];
+    for state in states {
+        let mut puppet = state();
+        puppet.events();
+        puppet.send(&again(1, Some(ADAPTER.to_vec())));
+        let found = puppet.events();
+        assert!(
+            matches!(
+                found.as_slice(),
+                [ClientEvent::InstallAdapter { .. }, ClientEvent::RoundStarted { .. }]
+            ),
+            "{found:?}"
+        );
+        puppet.client.step_done(Duration::ZERO, KEY, Duration::ZERO);
+        let key = RoundKey { round: 0, attempt: 1 }.step(0);
+        puppet.send(&Message::StepStart(StepStart { key, members: 1 }));
+        assert_eq!(puppet.events(), [ClientEvent::ComputeForward { key }]);
+
+        let mut puppet = state();
+        puppet.events();
+        puppet.send(&again(0, Some(ADAPTER.to_vec())));
+        assert!(
+            failure(&mut puppet).contains("got RoundStart"),
+            "the same round is none"
+        );
+    }
 }
 
 #[test]

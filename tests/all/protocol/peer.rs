@@ -109,6 +109,8 @@ pub fn main_config(clients: u32) -> MainConfig {
         federated_url: None,
         ping_interval: PING_INTERVAL,
         wait_for_client: seconds(60),
+        deadline: Deadline::Auto,
+        quorum: None,
     }
 }
 
@@ -192,7 +194,7 @@ pub struct Peer {
 }
 
 /// What a server said to one connection: messages, and whether it closed the connection after them.
-#[derive(Debug, PartialEq)]
+#[derive(Debug, Default, PartialEq)]
 pub struct Said {
     pub answers: Vec<Answer>,
     pub messages: Vec<Message>,
@@ -200,14 +202,16 @@ pub struct Said {
 }
 
 pub fn listen(server: &mut impl Server, connection: ConnectionId) -> Said {
-    let mut said = Said {
-        answers: Vec::new(),
-        messages: Vec::new(),
-        closed: false,
-    };
+    listen_to_all(server).remove(&connection).unwrap_or_default()
+}
+
+/// What a server said to every connection.
+pub fn listen_to_all(server: &mut impl Server) -> BTreeMap<ConnectionId, Said> {
+    let mut all: BTreeMap<ConnectionId, Said> = BTreeMap::new();
     while let Some(transmit) = server.say() {
         match transmit {
-            Transmit::Frame { to, bytes } if to == connection => {
+            Transmit::Frame { to, bytes } => {
+                let said = all.entry(to).or_default();
                 assert!(!said.closed, "nothing is sent after the close");
                 if codec::is_greeting(&bytes) {
                     said.answers.push(decode_answer(PROTOCOL_VERSION, &bytes).unwrap());
@@ -215,11 +219,10 @@ pub fn listen(server: &mut impl Server, connection: ConnectionId) -> Said {
                     said.messages.push(decode_message(kind, body).unwrap());
                 }
             }
-            Transmit::Close { to } if to == connection => said.closed = true,
-            _ => {}
+            Transmit::Close { to } => all.entry(to).or_default().closed = true,
         }
     }
-    said
+    all
 }
 
 pub fn greet(server: &mut impl Server, number: u64, now: Duration, hello: &Hello) -> Said {
