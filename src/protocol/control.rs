@@ -43,6 +43,8 @@ pub struct ControlSession {
     config: ControlConfig,
     dialer: Dialer,
     over: bool,
+    /// What the federated server was found to speak.
+    theirs: Version,
     transmits: VecDeque<Transmit<Endpoint>>,
     replies: VecDeque<ControlReply>,
     events: VecDeque<ControlEvent>,
@@ -53,6 +55,7 @@ impl ControlSession {
     pub fn new(config: ControlConfig, now: Duration) -> ControlSession {
         let mut session = ControlSession {
             dialer: Dialer::new(config.version, config.retries),
+            theirs: config.version,
             config,
             over: false,
             transmits: VecDeque::new(),
@@ -102,7 +105,8 @@ impl ControlSession {
         }
         match self.dialer.handle_frame(now, bytes, MAX_FRAME_BYTES) {
             Ok(Heard::Nothing) => {}
-            Ok(Heard::Welcome(_)) => {
+            Ok(Heard::Welcome(welcome)) => {
+                self.theirs = welcome.version;
                 self.dialer.succeeded();
                 self.events.push_back(ControlEvent::Connected);
             }
@@ -146,6 +150,10 @@ impl ControlSession {
 
     /// Sends what `MainServerSession::poll_control` gave. While the link is down it is dropped, and repeated later.
     pub fn send(&mut self, control: Control) {
+        if matches!(control, Control::Base { .. }) && self.theirs < DEADLINES_SINCE {
+            // It compares adapters with each other only.
+            return;
+        }
         if let Some(link) = self.dialer.link() {
             link.send(&Message::Control(control));
         }

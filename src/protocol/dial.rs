@@ -129,6 +129,13 @@ impl Dialer {
         }
     }
 
+    /// Bytes of a frame that is not whole yet have come.
+    pub(crate) fn hear_part(&mut self) {
+        if let Some(link) = self.link() {
+            link.hear();
+        }
+    }
+
     /// Lets go at once what waits for the emulated uplink.
     pub fn flush(&mut self) {
         if let Some(link) = self.link() {

@@ -120,6 +120,13 @@ impl<G: Copy> Door<G> {
         heard
     }
 
+    /// Bytes of a frame that is not whole yet have come.
+    pub(crate) fn hear_part(&mut self, connection: ConnectionId) {
+        if let Some(Connection { guest: Some(guest), .. }) = self.connections.get_mut(&connection) {
+            guest.link.hear();
+        }
+    }
+
     fn hear_greeting(&mut self, connection: ConnectionId, bytes: &[u8]) -> Heard<G> {
         let error = match decode_hello(self.version, bytes) {
             Ok(hello) => return Heard::Hello(Box::new(hello)),

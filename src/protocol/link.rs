@@ -176,8 +176,7 @@ impl Link {
                 sent: self.next_number,
             });
         }
-        self.heard = true;
-        self.missed = 0;
+        self.hear();
         while self
             .unacknowledged
             .front()
@@ -208,6 +207,12 @@ impl Link {
                 Ok(Some(message))
             }
         }
+    }
+
+    /// There was a sign of life, such as a part of a frame.
+    pub(crate) fn hear(&mut self) {
+        self.heard = true;
+        self.missed = 0;
     }
 
     /// Sends again what had been sent before ping `nonce` and had not arrived when that ping did.
@@ -331,6 +336,19 @@ mod tests {
             assert!(!here.handle_timeout(INTERVAL * tick), "tick {tick}");
         }
         assert!(here.handle_timeout(INTERVAL * 6));
+    }
+
+    #[test]
+    fn a_part_of_a_frame_is_a_sign_of_life() {
+        let (mut here, _) = pair();
+        for tick in 0..20 {
+            assert!(!here.handle_timeout(INTERVAL * tick), "tick {tick}");
+            here.hear();
+        }
+        assert!(!here.handle_timeout(INTERVAL * 20));
+        assert!(!here.handle_timeout(INTERVAL * 21));
+        assert!(!here.handle_timeout(INTERVAL * 22));
+        assert!(here.handle_timeout(INTERVAL * 23), "nothing comes any more");
     }
 
     #[test]

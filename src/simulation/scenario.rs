@@ -21,6 +21,8 @@ pub enum Fault {
     Kill(usize),
     /// Nothing reaches or leaves the client for so long; nobody is told.
     Partition(usize, Duration),
+    /// The client's machine is busy for so long: it answers pings, and computes nothing.
+    Stall(usize, Duration),
     /// One of the client's connections closes at both ends.
     Cut(usize, Endpoint),
     /// The link between the two servers closes, if they are two processes.

@@ -191,6 +191,7 @@ fn control() -> impl Strategy<Value = Control> {
             .prop_map(|(round, moments, copy)| Control::Collect { round, moments, copy }),
         (round(), client()).prop_map(|(round, client)| Control::Departed { round, client }),
         Just(Control::CloseRun),
+        vec(number(), 0..9).prop_map(|values| Control::Base { values }),
     ]
 }
 
@@ -203,6 +204,8 @@ fn exclusion() -> impl Strategy<Value = Exclusion> {
         ExclusionReason::WrongBase,
         ExclusionReason::Examples,
         ExclusionReason::Misbehaved,
+        ExclusionReason::Late,
+        ExclusionReason::Outlier,
     ];
     (client(), prop::sample::select(reasons)).prop_map(|(client, reason)| Exclusion { client, reason })
 }
@@ -247,6 +250,7 @@ fn stop() -> impl Strategy<Value = Stop> {
         StopReason::BadUpdate,
         StopReason::Excluded,
         StopReason::Superseded,
+        StopReason::Late,
     ];
     (prop::sample::select(reasons), text(), option::of(duration())).prop_map(|(reason, detail, return_after)| Stop {
         reason,
@@ -441,6 +445,7 @@ fn answer() -> impl Strategy<Value = Answer> {
         RefusalReason::WireForm,
         RefusalReason::NoRun,
         RefusalReason::Full,
+        RefusalReason::Expelled,
         RefusalReason::Other,
     ];
     prop_oneof![
@@ -786,6 +791,44 @@ fn the_bytes_of_a_step_and_of_an_assignment_are_those_of_this_version() {
     );
     let endless = [expected.concat(), words(&[u32::MAX])].concat();
     assert!(matches!(decode_message(32, &endless), Err(DecodeError::Truncated(_))));
+}
+
+/// What came with 3.2.
+#[test]
+fn the_bytes_of_what_is_late_or_too_far_are_those_of_this_version() {
+    let base = Message::Control(Control::Base { values: vec![1.5] });
+    let (kind, body) = encode_message(&base);
+    let (other, _) = encode_message(&Message::Control(Control::CloseRun));
+    assert_eq!(kind, other);
+    assert_eq!(body, [&[5][..], &1_u32.to_le_bytes(), &1.5_f32.to_le_bytes()].concat());
+    let endless = [&[5][..], &u32::MAX.to_le_bytes()].concat();
+    assert!(matches!(decode_message(kind, &endless), Err(DecodeError::Truncated(_))));
+
+    for (reason, code) in [(ExclusionReason::Late, 7), (ExclusionReason::Outlier, 8)] {
+        let exclusion = Exclusion {
+            client: ClientId(3),
+            reason,
+        };
+        let round = RoundKey { round: 1, attempt: 2 };
+        let (_, body) = encode_message(&Message::ControlReply(ControlReply::Excluded { round, exclusion }));
+        let expected = [&[0][..], &[1, 0, 0, 0, 2, 0, 0, 0], &3_u64.to_le_bytes(), &[code]].concat();
+        assert_eq!(body, expected);
+    }
+    let stop = Stop {
+        reason: StopReason::Late,
+        detail: String::new(),
+        return_after: None,
+    };
+    let (_, body) = encode_message(&Message::Stop(stop));
+    assert_eq!(body[0], 6);
+    let refused = Refused {
+        version: PROTOCOL_VERSION,
+        reason: RefusalReason::Expelled,
+        detail: String::new(),
+    };
+    // Magic, kind and version come before the reason.
+    let bytes = encode_answer(&Answer::Refused(refused));
+    assert_eq!(bytes[bytes.len() - 6..], [16, 0, 0, 0, 0, 0]);
 }
 
 #[test]

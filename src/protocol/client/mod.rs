@@ -157,6 +157,11 @@ impl ClientSession {
         }
     }
 
+    /// Bytes of a frame that is not whole yet have come: the server is not silent, the way is slow.
+    pub fn heard(&mut self, endpoint: Endpoint) {
+        self.connections.dialer(endpoint).hear_part();
+    }
+
     pub fn handle_timeout(&mut self, now: Duration) {
         if self.over {
             return;

@@ -91,6 +91,10 @@ impl Wire for Control {
                 client.put(out);
             }
             Control::CloseRun => out.push(4),
+            Control::Base { values } => {
+                out.push(5);
+                values.put(out);
+            }
         }
     }
 
@@ -121,6 +125,9 @@ impl Wire for Control {
                 client: Wire::take(reader)?,
             }),
             4 => Ok(Control::CloseRun),
+            5 => Ok(Control::Base {
+                values: Wire::take(reader)?,
+            }),
             value => Err(DecodeError::Unknown {
                 what: "Control",
                 value: value.into(),

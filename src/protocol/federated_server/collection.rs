@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::super::message::*;
 use super::FederatedServerSession;
-use super::event::FederatedEvent;
+use super::event::{ControlAccess, FederatedEvent};
 use super::membership::Guest;
 use super::round::{Closed, OpenRound, Participant, Update};
 use crate::terms::ids::{ClientId, RoundKey};
@@ -31,6 +31,11 @@ impl FederatedServerSession {
                 Some(last) if last.told.round == round && last.lengths.contains_key(&client) => {
                     // It did not hear of the average.
                     self.send_average(&[client]);
+                }
+                // In one process nobody hears of a round before this does.
+                _ if self.is_ahead(round) && self.config.control == ControlAccess::Local && self.open.is_some() => {
+                    let detail = format!("an adapter of {round}, which nobody has begun");
+                    self.refuse_update(client, ExclusionReason::Misbehaved, detail, now);
                 }
                 _ if self.is_ahead(round) => {
                     self.early.insert(client, (update, bytes));
@@ -60,6 +65,7 @@ impl FederatedServerSession {
                 examples,
                 values,
                 moments,
+                bytes,
             });
             self.events.push_back(FederatedEvent::UpdateAccepted {
                 client,
@@ -120,14 +126,23 @@ impl FederatedServerSession {
                     .filter(|exclusion| opening.members.contains_key(&exclusion.client))
                     .cloned()
                     .collect();
+                let here: Vec<(ClientId, u64)> = (open.members.iter())
+                    .filter_map(|(client, member)| Some((*client, member.update.as_ref()?.bytes)))
+                    .collect();
                 for client in left {
                     self.exclude(client, ExclusionReason::Departed);
+                }
+                for (client, bytes) in here {
+                    self.reply(ControlReply::Received { round, client, bytes });
                 }
                 for exclusion in unheard {
                     self.reply(ControlReply::Excluded { round, exclusion });
                 }
             }
-            _ => self.open = Some(opening),
+            _ => {
+                self.usual.open(round);
+                self.open = Some(opening);
+            }
         }
     }
 
@@ -143,11 +158,23 @@ impl FederatedServerSession {
     }
 
     /// Closes the round when every member has sent its adapter. Called after every change, of membership above all.
-    pub(super) fn retest(&mut self) {
-        let Some(open) = self.open.take_if(|open| open.is_complete()) else {
+    pub(super) fn retest(&mut self, now: Duration) {
+        let Some(mut open) = self.open.take_if(|open| open.is_complete()) else {
             return;
         };
+        let round = open.round;
+        for client in self.usual.outliers(&open) {
+            let reason = ExclusionReason::Outlier;
+            open.members.remove(&client);
+            open.excluded.push(Exclusion { client, reason });
+            self.events
+                .push_back(FederatedEvent::ClientExcluded { client, round, reason });
+            self.expel(Guest::Client(client), StopReason::BadUpdate, reason.to_string(), now);
+        }
+        let distances = self.usual.distances(&open);
         let closed = open.close();
+        let average = closed.told.average.as_ref().map(|average| average.values.as_slice());
+        self.usual.close(round, distances, average);
         let told = closed.told.clone();
         self.events.push_back(FederatedEvent::RoundClosed {
             round: told.round,

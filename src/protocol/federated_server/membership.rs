@@ -10,6 +10,7 @@ use super::super::message::*;
 use super::super::{ConnectionId, DepartureReason, MAX_FRAME_BYTES, display_name};
 use super::FederatedServerSession;
 use super::event::{ControlAccess, FederatedEvent};
+use super::outlier::Usual;
 use crate::terms::ids::{ClientId, RunId};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,12 +19,21 @@ pub(super) enum Guest {
     Control,
 }
 
+/// A main server elsewhere.
+pub(super) struct Controller {
+    pub connection: ConnectionId,
+    /// What it speaks.
+    pub version: Version,
+}
+
 pub(super) struct Client {
     pub connection: Option<ConnectionId>,
     /// When its connection was lost.
     pub absent_since: Duration,
     /// Tickets below this serial are spent.
     pub next_serial: u64,
+    /// Its tickets are good for nothing any more.
+    pub banned: bool,
 }
 
 impl FederatedServerSession {
@@ -63,6 +73,9 @@ impl FederatedServerSession {
             .check(Service::Federated, ticket, run.clock(now))
             .map_err(plain)?;
         let known = self.clients.get(&pass.client);
+        if known.is_some_and(|client| client.banned) {
+            return Err(plain(RefusalReason::Expelled));
+        }
         if known.is_some_and(|client| pass.serial < client.next_serial) {
             return Err(plain(RefusalReason::TicketSpent));
         }
@@ -102,6 +115,7 @@ impl FederatedServerSession {
             connection: Some(connection),
             absent_since: now,
             next_serial: pass.serial,
+            banned: false,
         };
         self.clients.insert(pass.client, client);
         self.door
@@ -130,7 +144,7 @@ impl FederatedServerSession {
         check_secret(secret.as_deref(), &hello.credential).map_err(|reason| (reason, reason.to_string()))?;
         // Of two links to a main server the newer is the live one.
         if let Some(old) = self.control.take() {
-            self.door.close(old);
+            self.door.close(old.connection);
         }
         let unknown = Digest([0; 32]);
         let welcome = Welcome {
@@ -144,7 +158,10 @@ impl FederatedServerSession {
             model: self.run.as_ref().map_or(unknown, |run| run.model),
             tokenizer: self.run.as_ref().map_or(unknown, |run| run.tokenizer),
         };
-        self.control = Some(connection);
+        self.control = Some(Controller {
+            connection,
+            version: hello.version,
+        });
         self.door
             .welcome(connection, Guest::Control, welcome, now, MAX_FRAME_BYTES);
         self.events.push_back(FederatedEvent::ControlConnected { connection });
@@ -176,10 +193,11 @@ impl FederatedServerSession {
     pub(super) fn connection_of(&self, guest: Guest) -> Option<ConnectionId> {
         match guest {
             Guest::Client(client) => self.clients.get(&client)?.connection,
-            Guest::Control => self.control,
+            Guest::Control => Some(self.control.as_ref()?.connection),
         }
     }
 
+    /// Ends a session for good: a client's tickets are good for nothing after that.
     pub(super) fn expel(&mut self, guest: Guest, reason: StopReason, detail: String, now: Duration) {
         if let Some(connection) = self.connection_of(guest) {
             self.door.stop(
@@ -192,6 +210,9 @@ impl FederatedServerSession {
             );
         }
         if let Guest::Client(client) = guest {
+            if let Some(client) = self.clients.get_mut(&client) {
+                client.banned = true;
+            }
             self.exclude(client, ExclusionReason::Misbehaved);
         }
         self.depart(guest, DepartureReason::Misbehaved(detail), now);
@@ -218,6 +239,7 @@ impl FederatedServerSession {
         self.open = None;
         self.last = None;
         self.early.clear();
+        self.usual = Usual::default();
         for connection in std::mem::take(&mut self.clients)
             .into_values()
             .filter_map(|client| client.connection)

@@ -11,17 +11,20 @@
 //! | `event` | how the service is run, and what its driver is told |
 //! | `membership` | who comes in and who goes out |
 //! | `round`, `collection` | what a round is made of, and how it goes |
+//! | `outlier` | whose adapter has moved too far |
 
 mod collection;
 mod event;
 mod membership;
+mod outlier;
 mod round;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 pub use event::{ControlAccess, FederatedConfig, FederatedEvent};
-use membership::{Client, Guest};
+use membership::{Client, Controller, Guest};
+use outlier::Usual;
 use round::{Asked, Closed, OpenRound, Participant};
 
 use super::admission::TicketOffice;
@@ -54,7 +57,7 @@ pub struct FederatedServerSession {
     config: FederatedConfig,
     door: Door<Guest>,
     run: Option<Run>,
-    control: Option<ConnectionId>,
+    control: Option<Controller>,
     clients: BTreeMap<ClientId, Client>,
     open: Option<OpenRound>,
     /// Kept until the next round closes, for members that did not hear of it.
@@ -62,6 +65,7 @@ pub struct FederatedServerSession {
     /// Adapters, with the bytes of their frames, that the main server, whose word travels another way, has not asked for yet:
     /// one a client at most.
     early: BTreeMap<ClientId, (AdapterUpdate, u64)>,
+    usual: Usual,
     replies: VecDeque<ControlReply>,
     events: VecDeque<FederatedEvent>,
 }
@@ -78,6 +82,7 @@ impl FederatedServerSession {
             open: None,
             last: None,
             early: BTreeMap::new(),
+            usual: Usual::default(),
             replies: VecDeque::new(),
             events: VecDeque::new(),
         }
@@ -104,7 +109,7 @@ impl FederatedServerSession {
         if let Some(guest) = self.door.remove(connection) {
             self.depart(guest, DepartureReason::Disconnected, now);
         }
-        self.retest();
+        self.retest(now);
     }
 
     pub fn handle_frame(&mut self, connection: ConnectionId, now: Duration, bytes: &[u8]) {
@@ -132,7 +137,12 @@ impl FederatedServerSession {
                 }
             }
         }
-        self.retest();
+        self.retest(now);
+    }
+
+    /// Bytes of a frame that is not whole yet have come: its sender is not silent, only slow.
+    pub fn heard(&mut self, connection: ConnectionId) {
+        self.door.hear_part(connection);
     }
 
     pub fn handle_timeout(&mut self, now: Duration) {
@@ -149,7 +159,7 @@ impl FederatedServerSession {
         for client in absent {
             self.exclude(client, ExclusionReason::Absent);
         }
-        self.retest();
+        self.retest(now);
     }
 
     /// What the main server said.
@@ -182,6 +192,7 @@ impl FederatedServerSession {
                     tokenizer,
                 });
             }
+            Control::Base { values } => self.usual.start_from(values),
             Control::OpenRound {
                 round,
                 members,
@@ -241,7 +252,7 @@ impl FederatedServerSession {
                 self.events.push_back(FederatedEvent::RunClosed);
             }
         }
-        self.retest();
+        self.retest(now);
     }
 
     pub fn poll_transmit(&mut self) -> Option<Transmit<ConnectionId>> {
@@ -288,14 +299,31 @@ impl FederatedServerSession {
         }
     }
 
-    pub(super) fn reply(&mut self, reply: ControlReply) {
-        match (&self.config.control, self.control) {
+    pub(super) fn reply(&mut self, mut reply: ControlReply) {
+        match (&self.config.control, &self.control) {
             (ControlAccess::Local, _) => self.replies.push_back(reply),
-            (ControlAccess::Remote { .. }, Some(connection)) => {
-                self.door.send(connection, &Message::ControlReply(reply));
+            (ControlAccess::Remote { .. }, Some(Controller { connection, version })) => {
+                if *version < DEADLINES_SINCE {
+                    without_new_reasons(&mut reply);
+                }
+                self.door.send(*connection, &Message::ControlReply(reply));
             }
             // The main server repeats its round when it returns, and is answered then.
             (ControlAccess::Remote { .. }, None) => {}
+        }
+    }
+}
+
+/// Says it in the words of a main server before [`DEADLINES_SINCE`].
+fn without_new_reasons(reply: &mut ControlReply) {
+    let exclusions = match reply {
+        ControlReply::Excluded { exclusion, .. } => std::slice::from_mut(exclusion),
+        ControlReply::RoundClosed(closed) => closed.excluded.as_mut_slice(),
+        ControlReply::Received { .. } => return,
+    };
+    for exclusion in exclusions {
+        if matches!(exclusion.reason, ExclusionReason::Late | ExclusionReason::Outlier) {
+            exclusion.reason = ExclusionReason::Misbehaved;
         }
     }
 }

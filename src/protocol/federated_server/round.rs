@@ -14,6 +14,8 @@ pub(super) struct Update {
     pub examples: u64,
     pub values: Vec<f32>,
     pub moments: Option<Moments>,
+    /// Of its frame.
+    pub bytes: u64,
 }
 
 /// What a member of the open round starts from, and what has come of it.

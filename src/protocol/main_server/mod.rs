@@ -63,7 +63,7 @@ use timing::Timing;
 use super::admission::TicketOffice;
 use super::door::{Door, Heard};
 use super::link::silence_limit;
-use super::message::{Control, ControlReply, Message, Ready, RunConfig, StopReason};
+use super::message::{Control, ControlReply, Digest, Message, Ready, RunConfig, StopReason};
 use super::{ConnectionId, Transmit, earlier};
 use crate::terms::ids::{ClientId, RoundKey};
 
@@ -90,6 +90,8 @@ pub struct MainServerSession {
     adapter_patience: Patience,
     /// The way to the federated server is lost: nobody's adapter is late.
     control_lost: bool,
+    /// Digest of the adapter that the federated server takes for what the round starts from.
+    told_base: Option<Digest>,
     timing: Timing,
     planning: Planning,
     frame_limit: usize,
@@ -123,6 +125,7 @@ impl MainServerSession {
             step_patience: Patience::new(config.deadline),
             adapter_patience: Patience::new(config.deadline),
             control_lost: false,
+            told_base: None,
             timing: Timing::default(),
             planning: Planning::new(config.plans),
             frame_limit,
@@ -171,6 +174,12 @@ impl MainServerSession {
             }
         }
         self.retest(now);
+    }
+
+    /// Bytes of a frame that is not whole yet have come: its sender is not silent, only slow. It is still waited for no longer than
+    /// the deadline says.
+    pub fn heard(&mut self, connection: ConnectionId) {
+        self.door.hear_part(connection);
     }
 
     pub fn handle_timeout(&mut self, now: Duration) {
@@ -246,6 +255,7 @@ impl MainServerSession {
             averaging.wait_again(now);
         }
         self.controls.clear();
+        self.told_base = None;
         self.open_run(now);
         let members = self.phase.members();
         if !members.is_empty() {

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::super::message::{
     Control, Digest, ExclusionReason, Leaving, Mean, Member, Message, RoundClosed, RoundEnd, RoundResult, RoundStart,
+    RunConfig,
 };
 use super::MainServerSession;
 use super::config::MainError;
@@ -212,6 +213,11 @@ impl MainServerSession {
     }
 
     pub(super) fn open_round(&mut self, members: BTreeSet<ClientId>) {
+        let base = Digest::of_values(&self.placement.adapter);
+        if self.told_base.replace(base) != Some(base) {
+            let values = self.placement.adapter.clone();
+            self.controls.push_back(Control::Base { values });
+        }
         let config = self.config();
         let member = |client: ClientId| {
             let split = self.placement.split_of(client);
@@ -412,6 +418,28 @@ impl MainServerSession {
         }
     }
 
+    /// Why no training of this round can have led to this average, if none can. AdamW moves a value in a step by no more than
+    /// `lr · (1 - β₁) / √((1 - β₂)(1 - β₁²/β₂))`, which is 7.3 times the learning rate (the Cauchy-Schwarz inequality between its two
+    /// moments), and by the decay. What is beyond twice that was not trained, whoever sent it.
+    fn impossible_step(&self, average: &[f32]) -> Option<String> {
+        const MOST: f64 = 2.0 * 7.3;
+        let RunConfig {
+            optimizer, local_steps, ..
+        } = self.config();
+        let lr = f64::from(optimizer.lr) * f64::from(*local_steps);
+        let (moved, most) = (average.iter().zip(&self.placement.adapter))
+            .map(|(value, base)| {
+                let (value, base) = (f64::from(*value), f64::from(*base));
+                let most = lr * (MOST + 2.0 * f64::from(optimizer.weight_decay) * base.abs());
+                ((value - base).abs(), most + 1e-6)
+            })
+            .find(|(moved, most)| moved > most)?;
+        Some(format!(
+            "the average of the adapters is {moved:.3e} from where the round began in one value, where {local_steps} steps \
+             can move it by {most:.3e} at most"
+        ))
+    }
+
     pub(super) fn close_round(&mut self, closed: RoundClosed, now: Duration) {
         let Phase::Averaging(Averaging { split, collected, .. }) = &mut self.phase else {
             // Closed without anybody, as the exclusions before it said.
@@ -430,9 +458,17 @@ impl MainServerSession {
         if let Some(fault) = average_fault(&average, self.placement.adapter.len(), self.leaving(split)) {
             return self.finish(RunEnd::FederatedFault(fault), now);
         }
-        let Mean { values, moments, .. } = average;
+        let Mean {
+            values,
+            moments,
+            digest,
+        } = average;
+        self.told_base = Some(digest);
         for exclusion in &closed.excluded {
             self.exclude(exclusion);
+        }
+        if let Some(reason) = self.impossible_step(&values) {
+            return self.reject_round(reason, now);
         }
         let before = self.placement.adapter.clone();
         self.placement.install(&values);

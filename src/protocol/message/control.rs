@@ -42,6 +42,8 @@ pub enum Control {
         model: Digest,
         tokenizer: Digest,
     },
+    /// What rounds start from until there is an average: where that is not the last average. In the length of the average.
+    Base { values: Vec<f32> },
     OpenRound {
         round: RoundKey,
         members: Vec<Member>,
@@ -70,6 +72,7 @@ impl fmt::Debug for Control {
             Control::OpenRun {
                 run, largest_update, ..
             } => write!(f, "OpenRun({run}, at most {largest_update} numbers)"),
+            Control::Base { values } => write!(f, "Base({} values)", values.len()),
             Control::OpenRound { round, members, .. } => write!(f, "OpenRound({round}, {members:?})"),
             Control::Collect { round, moments, copy } => {
                 write!(f, "Collect({round}, {moments:?}, a copy of {} values)", copy.len())

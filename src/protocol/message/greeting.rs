@@ -17,7 +17,8 @@ pub const ALPHAS_SINCE: Version = Version { major: 3, minor: 1 };
 
 /// The first version in which a round can go on without a client that is there: it may be sent the next step, the round's end or the
 /// next round instead of what it waits for. Also the first of [`StopReason::Late`](super::StopReason::Late),
-/// [`ExclusionReason::Late`](super::ExclusionReason::Late) and [`ExclusionReason::Outlier`](super::ExclusionReason::Outlier).
+/// [`ExclusionReason::Late`](super::ExclusionReason::Late), [`ExclusionReason::Outlier`](super::ExclusionReason::Outlier) and
+/// [`Control::Base`](super::Control::Base).
 pub const DEADLINES_SINCE: Version = Version { major: 3, minor: 2 };
 
 /// A protocol version. Minor versions only append fields and message kinds.

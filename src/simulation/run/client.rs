@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::super::toy::{BATCH, NUMBERS, SEQ, VOCAB, from_tensor, to_tensor};
 use super::{Node, Own, Route, World};
 use crate::protocol::{ActivationsInput, AdapterInput, ClientEvent, ClientSession, Endpoint};
-use crate::terms::ids::StepKey;
+use crate::terms::ids::{RoundKey, StepKey};
 use crate::terms::moments::Moments;
 use crate::terms::tensor::{IGNORED_TARGET, WireTensor};
 
@@ -74,6 +74,32 @@ impl World {
         }
     }
 
+    /// Hands the adapter over.
+    pub(super) fn collect(&mut self, client: usize, process: u32, round: RoundKey, (split, steps): (u32, u64)) {
+        let now = self.now(Node::Client(client));
+        let toy = &mut self.toys[client];
+        if toy.process != process || toy.session.is_none() {
+            return;
+        }
+        let stays = split as usize * NUMBERS;
+        let input = AdapterInput {
+            round,
+            examples: toy.examples,
+            values: toy.trained.values.clone(),
+            moments: (stays < toy.trained.values.len()).then(|| toy.trained.moments(stays, steps)),
+        };
+        self.uploads.insert((round, client), input.clone());
+        let result = toy.session.as_mut().map(|session| session.adapter(now, input));
+        if let Some(Err(error)) = result {
+            self.violation(error.to_string());
+        }
+    }
+
+    /// When the client's machine can begin with something.
+    fn free_at(&self, client: usize) -> Duration {
+        self.network.now.max(self.toys[client].stalled_until)
+    }
+
     pub(super) fn handle_client_event(&mut self, client: usize, event: ClientEvent) {
         let process = self.toys[client].process;
         let compute = self.scenario.compute;
@@ -131,7 +157,7 @@ impl World {
                     key,
                     took,
                 };
-                self.network.schedule(self.network.now + took, own);
+                self.network.schedule(self.free_at(client) + took, own);
             }
             ClientEvent::ComputeBackward { key, gradient } => {
                 let took = self.network.pause(compute);
@@ -142,23 +168,17 @@ impl World {
                     took,
                     gradient: gradient.tensor,
                 };
-                self.network.schedule(self.network.now + took, own);
+                self.network.schedule(self.free_at(client) + took, own);
             }
             ClientEvent::UploadAdapter { round, split, steps } => {
-                let now = self.now(Node::Client(client));
-                let toy = &mut self.toys[client];
-                let stays = split as usize * NUMBERS;
-                let input = AdapterInput {
+                let own = Own::Collected {
+                    client,
+                    process,
                     round,
-                    examples: toy.examples,
-                    values: toy.trained.values.clone(),
-                    moments: (stays < toy.trained.values.len()).then(|| toy.trained.moments(stays, steps)),
+                    split,
+                    steps,
                 };
-                self.uploads.insert((round, client), input.clone());
-                let result = toy.session.as_mut().map(|session| session.adapter(now, input));
-                if let Some(Err(error)) = result {
-                    self.violation(error.to_string());
-                }
+                self.network.schedule(self.free_at(client), own);
             }
             ClientEvent::Finished(reason) => self.toys[client].outcome.finished = Some(reason),
             ClientEvent::Failed(failure) => self.toys[client].outcome.failed = Some(failure),

@@ -83,6 +83,13 @@ impl World {
                 took,
                 gradient,
             } => self.backward(client, process, key, took, &gradient),
+            Own::Collected {
+                client,
+                process,
+                round,
+                split,
+                steps,
+            } => self.collect(client, process, round, (split, steps)),
             Own::Planned(occasion) => self.plan(occasion),
             Own::Copied { round, values } => {
                 let now = self.now(Node::Main);
@@ -159,6 +166,11 @@ impl World {
                 for socket in [toy.main, toy.federated].into_iter().flatten() {
                     self.network.darken(socket, until);
                 }
+            }
+            Fault::Stall(client, length) => {
+                let until = self.network.now + length;
+                let toy = &mut self.toys[client];
+                toy.stalled_until = toy.stalled_until.max(until);
             }
             Fault::Cut(client, endpoint) => {
                 let toy = &self.toys[client];

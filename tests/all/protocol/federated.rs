@@ -543,9 +543,67 @@ fn an_adapter_for_a_round_that_is_over_is_declined_with_the_round_that_is_open()
     assert!(!said.closed, "being late is no offence");
 }
 
+/// A federated service whose main server is elsewhere and speaks this version, with an open round of members who have been asked for
+/// their adapters.
+fn collecting_for<const MEMBERS: usize>(version: Version) -> (FederatedServerSession, Peer, [Peer; MEMBERS]) {
+    let mut main = MainServerSession::new(main_config(9), Duration::ZERO).unwrap();
+    let mut federated = FederatedServerSession::new(FederatedConfig {
+        control: ControlAccess::Remote {
+            secret: Some(SECRET.to_owned()),
+        },
+        ..federated_config()
+    });
+    let greeting = Hello {
+        version,
+        ..hello(Service::Control, secret())
+    };
+    let (mut link, _) = Peer::join(&mut federated, 99, &greeting);
+    let open_run = main.poll_control().unwrap();
+    link.send(&mut federated, &Message::Control(open_run));
+    let peers = std::array::from_fn(|index| {
+        let number = index as u64 + 1;
+        let (_, welcome) = Peer::join(&mut main, number, &hello(Service::Main, secret()));
+        let credential = Credential::Ticket(welcome.federated_ticket.unwrap());
+        Peer::join(&mut federated, number, &hello(Service::Federated, credential)).0
+    });
+    let values = ADAPTER.to_vec();
+    link.send(&mut federated, &Message::Control(Control::Base { values }));
+    open(&mut federated, KEY.round, MEMBERS);
+    (federated, link, peers)
+}
+
+/// Opens a round from the usual adapter with so many members, and asks them for their adapters.
+fn open(federated: &mut FederatedServerSession, round: RoundKey, members: usize) {
+    let open = Control::OpenRound {
+        round,
+        members: (1..=members as u64).map(member).collect(),
+        adapter_len: 4,
+        max_examples: 4,
+    };
+    federated.handle_control(Duration::ZERO, open);
+    let collect = Control::Collect {
+        round,
+        moments: None,
+        copy: Vec::new(),
+    };
+    federated.handle_control(Duration::ZERO, collect);
+}
+
+/// What was said over the link of a main server elsewhere.
+fn linked(federated: &mut FederatedServerSession, link: &Peer) -> Vec<ControlReply> {
+    let said = listen(federated, link.connection);
+    let replies = said.messages.into_iter().filter_map(|message| match message {
+        Message::ControlReply(ControlReply::Received { .. }) => None,
+        Message::ControlReply(reply) => Some(reply),
+        _ => None,
+    });
+    replies.collect()
+}
+
+/// The word of a main server elsewhere may be later than a client's.
 #[test]
 fn an_adapter_that_overtakes_the_opening_of_its_round_is_in_the_average() {
-    let (mut federated, [mut first, second]) = collecting();
+    let (mut federated, link, [mut first, _]) = collecting_for(PROTOCOL_VERSION);
     let round = RoundKey { round: 0, attempt: 1 };
     let early = AdapterUpdate {
         round,
@@ -553,21 +611,8 @@ fn an_adapter_that_overtakes_the_opening_of_its_round_is_in_the_average() {
     };
     let said = first.send(&mut federated, &Message::AdapterUpdate(early));
     assert_eq!((said.messages.as_slice(), said.closed), ([].as_slice(), false));
-    let open = |members| Control::OpenRound {
-        round,
-        members,
-        adapter_len: 4,
-        max_examples: 4,
-    };
-    federated.handle_control(Duration::ZERO, open(vec![member(1)]));
-    assert_eq!(replies(&mut federated), [], "nobody has been asked for an adapter");
-    let collect = Control::Collect {
-        round,
-        moments: None,
-        copy: Vec::new(),
-    };
-    federated.handle_control(Duration::ZERO, collect);
-    let said = replies(&mut federated);
+    open(&mut federated, round, 1);
+    let said = linked(&mut federated, &link);
     let [ControlReply::RoundClosed(closed)] = said.as_slice() else {
         panic!("{said:?}")
     };
@@ -578,5 +623,175 @@ fn an_adapter_that_overtakes_the_opening_of_its_round_is_in_the_average() {
             examples: 1
         }]
     );
-    assert_eq!(second.sent, 0);
+}
+
+/// In one process nobody hears of a round before the federated server does.
+#[test]
+fn an_adapter_for_a_round_that_nobody_has_begun_ends_its_senders_session_and_the_round_goes_on() {
+    let (mut federated, [mut honest, mut liar]) = collecting();
+    let future = AdapterUpdate {
+        round: RoundKey { round: 7, attempt: 0 },
+        ..update(ADAPTER, 1)
+    };
+    let said = liar.send(&mut federated, &Message::AdapterUpdate(future));
+    assert_eq!(stop_reason(&said), Some(StopReason::BadUpdate));
+    honest.send(&mut federated, &Message::AdapterUpdate(update(ADAPTER, 1)));
+    let said = replies(&mut federated);
+    let [ControlReply::Excluded { .. }, ControlReply::RoundClosed(closed)] = said.as_slice() else {
+        panic!("{said:?}")
+    };
+    assert_eq!(closed.included.len(), 1);
+    assert_eq!(closed.excluded[0].client, ClientId(2));
+}
+
+#[test]
+fn who_was_thrown_out_does_not_come_in_again_by_its_ticket() {
+    let mut main = MainServerSession::new(main_config(9), Duration::ZERO).unwrap();
+    let mut federated = FederatedServerSession::new(federated_config());
+    while let Some(control) = main.poll_control() {
+        federated.handle_control(Duration::ZERO, control);
+    }
+    let (_, welcome) = Peer::join(&mut main, 1, &hello(Service::Main, secret()));
+    let credential = Credential::Ticket(welcome.federated_ticket.unwrap());
+    let (mut liar, welcome) = Peer::join(&mut federated, 1, &hello(Service::Federated, credential));
+    let said = liar.send(&mut federated, &READY);
+    assert_eq!(stop_reason(&said), Some(StopReason::Unexpected));
+    let again = hello(Service::Federated, Credential::Ticket(welcome.ticket));
+    let said = greet(&mut federated, 2, Duration::ZERO, &again);
+    assert_eq!(refusal(&said), Some(RefusalReason::Expelled));
+}
+
+/// An adapter that has moved by this much in every value.
+fn moved(by: f32) -> [f32; 4] {
+    ADAPTER.map(|value| value + by)
+}
+
+/// A local federated service with what rounds start from.
+fn comparing<const MEMBERS: usize>() -> (FederatedServerSession, [Peer; MEMBERS]) {
+    let (mut federated, peers) = collecting_from(None);
+    let values = ADAPTER.to_vec();
+    federated.handle_control(Duration::ZERO, Control::Base { values });
+    (federated, peers)
+}
+
+/// Every member's adapter, and what the round comes to: who is in it, and who is not.
+fn close<const MEMBERS: usize>(
+    federated: &mut FederatedServerSession,
+    peers: &mut [Peer; MEMBERS],
+    round: RoundKey,
+    by: [f32; MEMBERS],
+) -> (Vec<u64>, Vec<(u64, ExclusionReason)>, Option<Vec<f32>>) {
+    for (peer, by) in peers.iter_mut().zip(by) {
+        let update = AdapterUpdate {
+            round,
+            ..update(moved(by), 1)
+        };
+        peer.send(federated, &Message::AdapterUpdate(update));
+    }
+    let said = replies(federated);
+    let Some(ControlReply::RoundClosed(closed)) = said.last() else {
+        panic!("{said:?}")
+    };
+    let excluded = closed
+        .excluded
+        .iter()
+        .map(|exclusion| (exclusion.client.0, exclusion.reason));
+    (
+        closed.included.iter().map(|included| included.client.0).collect(),
+        excluded.collect(),
+        closed.average.as_ref().map(|average| average.values.clone()),
+    )
+}
+
+#[test]
+fn an_adapter_that_has_moved_ten_times_as_far_as_the_others_is_left_out_and_named() {
+    use ExclusionReason::Outlier;
+    for (by, liars) in [
+        ([0.01, 0.02, 0.01], vec![]),
+        ([0.01, 0.05, -0.09], vec![]),
+        ([0.01, 0.01, 0.2], vec![3]),
+        ([-1.0, 0.01, 0.02], vec![1]),
+        ([0.01, 1e38, 0.01], vec![2]),
+        // Who has not moved is no measure for the others, and no outlier.
+        ([0.0, 0.0, 0.01], vec![]),
+    ] {
+        let (mut federated, mut peers) = comparing::<3>();
+        let (included, excluded, average) = close(&mut federated, &mut peers, KEY.round, by);
+        let expected: Vec<(u64, ExclusionReason)> = liars.iter().map(|liar| (*liar, Outlier)).collect();
+        assert_eq!(excluded, expected, "{by:?}");
+        assert_eq!(included.len(), 3 - liars.len());
+        let honest = (1..).zip(by).filter(|(client, _)| !liars.contains(client));
+        let honest: Vec<(u64, [f32; 4])> = honest.map(|(_, by)| (1, moved(by))).collect();
+        let honest: Vec<(u64, &[f32])> = honest.iter().map(|(weight, values)| (*weight, &values[..])).collect();
+        assert_eq!(average, sflllm::federated::weighted_mean(&honest).ok(), "{by:?}");
+    }
+    // Half of them are liars: who has moved least is the measure.
+    let (mut federated, mut peers) = comparing::<4>();
+    let (included, ..) = close(&mut federated, &mut peers, KEY.round, [0.01, 9.0, 0.02, 9.0]);
+    assert_eq!(included, [1, 3]);
+}
+
+#[test]
+fn with_two_members_the_rounds_before_are_the_measure() {
+    let (mut federated, mut peers) = comparing::<2>();
+    let (included, ..) = close(&mut federated, &mut peers, KEY.round, [0.01, 0.02]);
+    assert_eq!(included, [1, 2]);
+    let next = RoundKey { round: 1, attempt: 0 };
+    let values = ADAPTER.to_vec();
+    federated.handle_control(Duration::ZERO, Control::Base { values });
+    open(&mut federated, next, 2);
+    let (included, excluded, _) = close(&mut federated, &mut peers, next, [0.02, 0.3]);
+    assert_eq!((included, excluded), (vec![1], vec![(2, ExclusionReason::Outlier)]));
+}
+
+/// Nobody knows in the first round of two which of them is right. The main server does, when it has tried the average.
+#[test]
+fn a_round_of_two_that_the_main_server_begins_again_goes_on_without_who_has_moved_much_further() {
+    let (mut federated, mut peers) = comparing::<2>();
+    let (included, ..) = close(&mut federated, &mut peers, KEY.round, [0.01, 1e38]);
+    assert_eq!(included, [1, 2]);
+    let again = RoundKey { round: 0, attempt: 1 };
+    let values = ADAPTER.to_vec();
+    federated.handle_control(Duration::ZERO, Control::Base { values });
+    open(&mut federated, again, 2);
+    let (included, excluded, average) = close(&mut federated, &mut peers, again, [0.01, 1e38]);
+    assert_eq!((included, excluded), (vec![1], vec![(2, ExclusionReason::Outlier)]));
+    assert_eq!(average, Some(moved(0.01).to_vec()));
+    // What was of no use is not what is usual.
+    let next = RoundKey { round: 1, attempt: 0 };
+    let values = ADAPTER.to_vec();
+    federated.handle_control(Duration::ZERO, Control::Base { values });
+    open(&mut federated, next, 1);
+    let mut peers = [peers.into_iter().next().unwrap()];
+    let (included, excluded, _) = close(&mut federated, &mut peers, next, [1.0]);
+    assert_eq!((included, excluded), (vec![], vec![(1, ExclusionReason::Outlier)]));
+}
+
+#[test]
+fn a_main_server_before_outliers_is_told_in_words_it_knows() {
+    let old = Version { major: 3, minor: 1 };
+    for (version, reason) in [
+        (PROTOCOL_VERSION, ExclusionReason::Outlier),
+        (old, ExclusionReason::Misbehaved),
+    ] {
+        let (mut federated, link, mut peers) = collecting_for::<3>(version);
+        let mut said = Vec::new();
+        for (peer, by) in peers.iter_mut().zip([0.01, 0.01, 5.0]) {
+            let update = Message::AdapterUpdate(update(moved(by), 1));
+            let (kind, body) = sflllm::protocol::codec::encode_message(&update);
+            let frame = Frame::Message {
+                number: 0,
+                acknowledged: peer.received,
+                kind,
+                body: &body,
+            };
+            let bytes = sflllm::protocol::codec::encode_frame(frame);
+            federated.handle_frame(peer.connection, Duration::ZERO, &bytes);
+            said.extend(linked(&mut federated, &link));
+        }
+        let [ControlReply::RoundClosed(closed)] = said.as_slice() else {
+            panic!("{said:?}")
+        };
+        assert_eq!(closed.excluded[0].reason, reason);
+    }
 }

@@ -214,6 +214,22 @@ fn a_message_out_of_place_ends_its_senders_session_and_is_named() {
     );
 }
 
+/// Whoever knows the join secret can come as somebody new: it is not known to be the same.
+#[test]
+fn who_was_expelled_does_not_come_in_again_as_the_same_client() {
+    let mut main = MainServerSession::new(main_config(9), Duration::ZERO).unwrap();
+    let (mut liar, welcome) = Peer::join(&mut main, 1, &hello(Service::Main, secret()));
+    let said = liar.send(&mut main, &Message::StepStart(StepStart { key: KEY, members: 1 }));
+    assert_eq!(stop_reason(&said), Some(StopReason::Unexpected));
+    let again = hello(Service::Main, Credential::Ticket(welcome.ticket));
+    for number in [2, 3] {
+        let said = greet(&mut main, number, Duration::ZERO, &again);
+        assert_eq!(refusal(&said), Some(RefusalReason::Expelled));
+    }
+    let (_, welcome) = Peer::join(&mut main, 4, &hello(Service::Main, secret()));
+    assert_eq!(welcome.client, ClientId(2));
+}
+
 #[test]
 fn a_frame_larger_than_a_step_is_refused_before_it_is_parsed() {
     let (mut main, [_, liar]) = gathering();
@@ -241,7 +257,7 @@ fn answer(main: &mut MainServerSession, client: u64, loss: f32, value: f32) -> R
 }
 
 /// The last step that closed: with whom, and without whom.
-fn closed(events: &[MainEvent]) -> Option<(StepKey, Vec<u64>, Vec<u64>)> {
+pub fn closed(events: &[MainEvent]) -> Option<(StepKey, Vec<u64>, Vec<u64>)> {
     events.iter().rev().find_map(|event| match event {
         MainEvent::CloseStep { key, lanes, left_out } => Some((
             *key,
@@ -348,7 +364,7 @@ fn who_leaves_before_the_close_has_no_part_in_the_step() {
     assert_eq!(closed(&events(&mut main)), Some((KEY, vec![1], vec![2])));
 }
 
-fn departures(events: &[MainEvent]) -> Vec<(u64, DepartureReason)> {
+pub fn departures(events: &[MainEvent]) -> Vec<(u64, DepartureReason)> {
     let left = events.iter().filter_map(|event| match event {
         MainEvent::ClientLeft { client, reason, .. } => Some((client.0, reason.clone())),
         _ => None,

@@ -4,6 +4,7 @@
 //! time, over networks that lose, repeat and reorder.
 
 mod cut;
+mod deadline;
 mod federated;
 mod handshake;
 mod misbehaviour;

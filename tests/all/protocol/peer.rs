@@ -266,6 +266,22 @@ impl Peer {
         self.send_body(server, kind, &body)
     }
 
+    /// The same at a later time.
+    pub fn send_at(&mut self, server: &mut impl Server, now: Duration, message: &Message) -> Said {
+        let (kind, body) = encode_message(message);
+        let frame = Frame::Message {
+            number: self.sent,
+            acknowledged: self.received,
+            kind,
+            body: &body,
+        };
+        self.sent += 1;
+        server.hear(self.connection, now, &encode_frame(frame));
+        let said = listen(server, self.connection);
+        self.received += said.messages.len() as u32;
+        said
+    }
+
     pub fn send_body(&mut self, server: &mut impl Server, kind: u8, body: &[u8]) -> Said {
         let frame = Frame::Message {
             number: self.sent,

@@ -85,6 +85,38 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    /// The same where nobody is waited for longer than a few seconds, whether it is away, busy or slow. Then a run may also end
+    /// because everybody was late too often.
+    #[test]
+    fn whoever_is_late_every_step_has_who_came_and_every_average_is_right(
+        scenario in scenario(),
+        deadline in 1_u64..12,
+        quorum in prop::option::of(1_u32..4),
+        stalls in prop::collection::vec((0_u64..60, 0_usize..4, 1_u64..60), 1..6),
+    ) {
+        let stalls = stalls
+            .into_iter()
+            .filter(|(_, client, _)| *client < scenario.clients)
+            .map(|(at, client, length)| (seconds(at), Fault::Stall(client, seconds(length))));
+        let scenario = Scenario {
+            deadline: Deadline::After(seconds(deadline)),
+            quorum,
+            faults: scenario.faults.iter().copied().chain(stalls).collect(),
+            ..scenario
+        };
+        let outcome = simulate(&scenario);
+        prop_assert!(outcome.violations.is_empty(), "{:#?}", outcome.violations);
+        prop_assert!(
+            matches!(outcome.end, Some(RunEnd::Completed | RunEnd::NoClients)),
+            "{:?} after {:?}", outcome.end, outcome.elapsed
+        );
+        prop_assert!(outcome.drained);
+    }
+}
+
 #[test]
 fn a_run_is_a_function_of_its_scenario() {
     let scenario = Scenario {
