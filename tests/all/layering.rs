@@ -69,7 +69,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("anyhow", &["cli", "main.rs"]),
     ("indicatif", &["cli"]),
     ("plotters", &["cli/charts.rs"]),
-    ("libc", &["cli/interrupt.rs", "cli/needs.rs"]),
+    ("libc", &["cli/interrupt.rs", "cli/needs.rs", "server/descriptors.rs"]),
 ];
 
 fn sources() -> PathBuf {
