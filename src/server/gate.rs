@@ -59,11 +59,11 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             connections: 4096,
-            strangers: 512,
-            strangers_per_address: 128,
+            strangers: 1024,
+            strangers_per_address: 256,
             patience: Duration::from_secs(15),
             stranger_bytes: 20 << 10,
-            incoming_bytes: 256 << 20,
+            incoming_bytes: 1 << 30,
             outgoing_bytes: 32 << 20,
             total_outgoing_bytes: 512 << 20,
         }
@@ -286,13 +286,16 @@ impl<S> Accept<TcpStream, S> for GateKeeper {
 #[derive(Clone)]
 pub(super) struct GateKeeper(pub Arc<Gate>);
 
+/// Room for a frame, to come.
+type Waiting = Pin<Box<dyn Future<Output = Result<OwnedSemaphorePermit, AcquireError>> + Send>>;
+
 /// A connection's bytes, counted and timed.
 pub(super) struct Guarded<I> {
     io: I,
     passage: Arc<Passage>,
     patience: Pin<Box<Sleep>>,
     /// For room, when a member's frame needs some.
-    waiting: Option<Pin<Box<dyn Future<Output = Result<OwnedSemaphorePermit, AcquireError>> + Send>>>,
+    waiting: Option<Waiting>,
 }
 
 impl<I> Guarded<I> {
@@ -498,9 +501,9 @@ mod tests {
             let limits = Limits::default().fit(descriptors);
             (limits.connections, limits.strangers, limits.strangers_per_address)
         };
-        assert_eq!(fit(None), (4096, 512, 128));
-        assert_eq!(fit(Some(1 << 20)), (4096, 512, 128));
-        assert_eq!(fit(Some(1024)), (896, 224, 128));
+        assert_eq!(fit(None), (4096, 1024, 256));
+        assert_eq!(fit(Some(1 << 20)), (4096, 1024, 256));
+        assert_eq!(fit(Some(1024)), (896, 224, 224));
         assert_eq!(fit(Some(256)), (128, 32, 32));
         assert_eq!(fit(Some(0)), (4, 1, 1));
     }

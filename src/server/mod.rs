@@ -116,6 +116,11 @@ pub enum Error {
     Run(#[from] MainError),
     #[error("no plan for the run: {0}")]
     Planner(String),
+    #[error(
+        "the federated server at {0} refuses the control key; give the one that it prints when it starts with --control-key, \
+         --control-key-file or SFLLLM_CONTROL_KEY"
+    )]
+    ControlKey(String),
     #[error("the federated server: {0}")]
     Federated(String),
     #[error(transparent)]

@@ -557,6 +557,29 @@ fn weights_are_for_clients_of_the_run() {
 }
 
 #[test]
+fn tls_is_1_3() {
+    let server = Serving::start("https://127.0.0.1:0", Role::Both, Some(main_run()), patient());
+    let handshake = |version: &'static rustls::SupportedProtocolVersion| {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = rustls::ClientConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[version])
+            .unwrap()
+            .with_root_certificates(rustls::RootCertStore::empty())
+            .with_no_client_auth();
+        let name = "localhost".try_into().unwrap();
+        let mut client = rustls::ClientConnection::new(Arc::new(config), name).unwrap();
+        let error = client.complete_io(&mut server.connect()).unwrap_err();
+        error.into_inner().unwrap().downcast::<rustls::Error>().unwrap()
+    };
+    // With the right version it is the certificate that nobody has signed.
+    let unknown = handshake(&rustls::version::TLS13);
+    assert!(matches!(*unknown, rustls::Error::InvalidCertificate(_)), "{unknown}");
+    let refused = handshake(&rustls::version::TLS12);
+    let alert = rustls::Error::AlertReceived(rustls::AlertDescription::ProtocolVersion);
+    assert_eq!(*refused, alert);
+}
+
+#[test]
 fn a_clients_token_is_no_key_to_the_federated_server() {
     let role = Role::Federated {
         control_key: "lighthouse".to_owned(),

@@ -426,6 +426,42 @@ fn a_join_link_is_enough_and_a_wrong_fingerprint_too_much() {
 #[test]
 fn a_main_server_needs_the_federated_servers_key() {
     let directory = tempfile::tempdir().unwrap();
+    let home = directory.path();
+    let federated = serve(
+        home,
+        &[
+            "--role",
+            "federated",
+            "--listen",
+            "http://127.0.0.1:0",
+            "--out",
+            home.join("federated").to_str().unwrap(),
+        ],
+    );
+    let output = run(
+        home,
+        &[
+            "serve",
+            "--role",
+            "main",
+            "--federated-url",
+            &federated.url,
+            "--control-key",
+            "guess",
+            "--listen",
+            "http://127.0.0.1:0",
+            "--device",
+            "cpu",
+            "--out",
+            home.join("main").to_str().unwrap(),
+        ],
+    );
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("refuses the control key") && said.contains("--control-key"),
+        "{said}"
+    );
     let output = run(
         directory.path(),
         &[

@@ -172,7 +172,7 @@ pub enum RefusalReason {
 }
 
 impl RefusalReason {
-    /// Whether the bearer tried to come in without the right to: what a server limits per address.
+    /// Whether the bearer tried to come in without the right to.
     pub fn is_authorisation_failure(self) -> bool {
         matches!(
             self,
