@@ -36,6 +36,20 @@ fn log() {
     tracing_subscriber::registry().with(lines).with(shown).init();
 }
 
+/// Ends the process without the exit handlers of libraries. A compute thread may still be letting go of its device, and a driver whose
+/// handlers run meanwhile crashes: 1 of 25 servers on lavapipe ended with 139 after a complete run. All that is kept is in its files.
+fn leave(code: u8) -> ExitCode {
+    // Nobody reads it any more if this fails.
+    let _ = std::io::Write::flush(&mut std::io::stdout());
+    #[cfg(unix)]
+    {
+        // SAFETY: it ends the process and touches nothing of it.
+        unsafe { libc::_exit(code.into()) }
+    }
+    #[cfg(not(unix))]
+    ExitCode::from(code)
+}
+
 fn main() -> ExitCode {
     #[cfg(target_os = "linux")]
     quieten_device_selection();
@@ -44,16 +58,16 @@ fn main() -> ExitCode {
     log();
     let ended = cli.command.run();
     let code = match ended {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => 0,
         Err(error) => match error.downcast::<clap::Error>() {
             Ok(usage) => usage.exit(),
-            Err(error) if matches!(error.downcast_ref(), Some(Unprinted::ReaderGone)) => ExitCode::from(PIPE_CLOSED),
+            Err(error) if matches!(error.downcast_ref(), Some(Unprinted::ReaderGone)) => PIPE_CLOSED,
             Err(error) => {
                 console::say(format!("error: {}", console::sentence(&error)));
-                ExitCode::FAILURE
+                1
             }
         },
     };
     console::close();
-    code
+    leave(code)
 }
