@@ -351,7 +351,7 @@ fn a_run_ends_well_among_more_idle_connections_than_files_may_be_open() {
 #[test]
 fn whoever_dawdles_is_closed_at_every_stage() {
     let hurried = || Limits {
-        patience: Duration::from_millis(200),
+        patience: Duration::from_secs(2),
         ..Limits::default()
     };
     let server = Serving::main(hurried());
