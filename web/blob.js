@@ -27,8 +27,11 @@ function pieces(stream) {
 }
 
 // Reads the rest of `url`, `size` bytes long, from `offset` on into `write(bytes, at)`; returns how far it got.
-async function readFrom(url, size, write, offset, onBytes, options) {
-  const response = await fetch(url, { ...options, headers: offset > 0 ? { range: `bytes=${offset}-` } : {} });
+async function readFrom(url, size, write, offset, onBytes, bearer, options) {
+  // The server gives parts of the model to clients of its run.
+  const headers = { authorization: `Bearer ${bearer}` };
+  if (offset > 0) headers.range = `bytes=${offset}-`;
+  const response = await fetch(url, { ...options, headers });
   if (response.status !== (offset > 0 ? 206 : 200)) {
     // A server that ignores the range starts again at the beginning.
     if (!(offset > 0 && response.status === 200)) {
@@ -61,7 +64,7 @@ async function readFrom(url, size, write, offset, onBytes, options) {
 }
 
 // Fetches a blob from byte `at` on, as often as the connection breaks. `options` are fetch's.
-async function fetchRest(blob, write, at, { onBytes, onWire, signal }, options = {}) {
+async function fetchRest(blob, write, at, { onBytes, onWire, bearer, signal }, options = {}) {
   const [url, size] = [address(blob), blob.bytes];
   const count = (arrived) => {
     onBytes(arrived);
@@ -69,7 +72,7 @@ async function fetchRest(blob, write, at, { onBytes, onWire, signal }, options =
   };
   for (let attempt = 1; at < size; attempt += 1) {
     try {
-      at = await readFrom(url, size, write, at, count, { signal, ...options });
+      at = await readFrom(url, size, write, at, count, bearer(), { signal, ...options });
       if (at < size) throw new Error(`the connection ended after ${at} of ${size} bytes of ${url}`);
     } catch (error) {
       at = error.reached ?? at;

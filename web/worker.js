@@ -244,6 +244,7 @@ class Run {
         say('loading', { done, total });
       },
       onWire: (count) => this.count(0, count),
+      bearer: () => this.client.bearer(),
       signal,
     };
     const fetchChecked = async (blob, check) => {

@@ -268,6 +268,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     };
     let hosting = Hosting {
         token,
+        hosts: Vec::new(),
         listen,
         open: options.open,
         quiet,

@@ -9,6 +9,7 @@ use tokio::sync::watch;
 use super::console::{self, Console};
 use super::interrupt;
 use super::options::{DeviceOptions, OutputOptions, ReadingOptions};
+use super::secret::TOKEN;
 use crate::client::native::{self, Report, Settings, Source};
 use crate::disk::Claim;
 use crate::model::peft::{CONFIG_FILE, TENSOR_FILE};
@@ -21,8 +22,11 @@ use crate::transport::{self, Dialer, JoinLink, Trust};
 Example:
   sflllm join 'https://192.168.1.20:8443/?join=1#t=k7wd-m2pq-9xhc-4vtn' --data my_text.txt
 
-The server prints the link. A server on another machine has a certificate of its own making: copy the file it names to this
-machine and give it with --ca FILE, or accept any certificate with --insecure-tls on a network you trust.")]
+The server prints the link, which says (after &f=) which certificate is the server's. With a link cut short of that, copy the
+certificate file that the server names to this machine and give it with --ca FILE, or accept any certificate with --insecure-tls on
+a network you trust.
+
+SFLLLM_TOKEN is taken for the join token where neither an option nor the link has one.")]
 pub struct Options {
     /// The server's address or join link, such as https://192.168.1.20:8443
     pub url: JoinLink,
@@ -32,6 +36,9 @@ pub struct Options {
     /// Join token, unless the link has it after #t=
     #[arg(long, value_name = "TOKEN")]
     pub token: Option<String>,
+    /// File that holds the join token, which stays out of the machine's list of processes
+    #[arg(long, value_name = "FILE", conflicts_with = "token")]
+    pub token_file: Option<PathBuf>,
     /// Accept any server certificate: encrypted, but an attacker on the network could pose as the server
     #[arg(long, conflicts_with = "ca")]
     pub insecure_tls: bool,
@@ -62,6 +69,11 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         (None, true) => Trust::Anyone,
         (None, false) => Trust::Known,
     };
+    let token = TOKEN.read(
+        options.token.as_deref(),
+        options.token_file.as_deref(),
+        options.url.token.as_deref(),
+    )?;
     // For as long as the adapter is written there.
     let _claim = (options.adapter_out.as_deref())
         .map(|dir| Claim::directory(dir, "--adapter-out", "an adapter", &[CONFIG_FILE, TENSOR_FILE]))
@@ -72,8 +84,8 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     console.line(format!("joining {} with {}", options.url.origin, engine.name()));
     let settings = Settings {
         server: options.url.origin.clone(),
-        token: options.token.or(options.url.token),
-        dialer: Dialer::new(&trust)?,
+        token,
+        dialer: Dialer::new(&trust)?.toward(&options.url)?,
         name: options
             .name
             .or_else(transport::host_name)

@@ -21,6 +21,7 @@ pub mod options;
 pub mod plan;
 pub mod report;
 pub mod scenario;
+pub mod secret;
 pub mod serve;
 pub mod source;
 pub mod sweep;

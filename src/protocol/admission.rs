@@ -57,6 +57,66 @@ pub(super) enum Admission {
     Known(Pass),
 }
 
+/// Who may ask a main server over HTTP for what only the run's clients are to have. In memory of no request: what is asked
+/// for changes nothing.
+#[derive(Clone)]
+pub struct Bearers {
+    office: TicketOffice,
+    secret: Option<String>,
+}
+
+/// What the bearer of a request is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bearer {
+    /// A client of the run, by a ticket for the main service; or nobody in particular where no secret is asked for.
+    Admitted,
+    /// Said nothing, or a ticket of another run or time.
+    Nobody,
+    /// Says that this is the join secret.
+    Guess,
+}
+
+impl Bearers {
+    /// Those of the run with this ticket key and join secret.
+    pub fn new(run: RunId, ticket_key: [u8; 32], secret: Option<String>) -> Bearers {
+        // Tickets are issued elsewhere; one says itself when it expires.
+        let lifetime = Duration::ZERO;
+        let office = TicketOffice {
+            run,
+            key: ticket_key,
+            lifetime,
+        };
+        Bearers { office, secret }
+    }
+
+    /// What a bearer is at `now` by the main session's clock, without comparing it with the secret.
+    pub fn judge(&self, bearer: Option<&str>, now: Duration) -> Bearer {
+        let Some(bearer) = bearer else {
+            return if self.secret.is_none() {
+                Bearer::Admitted
+            } else {
+                Bearer::Nobody
+            };
+        };
+        match Ticket::from_bearer(bearer).filter(|ticket| ticket.0.len() == TICKET_BYTES) {
+            Some(ticket) if self.office.check(Service::Main, &ticket, now).is_ok() => Bearer::Admitted,
+            _ if self.secret.is_none() => Bearer::Admitted,
+            Some(_) => Bearer::Nobody,
+            None => Bearer::Guess,
+        }
+    }
+
+    /// Whether a guess is right.
+    pub fn is_secret(&self, guess: &str) -> bool {
+        self.secret.as_deref().is_some_and(|secret| same_secret(secret, guess))
+    }
+}
+
+/// Compares two secrets in a time that tells nothing of either.
+pub fn is_same_secret(ours: &str, theirs: &str) -> bool {
+    same_secret(ours, theirs)
+}
+
 /// Checks the join secret; `None` asks for none.
 pub(super) fn check_secret(secret: Option<&str>, credential: &Credential) -> Result<(), RefusalReason> {
     match (secret, credential) {
@@ -197,6 +257,29 @@ mod tests {
                 Err(RefusalReason::TicketForged)
             );
         }
+    }
+
+    #[test]
+    fn a_bearer_is_a_ticket_of_the_run_or_a_guess() {
+        let pass = Pass {
+            client: ClientId(3),
+            serial: 5,
+        };
+        let (run, key) = (office().run, office().key);
+        let bearers = Bearers::new(run, key, Some("s3cret".to_owned()));
+        let ticket = |service| office().issue(service, pass, Duration::ZERO).to_bearer();
+        let judge = |bearer: &str, at| bearers.judge(Some(bearer), Duration::from_secs(at));
+        let main = ticket(Service::Main);
+        assert_eq!(judge(&main, 59), Bearer::Admitted);
+        assert_eq!(judge(&main, 60), Bearer::Nobody);
+        assert_eq!(judge(&ticket(Service::Federated), 0), Bearer::Nobody);
+        assert_eq!(judge(&main[2..], 0), Bearer::Guess);
+        assert_eq!(judge("s3cret", 0), Bearer::Guess);
+        assert!(bearers.is_secret("s3cret") && !bearers.is_secret("s3cre"));
+        assert_eq!(bearers.judge(None, Duration::ZERO), Bearer::Nobody);
+        let open = Bearers::new(run, key, None);
+        assert_eq!(open.judge(None, Duration::ZERO), Bearer::Admitted);
+        assert!(!open.is_secret(""));
     }
 
     #[test]

@@ -26,6 +26,13 @@ pub enum ConnectionFault {
     Link(#[from] LinkError),
 }
 
+impl ConnectionFault {
+    /// Whether it is the way that is at fault, and not the other side: another connection may be better.
+    pub(super) fn is_damage(&self) -> bool {
+        matches!(self, ConnectionFault::Link(error) if error.is_damage())
+    }
+}
+
 /// What a frame brought.
 #[derive(Debug)]
 pub(super) enum Heard {
@@ -166,7 +173,9 @@ impl Dialer {
             State::Up(_) if is_greeting(bytes) => Ok(Heard::Nothing),
             State::Greeting { .. } => match decode_answer(self.version, bytes)? {
                 Answer::Welcome(welcome) => {
-                    self.state = State::Up(Box::new(Link::new(now, welcome.ping_interval, limit)));
+                    self.state = State::Up(Box::new(
+                        Link::new(now, welcome.ping_interval, limit).speaking(welcome.version),
+                    ));
                     Ok(Heard::Welcome(Box::new(welcome)))
                 }
                 Answer::Refused(refused) => Ok(Heard::Refused(refused)),

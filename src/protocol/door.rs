@@ -143,8 +143,8 @@ impl<G: Copy> Door<G> {
 
     /// Lets a connection in. `limit` is the largest frame it may send.
     pub fn welcome(&mut self, connection: ConnectionId, tag: G, welcome: Welcome, now: Duration, limit: usize) {
+        let link = Link::new(now, self.ping_interval, limit).speaking(welcome.version);
         let bytes = encode_answer(&Answer::Welcome(welcome));
-        let link = Link::new(now, self.ping_interval, limit);
         if let Some(entry) = self.connections.get_mut(&connection) {
             self.transmits.push_back(Transmit::Frame {
                 to: connection,

@@ -14,9 +14,10 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use super::codec::{
-    DecodeError, Frame, decode_frame, decode_message, encode_frame, encode_message_frame, set_acknowledged,
+    DecodeError, Frame, decode_frame, decode_message, encode_checked_frame, encode_frame, encode_message_frame,
+    set_acknowledged,
 };
-use super::message::Message;
+use super::message::{DIGESTS_SINCE, Message, Version};
 use super::pace::Pace;
 
 /// Unanswered pings after which the other side is gone.
@@ -36,6 +37,13 @@ pub enum LinkError {
     Nonce { nonce: u32 },
     #[error("has stopped acknowledging messages")]
     Unacknowledged,
+}
+
+impl LinkError {
+    /// Whether it is the way that is at fault, and no peer.
+    pub fn is_damage(&self) -> bool {
+        *self == LinkError::Decode(DecodeError::Damaged)
+    }
 }
 
 /// How long a peer can be silent before it is gone: it takes a ping to ask, and `MISSED_PINGS` unanswered.
@@ -61,6 +69,8 @@ struct Sent {
 pub(super) struct Link {
     /// Largest frame taken in.
     limit: usize,
+    /// Whether large messages carry a digest.
+    checks: bool,
     next_number: u32,
     pace: Pace,
     waiting: VecDeque<Waiting>,
@@ -80,6 +90,7 @@ impl Link {
     pub fn new(now: Duration, ping_interval: Duration, limit: usize) -> Link {
         Link {
             limit,
+            checks: false,
             next_number: 0,
             pace: Pace::default(),
             waiting: VecDeque::new(),
@@ -91,6 +102,14 @@ impl Link {
             next_ping: 0,
             heard: true,
             missed: 0,
+        }
+    }
+
+    /// Sends what peers of `version` understand.
+    pub fn speaking(self, version: Version) -> Link {
+        Link {
+            checks: version >= DIGESTS_SINCE,
+            ..self
         }
     }
 
@@ -124,7 +143,12 @@ impl Link {
     fn queue(&mut self, leaves: Option<Duration>, message: &Message) -> usize {
         let number = self.next_number;
         self.next_number = self.next_number.wrapping_add(1);
-        let frame = encode_message_frame(number, self.received, message);
+        let encode = if self.checks {
+            encode_checked_frame
+        } else {
+            encode_message_frame
+        };
+        let frame = encode(number, self.received, message);
         let bytes = frame.len();
         match leaves {
             Some(leaves) => self.waiting.push_back(Waiting { leaves, number, frame }),

@@ -36,6 +36,7 @@ mod pace;
 
 use std::time::Duration;
 
+pub use admission::{Bearer, Bearers, is_same_secret};
 pub use client::{
     ActivationsInput, AdapterInput, ClientConfig, ClientError, ClientEvent, ClientFailure, ClientSession, FinishReason,
 };

@@ -11,6 +11,7 @@ use qrcode::QrCode;
 use qrcode::render::unicode::Dense1x2;
 
 use super::Error;
+use crate::transport::Fingerprint;
 
 /// One `--listen` address: `https://HOST:PORT`, or `http://HOST:PORT` on loopback. Port 0 takes a free one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -184,11 +185,19 @@ impl Bound {
     }
 }
 
-/// The link that joins at once. The token is in the fragment, which browsers never send.
-pub fn join_link(url: &str, token: Option<&str>) -> String {
-    match token {
-        Some(token) => format!("{url}/?join=1#t={token}"),
-        None => format!("{url}/?join=1"),
+/// The link that joins at once, with the token and the fingerprint of the server's certificate.
+pub fn join_link(url: &str, token: Option<&str>, fingerprint: Option<Fingerprint>) -> String {
+    format!("{url}/?join=1{}", link_fragment(token, fingerprint))
+}
+
+/// The end of a link, which browsers never send: `#t=TOKEN&f=FINGERPRINT`, as far as there are such.
+pub fn link_fragment(token: Option<&str>, fingerprint: Option<Fingerprint>) -> String {
+    let token = token.map(|token| format!("t={token}"));
+    let fingerprint = fingerprint.map(|fingerprint| format!("f={fingerprint}"));
+    let parts: Vec<String> = token.into_iter().chain(fingerprint).collect();
+    match parts.is_empty() {
+        true => String::new(),
+        false => format!("#{}", parts.join("&")),
     }
 }
 
@@ -207,6 +216,7 @@ pub fn qr_code(text: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::transport::JoinLink;
 
     #[test]
     fn listen_addresses_are_urls_with_a_port() {
@@ -268,16 +278,27 @@ mod tests {
     }
 
     #[test]
-    fn the_join_link_keeps_the_token_in_the_fragment() {
+    fn the_join_link_keeps_token_and_fingerprint_in_the_fragment() {
         assert_eq!(
-            join_link("https://10.0.0.2:8443", Some("tok")),
+            join_link("https://10.0.0.2:8443", Some("tok"), None),
             "https://10.0.0.2:8443/?join=1#t=tok"
         );
         assert_eq!(
-            join_link("http://127.0.0.1:8080", None),
+            join_link("http://127.0.0.1:8080", None, None),
             "http://127.0.0.1:8080/?join=1"
         );
-        let code = qr_code("https://192.168.100.200:8443/?join=1#t=ABCD-EFGH-IJKL-MNOP").unwrap();
+        let fingerprint = Fingerprint::of(b"a certificate");
+        let link = join_link(
+            "https://192.168.100.200:8443",
+            Some("abcd-efgh-jkmn-pqrs"),
+            Some(fingerprint),
+        );
+        let read: JoinLink = link.parse().unwrap();
+        assert_eq!(
+            (read.token.as_deref(), read.fingerprint),
+            (Some("abcd-efgh-jkmn-pqrs"), Some(fingerprint))
+        );
+        let code = qr_code(&link).unwrap();
         assert!(code.lines().all(|line| line.chars().count() < 90) && code.contains('█'));
     }
 }

@@ -11,6 +11,9 @@
 
 pub mod allocator;
 mod coordinator;
+mod descriptors;
+mod gate;
+mod host;
 mod http;
 mod inbox;
 mod limit;
@@ -32,8 +35,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use axum_server::Handle;
-use axum_server::accept::NoDelayAcceptor;
-use axum_server::tls_rustls::RustlsConfig;
+use axum_server::tls_rustls::{RustlsAcceptor, RustlsConfig};
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 
@@ -45,16 +47,20 @@ use crate::model::architecture::Architecture;
 use crate::model::weights::{HeldUnits, Holding, Weights, WeightsError};
 use crate::protocol::message::{Assignment, Blob, Digest, OwnAlpha, PROTOCOL_VERSION, RunConfig};
 use crate::protocol::{
-    ControlAccess, ControlConfig, ControlSession, Deadline, FederatedConfig, FederatedServerSession, MAX_FRAME_BYTES,
-    MainConfig, MainError, MainServerSession, PING_INTERVAL, Placement,
+    Bearers, ControlAccess, ControlConfig, ControlSession, Deadline, FederatedConfig, FederatedServerSession,
+    MAX_FRAME_BYTES, MainConfig, MainError, MainServerSession, PING_INTERVAL, Placement,
 };
 use crate::split::{self, Training};
 use crate::terms::ids::RunId;
 use crate::terms::moments::MomentPolicy;
-use crate::transport::{self, Dialer, Origin};
+use crate::transport::{self, Dialer, Fingerprint, JoinLink};
 
 use coordinator::{About, Coordinator, MainRun, RemoteLink};
 pub use coordinator::{Ending, Report, Summary};
+pub use gate::Limits;
+use gate::{Gate, GateKeeper};
+pub use host::HostName;
+use host::Hosts;
 use inbox::Input;
 use listen::Bound;
 pub use listen::Listen;
@@ -86,6 +92,8 @@ pub enum Error {
     PlainText { address: String, port: u16 },
     #[error("--listen {address}: port {port} is in use by another program; choose another port, or 0 for a free one")]
     Busy { address: String, port: u16 },
+    #[error("`{0}` is no name of a server; write it like training.example.org, without a port")]
+    Host(String),
     #[error("the server's certificate cannot be made: {0}")]
     Certificate(String),
     #[error(transparent)]
@@ -108,6 +116,11 @@ pub enum Error {
     Run(#[from] MainError),
     #[error("no plan for the run: {0}")]
     Planner(String),
+    #[error(
+        "the federated server at {0} refuses the control key; give the one that it prints when it starts with --control-key, \
+         --control-key-file or SFLLLM_CONTROL_KEY"
+    )]
+    ControlKey(String),
     #[error("the federated server: {0}")]
     Federated(String),
     #[error(transparent)]
@@ -128,10 +141,14 @@ pub enum Role {
     Both,
     /// With the federated server elsewhere; clients are sent there too.
     Main {
-        federated: Origin,
+        federated: JoinLink,
         dialer: Dialer,
+        /// What the federated server asks the main server for.
+        control_key: String,
     },
-    Federated,
+    Federated {
+        control_key: String,
+    },
 }
 
 /// A frozen model, as clients get it and as this server runs its side of it.
@@ -177,6 +194,12 @@ pub struct Settings {
     pub listen: Vec<Listen>,
     /// The join secret; `None` lets everybody in.
     pub token: Option<String>,
+    /// Who has it may see `/status` from other machines.
+    pub operator: Option<String>,
+    /// Names besides this machine's own by which browsers and clients call the server.
+    pub hosts: Vec<HostName>,
+    /// What connections may cost.
+    pub limits: Limits,
     /// Where the certificate is kept.
     pub home: PathBuf,
     pub directory: RunDirectory,
@@ -201,6 +224,9 @@ pub struct Address {
 pub struct Server {
     addresses: Vec<Address>,
     certificate_file: Option<PathBuf>,
+    fingerprint: Option<Fingerprint>,
+    patience: Duration,
+    gate: Arc<Gate>,
     blobs: Option<PathBuf>,
     inputs: mpsc::Sender<Input>,
     coordinator: Coordinator,
@@ -237,6 +263,9 @@ impl Server {
             role,
             listen,
             token,
+            operator,
+            hosts,
+            limits,
             home,
             mut directory,
             demo_data,
@@ -260,22 +289,30 @@ impl Server {
         let origin = Instant::now();
         let (inputs, queue) = mpsc::channel(QUEUED_INPUTS);
         let (status_sender, status) = watch::channel(http::starting());
-        let failures = Arc::new(Mutex::new(limit::FailureLimit::default()));
-        let max_frame_bytes = Arc::new(AtomicUsize::new(socket::SMALL_FRAME_BYTES));
+        let guesses = Arc::new(Mutex::new(limit::GuessLimit::default()));
+        let max_frame_bytes = Arc::new(AtomicUsize::new(socket::UNASSIGNED_FRAME_BYTES));
+        let limits = limits.fit(descriptors::raise());
+        let gate = Gate::new(limits.clone(), max_frame_bytes.clone());
+        let asks_secret = token.is_some() || matches!(role, Role::Federated { .. });
         let metrics = Metrics::new(directory.path());
-        let serves = (!matches!(role, Role::Federated), !matches!(role, Role::Main { .. }));
+        let serves = (
+            !matches!(role, Role::Federated { .. }),
+            !matches!(role, Role::Main { .. }),
+        );
 
-        let (main, blobs) = match run {
+        let (main, blobs, bearers) = match run {
             Some(run) => {
-                let (main, blobs) = prepare(run, &role, token.clone(), &mut directory, inputs.clone())?;
-                (Some(main), Some(blobs))
+                let (main, blobs, bearers) = prepare(run, &role, token, &mut directory, inputs.clone())?;
+                (Some(main), Some(blobs), Some(bearers))
             }
-            None => (None, None),
+            None => (None, None, None),
         };
         let blob_directory = blobs.as_ref().map(|_| directory.weights());
         let federated = serves.1.then(|| {
-            let control = match role {
-                Role::Federated => ControlAccess::Remote { secret: token.clone() },
+            let control = match &role {
+                Role::Federated { control_key } => ControlAccess::Remote {
+                    secret: Some(control_key.clone()),
+                },
                 _ => ControlAccess::Local,
             };
             FederatedServerSession::new(FederatedConfig {
@@ -286,17 +323,21 @@ impl Server {
             })
         });
         let link = match role {
-            Role::Main { federated, dialer } => {
+            Role::Main {
+                federated,
+                dialer,
+                control_key,
+            } => {
                 let session = ControlSession::new(
                     ControlConfig {
                         version: PROTOCOL_VERSION,
-                        secret: token,
+                        secret: Some(control_key),
                         name: "main server".to_owned(),
                         retries: LINK_RETRIES,
                     },
                     Duration::ZERO,
                 );
-                Some(RemoteLink::new(session, dialer, federated))
+                Some(RemoteLink::new(session, dialer, federated.origin))
             }
             _ => None,
         };
@@ -309,7 +350,9 @@ impl Server {
             directory,
             metrics,
             status: status_sender,
-            failures: failures.clone(),
+            guesses: guesses.clone(),
+            asks_secret,
+            gate: gate.clone(),
             max_frame_bytes: max_frame_bytes.clone(),
             report,
         });
@@ -325,11 +368,19 @@ impl Server {
             blobs,
             status,
             demo_data,
-            door: Door::new(serves, inputs.clone(), max_frame_bytes, failures, origin),
+            door: Door::new(serves, inputs.clone(), max_frame_bytes, limits.clone()),
+            hosts: Hosts::new(certificate_names(&listen), hosts),
+            bearers,
+            operator,
+            guesses,
+            origin,
         });
         let mut server = Self {
             addresses,
             certificate_file: identity.as_ref().map(|identity| identity.certificate_file.clone()),
+            fingerprint: identity.as_ref().map(|identity| identity.fingerprint),
+            patience: limits.patience,
+            gate,
             blobs: blob_directory,
             inputs,
             coordinator,
@@ -347,20 +398,22 @@ impl Server {
     fn listen(&mut self, bound: Bound, identity: Option<&tls::Identity>, router: axum::Router) -> Result<(), Error> {
         let handle = Handle::new();
         let service = router.into_make_service_with_connect_info::<SocketAddr>();
-        // A message waits for no other: what a step's phases take is measured.
-        let prompt = NoDelayAcceptor::new();
+        let keeper = GateKeeper(self.gate.clone());
         let task = match identity.filter(|_| bound.secure) {
             Some(identity) => {
                 let config = RustlsConfig::from_config(identity.config.clone());
-                let server = axum_server::from_tcp_rustls(bound.listener, config)
+                let acceptor = RustlsAcceptor::new(config)
+                    .handshake_timeout(self.patience)
+                    .acceptor(keeper);
+                let server = axum_server::from_tcp(bound.listener)
                     .map_err(Error::Serve)?
-                    .map(|acceptor| acceptor.acceptor(prompt));
+                    .acceptor(acceptor);
                 tokio::spawn(server.handle(handle.clone()).serve(service))
             }
             None => {
                 let server = axum_server::from_tcp(bound.listener)
                     .map_err(Error::Serve)?
-                    .acceptor(prompt);
+                    .acceptor(keeper);
                 tokio::spawn(server.handle(handle.clone()).serve(service))
             }
         };
@@ -376,6 +429,11 @@ impl Server {
     /// The certificate that clients elsewhere may be given for `--ca`.
     pub fn certificate_file(&self) -> Option<&Path> {
         self.certificate_file.as_deref()
+    }
+
+    /// Of the certificate, for links.
+    pub fn fingerprint(&self) -> Option<Fingerprint> {
+        self.fingerprint
     }
 
     /// Where the clients' part of the model lies by content hash, for clients on this machine.
@@ -436,7 +494,7 @@ fn prepare(
     secret: Option<String>,
     directory: &mut RunDirectory,
     inputs: mpsc::Sender<Input>,
-) -> Result<(MainRun, Arc<Blobs>), Error> {
+) -> Result<(MainRun, Arc<Blobs>, Bearers), Error> {
     let run_config = run_config(&run);
     let Run {
         model,
@@ -500,11 +558,13 @@ fn prepare(
         "device": engine.name(),
         "model": { "name": name, "sha256": digest.to_string(), "config": serde_json::from_str::<Value>(&assignment.model_config).unwrap_or_default() },
     }))?;
+    let ticket_key: [u8; 32] = rand::random();
+    let bearers = Bearers::new(id, ticket_key, secret.clone());
     let session = MainServerSession::new(
         MainConfig {
             version: PROTOCOL_VERSION,
             run: id,
-            ticket_key: rand::random(),
+            ticket_key,
             ticket_lifetime: TICKET_LIFETIME,
             secret,
             clients,
@@ -523,7 +583,11 @@ fn prepare(
             model: digest,
             tokenizer: Digest::of(tokenizer.as_deref().unwrap_or_default()),
             federated_url: match role {
-                Role::Main { federated, .. } => Some(federated.to_string()),
+                Role::Main { federated, .. } => Some(listen::join_link(
+                    &federated.origin.to_string(),
+                    None,
+                    federated.fingerprint,
+                )),
                 _ => None,
             },
             ping_interval: PING_INTERVAL,
@@ -560,7 +624,7 @@ fn prepare(
         },
         inputs,
     )?;
-    Ok((MainRun::new(session, work, about, cut), blobs))
+    Ok((MainRun::new(session, work, about, cut), blobs, bearers))
 }
 
 /// Numbers in the largest update that a planner's choices lead to: of all blocks but one, each value with two moments.

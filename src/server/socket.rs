@@ -3,9 +3,9 @@
 //! It is separate from the coordinator because a slow or hostile connection may hold up its own task and nothing else.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use axum::extract::WebSocketUpgrade;
 use axum::extract::ws::{Message, WebSocket};
@@ -13,14 +13,14 @@ use axum::response::Response;
 use futures_util::{SinkExt, StreamExt};
 use tokio::sync::mpsc;
 
-use super::inbox::{Input, Outgoing};
-use super::limit::FailureLimit;
+use super::gate::{Limits, Passage};
+use super::inbox::{Input, Outbox, Outgoing};
 use crate::protocol::{ConnectionId, Endpoint};
 
-/// Frames waiting for one connection. The protocol answers before it asks again, so more means a peer that does not read.
-const QUEUED_FRAMES: usize = 64;
 /// Greetings and control messages fit in this; larger frames are taken once a run's sizes are known.
-pub const SMALL_FRAME_BYTES: usize = 1 << 20;
+pub const UNASSIGNED_FRAME_BYTES: usize = 1 << 20;
+/// Each socket's buffer for what is read. Larger frames make it grow.
+const READ_BUFFER: usize = 8 << 10;
 /// How long a frame may take to be written before the connection counts as dead.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -32,18 +32,18 @@ pub struct Door {
     /// Kept up to date by the coordinator.
     max_frame_bytes: Arc<AtomicUsize>,
     next_connection: AtomicU64,
-    failures: Arc<Mutex<FailureLimit>>,
-    origin: Instant,
+    limits: Limits,
+    /// Bytes that wait for any connection.
+    outgoing_bytes: Arc<AtomicUsize>,
 }
 
 impl Door {
-    /// `origin` is the zero of the coordinator's clock, `failures` what it notes failed attempts in.
+    /// Serves the main and the federated service where these are true.
     pub fn new(
         (main, federated): (bool, bool),
         inputs: mpsc::Sender<Input>,
         max_frame_bytes: Arc<AtomicUsize>,
-        failures: Arc<Mutex<FailureLimit>>,
-        origin: Instant,
+        limits: Limits,
     ) -> Self {
         Self {
             main,
@@ -51,93 +51,112 @@ impl Door {
             inputs,
             max_frame_bytes,
             next_connection: AtomicU64::new(0),
-            failures,
-            origin,
+            limits,
+            outgoing_bytes: Arc::default(),
         }
-    }
-
-    /// Whether `address` may try to connect; otherwise how long it has to wait.
-    ///
-    /// # Errors
-    /// The time until it may.
-    pub fn check(&self, address: IpAddr) -> Result<(), Duration> {
-        self.failures
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .check(address, self.origin.elapsed())
     }
 
     /// Answers the upgrade; the connection's task starts when it is complete.
-    pub fn open(&self, endpoint: Endpoint, address: IpAddr, upgrade: WebSocketUpgrade) -> Response {
+    pub fn open(
+        &self,
+        endpoint: Endpoint,
+        address: IpAddr,
+        passage: Arc<Passage>,
+        upgrade: WebSocketUpgrade,
+    ) -> Response {
         let connection = ConnectionId(self.next_connection.fetch_add(1, Ordering::Relaxed));
         let inputs = self.inputs.clone();
+        // The passage keeps strangers to far less.
         let max_frame_bytes = self.max_frame_bytes.load(Ordering::Relaxed);
-        upgrade
-            .max_message_size(max_frame_bytes)
-            .max_frame_size(max_frame_bytes)
-            .on_upgrade(move |socket| carry(connection, endpoint, address, socket, inputs))
-    }
-}
-
-/// Moves frames both ways until either side ends.
-async fn carry(
-    connection: ConnectionId,
-    endpoint: Endpoint,
-    address: IpAddr,
-    socket: WebSocket,
-    inputs: mpsc::Sender<Input>,
-) {
-    let (outgoing, mut queue) = mpsc::channel(QUEUED_FRAMES);
-    if inputs
-        .send(Input::Opened {
+        let limits = Limits {
+            outgoing_bytes: self.limits.outgoing_bytes.max(2 * max_frame_bytes),
+            ..self.limits.clone()
+        };
+        let (outgoing, queue) = Outbox::new(&limits, self.outgoing_bytes.clone());
+        let guest = Guest {
+            connection,
+            passage: passage.clone(),
+            queue,
+            inputs,
+        };
+        let opened = Input::Opened {
             connection,
             endpoint,
             address,
+            passage,
             outgoing,
-        })
-        .await
-        .is_err()
-    {
-        return;
+        };
+        upgrade
+            .read_buffer_size(READ_BUFFER)
+            .max_message_size(max_frame_bytes)
+            .max_frame_size(max_frame_bytes)
+            .on_upgrade(move |socket| guest.carry(socket, opened))
     }
-    let (mut sink, mut stream) = socket.split();
-    let writing = async {
-        while let Some(Outgoing::Frame(bytes)) = queue.recv().await {
-            match tokio::time::timeout(WRITE_TIMEOUT, sink.send(Message::Binary(bytes.into()))).await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => return tracing::debug!("connection {}: {error}", connection.0),
-                Err(_) => return tracing::info!("connection {} does not read; closed", connection.0),
-            }
+}
+
+/// A connection on its way.
+struct Guest {
+    connection: ConnectionId,
+    passage: Arc<Passage>,
+    queue: mpsc::Receiver<Outgoing>,
+    inputs: mpsc::Sender<Input>,
+}
+
+impl Guest {
+    /// Moves frames both ways until either side ends.
+    async fn carry(self, socket: WebSocket, opened: Input) {
+        let Guest {
+            connection,
+            passage,
+            mut queue,
+            inputs,
+        } = self;
+        if inputs.send(opened).await.is_err() {
+            return;
         }
-        // The peer may already be gone.
-        let _ = tokio::time::timeout(Duration::from_secs(1), sink.close()).await;
-    };
-    let reading = async {
-        while let Some(message) = stream.next().await {
-            match message {
-                Ok(Message::Binary(bytes)) => {
-                    if inputs
-                        .send(Input::Frame {
+        let (mut sink, mut stream) = socket.split();
+        let writing = async {
+            while let Some(Outgoing::Frame(mut queued)) = queue.recv().await {
+                let bytes = std::mem::take(&mut queued.bytes);
+                match tokio::time::timeout(WRITE_TIMEOUT, sink.send(Message::Binary(bytes.into()))).await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(error)) => {
+                        tracing::debug!("connection {}: {error}", connection.0);
+                        return false;
+                    }
+                    Err(_) => return true,
+                }
+            }
+            // The peer may already be gone.
+            let _ = tokio::time::timeout(Duration::from_secs(1), sink.close()).await;
+            false
+        };
+        let reading = async {
+            while let Some(message) = stream.next().await {
+                let room = passage.take_room();
+                match message {
+                    Ok(Message::Binary(bytes)) => {
+                        let frame = Input::Frame {
                             connection,
                             bytes: bytes.into(),
-                        })
-                        .await
-                        .is_err()
-                    {
-                        return;
+                            room,
+                        };
+                        if inputs.send(frame).await.is_err() {
+                            return;
+                        }
                     }
+                    Ok(Message::Ping(_) | Message::Pong(_)) => {}
+                    Ok(Message::Text(_)) => return tracing::debug!("connection {} sent text; closed", connection.0),
+                    Ok(Message::Close(_)) => return,
+                    Err(error) => return tracing::debug!("connection {}: {error}", connection.0),
                 }
-                Ok(Message::Ping(_) | Message::Pong(_)) => {}
-                Ok(Message::Text(_)) => return tracing::info!("connection {} sent text; closed", connection.0),
-                Ok(Message::Close(_)) => return,
-                Err(error) => return tracing::debug!("connection {}: {error}", connection.0),
             }
-        }
-    };
-    tokio::select! {
-        () = writing => {}
-        () = reading => {}
+        };
+        let unread = tokio::select! {
+            unread = writing => unread,
+            () = reading => false,
+        };
+        // The coordinator is gone only when the run is over.
+        let _ = inputs.send(Input::Closed { connection, unread }).await;
     }
-    // The coordinator is gone only when the run is over.
-    let _ = inputs.send(Input::Closed { connection }).await;
 }

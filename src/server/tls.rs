@@ -18,6 +18,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde::{Deserialize, Serialize};
 
 use super::Error;
+use crate::transport::Fingerprint;
 
 /// Browsers refuse longer ones.
 const VALID_DAYS: u64 = 397;
@@ -28,6 +29,8 @@ const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 /// A certificate and its private key.
 pub struct Identity {
     pub certificate_file: PathBuf,
+    /// Of the certificate, for links.
+    pub fingerprint: Fingerprint,
     pub config: Arc<ServerConfig>,
 }
 
@@ -90,9 +93,10 @@ impl Identity {
             let text = serde_json::to_string_pretty(&validity).expect("a validity has a JSON form");
             crate::disk::replace(&validity_file, text.as_bytes())?;
         }
-        let config = server_config(&certificate_file, &key)?;
+        let (config, fingerprint) = server_config(&certificate_file, &key)?;
         Ok(Self {
             certificate_file,
+            fingerprint,
             config,
         })
     }
@@ -123,7 +127,8 @@ fn certificate(
     Ok(parameters.self_signed(key).map_err(rcgen_error)?.pem())
 }
 
-fn server_config(certificate_file: &Path, key: &KeyPair) -> Result<Arc<ServerConfig>, Error> {
+/// TLS 1.3 only: whoever speaks to this server has been made after it.
+fn server_config(certificate_file: &Path, key: &KeyPair) -> Result<(Arc<ServerConfig>, Fingerprint), Error> {
     let fail = |reason: String| {
         Error::Certificate(format!(
             "{}: {reason}; remove it to have a new one made",
@@ -134,14 +139,18 @@ fn server_config(certificate_file: &Path, key: &KeyPair) -> Result<Arc<ServerCon
     let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(&pem)
         .collect::<Result<_, _>>()
         .map_err(|error| fail(error.to_string()))?;
+    let certificate = chain
+        .first()
+        .ok_or_else(|| fail("it holds no certificate".to_owned()))?;
+    let fingerprint = Fingerprint::of(certificate);
     let key = PrivateKeyDer::try_from(key.serialize_der()).map_err(|error| fail(error.to_owned()))?;
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let mut config = ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
+        .with_protocol_versions(&[&rustls::version::TLS13])
         .and_then(|builder| builder.with_no_client_auth().with_single_cert(chain, key))
         .map_err(|error| fail(error.to_string()))?;
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
-    Ok(Arc::new(config))
+    Ok((Arc::new(config), fingerprint))
 }
 
 /// Writes a file that only its owner may read, from its first byte on.

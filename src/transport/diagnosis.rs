@@ -8,6 +8,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_tungstenite::tungstenite::http;
 
 use super::dialer::{PROBE_TIMEOUT, connect};
+use super::trust::NotPinned;
 use super::{Error, Origin, SERVER_HEADER, data_directory};
 
 /// Why no TLS connection came about with `origin`, which may be no TLS server at all.
@@ -143,6 +144,9 @@ pub(super) fn io_error(url: &str, error: &io::Error) -> Error {
 
 fn tls_error(url: String, error: &rustls::Error) -> Error {
     match error {
+        rustls::Error::InvalidCertificate(rustls::CertificateError::Other(other)) if other.0.is::<NotPinned>() => {
+            Error::Pin { url }
+        }
         rustls::Error::InvalidCertificate(reason) => {
             let home = data_directory().map_or_else(|_| "SFLLLM_HOME".to_owned(), |home| home.display().to_string());
             let reason = match reason {

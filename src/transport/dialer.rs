@@ -18,7 +18,7 @@ use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::tungstenite::{Error as WebSocketError, Message};
 
 use super::diagnosis::{http_error, io_error, refused, tls_reason, without_tls};
-use super::{ByteStream, CONNECT_TIMEOUT, Error, Origin, SERVER_HEADER, Trust};
+use super::{ByteStream, CONNECT_TIMEOUT, Error, JoinLink, Origin, SERVER_HEADER, Trust};
 
 /// Frames waiting to be sent or to be handled. The protocol answers before it asks again.
 const QUEUED_FRAMES: usize = 64;
@@ -28,6 +28,7 @@ pub(super) const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
 /// Opens HTTP requests and WebSockets with one TLS configuration.
 #[derive(Clone, Debug)]
 pub struct Dialer {
+    trust: Trust,
     tls: Arc<ClientConfig>,
     http: reqwest::Client,
 }
@@ -56,23 +57,37 @@ impl Dialer {
             .build()
             .map_err(Error::Http)?;
         Ok(Self {
+            trust: trust.clone(),
             tls: Arc::new(tls),
             http,
         })
     }
 
-    /// Starts to GET `path` (from `/`), and gives the answer if it is a success; the body is still to be read.
+    /// The dialer for the server that a link names. A link's fingerprint is all that counts, unless a person has said which
+    /// certificates to accept; the fingerprint of another link counts for nothing here.
+    ///
+    /// # Errors
+    /// [`Error::Tls`], [`Error::Http`].
+    pub fn toward(&self, link: &JoinLink) -> Result<Self, Error> {
+        match (link.fingerprint, &self.trust) {
+            (Some(fingerprint), Trust::Known | Trust::Pinned(_)) => Self::new(&Trust::Pinned(fingerprint)),
+            (None, Trust::Pinned(_)) => Self::new(&Trust::Known),
+            _ => Ok(self.clone()),
+        }
+    }
+
+    /// Starts to GET `path` (from `/`) as the bearer of a credential, and gives the answer if it is a success; the body is
+    /// still to be read.
     ///
     /// # Errors
     /// [`Error`] names the address.
-    pub async fn get(&self, origin: &Origin, path: &str) -> Result<reqwest::Response, Error> {
+    pub async fn get(&self, origin: &Origin, path: &str, bearer: Option<&str>) -> Result<reqwest::Response, Error> {
         let url = format!("{origin}{path}");
-        let response = self
-            .http
-            .get(&url)
-            .send()
-            .await
-            .map_err(|error| http_error(&url, &error))?;
+        let mut request = self.http.get(&url);
+        if let Some(bearer) = bearer {
+            request = request.bearer_auth(bearer);
+        }
+        let response = request.send().await.map_err(|error| http_error(&url, &error))?;
         let status = response.status();
         if !status.is_success() {
             return Err(Error::Status {

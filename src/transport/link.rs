@@ -4,8 +4,8 @@
 
 use std::net::IpAddr;
 
-use super::Error;
 use super::diagnosis::printable;
+use super::{Error, Fingerprint};
 
 /// Scheme, host and port of a server.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,11 +42,13 @@ impl std::fmt::Display for Origin {
     }
 }
 
-/// What a join link says: `https://HOST:PORT/?join=1#t=TOKEN`, of which everything after the port may be absent.
+/// What a join link says: `https://HOST:PORT/?join=1#t=TOKEN&f=FINGERPRINT`, of which everything after the port may be absent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JoinLink {
     pub origin: Origin,
     pub token: Option<String>,
+    /// Of the server's certificate.
+    pub fingerprint: Option<Fingerprint>,
 }
 
 impl std::str::FromStr for JoinLink {
@@ -88,15 +90,17 @@ impl std::str::FromStr for JoinLink {
             let reason = format!("a server is not at a path such as `{}`", printable(url.path(), 80));
             return Err(fail(&reason, Some(origin.to_string())));
         }
-        let token = url.fragment().and_then(|fragment| {
-            fragment
-                .split('&')
-                .find_map(|part| part.strip_prefix("t="))
-                .filter(|token| !token.is_empty())
-        });
+        let said = |name: &str| {
+            let mut parts = url.fragment().unwrap_or_default().split('&');
+            parts
+                .find_map(|part| part.strip_prefix(name)?.strip_prefix('='))
+                .filter(|value| !value.is_empty())
+        };
+        let fingerprint = said("f").map(str::parse::<Fingerprint>).transpose();
         Ok(Self {
+            token: said("t").map(str::to_owned),
+            fingerprint: fingerprint.map_err(|error| fail(&error.to_string(), Some(origin.to_string())))?,
             origin,
-            token: token.map(str::to_owned),
         })
     }
 }
@@ -116,7 +120,18 @@ mod tests {
                 port: 8443
             }
         );
-        assert_eq!(link.token.as_deref(), Some("abc-def"));
+        assert_eq!((link.token.as_deref(), link.fingerprint), (Some("abc-def"), None));
+        let fingerprint = Fingerprint::of(b"a certificate");
+        let link = format!("https://192.168.1.20:8443/?join=1#t=abc-def&f={fingerprint}");
+        let link: JoinLink = link.parse().unwrap();
+        assert_eq!(
+            (link.token.as_deref(), link.fingerprint),
+            (Some("abc-def"), Some(fingerprint))
+        );
+        assert!(matches!(
+            "https://192.168.1.20:8443/#t=abc-def&f=half".parse::<JoinLink>(),
+            Err(Error::Url { .. })
+        ));
         let link: JoinLink = "http://[::1]:8080".parse().unwrap();
         assert_eq!(
             (link.origin.to_string().as_str(), link.token),

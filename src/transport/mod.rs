@@ -5,13 +5,14 @@
 //!
 //! | file | holds |
 //! |---|---|
-//! | `link`, `trust` | where a server is, and which certificates are accepted |
+//! | `link`, `fingerprint`, `trust` | where a server is, and which certificates are accepted |
 //! | `dialer`, `stream` | opening connections |
 //! | `diagnosis` | what is wrong when none opens |
 //! | `machine` | this machine: its directories and its name |
 
 mod diagnosis;
 mod dialer;
+mod fingerprint;
 mod link;
 mod machine;
 mod stream;
@@ -20,6 +21,7 @@ mod trust;
 use std::time::Duration;
 
 pub use dialer::{Dialer, SocketEvent};
+pub use fingerprint::Fingerprint;
 pub use link::{JoinLink, Origin};
 pub use machine::{cache_directory, data_directory, host_name};
 pub use stream::ByteStream;
@@ -49,6 +51,11 @@ pub enum Error {
          ({home}/tls/certificate.pem there) and give it with --ca FILE, or accept any certificate with --insecure-tls"
     )]
     Certificate { url: String, reason: String, home: String },
+    #[error(
+        "the certificate of {url} is not the one that the join link names: copy the link again, since the server may have made a \
+         new certificate; if it did not, somebody else answers in its place"
+    )]
+    Pin { url: String },
     #[error("cannot reach {url}: {reason}")]
     Unreachable { url: String, reason: String },
     #[error("the name in {url} is not known here; check how it is spelled, or use the server's address in numbers")]

@@ -9,9 +9,9 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, OtherError, RootCertStore, SignatureScheme};
 
-use super::{Error, data_directory};
+use super::{Error, Fingerprint, data_directory};
 
 /// Which server certificates to accept.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -21,6 +21,8 @@ pub enum Trust {
     Known,
     /// Those signed by, or equal to, the certificates in this PEM file.
     Authority(PathBuf),
+    /// The one that has this fingerprint, whatever its names and whoever signed it.
+    Pinned(Fingerprint),
     /// Any. An attacker on the network can then read and change everything.
     Anyone,
 }
@@ -33,14 +35,17 @@ impl Trust {
         let mut tls = match self {
             Trust::Known => builder.with_root_certificates(known_roots()).with_no_client_auth(),
             Trust::Authority(path) => builder.with_root_certificates(authority(path)?).with_no_client_auth(),
-            Trust::Anyone => {
-                let mut tls = builder
-                    .with_root_certificates(RootCertStore::empty())
-                    .with_no_client_auth();
-                tls.dangerous()
-                    .set_certificate_verifier(Arc::new(AnyCertificate(provider)));
-                tls
-            }
+            Trust::Pinned(fingerprint) => builder
+                .dangerous()
+                .with_custom_certificate_verifier(Arc::new(ByKey {
+                    provider,
+                    pinned: Some(*fingerprint),
+                }))
+                .with_no_client_auth(),
+            Trust::Anyone => builder
+                .dangerous()
+                .with_custom_certificate_verifier(Arc::new(ByKey { provider, pinned: None }))
+                .with_no_client_auth(),
         };
         tls.alpn_protocols = vec![b"http/1.1".to_vec()];
         Ok(tls)
@@ -77,20 +82,33 @@ fn known_roots() -> RootCertStore {
     roots
 }
 
-/// Accepts every certificate, but still only from whoever holds its key.
-#[derive(Debug)]
-struct AnyCertificate(Arc<CryptoProvider>);
+/// The certificate is not the one that was pinned.
+#[derive(Debug, thiserror::Error)]
+#[error("it is not the certificate that was pinned")]
+pub(super) struct NotPinned;
 
-impl ServerCertVerifier for AnyCertificate {
+/// Accepts the pinned certificate, or every one, but only from whoever holds its key.
+#[derive(Debug)]
+struct ByKey {
+    provider: Arc<CryptoProvider>,
+    pinned: Option<Fingerprint>,
+}
+
+impl ServerCertVerifier for ByKey {
     fn verify_server_cert(
         &self,
-        _end_entity: &CertificateDer<'_>,
+        end_entity: &CertificateDer<'_>,
         _intermediates: &[CertificateDer<'_>],
         _server_name: &ServerName<'_>,
         _ocsp_response: &[u8],
         _now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
+        match self.pinned {
+            Some(pinned) if pinned != Fingerprint::of(end_entity) => {
+                Err(CertificateError::Other(OtherError(Arc::new(NotPinned))).into())
+            }
+            _ => Ok(ServerCertVerified::assertion()),
+        }
     }
 
     fn verify_tls12_signature(
@@ -103,7 +121,7 @@ impl ServerCertVerifier for AnyCertificate {
             message,
             certificate,
             signature,
-            &self.0.signature_verification_algorithms,
+            &self.provider.signature_verification_algorithms,
         )
     }
 
@@ -117,12 +135,12 @@ impl ServerCertVerifier for AnyCertificate {
             message,
             certificate,
             signature,
-            &self.0.signature_verification_algorithms,
+            &self.provider.signature_verification_algorithms,
         )
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
+        self.provider.signature_verification_algorithms.supported_schemes()
     }
 }
 

@@ -8,7 +8,7 @@ use proptest::option;
 use proptest::prelude::*;
 use sflllm::protocol::codec::{
     Answer, DecodeError, Frame, GreetingError, decode_answer, decode_frame, decode_hello, decode_message,
-    encode_answer, encode_frame, encode_hello, encode_message, encode_message_frame,
+    encode_answer, encode_checked_frame, encode_frame, encode_hello, encode_message, encode_message_frame,
 };
 use sflllm::protocol::message::*;
 use sflllm::terms::format::Format;
@@ -471,6 +471,31 @@ proptest! {
         prop_assert_eq!(decode_message(kind, &body), Ok(message));
     }
 
+    /// Numbers in the header change when a frame is sent again; a bit of anything after it is noticed.
+    #[test]
+    fn a_checked_message_is_decoded_to_itself_and_never_to_another(
+        message in message(),
+        bit: prop::sample::Index,
+        number: u32,
+    ) {
+        let mut bytes = encode_checked_frame(number, 0, &message);
+        let decode = |bytes: &[u8]| {
+            let Ok(Frame::Message { kind, body, .. }) = decode_frame(bytes) else {
+                panic!("no message")
+            };
+            decode_message(kind, body)
+        };
+        prop_assert_eq!(decode(&bytes), Ok(message.clone()));
+        let checked = matches!(message, Message::Activations(_) | Message::Gradient(_) | Message::AdapterUpdate(_));
+        prop_assert_eq!(bytes[0] == 33, checked);
+        if checked {
+            let bit = bit.index((bytes.len() - 9) * 8);
+            bytes[9 + bit / 8] ^= 1 << (bit % 8);
+            let refused = matches!(decode(&bytes), Err(DecodeError::Damaged | DecodeError::Unknown { .. }));
+            prop_assert!(refused, "{:?}", decode(&bytes));
+        }
+    }
+
     #[test]
     fn every_greeting_and_answer_is_decoded_to_itself(hello in hello(), answer in answer()) {
         prop_assert_eq!(decode_hello(hello.version, &encode_hello(&hello)), Ok(hello));
@@ -715,7 +740,13 @@ fn the_bytes_of_a_step_and_of_an_assignment_are_those_of_this_version() {
         words(&[1.5_f32.to_bits(), 8, 0, 2.5_f32.to_bits()]),
         bulk(&payload),
     ];
-    assert_eq!(encode_message(&Message::Gradient(gradient)), (21, expected.concat()));
+    let gradient = Message::Gradient(gradient);
+    assert_eq!(encode_message(&gradient), (21, expected.concat()));
+
+    // Since 3.2 with its kind and a digest of kind and body behind it, as a kind of its own.
+    let digest = Digest::of(&[vec![21], expected.concat()].concat());
+    let checked = [vec![33], words(&[5, 6]), expected.concat(), vec![21], digest.0.to_vec()];
+    assert_eq!(encode_checked_frame(5, 6, &gradient), checked.concat());
 
     let assignment = Assignment {
         run: RunId([4; 16]),

@@ -69,7 +69,10 @@ const CRATES: &[(&str, &[&str])] = &[
     ("anyhow", &["cli", "main.rs"]),
     ("indicatif", &["cli"]),
     ("plotters", &["cli/charts.rs"]),
-    ("libc", &["cli/interrupt.rs", "cli/needs.rs", "main.rs"]),
+    (
+        "libc",
+        &["cli/interrupt.rs", "cli/needs.rs", "main.rs", "server/descriptors.rs"],
+    ),
 ];
 
 fn sources() -> PathBuf {

@@ -22,7 +22,7 @@ use sflllm::protocol::message::{Assignment, Blob, Digest, LinkRates, OwnAlpha, R
 use sflllm::protocol::{Deadline, FinishReason};
 use sflllm::server::planner::{ClientPrediction, Decision, Planner, RoundFacts, RoundPrediction, StartFacts};
 use sflllm::server::store::RunDirectory;
-use sflllm::server::{Model, Role, Run, Server, Settings, Summary};
+use sflllm::server::{Limits, Model, Role, Run, Server, Settings, Summary};
 use sflllm::split::Training;
 use sflllm::terms::format::Format;
 use sflllm::terms::ids::{RoundKey, RunId, StepKey};
@@ -246,6 +246,9 @@ fn run_on(
         role: Role::Both,
         listen: vec!["http://127.0.0.1:0".parse().unwrap()],
         token: None,
+        operator: None,
+        hosts: Vec::new(),
+        limits: Limits::default(),
         home: home.path().to_owned(),
         directory,
         demo_data: b"".into(),

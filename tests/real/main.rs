@@ -4,6 +4,7 @@ mod browser;
 mod defaults;
 mod export;
 mod field_console;
+mod gate;
 mod hub;
 mod needs;
 mod plan_command;

@@ -283,7 +283,7 @@ fn a_federated_server_of_its_own_sees_adapters_only() {
     let directory = tempfile::tempdir().unwrap();
     let home = directory.path();
     let (main_out, federated_out) = (home.join("main"), home.join("federated"));
-    let address = ["--listen", "https://127.0.0.1:0", "--token", "secret", "--out"];
+    let address = ["--listen", "https://127.0.0.1:0", "--out"];
     let federated = serve(
         home,
         &[
@@ -293,11 +293,25 @@ fn a_federated_server_of_its_own_sees_adapters_only() {
         ]
         .concat(),
     );
+    let told = |start: &str, end: &str| {
+        let line = federated
+            .lines
+            .iter()
+            .find_map(|line| Some(line.strip_prefix(start)?.to_owned()));
+        let line = line.expect(start);
+        line.split(end).next().unwrap().to_owned()
+    };
+    let link = told("for the main server: --federated-url '", "'");
+    let key = told("control key: ", " ");
     let role = [
         "--role",
         "main",
         "--federated-url",
-        &federated.url,
+        &link,
+        "--control-key",
+        &key,
+        "--token",
+        "secret",
         "--clients",
         "2",
         "--device",
@@ -308,8 +322,17 @@ fn a_federated_server_of_its_own_sees_adapters_only() {
         home,
         &[&role[..], &run, &address, &[main_out.to_str().unwrap()]].concat(),
     );
-    // On the server's own machine and account its certificate is known.
-    let clients = [0, 1].map(|part| join(home, &main.url, &third(home, part), &["--token", "secret"]));
+    // On the server's own machine and account its certificate is known; elsewhere the link is enough for both servers.
+    let elsewhere = home.join("elsewhere");
+    let start = "on this machine: ";
+    let link = main
+        .lines
+        .iter()
+        .find_map(|line| Some(line.strip_prefix(start)?.to_owned()));
+    let clients = [
+        join(home, &main.url, &third(home, 0), &["--token", "secret"]),
+        join(&elsewhere, &link.expect(start), &third(home, 1), &[]),
+    ];
     for client in clients {
         let (status, said) = client.finish();
         assert!(status.success(), "{said}");
@@ -334,6 +357,129 @@ fn a_federated_server_of_its_own_sees_adapters_only() {
         "a federated server has no steps: {federated:?}"
     );
     assert!(main_out.join("adapter").is_dir() && !federated_out.join("adapter").exists());
+}
+
+#[test]
+fn a_join_link_is_enough_and_a_wrong_fingerprint_too_much() {
+    let directory = tempfile::tempdir().unwrap();
+    let (home, elsewhere) = (directory.path().join("server"), directory.path().join("client"));
+    let out = directory.path().join("run");
+    let token = directory.path().join("token");
+    std::fs::write(&token, "k7wd-m2pq\n").unwrap();
+    let server = serve(
+        &home,
+        &[
+            "--listen",
+            "https://127.0.0.1:0",
+            "--token-file",
+            token.to_str().unwrap(),
+            "--rounds",
+            "1",
+            "--local-steps",
+            "2",
+            "--batch",
+            "2",
+            "--device",
+            "cpu",
+            "--out",
+            out.to_str().unwrap(),
+        ],
+    );
+    let start = "on this machine: ";
+    let link = (server.lines.iter())
+        .find_map(|line| Some(line.strip_prefix(start)?.to_owned()))
+        .expect(start);
+    let (place, fingerprint) = link.split_once("&f=").unwrap();
+    assert_eq!(place, format!("{}/#t=k7wd-m2pq", server.url));
+    let data = third(directory.path(), 0);
+
+    // Another certificate's fingerprint, though the server's own is known on this machine.
+    let first = if fingerprint.starts_with('A') { "B" } else { "A" };
+    let wrong = format!("{place}&f={first}{}", &fingerprint[1..]);
+    for home in [&home, &elsewhere] {
+        let (status, said) = join(home, &wrong, &data, &[]).finish();
+        assert_eq!(status.code(), Some(1), "{said}");
+        assert!(said.contains("not the one that the join link names"), "{said}");
+    }
+    let (status, said) = join(&elsewhere, &format!("{place}&f=half"), &data, &[]).finish();
+    assert_eq!(status.code(), Some(2), "{said}");
+
+    // With the fingerprint alone, and the token from the environment.
+    let mut command = program(&elsewhere);
+    command
+        .args([
+            "join",
+            &format!("{}/#f={fingerprint}", server.url),
+            "--device",
+            "cpu",
+            "--data",
+        ])
+        .arg(&data)
+        .env("SFLLLM_TOKEN", "k7wd-m2pq");
+    let (status, said) = Running(command.spawn().unwrap()).finish();
+    assert!(status.success() && said.contains("the run is complete"), "{said}");
+    let said: Vec<String> = server.lines.iter().collect();
+    let (status, _) = server.process.finish();
+    assert!(status.success(), "{}", said.join("\n"));
+}
+
+#[test]
+fn a_main_server_needs_the_federated_servers_key() {
+    let directory = tempfile::tempdir().unwrap();
+    let home = directory.path();
+    let federated = serve(
+        home,
+        &[
+            "--role",
+            "federated",
+            "--listen",
+            "http://127.0.0.1:0",
+            "--out",
+            home.join("federated").to_str().unwrap(),
+        ],
+    );
+    let output = run(
+        home,
+        &[
+            "serve",
+            "--role",
+            "main",
+            "--federated-url",
+            &federated.url,
+            "--control-key",
+            "guess",
+            "--listen",
+            "http://127.0.0.1:0",
+            "--device",
+            "cpu",
+            "--out",
+            home.join("main").to_str().unwrap(),
+        ],
+    );
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("refuses the control key") && said.contains("--control-key"),
+        "{said}"
+    );
+    let output = run(
+        directory.path(),
+        &[
+            "serve",
+            "--role",
+            "main",
+            "--federated-url",
+            "https://127.0.0.1:1",
+            "--token",
+            "secret",
+        ],
+    );
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("--control-key") && said.contains("SFLLLM_CONTROL_KEY"),
+        "{said}"
+    );
 }
 
 #[test]

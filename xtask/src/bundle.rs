@@ -16,8 +16,8 @@ use crate::setup;
 
 /// What the WebAssembly and its JavaScript may weigh, a little above what they do weigh: growth should be a decision, since on a
 /// phone's first visit this is the wait before anything runs.
-const BUDGET_RAW: usize = 820_000;
-const BUDGET_GZIP: usize = 305_000;
+const BUDGET_RAW: usize = 880_000;
+const BUDGET_GZIP: usize = 330_000;
 
 /// How the WebAssembly is compiled.
 #[derive(Clone, Copy, PartialEq, Eq)]

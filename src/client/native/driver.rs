@@ -401,9 +401,12 @@ impl Driver {
     }
 
     fn connect(&mut self, endpoint: Endpoint, url: Option<&str>) -> Result<(), Error> {
-        let origin = match url {
-            Some(url) => url.parse::<JoinLink>()?.origin,
-            None => self.settings.server.clone(),
+        let (origin, dialer) = match url {
+            Some(url) => {
+                let link: JoinLink = url.parse()?;
+                (link.origin.clone(), self.settings.dialer.toward(&link)?)
+            }
+            None => (self.settings.server.clone(), self.settings.dialer.clone()),
         };
         let path = match endpoint {
             Endpoint::Main => "/main",
@@ -414,9 +417,7 @@ impl Driver {
         socket.outgoing = None;
         socket.live = true;
         let tag = (endpoint, socket.number);
-        self.settings
-            .dialer
-            .open(tag, &origin, path, MAX_FRAME_BYTES, self.socket_sender.clone());
+        dialer.open(tag, &origin, path, MAX_FRAME_BYTES, self.socket_sender.clone());
         Ok(())
     }
 
@@ -435,6 +436,7 @@ impl Driver {
         let fetcher = Fetcher {
             dialer: self.settings.dialer.clone(),
             server: self.settings.server.clone(),
+            bearer: self.session.bearer(),
             cache: self.settings.cache.clone(),
             report: self.report.clone(),
         };

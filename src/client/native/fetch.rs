@@ -16,6 +16,8 @@ use crate::transport::{Dialer, Origin};
 pub(super) struct Fetcher {
     pub dialer: Dialer,
     pub server: Origin,
+    /// What the server is shown.
+    pub bearer: Option<String>,
     pub cache: PathBuf,
     pub report: std::sync::Arc<dyn Fn(Report) + Send + Sync>,
 }
@@ -71,7 +73,7 @@ impl Fetcher {
             url: format!("{}{url}", self.server),
             reason,
         };
-        let mut response = self.dialer.get(&self.server, &url).await?;
+        let mut response = self.dialer.get(&self.server, &url, self.bearer.as_deref()).await?;
         let mut output = tokio::fs::File::create(file)
             .await
             .map_err(|error| Error::file("create", file, error))?;

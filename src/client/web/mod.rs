@@ -156,6 +156,11 @@ impl EdgeClient {
         Ok(loader.add_stored(File::new(handle))?)
     }
 
+    /// What the server gives weights for: for `Authorization: Bearer`; empty before this client is in.
+    pub fn bearer(&self) -> String {
+        self.0.state.borrow().session.bearer().unwrap_or_default()
+    }
+
     /// Bytes of the buffers on the device.
     #[wasm_bindgen(js_name = bufferBytes)]
     pub fn buffer_bytes(&self) -> f64 {

@@ -94,7 +94,7 @@ fn check_merges(model: &Model<'_>) -> Result<(), Flaw> {
 }
 
 /// How many times longer a normalizer or decoder can make a text.
-fn growth(part: &Value, what: &str) -> Result<u64, Flaw> {
+pub(super) fn growth(part: &Value, what: &str) -> Result<u64, Flaw> {
     let Some(kind) = part["type"].as_str() else {
         return Ok(1);
     };

@@ -23,7 +23,7 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::processors::PostProcessorWrapper;
-use tokenizers::{AddedToken, SplitDelimiterBehavior, Tokenizer as Inner};
+use tokenizers::{AddedToken, NormalizedString, Normalizer, SplitDelimiterBehavior, Tokenizer as Inner};
 
 use settings::{Added, SideFiles};
 pub use settings::{SETTINGS, Settings};
@@ -42,8 +42,16 @@ pub(crate) const CHATML_NAME: &str = "chatml";
 const END_OF_TEXT: &str = "<|endoftext|>";
 /// Texts encoded at a time: enough to keep every core busy.
 const ENCODE_GROUP: usize = 1024;
-/// And their bytes: an encoding takes many times its text.
+/// And their bytes, normalized: an encoding takes many times its text.
 const ENCODE_BYTES: usize = 4 << 20;
+/// A normalizer that cannot make a text longer than this is not watched at it.
+const UNWATCHED_GROWTH: u64 = 4;
+/// One that can makes texts up to so many times their length: Unicode's own forms make up to 11 bytes of one.
+const MOST_GROWTH: usize = 12;
+/// Texts are watched in pieces of so many bytes, so that none has to be long before it is refused, …
+const PIECE_BYTES: usize = 16 << 10;
+/// … and each may be longer by this.
+const PIECE_SLACK: usize = 1 << 10;
 /// How Qwen2 cuts text, which its older files do not say.
 const QWEN2_WORDS: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -60,6 +68,8 @@ pub struct Tokenizer {
     stop: Vec<u32>,
     vocab_size: usize,
     chat: Option<Chat>,
+    /// The normalizer is watched.
+    grows: bool,
 }
 
 /// A chat template as its text, and ready to run.
@@ -218,6 +228,7 @@ impl Tokenizer {
             }),
         };
         Ok(Self {
+            grows: grows(&inner)?,
             inner,
             json,
             eos: full.eos,
@@ -346,6 +357,36 @@ impl Tokenizer {
         Sha256::digest(&self.json).into()
     }
 
+    /// Bytes of a text as it is cut into tokens, if that is watched; at least nearly.
+    ///
+    /// # Errors
+    /// [`DataError::Encode`] when the normalizer blows it up.
+    fn normalized_bytes(&self, text: &str) -> Result<usize, DataError> {
+        let Some(normalizer) = self.inner.get_normalizer().filter(|_| self.grows) else {
+            return Ok(text.len());
+        };
+        let (mut rest, mut total) = (text, 0);
+        while !rest.is_empty() {
+            let (piece, after) = rest.split_at(rest.floor_char_boundary(PIECE_BYTES));
+            rest = after;
+            let mut normalized = NormalizedString::from(piece);
+            caught(|| normalizer.normalize(&mut normalized))
+                .map_err(|_| encode_error(text, "the tokenizer library gave up".to_owned()))?
+                .map_err(|error| encode_error(text, error.to_string()))?;
+            let bytes = normalized.get().len();
+            if bytes > MOST_GROWTH * piece.len() + PIECE_SLACK {
+                let reason = format!(
+                    "the normalizer of the tokenizer's file makes {bytes} bytes of {}, and at most {MOST_GROWTH} times as many are \
+                     allowed; take the model from a source you trust",
+                    piece.len()
+                );
+                return Err(encode_error(text, reason));
+            }
+            total += bytes;
+        }
+        Ok(total)
+    }
+
     /// Encodes texts in groups that keep every core busy and little memory, taking a panic of the tokenizer library
     /// as an error.
     fn encode_groups(
@@ -356,16 +397,14 @@ impl Tokenizer {
     ) -> Result<(), DataError> {
         let mut rest = texts;
         while !rest.is_empty() {
-            let mut bytes = 0;
-            let count = rest
-                .iter()
-                .take(ENCODE_GROUP)
-                .take_while(|text| {
-                    let room = bytes < ENCODE_BYTES;
-                    bytes += text.len();
-                    room
-                })
-                .count();
+            let (mut bytes, mut count) = (0, 0);
+            for text in rest.iter().take(ENCODE_GROUP) {
+                if bytes >= ENCODE_BYTES {
+                    break;
+                }
+                bytes += self.normalized_bytes(text)?;
+                count += 1;
+            }
             let (group, after) = rest.split_at(count);
             rest = after;
             let inputs: Vec<&str> = group.iter().map(String::as_str).collect();
@@ -476,6 +515,16 @@ fn without_settings(json: &[u8]) -> Result<(Vec<u8>, Settings), DataError> {
 fn library(json: &[u8]) -> Result<Inner, DataError> {
     check::check(json).map_err(|flaw| bad(TOKENIZER_FILE, flaw.to_string()))?;
     guarded(TOKENIZER_FILE, || Inner::from_bytes(json))
+}
+
+/// Whether the normalizer can make texts much longer.
+fn grows(inner: &Inner) -> Result<bool, DataError> {
+    let Some(normalizer) = inner.get_normalizer() else {
+        return Ok(false);
+    };
+    let normalizer = serde_json::to_value(normalizer).map_err(|error| bad(TOKENIZER_FILE, error.to_string()))?;
+    let growth = check::growth(&normalizer, "normalizer").map_err(|flaw| bad(TOKENIZER_FILE, flaw.to_string()))?;
+    Ok(growth > UNWATCHED_GROWTH)
 }
 
 fn to_json(inner: &Inner) -> Result<Vec<u8>, DataError> {

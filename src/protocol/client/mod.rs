@@ -92,6 +92,11 @@ impl ClientSession {
         self.identity.as_ref().map(|identity| identity.client)
     }
 
+    /// What the main server gives weights for, once the client is in: for `Authorization: Bearer`.
+    pub fn bearer(&self) -> Option<String> {
+        self.identity.as_ref().map(|identity| identity.main_ticket.to_bearer())
+    }
+
     /// The largest frame the servers may send: what a socket need not read past.
     pub fn max_frame_bytes(&self) -> usize {
         self.frame_limit().unwrap_or(UNASSIGNED_FRAME_BYTES)
@@ -153,6 +158,7 @@ impl ClientSession {
             Ok(Heard::Welcome(welcome)) => self.handle_welcome(endpoint, now, *welcome),
             Ok(Heard::Refused(refused)) => self.handle_refusal(endpoint, now, refused),
             Ok(Heard::Message(message)) => self.handle_message(endpoint, now, message),
+            Err(fault) if fault.is_damage() => self.lose(endpoint, now),
             Err(fault) => self.fail(ClientFailure::Connection { endpoint, fault }),
         }
     }

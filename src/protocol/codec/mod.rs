@@ -24,7 +24,9 @@ mod wire;
 mod word;
 
 pub(super) use frame::set_acknowledged;
-pub use frame::{Frame, decode_frame, decode_message, encode_frame, encode_message, encode_message_frame};
+pub use frame::{
+    Frame, decode_frame, decode_message, encode_checked_frame, encode_frame, encode_message, encode_message_frame,
+};
 pub use greeting::{Answer, GreetingError, decode_answer, decode_hello, encode_answer, encode_hello, is_greeting};
 
 use crate::terms::tensor::WireTensorError;
@@ -49,6 +51,8 @@ pub enum DecodeError {
     Unknown { what: &'static str, value: u64 },
     #[error("text is not UTF-8")]
     Text,
+    #[error("it was damaged on the way: its digest is another")]
+    Damaged,
     #[error("{0} is not a number that can be")]
     Range(&'static str),
     #[error(transparent)]

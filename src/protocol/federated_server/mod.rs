@@ -112,6 +112,14 @@ impl FederatedServerSession {
         self.retest(now);
     }
 
+    /// The connection was closed from this side, because what waited for it was more than it reads.
+    pub fn unread(&mut self, connection: ConnectionId, now: Duration) {
+        if let Some(guest) = self.door.remove(connection) {
+            self.depart(guest, DepartureReason::Unread, now);
+        }
+        self.retest(now);
+    }
+
     pub fn handle_frame(&mut self, connection: ConnectionId, now: Duration, bytes: &[u8]) {
         match self.door.hear(connection, bytes) {
             Heard::Nothing => {}
@@ -124,6 +132,10 @@ impl FederatedServerSession {
                     self.events
                         .push_back(FederatedEvent::ClientRefused { connection, reason });
                 }
+            }
+            Heard::Fault { guest, error } if error.is_damage() => {
+                self.door.close(connection);
+                self.depart(guest, DepartureReason::Damaged, now);
             }
             Heard::Fault { guest, error } => self.expel(guest, StopReason::Unexpected, error.to_string(), now),
             Heard::Frame { guest, first, message } => {

@@ -98,8 +98,12 @@ pub enum DepartureReason {
     Disconnected,
     /// It was silent for too long.
     Silent,
+    /// It did not read what it was sent.
+    Unread,
     /// It opened another connection.
     Superseded,
+    /// What it sent was damaged on the way; it may come back.
+    Damaged,
     /// It broke the protocol.
     Misbehaved(String),
     /// The federated server left it out.
@@ -116,7 +120,9 @@ impl std::fmt::Display for DepartureReason {
             DepartureReason::Left => f.write_str("left"),
             DepartureReason::Disconnected => f.write_str("disconnected"),
             DepartureReason::Silent => f.write_str("went silent"),
+            DepartureReason::Unread => f.write_str("does not read what it is sent"),
             DepartureReason::Superseded => f.write_str("connected again"),
+            DepartureReason::Damaged => f.write_str("what it sent was damaged on the way"),
             DepartureReason::Misbehaved(detail) => write!(f, "broke the protocol: {detail}"),
             DepartureReason::Excluded(reason) => write!(f, "left out of the round: {reason}"),
             DepartureReason::Unusable => f.write_str("its activations gave no usable loss or gradient"),

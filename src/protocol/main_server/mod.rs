@@ -158,11 +158,23 @@ impl MainServerSession {
         self.retest(now);
     }
 
+    /// The connection was closed from this side, because what waited for it was more than it reads.
+    pub fn unread(&mut self, connection: ConnectionId, now: Duration) {
+        if let Some(client) = self.door.remove(connection) {
+            self.depart(client, DepartureReason::Unread);
+        }
+        self.retest(now);
+    }
+
     pub fn handle_frame(&mut self, connection: ConnectionId, now: Duration, bytes: &[u8]) {
         match self.door.hear(connection, bytes) {
             Heard::Nothing => {}
             Heard::Refused(reason) => self.events.push_back(MainEvent::ClientRefused { connection, reason }),
             Heard::Hello(hello) => self.greet(connection, now, &hello),
+            Heard::Fault { guest, error } if error.is_damage() => {
+                self.door.close(connection);
+                self.depart(guest, DepartureReason::Damaged);
+            }
             Heard::Fault { guest, error } => self.expel(guest, DepartureReason::Misbehaved(error.to_string())),
             Heard::Frame { guest, first, message } => {
                 if first {

@@ -17,6 +17,14 @@ impl Digest {
         Digest(Sha256::digest(bytes).into())
     }
 
+    /// The digest of `parts`, one after the other.
+    pub(crate) fn of_parts<const N: usize>(parts: [&[u8]; N]) -> Digest {
+        let hasher = parts
+            .iter()
+            .fold(Sha256::new(), |hasher, part| hasher.chain_update(part));
+        Digest(hasher.finalize().into())
+    }
+
     /// The digest of a flat adapter: of its values as little-endian f32.
     pub fn of_values(values: &[f32]) -> Digest {
         let mut hasher = Sha256::new();

@@ -21,6 +21,9 @@ pub const ALPHAS_SINCE: Version = Version { major: 3, minor: 1 };
 /// [`Control::Base`](super::Control::Base).
 pub const DEADLINES_SINCE: Version = Version { major: 3, minor: 2 };
 
+/// The first version in which messages with tensors and adapters carry a digest of themselves.
+pub const DIGESTS_SINCE: Version = Version { major: 3, minor: 2 };
+
 /// A protocol version. Minor versions only append fields and message kinds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Version {
@@ -69,6 +72,21 @@ impl fmt::Display for Service {
 /// An opaque pass a server gave. Only servers look inside.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Ticket(pub Vec<u8>);
+
+impl Ticket {
+    /// As the bearer of an HTTP request carries it: hexadecimal digits.
+    pub fn to_bearer(&self) -> String {
+        self.0.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// `None` for a text that is no ticket.
+    pub fn from_bearer(text: &str) -> Option<Ticket> {
+        let (pairs, rest) = text.as_bytes().as_chunks::<2>();
+        let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+        let bytes = pairs.iter().map(|[high, low]| Some(digit(*high)? << 4 | digit(*low)?));
+        rest.is_empty().then(|| bytes.collect()).flatten().map(Ticket)
+    }
+}
 
 impl fmt::Debug for Ticket {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -162,7 +180,7 @@ pub enum RefusalReason {
 }
 
 impl RefusalReason {
-    /// Whether the bearer tried to come in without the right to: what a server limits per address.
+    /// Whether the bearer tried to come in without the right to.
     pub fn is_authorisation_failure(self) -> bool {
         matches!(
             self,

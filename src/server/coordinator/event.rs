@@ -19,6 +19,9 @@ use crate::protocol::{ConnectionId, FederatedEvent, LeftOut, MainEvent};
 
 impl Coordinator {
     pub(super) fn main_event(&mut self, event: MainEvent) -> Result<(), Error> {
+        if let MainEvent::ClientJoined { connection, .. } = event {
+            self.admitted(connection);
+        }
         let at = self.parts.origin.elapsed().as_secs_f64();
         let address = |connections: &HashMap<ConnectionId, Connection>, connection: &ConnectionId| {
             connections
@@ -203,6 +206,10 @@ impl Coordinator {
     }
 
     pub(super) fn federated_event(&mut self, event: FederatedEvent) {
+        if let FederatedEvent::ClientJoined { connection, .. } | FederatedEvent::ControlConnected { connection } = event
+        {
+            self.admitted(connection);
+        }
         let at = self.parts.origin.elapsed().as_secs_f64();
         // In one process the main server's side tells the same.
         let alone = self.parts.main.is_none();
@@ -279,23 +286,39 @@ impl Coordinator {
         }
     }
 
-    fn refused(&mut self, connection: ConnectionId, reason: RefusalReason) {
+    fn refused(&mut self, id: ConnectionId, reason: RefusalReason) {
         let now = self.now();
-        let Some(Connection { address, .. }) = self.connections.get(&connection) else {
+        let Some(connection) = self.connections.get_mut(&id) else {
             return;
         };
-        if reason.is_authorisation_failure() {
-            self.parts
-                .failures
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .failed(*address, now);
+        let address = connection.address;
+        if std::mem::take(&mut connection.guesses) && reason != RefusalReason::SecretWrong {
+            let mut guesses = self.parts.guesses.lock().unwrap_or_else(PoisonError::into_inner);
+            guesses.pay_back(address);
         }
-        let fields = json!({ "address": address.to_string(), "reason": reason.to_string() });
-        self.parts.metrics.event(now.as_secs_f64(), "refused", fields);
-        (self.parts.report)(Report::Refused {
-            address: *address,
-            reason: reason.to_string(),
-        });
+        // Noise of the network is nothing that anybody would do something about.
+        let plain = !matches!(reason, RefusalReason::NotThisProtocol | RefusalReason::Malformed);
+        let reason = reason.to_string();
+        if self.refusals.note(now, &reason, plain) {
+            let fields = json!({ "address": address.to_string(), "reason": reason });
+            self.parts.metrics.event(now.as_secs_f64(), "refused", fields);
+            (self.parts.report)(Report::Refused { address, reason });
+        }
+    }
+
+    /// Tells of refusals that were only counted, once it is time, or `at_once`.
+    pub(super) fn tell_refusals(&mut self, at_once: bool) {
+        let now = self.now();
+        let turned_away = self.parts.gate.take_turned_away();
+        if turned_away > 0 {
+            self.refusals.count(now, "too many connections at once", turned_away);
+        }
+        let reasons = self.refusals.take(now, at_once);
+        if !reasons.is_empty() {
+            let count = reasons.values().sum();
+            let fields = json!({ "count": count, "reasons": reasons });
+            self.parts.metrics.event(now.as_secs_f64(), "refused", fields);
+            (self.parts.report)(Report::RefusedMore { count, reasons });
+        }
     }
 }

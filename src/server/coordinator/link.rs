@@ -9,8 +9,8 @@ use tokio::sync::mpsc;
 use super::super::Error;
 use super::report::Report;
 use super::{Coordinator, Parts};
-use crate::protocol::message::ControlReply;
-use crate::protocol::{ControlEvent, ControlSession, MAX_FRAME_BYTES, Transmit};
+use crate::protocol::message::{ControlReply, RefusalReason};
+use crate::protocol::{ClientFailure, ControlEvent, ControlSession, MAX_FRAME_BYTES, Transmit};
 use crate::transport::{self, Dialer, Origin, SocketEvent};
 
 /// The main server's end of its link to a federated server elsewhere.
@@ -120,7 +120,14 @@ impl Coordinator {
                     main.session.control_connected(now);
                 }
                 ControlEvent::Failed(reason) => {
+                    let refused = match &reason {
+                        ClientFailure::Refused { refused, .. } => Some(refused.reason),
+                        _ => None,
+                    };
                     let error = match link.last_error.take() {
+                        _ if refused.is_some_and(RefusalReason::is_authorisation_failure) => {
+                            Error::ControlKey(link.federated.to_string())
+                        }
                         Some(error) => Error::Transport(error),
                         None => Error::Federated(reason.to_string()),
                     };

@@ -10,6 +10,7 @@
 //! | `event`, `answer` | what the sessions ask for, and what the compute thread has done |
 //! | `link` | the way to the federated server |
 //! | `report`, `status` | what people are told |
+//! | `tally` | who was refused, in numbers |
 
 mod answer;
 mod event;
@@ -18,11 +19,12 @@ mod main_run;
 mod measure;
 mod report;
 mod status;
+mod tally;
 
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::atomic::AtomicUsize;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -33,12 +35,16 @@ use link::link_event;
 pub use main_run::{About, MainRun};
 use report::Unwritten;
 pub use report::{Ending, Report, Summary};
+use tally::Tally;
 
 use super::Error;
-use super::inbox::{Done, Input, Outgoing, Work};
-use super::limit::FailureLimit;
+use super::gate::{Gate, Passage};
+use super::inbox::{Done, Input, Outbox, Work};
+use super::limit::GuessLimit;
 use super::metrics::Metrics;
 use super::store::RunDirectory;
+use crate::protocol::codec::decode_hello;
+use crate::protocol::message::{Credential, PROTOCOL_VERSION};
 use crate::protocol::{ConnectionId, Endpoint, FederatedServerSession, RunEnd, Transmit};
 use crate::split::Evaluation;
 
@@ -54,7 +60,10 @@ struct Traffic {
 struct Connection {
     endpoint: Endpoint,
     address: IpAddr,
-    outgoing: mpsc::Sender<Outgoing>,
+    passage: Arc<Passage>,
+    outgoing: Outbox,
+    /// A guess at the secret has been paid for and is not answered yet.
+    guesses: bool,
 }
 
 /// What a coordinator is made of.
@@ -68,7 +77,10 @@ pub struct Parts {
     pub directory: RunDirectory,
     pub metrics: Metrics,
     pub status: watch::Sender<Value>,
-    pub failures: Arc<Mutex<FailureLimit>>,
+    pub guesses: Arc<Mutex<GuessLimit>>,
+    /// Whether who comes without a ticket needs a secret.
+    pub asks_secret: bool,
+    pub gate: Arc<Gate>,
     /// What sockets may receive, as the sessions say.
     pub max_frame_bytes: Arc<AtomicUsize>,
     pub report: Box<dyn Fn(Report) + Send>,
@@ -88,6 +100,7 @@ pub struct Coordinator {
     failure: Option<Error>,
     /// What cannot be written at present.
     unwritten: Unwritten,
+    refusals: Tally,
 }
 
 impl Coordinator {
@@ -112,6 +125,7 @@ impl Coordinator {
             abandoned: false,
             failure: None,
             unwritten: Unwritten::default(),
+            refusals: Tally::default(),
         }
     }
 
@@ -172,6 +186,7 @@ impl Coordinator {
     }
 
     fn finish(mut self) -> Result<Summary, Error> {
+        self.tell_refusals(true);
         self.summary.seconds = self.parts.origin.elapsed().as_secs_f64();
         (self.summary.bytes_up, self.summary.bytes_down) = (self.total.up, self.total.down);
         let (ending, text) = match self.parts.main.as_mut().and_then(|main| main.outcome.take()) {
@@ -231,6 +246,7 @@ impl Coordinator {
                 .as_ref()
                 .and_then(FederatedServerSession::poll_timeout),
             self.parts.link.as_ref().and_then(RemoteLink::poll_timeout),
+            self.refusals.due(),
         ];
         let earliest = sessions
             .into_iter()
@@ -242,6 +258,7 @@ impl Coordinator {
 
     fn handle_timeout(&mut self) {
         let now = self.now();
+        self.tell_refusals(false);
         if self.end_by.is_some_and(|end| end <= Instant::now()) {
             self.end_by = None;
             self.abandoned = true;
@@ -264,6 +281,7 @@ impl Coordinator {
                 connection,
                 endpoint,
                 address,
+                passage,
                 outgoing,
             } => {
                 self.connections.insert(
@@ -271,7 +289,9 @@ impl Coordinator {
                     Connection {
                         endpoint,
                         address,
+                        passage,
                         outgoing,
+                        guesses: false,
                     },
                 );
                 match (endpoint, &mut self.parts.main, &mut self.parts.federated) {
@@ -280,7 +300,14 @@ impl Coordinator {
                     _ => {}
                 }
             }
-            Input::Frame { connection, bytes } => {
+            Input::Frame {
+                connection,
+                bytes,
+                room: _room,
+            } => {
+                if !self.may_say(connection, &bytes, now) {
+                    return self.closed(connection, false);
+                }
                 let Some(Connection { endpoint, .. }) = self.connections.get(&connection) else {
                     return;
                 };
@@ -294,7 +321,7 @@ impl Coordinator {
                     _ => {}
                 }
             }
-            Input::Closed { connection } => self.closed(connection),
+            Input::Closed { connection, unread } => self.closed(connection, unread),
             Input::Computed(done) => {
                 let handled = self.computed(done);
                 self.check(handled);
@@ -306,13 +333,49 @@ impl Coordinator {
         }
     }
 
-    fn closed(&mut self, connection: ConnectionId) {
+    /// Whether a stranger's frame may be looked at: a guess at the secret has to be paid for first, and once.
+    fn may_say(&mut self, id: ConnectionId, bytes: &[u8], now: Duration) -> bool {
+        let Some(connection) = self.connections.get_mut(&id).filter(|_| self.parts.asks_secret) else {
+            return true;
+        };
+        if connection.passage.is_member() || connection.guesses {
+            return true;
+        }
+        let is_guess =
+            decode_hello(PROTOCOL_VERSION, bytes).is_ok_and(|hello| matches!(hello.credential, Credential::Secret(_)));
+        if !is_guess {
+            return true;
+        }
+        let mut guesses = self.parts.guesses.lock().unwrap_or_else(PoisonError::into_inner);
+        connection.guesses = guesses.pay(connection.address, now).is_ok();
+        if !connection.guesses {
+            // Closed without an answer: who means well tries again in a while.
+            self.refusals.note(now, "too many wrong tokens from its address", false);
+        }
+        connection.guesses
+    }
+
+    /// A session has let a connection in.
+    fn admitted(&mut self, id: ConnectionId) {
+        if let Some(connection) = self.connections.get_mut(&id) {
+            connection.passage.admit();
+            if std::mem::take(&mut connection.guesses) {
+                let mut guesses = self.parts.guesses.lock().unwrap_or_else(PoisonError::into_inner);
+                guesses.pay_back(connection.address);
+            }
+        }
+    }
+
+    /// A connection is gone, or, if it does not read what it is sent, is let go.
+    fn closed(&mut self, connection: ConnectionId, unread: bool) {
         let now = self.now();
         let Some(Connection { endpoint, .. }) = self.connections.remove(&connection) else {
             return;
         };
         match (endpoint, &mut self.parts.main, &mut self.parts.federated) {
+            (Endpoint::Main, Some(main), _) if unread => main.session.unread(connection, now),
             (Endpoint::Main, Some(main), _) => main.session.disconnected(connection, now),
+            (Endpoint::Federated, _, Some(federated)) if unread => federated.unread(connection, now),
             (Endpoint::Federated, _, Some(federated)) => federated.disconnected(connection, now),
             _ => {}
         }
@@ -371,22 +434,21 @@ impl Coordinator {
     }
 
     fn send(&mut self, transmit: Transmit<ConnectionId>) {
-        let (connection, outgoing) = match transmit {
+        match transmit {
             Transmit::Frame { to, bytes } => {
+                let Some(open) = self.connections.get(&to) else { return };
                 self.total.down += bytes.len() as u64;
-                (to, Outgoing::Frame(bytes))
+                if !open.outgoing.send(bytes) {
+                    self.closed(to, true);
+                }
             }
-            Transmit::Close { to } => (to, Outgoing::Close),
-        };
-        let closing = matches!(outgoing, Outgoing::Close);
-        let Some(open) = self.connections.get(&connection) else {
-            return;
-        };
-        let sent = open.outgoing.try_send(outgoing).is_ok();
-        if closing || !sent {
-            // Dropping the sender lets the connection's task write what it has and end. A full queue means a peer that
-            // does not read.
-            self.closed(connection);
+            Transmit::Close { to } => {
+                if let Some(open) = self.connections.get(&to) {
+                    // With the sender dropped the connection's task writes what it has, and ends.
+                    open.outgoing.close();
+                    self.closed(to, false);
+                }
+            }
         }
     }
 }

@@ -27,6 +27,11 @@ pub enum Report {
         address: IpAddr,
         reason: String,
     },
+    /// More refusals than are told one by one, by reason.
+    RefusedMore {
+        count: u64,
+        reasons: BTreeMap<String, u64>,
+    },
     /// Validation before training.
     Baseline(Evaluation),
     RoundStarted {

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use serde_json::{Value, json};
 
-use super::super::socket::SMALL_FRAME_BYTES;
+use super::super::socket::UNASSIGNED_FRAME_BYTES;
 use super::Coordinator;
 use super::main_run::MainRun;
 use super::report::Summary;
@@ -28,7 +28,7 @@ impl Coordinator {
             });
         self.parts
             .max_frame_bytes
-            .store(limit.max(SMALL_FRAME_BYTES), Ordering::Relaxed);
+            .store(limit.max(UNASSIGNED_FRAME_BYTES), Ordering::Relaxed);
 
         let status = match main {
             Some(main) => main_status(main, &self.summary),

@@ -563,6 +563,36 @@ fn text_that_a_tokenizer_would_blow_up_is_never_made() {
     assert!(Tokenizer::from_json(common.to_string().as_bytes(), None).is_ok());
 }
 
+/// Within what files may ask for, and far beyond what any tokenizer needs.
+#[test]
+fn a_text_that_its_normalizer_blows_up_is_refused_before_it_is_large() {
+    let mut json: Value = serde_json::from_slice(tiny_tokenizer().json()).unwrap();
+    let fold = |from: &str, to: &str| json!({"type": "Replace", "pattern": {"String": from}, "content": to.repeat(8)});
+    json["normalizer"] = json!({"type": "Sequence", "normalizers": [fold("a", "b"), fold("b", "c")]});
+    let tokenizer = Tokenizer::from_json(json.to_string().as_bytes(), None).unwrap();
+    let error = tokenizer.encode(&"a".repeat(40_000)).unwrap_err().to_string();
+    assert!(
+        error.contains("normalizer") && error.contains("1048576 bytes of 16384"),
+        "{error}"
+    );
+    // What grows little, or is little, is read.
+    assert!(
+        tokenizer
+            .encode(&"a lot of text that is as usual. ".repeat(4000))
+            .is_ok()
+    );
+    assert_eq!(
+        tokenizer.encode("a").unwrap(),
+        tokenizer.encode(&"b".repeat(8)).unwrap()
+    );
+    json["normalizer"] = json!({"type": "NFKC"});
+    let tokenizer = Tokenizer::from_json(json.to_string().as_bytes(), None).unwrap();
+    assert!(
+        tokenizer.encode(&"ﷺ".repeat(20_000)).is_ok(),
+        "the longest that Unicode makes of one character"
+    );
+}
+
 #[test]
 fn text_comes_as_soon_as_it_is_whole() {
     let tokenizer = tiny_tokenizer();

@@ -674,13 +674,16 @@ fn comparing<const MEMBERS: usize>() -> (FederatedServerSession, [Peer; MEMBERS]
     (federated, peers)
 }
 
-/// Every member's adapter, and what the round comes to: who is in it, and who is not.
+/// Who is in a round, who is not and why, and its average.
+type Closed = (Vec<u64>, Vec<(u64, ExclusionReason)>, Option<Vec<f32>>);
+
+/// Every member's adapter, and what the round comes to.
 fn close<const MEMBERS: usize>(
     federated: &mut FederatedServerSession,
     peers: &mut [Peer; MEMBERS],
     round: RoundKey,
     by: [f32; MEMBERS],
-) -> (Vec<u64>, Vec<(u64, ExclusionReason)>, Option<Vec<f32>>) {
+) -> Closed {
     for (peer, by) in peers.iter_mut().zip(by) {
         let update = AdapterUpdate {
             round,

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use sflllm::protocol::codec::encode_message;
+use sflllm::protocol::codec::{encode_checked_frame, encode_message};
 use sflllm::protocol::message::*;
 use sflllm::protocol::*;
 use sflllm::terms::ids::{ClientId, RoundKey, StepKey};
@@ -43,6 +43,36 @@ fn gathering() -> (MainServerSession, [Peer; 2]) {
     });
     events(&mut main);
     (main, peers)
+}
+
+#[test]
+fn activations_damaged_on_the_way_cost_their_sender_the_connection_only() {
+    let mut main = MainServerSession::new(main_config(2), Duration::ZERO).unwrap();
+    let (mut peer, welcome) = Peer::join(&mut main, 1, &hello(Service::Main, secret()));
+    peer.send(&mut main, &READY);
+    let (mut other, _) = Peer::join(&mut main, 2, &hello(Service::Main, secret()));
+    other.send(&mut main, &READY);
+    events(&mut main);
+    let mut damaged = encode_checked_frame(peer.sent, peer.received, &Message::Activations(good_activations()));
+    let at = damaged.len() - 1 - 32 - 4;
+    damaged[at] ^= 1;
+    main.handle_frame(peer.connection, Duration::ZERO, &damaged);
+    let said = listen(&mut main, peer.connection);
+    assert!(said.closed && said.messages.is_empty(), "{said:?}");
+    let left = events(&mut main);
+    assert!(
+        matches!(
+            left.as_slice(),
+            [MainEvent::ClientLeft {
+                client: ClientId(1),
+                reason: DepartureReason::Damaged,
+                ..
+            }]
+        ),
+        "{left:?}"
+    );
+    let (_, again) = Peer::join(&mut main, 3, &hello(Service::Main, Credential::Ticket(welcome.ticket)));
+    assert_eq!(again.client, ClientId(1));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use sflllm::protocol::codec::{
-    Answer, Frame, decode_frame, decode_message, encode_answer, encode_frame, encode_message,
+    Answer, Frame, decode_frame, decode_message, encode_answer, encode_checked_frame, encode_frame, encode_message,
 };
 use sflllm::protocol::message::*;
 use sflllm::protocol::*;
@@ -134,6 +134,35 @@ fn good_gradient() -> Gradient {
         mean_loss: 1.0,
         tensor: zeros(1, 2, 2),
     }
+}
+
+#[test]
+fn a_gradient_damaged_on_the_way_is_not_applied_and_another_connection_is_asked_for() {
+    let mut puppet = Puppet::awaiting_gradient();
+    let good = encode_checked_frame(puppet.sent, 0, &Message::Gradient(good_gradient()));
+    let mut damaged = good.clone();
+    // A low bit of the tensor's last number, before the kind and the digest.
+    let at = good.len() - 1 - 32 - 4;
+    damaged[at] ^= 1;
+    puppet.client.handle_frame(Endpoint::Main, Duration::ZERO, &damaged);
+    let events = puppet.events();
+    assert!(
+        matches!(
+            events.as_slice(),
+            [ClientEvent::ConnectionLost {
+                endpoint: Endpoint::Main,
+                ..
+            }]
+        ),
+        "{events:?}"
+    );
+
+    let mut puppet = Puppet::awaiting_gradient();
+    puppet.client.handle_frame(Endpoint::Main, Duration::ZERO, &good);
+    assert!(matches!(
+        puppet.events().as_slice(),
+        [ClientEvent::ComputeBackward { .. }]
+    ));
 }
 
 #[test]
