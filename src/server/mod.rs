@@ -1,7 +1,7 @@
 //! The main server and the federated server: sockets, files and threads around their sessions. Native only.
 //!
 //! ```text
-//! browser, native client ── http ── socket ──▶ coordinator ──▶ worker (its side of the model, a thread)
+//! browser, native client ── http ── socket ──▶ coordinator ──▶ worker (a thread; the keeper of its side of the model)
 //!                                                   │
 //!                                  sessions of the protocol; metrics, store
 //! ```
@@ -16,6 +16,7 @@ mod gate;
 mod host;
 mod http;
 mod inbox;
+mod keeper;
 mod limit;
 pub mod listen;
 pub mod metrics;
@@ -533,7 +534,7 @@ fn prepare(
             weights: &weights,
             holding,
         };
-        worker::parts(&mut units, &blobs, &[], cut)?
+        keeper::parts(&mut units, &blobs, &[], cut)?
     };
     let mut tokenizer_files: Vec<Blob> = Vec::new();
     if let Some(json) = &tokenizer {
@@ -606,7 +607,7 @@ fn prepare(
         validates: validation.is_some(),
     };
     let work = worker::start(
-        worker::WorkerSettings {
+        keeper::KeeperSettings {
             engine,
             architecture,
             weights,

@@ -52,11 +52,15 @@ pub struct StartFacts {
     pub server_flops_per_s: Option<f64>,
     /// Blocks of the client, as configured.
     pub cut: usize,
+    /// Clients' own cuts, where they differ already.
+    pub cuts: BTreeMap<ClientId, usize>,
     pub rank: usize,
     pub architecture: Architecture,
     pub training: Training,
     pub rounds: u32,
     pub local_steps: u32,
+    /// The run was taken up again: cuts and rank stay as they are, only what is not kept of a plan is made anew.
+    pub is_resumed: bool,
 }
 
 /// What was measured of a member in a round: means over its steps, in seconds and bits.

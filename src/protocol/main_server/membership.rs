@@ -86,6 +86,7 @@ impl MainServerSession {
 
     fn welcome(&mut self, connection: ConnectionId, now: Duration, hello: &Hello, admission: Admission) {
         let entry = self.roster.identify(admission);
+        self.reserve();
         let Pass { client: id, serial } = entry;
         if let Some(old) = self.roster.connection(id) {
             self.door.stop(
@@ -169,6 +170,7 @@ impl MainServerSession {
             };
             if wire != StopReason::Excluded {
                 self.roster.ban(id);
+                self.revision += 1;
             }
             self.door
                 .stop(connection, stop(wire, &reason.to_string(), return_after));

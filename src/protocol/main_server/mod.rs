@@ -27,6 +27,7 @@
 //! | `round`, `step` | what the members do together, as a whole and one by one |
 //! | `lateness` | how long they are waited for |
 //! | `plan` | what is to hold next |
+//! | `state` | what is kept of it over a restart |
 //! | `timing` | how long the phases of a step took |
 
 mod config;
@@ -37,6 +38,7 @@ mod placement;
 mod plan;
 mod roster;
 mod round;
+mod state;
 mod status;
 mod step;
 mod timing;
@@ -56,6 +58,7 @@ pub use placement::Placement;
 use plan::Planning;
 use roster::{Readiness, Roster};
 use round::Phase;
+pub use state::{Checkpoint, ClientState, RunState};
 pub use status::{ClientStatus, RunPhase, RunStatus};
 use step::Awaited;
 use timing::Timing;
@@ -74,6 +77,12 @@ pub struct MainServerSession {
     door: Door<ClientId>,
     roster: Roster,
     has_started: bool,
+    /// The run was taken up again, and those who were there are waited for.
+    is_returning: bool,
+    /// Counts what has to be kept before it is acted on.
+    revision: u64,
+    /// Client numbers below this one are kept as given.
+    reserved: u64,
     round: RoundKey,
     phase: Phase,
     /// The client side of the model as it is now; its adapter is the base of the next round.
@@ -115,6 +124,9 @@ impl MainServerSession {
             door: Door::new(config.version, config.ping_interval),
             roster: Roster::new(),
             has_started: false,
+            is_returning: false,
+            revision: 0,
+            reserved: 0,
             round: RoundKey { round: 0, attempt: 0 },
             phase: Phase::Waiting { until: None },
             placement: placement::Current::new(config.placement.clone()),
@@ -133,6 +145,7 @@ impl MainServerSession {
             controls: VecDeque::new(),
             config,
         };
+        session.reserve();
         session.open_run(now);
         Ok(session)
     }
@@ -208,6 +221,11 @@ impl MainServerSession {
                     self.roster.stop_expecting();
                     self.phase = Phase::Waiting { until: None };
                     self.retest(now);
+                } else if self.is_returning {
+                    // Nobody can know when the server is there again.
+                    self.phase = Phase::Waiting {
+                        until: Some(now + self.config.wait_for_client),
+                    };
                 } else {
                     self.finish(RunEnd::NoClients, now);
                 }

@@ -170,13 +170,14 @@ impl MainServerSession {
             return;
         }
         if self.planning.lacks(&ready) {
-            return self.want_plan(if self.planning.is_first() && !self.has_started {
+            return self.want_plan(if self.planning.is_first() {
                 Occasion::Start
             } else {
                 Occasion::Membership
             });
         }
         self.has_started = true;
+        self.is_returning = false;
         let round = self.round;
         let count = ready.len() as u32;
         self.open_round(ready.clone());
@@ -404,6 +405,8 @@ impl MainServerSession {
 
     fn begin_again(&mut self, now: Duration) {
         self.round.attempt += 1;
+        self.steps = self.steps_before(self.round.round);
+        self.revision += 1;
         self.timing.clear();
         self.wait(now);
         self.retest(now);
@@ -558,6 +561,7 @@ impl MainServerSession {
             if let Some(placement) = placement {
                 self.adopt(placement);
             }
+            self.keep();
             self.wait(now);
         }
         self.retest(now);

@@ -47,6 +47,11 @@ pub struct MainRun {
     pub(super) prediction: Option<RoundPrediction>,
     pub(super) next_prediction: Option<RoundPrediction>,
     pub(super) pending_round: Option<RoundRecord>,
+    /// The run was interrupted, and goes on.
+    pub(super) is_resumed: bool,
+    /// What the main server's side began the round from, and what is kept of the session.
+    pub(super) side: Option<Arc<Side>>,
+    pub(super) kept: KeptRun,
     pub(super) names: HashMap<u64, String>,
     pub(super) outcome: Option<RunEnd>,
     pub(super) drained: bool,
@@ -111,6 +116,8 @@ impl MainRun {
                 clients,
                 server_flops_per_s: None,
                 cut: self.cut,
+                cuts: self.cuts.clone(),
+                is_resumed: self.is_resumed,
                 rank: self.rank,
                 architecture: architecture.clone(),
                 training: training.clone(),
