@@ -40,7 +40,8 @@
 //! ```text
 //! terms                                uses nothing of ours; all that follow may use it
 //! compute, data, federated             nothing else
-//! transport, disk, hub (native)        nothing of ours
+//! machine, transport, hub (native)     nothing of ours
+//! disk (native)                        machine
 //! protocol                             federated
 //! kernels                              compute
 //! model                                kernels, compute (native: disk)
@@ -48,7 +49,9 @@
 //! allocation                           model
 //! simulation                           protocol, federated
 //! client                               split, model, protocol, data, compute (native: transport)
-//! server (native)                      split, model, protocol, data, compute, federated, allocation, transport, disk
+//! runs (native)                        model, transport, disk
+//! server (native)                      split, model, protocol, data, compute, federated, allocation, transport, disk,
+//!                                      machine, runs
 //! cli (native)                         all of them
 //! ```
 //!
@@ -64,6 +67,7 @@
 //! * [`simulation`]: a seeded network in virtual time around the state machines.
 //! * [`data`]: files into examples, examples into batches.
 //! * [`client`]: an edge client: session + client part + data, natively and in a browser.
+//! * `runs`: the directory that a run has to itself, and the snapshots that it resumes from.
 //! * `hub`: models by name from huggingface.co, in the cache that Python's huggingface_hub keeps.
 //!
 //! # One training step
@@ -107,6 +111,12 @@ pub mod disk;
 #[cfg(all(feature = "program", not(target_arch = "wasm32")))]
 #[doc(hidden)]
 pub mod hub;
+#[cfg(not(target_arch = "wasm32"))]
+#[doc(hidden)]
+pub mod machine;
+#[cfg(all(feature = "program", not(target_arch = "wasm32")))]
+#[doc(hidden)]
+pub mod runs;
 #[cfg(all(feature = "program", not(target_arch = "wasm32")))]
 #[doc(hidden)]
 pub mod server;

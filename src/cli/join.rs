@@ -12,6 +12,7 @@ use super::options::{DeviceOptions, OutputOptions, ReadingOptions};
 use super::secret::TOKEN;
 use crate::client::native::{self, Report, Settings, Source};
 use crate::disk::Claim;
+use crate::machine;
 use crate::model::peft::{CONFIG_FILE, TENSOR_FILE};
 use crate::protocol::FinishReason;
 use crate::transport::{self, Dialer, JoinLink, Trust};
@@ -88,7 +89,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         dialer: Dialer::new(&trust)?.toward(&options.url)?,
         name: options
             .name
-            .or_else(transport::host_name)
+            .or_else(machine::host_name)
             .unwrap_or_else(|| "native client".to_owned()),
         engine,
         source: Source::File {

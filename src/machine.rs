@@ -1,0 +1,21 @@
+//! This machine, as others know it.
+//!
+//! It is separate because servers say it to browsers and processes to each other, and neither needs the other for that. Native only.
+
+/// This machine's name in its network, in lower case.
+pub fn host_name() -> Option<String> {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname")
+        .ok()
+        .or_else(|| std::env::var("COMPUTERNAME").ok());
+    let name = name.or_else(|| {
+        let output = std::process::Command::new("hostname").output().ok()?;
+        String::from_utf8(output.stdout).ok()
+    })?;
+    let name = name.trim().to_lowercase();
+    let valid = !name.is_empty()
+        && name.len() <= 253
+        && name.split('.').all(|label| {
+            (1..=63).contains(&label.len()) && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+        });
+    valid.then_some(name)
+}
