@@ -4,6 +4,7 @@ pub mod answer;
 pub mod bench;
 pub mod calibrate;
 pub mod charts;
+pub mod command;
 pub mod console;
 pub mod defaults;
 pub mod demo;

@@ -6,10 +6,11 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::ValueEnum;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use super::command::Words;
 use super::console::{self, Console};
 use super::defaults;
 use super::interrupt;
@@ -30,7 +31,9 @@ use crate::protocol::message::Digest;
 use crate::server::allocator::{self, Allocator};
 use crate::server::listen::{join_link, link_fragment, qr_code};
 use crate::server::store::RunDirectory;
-use crate::server::{self, Address, Ending, HostName, Limits, Listen, Report, Role, Run, Server, Settings, Summary};
+use crate::server::{
+    self, Address, Ending, HostName, Interrupted, Limits, Listen, Report, Role, Run, Server, Settings, Summary,
+};
 use crate::split::Training;
 use crate::terms::tensor::WireForm;
 use crate::transport::{self, Dialer, Fingerprint, JoinLink, Trust};
@@ -42,6 +45,8 @@ Examples:
   sflllm serve --clients 2 --rounds 10 --valid valid.txt
       the demo model for everybody on the network; prints a join link and its QR code
   sflllm serve --model path/to/gpt2 --listen https://127.0.0.1:8443 --token secret --clients 3 --out runs/mine
+  sflllm serve --resume runs/mine
+      after a crash, a kill or Ctrl-C: goes on where the last round began
   sflllm serve --role federated --listen https://0.0.0.0:9443
       prints the address to give to the main server, and its control key
   sflllm serve --role main --federated-url 'https://192.168.1.21:9443/#f=FINGERPRINT' --control-key KEY
@@ -131,6 +136,10 @@ pub struct Options {
     /// At the deadline, wait on until this many clients' have come [default: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub quorum: Option<u32>,
+    /// Take up the interrupted run in this directory: at the beginning of the round that was open, with the options, the token and the
+    /// addresses it began with, so that its clients find it again. Beside it only --quiet, --json, --open and --device
+    #[arg(long, value_name = "DIR")]
+    pub resume: Option<PathBuf>,
     /// Run directory [default: runs/TIME-MODEL]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
@@ -158,22 +167,121 @@ pub enum RoleName {
     Federated,
 }
 
+/// What this is called by.
+const COMMAND: &str = "serve";
+
 /// Where `--split auto` begins, before anything was measured.
 const FIRST_SPLIT: usize = 1;
 
 /// # Errors
 /// One sentence that says what to do.
 pub fn run(options: Options) -> anyhow::Result<()> {
-    let listen = match &options.listen[..] {
+    let words = Words::of_this_process(COMMAND)?;
+    match &options.resume {
+        Some(directory) => resume(directory, &options, &words),
+        None => begin(options, History::new(words.to_json()), None),
+    }
+}
+
+/// Where a run stands when this process begins.
+pub(super) struct History {
+    command: Value,
+    interrupted: Option<Box<Interrupted>>,
+}
+
+impl History {
+    /// Of a run that begins with this command.
+    pub fn new(command: Value) -> Self {
+        Self {
+            command,
+            interrupted: None,
+        }
+    }
+}
+
+/// Takes up the run in a directory.
+fn resume(path: &Path, given: &Options, words: &Words) -> anyhow::Result<()> {
+    words.only::<Options>(COMMAND, &["resume", "quiet", "json", "open", "device"])?;
+    let path = path
+        .canonicalize()
+        .with_context(|| format!("--resume {}", path.display()))?;
+    let directory = RunDirectory::resume(&path)?;
+    if directory.run().get("ended").and_then(Value::as_str) == Some("completed") {
+        console::say(format!("the run in {} is complete", path.display()));
+        return Ok(());
+    }
+    if directory.run().get("role").and_then(Value::as_str) == Some("federated") {
+        bail!(
+            "{} is that of a federated server, which keeps nothing: start it again with the same --listen and --control-key, and the main server \
+             tells it all it has to know",
+            path.display()
+        );
+    }
+    let interrupted = Interrupted::open(&directory)?;
+    let Some(began) = Words::from_json(&interrupted.identity.command) else {
+        bail!(
+            "the run in {} was not begun by `sflllm serve`, and cannot be taken up by it",
+            path.display()
+        );
+    };
+    let mut options: Options = began.parse(COMMAND)?;
+    began.go_there()?;
+    options.output = given.output.clone();
+    options.open = given.open;
+    if words.arguments.iter().any(|word| word.starts_with("--device")) {
+        options.device = given.device.clone();
+    }
+    options.token.clone_from(&interrupted.identity.token);
+    options.token_file = None;
+    options.listen = listen_again(&options, &directory)?;
+    let history = History {
+        command: interrupted.identity.command.clone(),
+        interrupted: Some(Box::new(interrupted)),
+    };
+    begin(options, history, Some(directory))
+}
+
+/// The addresses of the run, with the ports that were free when it began.
+fn listen_again(options: &Options, directory: &RunDirectory) -> anyhow::Result<Vec<Listen>> {
+    let bound = directory.run().get("addresses").and_then(Value::as_array);
+    let bound = bound
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+        .map(str::parse::<Listen>);
+    let bound = bound.collect::<Result<Vec<_>, _>>()?;
+    let asked = listened(options)?;
+    Ok(asked
+        .into_iter()
+        .enumerate()
+        .map(|(position, mut asked)| {
+            if let (0, Some(bound)) = (asked.port, bound.get(position)) {
+                asked.port = bound.port;
+            }
+            asked
+        })
+        .collect())
+}
+
+/// Where to listen.
+fn listened(options: &Options) -> anyhow::Result<Vec<Listen>> {
+    Ok(match &options.listen[..] {
         [] if options.role == RoleName::Federated => vec!["https://0.0.0.0:9443".parse()?],
         [] => vec!["https://0.0.0.0:8443".parse()?, "http://127.0.0.1:8080".parse()?],
         given => given.to_vec(),
-    };
+    })
+}
+
+/// Begins a run, or goes on with the one in `directory`.
+fn begin(options: Options, history: History, directory: Option<RunDirectory>) -> anyhow::Result<()> {
+    let is_resumed = directory.is_some();
+    let listen = listened(&options)?;
     let asked = TOKEN.read(options.token.as_deref(), options.token_file.as_deref(), None)?;
     let hosting = Hosting {
         token: match options.role {
             // Nobody joins a federated server: clients come with the main server's tickets.
             RoleName::Federated => None,
+            _ if is_resumed => options.token.clone(),
             _ => token(asked.as_deref(), &listen)?,
         },
         hosts: options.host.clone(),
@@ -197,7 +305,14 @@ pub fn run(options: Options) -> anyhow::Result<()> {
             None | Some("generate") => server::generate_token(),
             Some(key) => key.to_owned(),
         };
-        let summary = host(hosting, Role::Federated { control_key }, directory, None, Vec::new())?;
+        let summary = host(
+            hosting,
+            Role::Federated { control_key },
+            directory,
+            None,
+            Vec::new(),
+            history,
+        )?;
         return conclude(&summary, None, &options.output);
     }
 
@@ -228,10 +343,17 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         }
         None => Role::Both,
     };
-    let mut directory = RunDirectory::create(options.out.as_deref(), &options.model.model.short())?;
+    let mut directory = match directory {
+        Some(directory) => directory,
+        None => RunDirectory::create(options.out.as_deref(), &options.model.model.short())?,
+    };
+    let path = directory.path().to_owned();
     let prepared = prepare(&options, &mut directory)?;
     let adapter = directory.adapter();
-    let summary = host(hosting, role, directory, Some(prepared.run), prepared.local)?;
+    let summary = host(hosting, role, directory, Some(prepared.run), prepared.local, history)?;
+    if matches!(summary.ending, Ending::Stopped(_) | Ending::NoClients) {
+        console::say(format!("go on with: sflllm serve --resume {}", path.display()));
+    }
     conclude(&summary, Some(&adapter), &options.output)
 }
 
@@ -440,9 +562,10 @@ pub(super) fn host(
     directory: RunDirectory,
     run: Option<Run>,
     local: Vec<Vec<Example>>,
+    history: History,
 ) -> anyhow::Result<Summary> {
     let runtime = runtime()?;
-    let result = runtime.block_on(host_here(hosting, role, directory, run, local));
+    let result = runtime.block_on(host_here(hosting, role, directory, run, local, history));
     // Downloads that still run have no reader any more.
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
@@ -454,6 +577,7 @@ async fn host_here(
     directory: RunDirectory,
     run: Option<Run>,
     local: Vec<Vec<Example>>,
+    history: History,
 ) -> anyhow::Result<Summary> {
     let console = Console::new(hosting.quiet);
     let mut interrupt = interrupt::watch("stopping")?;
@@ -489,6 +613,8 @@ async fn host_here(
         directory,
         demo_data: hosting.demo_data.into(),
         run,
+        command: history.command,
+        interrupted: history.interrupted,
     };
     let server = Server::start(settings, Box::new(move |report| shown.report(report))).await?;
     announce(&server, &console, hosting.token.as_deref(), control_key.as_deref());
@@ -739,6 +865,13 @@ impl Shown {
                 "before training: validation loss {:.4}, perplexity {:.3}",
                 evaluation.loss, evaluation.perplexity
             )),
+            Report::Resumed { round, awaited } => {
+                let awaited = match awaited {
+                    0 => String::new(),
+                    count => format!("; waiting for {count} client{} to come back", plural(count)),
+                };
+                console.line(format!("the run goes on at the beginning of round {round}{awaited}"));
+            }
             Report::RoundStarted { round, members } => {
                 console.waiting(format!("round {round} with {members} client{}", plural(members)));
             }

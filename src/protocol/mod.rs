@@ -46,8 +46,9 @@ pub use federated_server::{ControlAccess, FederatedConfig, FederatedEvent, Feder
 pub use frame::MAX_FRAME_BYTES;
 pub use link::{LinkError, MISSED_PINGS, silence_limit};
 pub use main_server::{
-    ClientStatus, CollectTime, Contribution, Deadline, DepartureReason, GradientOutput, LeftOut, MainConfig, MainError,
-    MainEvent, MainServerSession, Occasion, Placement, RoundPlan, RunEnd, RunPhase, RunStatus, StepTimes,
+    Checkpoint, ClientState, ClientStatus, CollectTime, Contribution, Deadline, DepartureReason, GradientOutput,
+    LeftOut, MainConfig, MainError, MainEvent, MainServerSession, Occasion, Placement, RoundPlan, RunEnd, RunPhase,
+    RunState, RunStatus, StepTimes,
 };
 
 /// How often each side of a connection pings, unless configured otherwise.

@@ -15,7 +15,7 @@ use super::planner::{Decision, Facts, Planner};
 use super::store::{self, Blobs};
 use crate::compute::Engine;
 use crate::data::{self, Example};
-use crate::model::adapter::{Adapter, LoraSpec};
+use crate::model::adapter::{Adapter, AdapterLayout, LoraSpec};
 use crate::model::architecture::Architecture;
 use crate::model::unit::Unit;
 use crate::model::weights::{HeldUnits, Holding, UnitSource, Weights};
@@ -35,8 +35,8 @@ pub struct KeeperSettings {
     pub training: Training,
     /// The whole model's adapter at the start.
     pub initial: Adapter,
-    /// Where a run that is taken up again stands; `None` at its beginning.
-    pub resumed: Option<Resumed>,
+    /// What the first round begins from.
+    pub beginning: Beginning,
     /// The clients' first assignment, and where the parts of the model for them lie.
     pub assignment: Assignment,
     /// All that were written so far, in order.
@@ -49,9 +49,9 @@ pub struct KeeperSettings {
     pub base_model: String,
 }
 
-/// This side of a checkpoint, and what of the other side it has to know.
-pub struct Resumed {
-    pub side: Side,
+/// This side of a round's beginning, and what of the other side it has to know.
+pub struct Beginning {
+    pub side: Arc<Side>,
     /// The client side's adapter, as far as the largest cut, and clients' own cuts where they differ.
     pub client_values: Vec<f32>,
     pub cuts: BTreeMap<ClientId, usize>,
@@ -107,31 +107,25 @@ impl Keeper {
     ///
     /// # Errors
     /// [`Error`].
-    pub fn load(mut settings: KeeperSettings) -> Result<(Self, Option<Done>), Error> {
-        let resumed = settings.resumed.take();
+    pub fn load(settings: KeeperSettings) -> Result<(Self, Option<Done>), Error> {
         let KeeperSettings {
             engine,
             architecture,
             cut,
             training,
-            initial,
+            beginning,
             weights,
             holding,
             ..
         } = &settings;
-        let mut client_values = initial.slice(architecture, 0..*cut)?.values;
-        let (mut shared, mut cuts) = (0, BTreeMap::new());
-        let side = match resumed {
-            Some(resumed) => {
-                let below = client_values.len();
-                shared = resumed.client_values.len().saturating_sub(below);
-                cuts = resumed.cuts;
-                client_values = resumed.client_values;
-                client_values.truncate(below);
-                resumed.side
-            }
-            None => Side::new(initial.slice(architecture, *cut..architecture.blocks)?.values),
-        };
+        let Beginning {
+            side,
+            client_values,
+            cuts,
+        } = beginning;
+        let below = AdapterLayout::new(architecture, &training.spec, 0..*cut)?
+            .len()
+            .min(client_values.len());
         let mut units = HeldUnits {
             weights,
             holding: *holding,
@@ -140,13 +134,13 @@ impl Keeper {
         part.set_moments(&side.moments)?;
         let keeper = Self {
             part,
-            settings,
-            client_values,
-            side: Arc::new(side),
-            cuts,
-            shared,
+            client_values: client_values[..below].to_vec(),
+            side: side.clone(),
+            cuts: cuts.clone(),
+            shared: client_values.len() - below,
             saved: false,
             step: None,
+            settings,
         };
         Ok((keeper, Some(Done::Ready)))
     }

@@ -130,12 +130,19 @@ pub struct RoundRecord {
 trait Sink: Write + Send {
     /// Takes back what was written beyond `length` bytes.
     fn cut(&mut self, length: u64) -> io::Result<()>;
+
+    /// Returns when all lines are on the disk.
+    fn sync(&mut self) -> io::Result<()>;
 }
 
 impl Sink for File {
     fn cut(&mut self, length: u64) -> io::Result<()> {
         self.set_len(length)?;
         self.seek(SeekFrom::Start(length)).map(|_| ())
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        self.sync_data()
     }
 }
 
@@ -161,6 +168,31 @@ impl Metrics {
             let file = File::create(&path)?;
             Ok(Box::new(file))
         })
+    }
+
+    /// Of a run that goes on: what is in the file beyond `length` bytes, and beyond the last whole line before, is of no worth any more.
+    pub fn resume(directory: &Path, length: u64) -> Self {
+        let path = directory.join("metrics.jsonl");
+        let kept = whole_lines(&path, length);
+        let mut metrics = Self::into(move || {
+            let file = File::options().write(true).create(true).truncate(false).open(&path)?;
+            Ok(Box::new(file))
+        });
+        (metrics.length, metrics.torn) = (kept, true);
+        metrics
+    }
+
+    /// Bytes of the lines that are written.
+    pub fn length(&self) -> u64 {
+        self.length
+    }
+
+    /// Returns when all lines are on the disk, or cannot be.
+    pub fn sync(&mut self) {
+        // Lines that are lost with the disk's power are no reason to end the run.
+        if let Some(sink) = &mut self.sink {
+            let _ = sink.sync();
+        }
     }
 
     fn into(open: impl FnMut() -> io::Result<Box<dyn Sink>> + Send + 'static) -> Self {
@@ -255,6 +287,16 @@ impl Metrics {
         }
         written
     }
+}
+
+/// Bytes of the whole lines in the first `length` of a file.
+fn whole_lines(path: &Path, length: u64) -> u64 {
+    let Ok(mut bytes) = std::fs::read(path) else {
+        return 0;
+    };
+    bytes.truncate(usize::try_from(length).unwrap_or(usize::MAX));
+    let last = bytes.iter().rposition(|&byte| byte == b'\n');
+    last.map_or(0, |last| last as u64 + 1)
 }
 
 fn merge(line: &mut Value, fields: Value) {
@@ -355,6 +397,10 @@ mod tests {
     impl Sink for Disk {
         fn cut(&mut self, length: u64) -> io::Result<()> {
             self.0.lock().unwrap().1.truncate(length as usize);
+            Ok(())
+        }
+
+        fn sync(&mut self) -> io::Result<()> {
             Ok(())
         }
     }

@@ -141,7 +141,7 @@ pub struct ClientPrediction {
 /// What a planner is asked.
 #[derive(Clone, Debug)]
 pub enum Facts {
-    Start(StartFacts),
+    Start(Box<StartFacts>),
     Round(RoundFacts),
 }
 

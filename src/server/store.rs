@@ -76,6 +76,17 @@ impl RunDirectory {
         })
     }
 
+    /// TEMPORARY
+    pub fn resume(path: &Path) -> Result<Self, Error> {
+        let text = fs::read_to_string(path.join("run.json")).map_err(|error| Error::file("read", path, error))?;
+        Ok(Self {
+            path: path.to_owned(),
+            run: serde_json::from_str(&text).unwrap_or_default(),
+            begun: true,
+            _claim: Claim::file(&path.join("x"), "--resume")?,
+        })
+    }
+
     pub fn path(&self) -> &Path {
         &self.path
     }

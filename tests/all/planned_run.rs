@@ -253,6 +253,8 @@ fn run_on(
         directory,
         demo_data: b"".into(),
         run: Some(run),
+        command: serde_json::Value::Null,
+        interrupted: None,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)

@@ -392,6 +392,8 @@ fn a_tab_whose_blocks_come_and_go_trains_to_the_end() {
         directory: RunDirectory::create(Some(&home.path().join("out")), "demo").unwrap(),
         demo_data: include_bytes!("../../assets/demo/train.txt").into(),
         run: Some(run),
+        command: serde_json::Value::Null,
+        interrupted: None,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()

@@ -103,6 +103,8 @@ impl Serving {
             directory: RunDirectory::create(Some(&home.path().join("run")), "gate").unwrap(),
             demo_data: b"".into(),
             run,
+            command: serde_json::Value::Null,
+            interrupted: None,
         };
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)

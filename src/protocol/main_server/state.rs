@@ -55,6 +55,17 @@ pub struct Checkpoint {
 }
 
 impl RunState {
+    /// Of a run of whose clients nothing is known any more.
+    pub fn unknown(round: u32) -> RunState {
+        RunState {
+            round: RoundKey { round, attempt: 0 },
+            has_started: round > 0,
+            // More than can ever have come: all genuine tickets are below.
+            next_client: u64::from(u32::MAX),
+            clients: Vec::new(),
+        }
+    }
+
     /// As bytes for [`RunState::decode`].
     pub fn encode(&self) -> Vec<u8> {
         codec::encode_run_state(self)

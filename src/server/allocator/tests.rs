@@ -47,6 +47,8 @@ fn client(id: u64, flops_per_s: f64) -> ClientFacts {
 
 fn start(clients: Vec<ClientFacts>, server_flops_per_s: f64) -> StartFacts {
     StartFacts {
+        cuts: BTreeMap::new(),
+        is_resumed: false,
         clients,
         server_flops_per_s: Some(server_flops_per_s),
         cut: 1,

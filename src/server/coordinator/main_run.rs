@@ -3,12 +3,14 @@
 //! Separate because only a main server has one: the coordinator of a federated server does without.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use super::super::Error;
-use super::super::inbox::Work;
+use super::super::inbox::{Side, Work};
+use super::super::kept::{Identity, Kept};
 use super::super::metrics::{RoundRecord, StepPhases, StepRecord};
 use super::super::planner::{ClientFacts, Facts, RoundFacts, RoundPrediction, StartFacts};
 use super::Traffic;
@@ -50,8 +52,8 @@ pub struct MainRun {
     /// The run was interrupted, and goes on.
     pub(super) is_resumed: bool,
     /// What the main server's side began the round from, and what is kept of the session.
-    pub(super) side: Option<Arc<Side>>,
-    pub(super) kept: KeptRun,
+    pub(super) side: Arc<Side>,
+    pub(super) keeping: Keeping,
     pub(super) names: HashMap<u64, String>,
     pub(super) outcome: Option<RunEnd>,
     pub(super) drained: bool,
@@ -59,13 +61,20 @@ pub struct MainRun {
 }
 
 impl MainRun {
-    pub fn new(session: MainServerSession, work: std::sync::mpsc::Sender<Work>, about: About, cut: usize) -> Self {
+    pub fn new(
+        session: MainServerSession,
+        work: std::sync::mpsc::Sender<Work>,
+        about: About,
+        side: Arc<Side>,
+        keeping: Keeping,
+    ) -> Self {
         let now = Instant::now();
         Self {
-            session,
             work,
-            cut,
-            cuts: BTreeMap::new(),
+            cut: session.placement().split() as usize,
+            cuts: (session.placement().cuts.iter())
+                .map(|(client, cut)| (*client, *cut as usize))
+                .collect(),
             rank: about.training.spec.rank,
             about,
             round_started: now,
@@ -78,6 +87,10 @@ impl MainRun {
             measured: RoundMeasure::default(),
             planning_since: None,
             planning: Duration::ZERO,
+            is_resumed: matches!(keeping, Keeping::Kept(_)),
+            side,
+            keeping,
+            session,
             prediction: None,
             next_prediction: None,
             pending_round: None,
@@ -112,7 +125,7 @@ impl MainRun {
             ..
         } = &self.about;
         match occasion {
-            Occasion::Start => Facts::Start(StartFacts {
+            Occasion::Start => Facts::Start(Box::new(StartFacts {
                 clients,
                 server_flops_per_s: None,
                 cut: self.cut,
@@ -123,7 +136,7 @@ impl MainRun {
                 training: training.clone(),
                 rounds: *rounds,
                 local_steps: *local_steps,
-            }),
+            })),
             Occasion::Boundary(_) | Occasion::Membership => Facts::Round(RoundFacts {
                 round: self.measured.round,
                 rounds: *rounds,
@@ -148,6 +161,13 @@ impl MainRun {
     pub(super) fn compute(&self, work: Work) -> Result<(), Error> {
         self.work.send(work).map_err(|_| Error::WorkerGone)
     }
+}
+
+/// The run's state on disk.
+pub enum Keeping {
+    /// It begins with the run.
+    Begins(Identity),
+    Kept(Kept),
 }
 
 /// What a run is about, for records and planners.

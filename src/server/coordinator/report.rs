@@ -34,6 +34,11 @@ pub enum Report {
     },
     /// Validation before training.
     Baseline(Evaluation),
+    /// The run goes on after an interruption, once so many are back or were waited for in vain.
+    Resumed {
+        round: u32,
+        awaited: usize,
+    },
     RoundStarted {
         round: u32,
         members: usize,

@@ -162,6 +162,7 @@ impl World {
                 let at = at + self.network.pause(self.scenario.compute);
                 self.network.schedule(at, Own::Validated { round, placement });
             }
+            MainEvent::Keep { .. } => {}
             MainEvent::RoundRejected { round, .. } => self.outcome.history.push((at, Phase::Rejected(round))),
             MainEvent::RoundLost { round } => self.outcome.history.push((at, Phase::Lost(round))),
             MainEvent::Waiting { .. } => self.outcome.history.push((at, Phase::Waiting)),

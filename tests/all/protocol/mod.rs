@@ -12,4 +12,5 @@ mod pairing;
 mod peer;
 mod placement;
 mod random;
+mod resume;
 mod run;
