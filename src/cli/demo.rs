@@ -20,7 +20,7 @@ use crate::data::{Conversation, Dataset, Message, Sharding, Tokenizer};
 use crate::model::adapter::{Adapter, LoraSpec};
 use crate::model::weights::Holding;
 use crate::protocol::Deadline;
-use crate::server::store::RunDirectory;
+use crate::runs::directory::RunDirectory;
 use crate::server::{self, Ending, Listen, Role, Run};
 use crate::split::Training;
 use crate::terms::optimizer::{OptimizerSettings, Schedule};

@@ -14,8 +14,8 @@ use crate::model::architecture::Architecture;
 use crate::model::central::{Central, Counted};
 use crate::model::stack::StackWeights;
 use crate::model::workspace::Extent;
+use crate::runs::directory::{self, RunDirectory};
 use crate::server::metrics::Metrics;
-use crate::server::store::{self, RunDirectory};
 use crate::split::Evaluation;
 
 use super::console::{self, Bar};
@@ -203,9 +203,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         ..adapter
     };
     // First of all: whatever may fail after it, this was the work.
-    store::save_at_last(&adapter_dir, &|dir| {
-        Ok(trained.save(dir, &source.config, &source.name)?)
-    })?;
+    directory::save_at_last(&adapter_dir, &|dir| trained.save(dir, &source.config, &source.name))?;
     let kept = || format!("the adapter is in {}", adapter_dir.display());
     let after = match interrupt.is_set() {
         true => None,

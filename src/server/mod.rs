@@ -50,6 +50,8 @@ use crate::protocol::{
     Bearers, ControlAccess, ControlConfig, ControlSession, Deadline, FederatedConfig, FederatedServerSession,
     MAX_FRAME_BYTES, MainConfig, MainError, MainServerSession, PING_INTERVAL, Placement,
 };
+use crate::runs;
+use crate::runs::directory::RunDirectory;
 use crate::split::{self, Training};
 use crate::terms::ids::RunId;
 use crate::terms::moments::MomentPolicy;
@@ -67,7 +69,7 @@ pub use listen::Listen;
 use metrics::Metrics;
 use planner::{LARGEST_RANK, Planner};
 use socket::Door;
-use store::{Blobs, RunDirectory};
+use store::Blobs;
 
 /// More clients than these are refused.
 const MAX_CLIENTS: u32 = 1024;
@@ -98,8 +100,8 @@ pub enum Error {
     Certificate(String),
     #[error(transparent)]
     Disk(#[from] disk::Error),
-    #[error("{error}; the adapter is in {place} instead")]
-    Elsewhere { error: Box<Error>, place: String },
+    #[error(transparent)]
+    Directory(#[from] runs::Error),
     #[error("cannot start a thread: {0}")]
     Thread(io::Error),
     #[error("the HTTP server stopped: {0}")]

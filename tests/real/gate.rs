@@ -22,7 +22,7 @@ use sflllm::protocol::message::{
     Ticket, Welcome,
 };
 use sflllm::protocol::{Deadline, PING_INTERVAL};
-use sflllm::server::store::RunDirectory;
+use sflllm::runs::directory::RunDirectory;
 use sflllm::server::{Ending, Limits, Model, Report, Role, Run, Server, Settings, Stopper, Summary};
 use sflllm::split::Training;
 use sflllm::terms::format::Format;
