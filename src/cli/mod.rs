@@ -12,6 +12,7 @@ pub mod eval;
 pub mod export;
 pub mod fetch;
 pub mod generate;
+pub mod given;
 pub mod human;
 pub mod interrupt;
 pub mod join;
