@@ -13,14 +13,14 @@ use super::defaults;
 use super::generate::{Sampling, Writer, prompt_ids};
 use super::human::shell_word;
 use super::options::{DeviceOptions, OutputOptions, ReadingOptions};
-use super::serve::{History, Hosting, conclude, host, model, token};
+use super::serve::{Hosting, conclude, host, model, token};
 use super::source::{DEMO_TRAIN, DEMO_VALID, ModelName, Source};
 use crate::compute::Engine;
 use crate::data::{Conversation, Dataset, Message, Sharding, Tokenizer};
 use crate::model::adapter::{Adapter, LoraSpec};
 use crate::model::weights::Holding;
 use crate::protocol::Deadline;
-use crate::server::store::RunDirectory;
+use crate::runs::directory::RunDirectory;
 use crate::server::{self, Ending, Listen, Role, Run};
 use crate::split::Training;
 use crate::terms::optimizer::{OptimizerSettings, Schedule};
@@ -274,14 +274,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         quiet,
         demo_data,
     };
-    let summary = host(
-        hosting,
-        Role::Both,
-        directory,
-        Some(run),
-        local,
-        History::new(serde_json::Value::Null),
-    )?;
+    let summary = host(hosting, Role::Both, directory, Some(run), local, None)?;
     if summary.ending == Ending::Completed && !quiet {
         let adapter = Adapter::load(&adapter_directory, &config)?;
         console::say("\nAfter training, its texts follow the meanings:\n");

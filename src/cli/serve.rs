@@ -4,21 +4,22 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use clap::ValueEnum;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use super::command::Words;
 use super::console::{self, Console};
 use super::defaults;
+use super::given::{self, Given, Recording};
 use super::interrupt;
 use super::join::bytes;
 use super::options::{BatchOptions, Choice, DeviceOptions, LoraOptions, ModelOptions, OptimizerOptions, OutputOptions};
 use super::scenario::ScenarioOptions;
 use super::secret::{CONTROL_KEY, TOKEN};
 use super::source::{DEMO_TRAIN, Source};
+use super::train::{self, absolute};
 use crate::allocation::Method;
 use crate::allocation::scenario::Scenario;
 use crate::client::native;
@@ -28,9 +29,9 @@ use crate::model::adapter::Adapter;
 use crate::model::rounds::RoundsTable;
 use crate::protocol::Deadline;
 use crate::protocol::message::Digest;
+use crate::runs::directory::RunDirectory;
 use crate::server::allocator::{self, Allocator};
 use crate::server::listen::{join_link, link_fragment, qr_code};
-use crate::server::store::RunDirectory;
 use crate::server::{
     self, Address, Ending, HostName, Interrupted, Limits, Listen, Report, Role, Run, Server, Settings, Summary,
 };
@@ -53,6 +54,8 @@ Examples:
 
 SFLLLM_TOKEN and SFLLLM_CONTROL_KEY are taken where no option gives the join token or the control key.")]
 pub struct Options {
+    #[command(flatten)]
+    given: Given,
     /// Address to listen on: https://HOST:PORT, or http://HOST:PORT on loopback; may be repeated; port 0 takes a free one
     /// [default: https://0.0.0.0:8443 and http://127.0.0.1:8080]
     #[arg(long, value_name = "ADDR")]
@@ -176,69 +179,85 @@ const FIRST_SPLIT: usize = 1;
 /// # Errors
 /// One sentence that says what to do.
 pub fn run(options: Options) -> anyhow::Result<()> {
-    let words = Words::of_this_process(COMMAND)?;
     match &options.resume {
-        Some(directory) => resume(directory, &options, &words),
-        None => begin(options, History::new(words.to_json()), None),
+        Some(directory) => resume(&directory.clone(), options),
+        None => begin(options, None),
     }
 }
 
-/// Where a run stands when this process begins.
-pub(super) struct History {
-    command: Value,
-    interrupted: Option<Box<Interrupted>>,
-}
-
-impl History {
-    /// Of a run that begins with this command.
-    pub fn new(command: Value) -> Self {
-        Self {
-            command,
-            interrupted: None,
-        }
-    }
+/// A run to be taken up again, and its directory.
+struct Resumed {
+    directory: RunDirectory,
+    interrupted: Box<Interrupted>,
 }
 
 /// Takes up the run in a directory.
-fn resume(path: &Path, given: &Options, words: &Words) -> anyhow::Result<()> {
-    words.only::<Options>(COMMAND, &["resume", "quiet", "json", "open", "device"])?;
-    let path = path
-        .canonicalize()
-        .with_context(|| format!("--resume {}", path.display()))?;
-    let directory = RunDirectory::resume(&path)?;
-    if directory.run().get("ended").and_then(Value::as_str) == Some("completed") {
-        console::say(format!("the run in {} is complete", path.display()));
-        return Ok(());
-    }
-    if directory.run().get("role").and_then(Value::as_str) == Some("federated") {
-        bail!(
-            "{} is that of a federated server, which keeps nothing: start it again with the same --listen and --control-key, and the main server \
-             tells it all it has to know",
-            path.display()
+fn resume(path: &Path, given: Options) -> anyhow::Result<()> {
+    let directory = RunDirectory::resume(path)?;
+    let shown = path.display();
+    let said = |name: &str| directory.run().get(name).and_then(Value::as_str);
+    ensure!(
+        said("command") == Some(COMMAND),
+        "the run in {shown} was not begun by `sflllm serve`, which cannot go on with it"
+    );
+    ensure!(
+        said("role") != Some("federated"),
+        "{shown} is that of a federated server, which keeps nothing: start it again with the same --listen and --control-key, and the \
+         main server tells it all it has to know"
+    );
+    if said("ended") == Some("completed") {
+        if given.output.json {
+            return Ok(console::print_kept(serde_json::to_string(directory.run())?)?);
+        }
+        let adapter = directory.adapter();
+        let text = format!(
+            "the run in {shown} is complete; its adapter is in {}",
+            adapter.display()
         );
+        return Ok(console::print_kept(text)?);
     }
-    let interrupted = Interrupted::open(&directory)?;
-    let Some(began) = Words::from_json(&interrupted.identity.command) else {
-        bail!(
-            "the run in {} was not begun by `sflllm serve`, and cannot be taken up by it",
-            path.display()
-        );
-    };
-    let mut options: Options = began.parse(COMMAND)?;
-    began.go_there()?;
-    options.output = given.output.clone();
-    options.open = given.open;
-    if words.arguments.iter().any(|word| word.starts_with("--device")) {
-        options.device = given.device.clone();
-    }
+    let mut options: Options = RECORDING.resumed(COMMAND, directory.run(), &given.given, path)?;
+    let interrupted = Box::new(Interrupted::open(&directory)?);
+    (options.output, options.open) = (given.output, given.open);
     options.token.clone_from(&interrupted.identity.token);
-    options.token_file = None;
+    options.control_key.clone_from(&interrupted.identity.control_key);
     options.listen = listen_again(&options, &directory)?;
-    let history = History {
-        command: interrupted.identity.command.clone(),
-        interrupted: Some(Box::new(interrupted)),
-    };
-    begin(options, history, Some(directory))
+    begin(options, Some(Resumed { directory, interrupted }))
+}
+
+/// How the options are kept in `run.json`. Secrets are not: they are in `state/`, which only the owner may look into.
+const RECORDING: Recording = Recording {
+    left_out: &[
+        "resume",
+        "out",
+        "json",
+        "quiet",
+        "open",
+        "token",
+        "token-file",
+        "control-key",
+        "control-key-file",
+    ],
+    may_change: &[
+        ("device", &[]),
+        ("wait", &[]),
+        ("deadline", &[]),
+        ("quorum", &[]),
+        ("host", &[]),
+        ("federated-url", &[]),
+        ("data", &[]),
+        ("valid", &[]),
+    ],
+    placed,
+};
+
+/// What an option's text means in whatever directory it is read.
+fn placed(option: &str, text: &str) -> String {
+    match option {
+        "scenario" if !Path::new(text).exists() => text.to_owned(),
+        "ca" | "scenario" | "calibration" => absolute(text),
+        _ => train::placed(option, text),
+    }
 }
 
 /// The addresses of the run, with the ports that were free when it began.
@@ -272,9 +291,9 @@ fn listened(options: &Options) -> anyhow::Result<Vec<Listen>> {
     })
 }
 
-/// Begins a run, or goes on with the one in `directory`.
-fn begin(options: Options, history: History, directory: Option<RunDirectory>) -> anyhow::Result<()> {
-    let is_resumed = directory.is_some();
+/// Begins a run, or goes on with one.
+fn begin(options: Options, resumed: Option<Resumed>) -> anyhow::Result<()> {
+    let is_resumed = resumed.is_some();
     let listen = listened(&options)?;
     let asked = TOKEN.read(options.token.as_deref(), options.token_file.as_deref(), None)?;
     let hosting = Hosting {
@@ -300,7 +319,7 @@ fn begin(options: Options, history: History, directory: Option<RunDirectory>) ->
             bail!("--local-clients and --valid belong to the main server; start this one with --role federated only");
         }
         let mut directory = RunDirectory::create(options.out.as_deref(), "federated")?;
-        directory.note(json!({ "role": "federated" }))?;
+        directory.note(json!({ "command": COMMAND, "role": "federated" }))?;
         let control_key = match control_key.as_deref() {
             None | Some("generate") => server::generate_token(),
             Some(key) => key.to_owned(),
@@ -311,7 +330,7 @@ fn begin(options: Options, history: History, directory: Option<RunDirectory>) ->
             directory,
             None,
             Vec::new(),
-            history,
+            None,
         )?;
         return conclude(&summary, None, &options.output);
     }
@@ -343,14 +362,24 @@ fn begin(options: Options, history: History, directory: Option<RunDirectory>) ->
         }
         None => Role::Both,
     };
-    let mut directory = match directory {
-        Some(directory) => directory,
-        None => RunDirectory::create(options.out.as_deref(), &options.model.model.short())?,
+    let (mut directory, interrupted) = match resumed {
+        Some(resumed) => (resumed.directory, Some(resumed.interrupted)),
+        None => (
+            RunDirectory::create(options.out.as_deref(), &options.model.model.short())?,
+            None,
+        ),
     };
     let path = directory.path().to_owned();
     let prepared = prepare(&options, &mut directory)?;
     let adapter = directory.adapter();
-    let summary = host(hosting, role, directory, Some(prepared.run), prepared.local, history)?;
+    let summary = host(
+        hosting,
+        role,
+        directory,
+        Some(prepared.run),
+        prepared.local,
+        interrupted,
+    )?;
     if matches!(summary.ending, Ending::Stopped(_) | Ending::NoClients) {
         console::say(format!("go on with: sflllm serve --resume {}", path.display()));
     }
@@ -437,6 +466,8 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
     let data = options.data.iter().map(read).collect::<anyhow::Result<Vec<_>>>()?;
     let describe = |path: &PathBuf, data: &Dataset| json!({ "file": path, "summary": data.summary });
     directory.note(json!({
+        "command": COMMAND,
+        "options": RECORDING.record(&given::command::<Options>(COMMAND), &options.given),
         "role": if options.role == RoleName::Main { "main" } else { "both" },
         "model_source": options.model.model.recorded(),
         "configuration": {
@@ -461,7 +492,7 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
             .max(1),
     );
     if let Some(scenario) = &scenario {
-        anyhow::ensure!(
+        ensure!(
             clients as usize == places,
             "--scenario has places for {places} clients and the run starts with {clients}; use --clients {places}, or set clients.count \
              in the scenario"
@@ -562,10 +593,10 @@ pub(super) fn host(
     directory: RunDirectory,
     run: Option<Run>,
     local: Vec<Vec<Example>>,
-    history: History,
+    interrupted: Option<Box<Interrupted>>,
 ) -> anyhow::Result<Summary> {
     let runtime = runtime()?;
-    let result = runtime.block_on(host_here(hosting, role, directory, run, local, history));
+    let result = runtime.block_on(host_here(hosting, role, directory, run, local, interrupted));
     // Downloads that still run have no reader any more.
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
@@ -577,7 +608,7 @@ async fn host_here(
     directory: RunDirectory,
     run: Option<Run>,
     local: Vec<Vec<Example>>,
-    history: History,
+    interrupted: Option<Box<Interrupted>>,
 ) -> anyhow::Result<Summary> {
     let console = Console::new(hosting.quiet);
     let mut interrupt = interrupt::watch("stopping")?;
@@ -613,8 +644,7 @@ async fn host_here(
         directory,
         demo_data: hosting.demo_data.into(),
         run,
-        command: history.command,
-        interrupted: history.interrupted,
+        interrupted,
     };
     let server = Server::start(settings, Box::new(move |report| shown.report(report))).await?;
     announce(&server, &console, hosting.token.as_deref(), control_key.as_deref());

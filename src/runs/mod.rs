@@ -1,5 +1,27 @@
-//! Runs on this machine: the directory that a run has to itself and what it resumes from.
+//! Runs on this machine: the directory that a run has to itself, what it resumes from, and what is told of runs afterwards.
 //!
-//! It is separate from those who train, because `serve` and `train` keep their runs in one way and `runs` lists both.
+//! It is separate from those who train, because `serve`, `demo` and `train` keep their runs in one way and `runs` lists them all.
 
+pub mod directory;
 pub mod snapshots;
+pub mod time;
+
+use crate::disk;
+use crate::model::adapter::AdapterError;
+
+/// Why a run cannot be kept, or not be gone on with.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Disk(#[from] disk::Error),
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
+    #[error("{error}; the adapter is in {place} instead")]
+    Elsewhere { error: AdapterError, place: String },
+    #[error("{0} holds no run that could go on: begin one with --out {0}")]
+    NoRun(String),
+    #[error(
+        "{path} is damaged ({reason}): the run cannot go on without what it says; begin it again with another --out"
+    )]
+    Description { path: String, reason: String },
+}

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use super::Error;
 use super::inbox::{Done, Side, Work};
 use super::planner::{Decision, Facts, Planner};
-use super::store::{self, Blobs};
+use super::store::Blobs;
 use crate::compute::Engine;
 use crate::data::{self, Example};
 use crate::model::adapter::{Adapter, AdapterLayout, LoraSpec};
@@ -21,6 +21,7 @@ use crate::model::unit::Unit;
 use crate::model::weights::{HeldUnits, Holding, UnitSource, Weights};
 use crate::protocol::message::{Assignment, Blob, RunConfig};
 use crate::protocol::{Contribution, GradientOutput, Placement};
+use crate::runs::directory;
 use crate::split::{self, Evaluation, LaneError, Moved, ServerPart, Training};
 use crate::terms::ids::{ClientId, StepKey};
 use crate::terms::moments::Moments;
@@ -427,9 +428,9 @@ impl Keeper {
             ..
         } = &self.settings;
         let adapter = self.adapter()?;
-        store::save_at_last(adapter_directory, &|directory| {
-            Ok(adapter.save(directory, architecture, base_model)?)
-        })
+        Ok(directory::save_at_last(adapter_directory, &|directory| {
+            adapter.save(directory, architecture, base_model)
+        })?)
     }
 
     /// The whole model's adapter at the end of the last closed round.

@@ -2,7 +2,7 @@
 //!
 //! | file of `state/` | is written | has |
 //! |---|---|---|
-//! | `server.json` | when the run begins | the run's number and the key of its tickets, the join token, the command |
+//! | `server.json` | when the run begins | the run's number and the key of its tickets, the join token |
 //! | `rounds/` | when a round is about to begin, before anybody is told that the one before is done | [`Checkpoint`], totals, how far `metrics.jsonl` goes |
 //! | `members/` | when a round begins, and before an answer that gives out numbers, shuts somebody out or loses a round | [`RunState`] |
 //!
@@ -17,8 +17,8 @@ use serde_json::{Value, json};
 
 use super::Error;
 use super::coordinator::Totals;
-use super::store::RunDirectory;
 use crate::protocol::{Checkpoint, RunState};
+use crate::runs::directory::RunDirectory;
 use crate::runs::snapshots::Snapshots;
 use crate::terms::ids::RunId;
 
@@ -39,8 +39,8 @@ pub struct Identity {
     pub ticket_key: [u8; 32],
     /// The join token.
     pub token: Option<String>,
-    /// How the program was called, for whoever calls it again.
-    pub command: Value,
+    /// Of the link to a federated server elsewhere.
+    pub control_key: Option<String>,
 }
 
 /// A run to be taken up again.
@@ -180,7 +180,8 @@ fn split_totals(bytes: &[u8]) -> Option<(&str, &[u8])> {
 impl Identity {
     fn to_json(&self) -> Value {
         json!({
-            "run": hex(&self.run.0), "ticket_key": hex(&self.ticket_key), "token": self.token, "command": self.command,
+            "run": hex(&self.run.0), "ticket_key": hex(&self.ticket_key), "token": self.token,
+            "control_key": self.control_key,
         })
     }
 
@@ -190,7 +191,7 @@ impl Identity {
             run: RunId(unhex(value["run"].as_str()?)?),
             ticket_key: unhex(value["ticket_key"].as_str()?)?,
             token: value["token"].as_str().map(str::to_owned),
-            command: value["command"].clone(),
+            control_key: value["control_key"].as_str().map(str::to_owned),
         })
     }
 }
@@ -232,7 +233,7 @@ mod tests {
             run: RunId(std::array::from_fn(|index| index as u8 * 15)),
             ticket_key: [0xa5; 32],
             token: Some("tok\"en".to_owned()),
-            command: json!({ "arguments": ["--rounds", "3"] }),
+            control_key: Some(String::new()),
         };
         let text = identity.to_json().to_string();
         let read = Identity::from_json(&text).unwrap();

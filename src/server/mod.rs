@@ -53,6 +53,8 @@ use crate::protocol::{
     Bearers, Checkpoint, ControlAccess, ControlConfig, ControlSession, Deadline, FederatedConfig,
     FederatedServerSession, MAX_FRAME_BYTES, MainConfig, MainError, MainServerSession, PING_INTERVAL, Placement,
 };
+use crate::runs;
+use crate::runs::directory::RunDirectory;
 use crate::split::{self, Training};
 use crate::terms::ids::RunId;
 use crate::terms::moments::MomentPolicy;
@@ -74,7 +76,7 @@ pub use listen::Listen;
 use metrics::Metrics;
 use planner::{LARGEST_RANK, Planner};
 use socket::Door;
-use store::{Blobs, RunDirectory};
+use store::Blobs;
 
 /// More clients than these are refused.
 const MAX_CLIENTS: u32 = 1024;
@@ -105,12 +107,12 @@ pub enum Error {
     Certificate(String),
     #[error(transparent)]
     Disk(#[from] disk::Error),
-    #[error("{error}; the adapter is in {place} instead")]
-    Elsewhere { error: Box<Error>, place: String },
     #[error("the run in {path} cannot be taken up again: {reason}")]
     NoState { path: String, reason: String },
     #[error("the run in {path} cannot be taken up again with this model: {reason}")]
     OtherModel { path: String, reason: String },
+    #[error(transparent)]
+    Directory(#[from] runs::Error),
     #[error("cannot start a thread: {0}")]
     Thread(io::Error),
     #[error("the HTTP server stopped: {0}")]
@@ -218,8 +220,6 @@ pub struct Settings {
     pub demo_data: Cow<'static, [u8]>,
     /// For the main server.
     pub run: Option<Run>,
-    /// How the program was called; it is kept for who takes the run up again.
-    pub command: Value,
     /// The run is one that was interrupted.
     pub interrupted: Option<Box<Interrupted>>,
 }
@@ -285,7 +285,6 @@ impl Server {
             mut directory,
             demo_data,
             run,
-            command,
             mut interrupted,
         } = settings;
         let bound = listen.iter().map(Listen::bind).collect::<Result<Vec<_>, _>>()?;
@@ -316,7 +315,7 @@ impl Server {
         let gate = Gate::new(limits.clone(), max_frame_bytes.clone());
         let asks_secret = token.is_some() || matches!(role, Role::Federated { .. });
         let metrics = match &interrupted {
-            Some(interrupted) => Metrics::resume(directory.path(), interrupted.totals.metrics_bytes),
+            Some(interrupted) => Metrics::resume(directory.path(), interrupted.totals.metrics)?,
             None => Metrics::new(directory.path()),
         };
         let before = interrupted
@@ -332,7 +331,7 @@ impl Server {
                 let now = clock.now();
                 let history = match interrupted {
                     Some(interrupted) => History::Interrupted(interrupted),
-                    None => History::New(command),
+                    None => History::New,
                 };
                 let (main, blobs, bearers) = prepare(run, &role, token, &mut directory, inputs.clone(), history, now)?;
                 (Some(main), Some(blobs), Some(bearers))
@@ -524,8 +523,7 @@ fn certificate_names(listen: &[Listen]) -> BTreeSet<String> {
 
 /// Whether a run begins or goes on.
 enum History {
-    /// It begins, with this command.
-    New(Value),
+    New,
     Interrupted(Box<Interrupted>),
 }
 
@@ -599,7 +597,7 @@ fn prepare(
     }
     // Clients' own cuts go further than the smallest.
     let largest = match &history {
-        History::New(_) => cut,
+        History::New => cut,
         History::Interrupted(interrupted) => interrupted.checkpoint.placement.assignment.config.split as usize,
     };
     let blobs = Arc::new(Blobs::create(&directory.weights())?);
@@ -627,12 +625,15 @@ fn prepare(
         alphas: alphas(&training.spec),
     };
     let (identity, placement, side, resumed) = match history {
-        History::New(command) => {
+        History::New => {
             let identity = Identity {
                 run: assignment.run,
                 ticket_key: rand::random(),
                 token: secret.clone(),
-                command,
+                control_key: match role {
+                    Role::Main { control_key, .. } => Some(control_key.clone()),
+                    _ => None,
+                },
             };
             let placement = Placement {
                 assignment,

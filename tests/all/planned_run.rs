@@ -20,8 +20,8 @@ use sflllm::model::weights::{HeldUnits, Holding, Weights};
 use sflllm::model::workspace::Extent;
 use sflllm::protocol::message::{Assignment, Blob, Digest, LinkRates, OwnAlpha, RunConfig};
 use sflllm::protocol::{Deadline, FinishReason};
+use sflllm::runs::directory::RunDirectory;
 use sflllm::server::planner::{ClientPrediction, Decision, Planner, RoundFacts, RoundPrediction, StartFacts};
-use sflllm::server::store::RunDirectory;
 use sflllm::server::{Limits, Model, Role, Run, Server, Settings, Summary};
 use sflllm::split::Training;
 use sflllm::terms::format::Format;
@@ -253,7 +253,6 @@ fn run_on(
         directory,
         demo_data: b"".into(),
         run: Some(run),
-        command: serde_json::Value::Null,
         interrupted: None,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()

@@ -23,8 +23,8 @@ use sflllm::model::unit::Unit;
 use sflllm::model::weights::{Holding, Weights};
 use sflllm::protocol::Deadline;
 use sflllm::protocol::message::{Digest, LinkRates};
+use sflllm::runs::directory::RunDirectory;
 use sflllm::server::planner::{Decision, Planner, RoundFacts, StartFacts};
-use sflllm::server::store::RunDirectory;
 use sflllm::server::{self, Model, Role, Run, Settings};
 use sflllm::split::Training;
 use sflllm::terms::format::Format;
@@ -392,7 +392,6 @@ fn a_tab_whose_blocks_come_and_go_trains_to_the_end() {
         directory: RunDirectory::create(Some(&home.path().join("out")), "demo").unwrap(),
         demo_data: include_bytes!("../../assets/demo/train.txt").into(),
         run: Some(run),
-        command: serde_json::Value::Null,
         interrupted: None,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()

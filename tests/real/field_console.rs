@@ -401,7 +401,8 @@ fn a_run_that_goes_on_has_its_directory_to_itself() {
     ] {
         let (code, _, said) = place.run(&words);
         assert_eq!(code, Some(1), "{said}");
-        assert!(said.contains("another sflllm is writing to"), "{said}");
+        let named = format!("another sflllm (process {}", serving.process.0.id());
+        assert!(said.contains(&named) && said.contains("is writing to"), "{said}");
     }
     let join = format!("join {} --device cpu --data @data.jsonl --quiet", serving.url);
     assert_eq!(place.run(&join).0, Some(0));
@@ -507,7 +508,8 @@ fn a_calibration_that_is_asked_to_end_keeps_its_finished_runs() {
     // While it goes on, nobody else writes there.
     let (code, _, said) = place.run(words);
     assert_eq!(code, Some(1), "{said}");
-    assert!(said.contains("another sflllm is writing to"), "{said}");
+    let named = format!("another sflllm (process {}", process.0.id());
+    assert!(said.contains(&named), "{said}");
     process.signal("TERM");
     assert_eq!(process.end().code(), Some(0));
     assert!(runs() > 0 && !RoundsTable::load(&out).unwrap().complete);

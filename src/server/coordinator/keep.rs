@@ -15,7 +15,10 @@ use crate::protocol::{Checkpoint, Placement};
 impl Coordinator {
     /// From here on the directory holds a run, which can be gone on with.
     pub fn begin(&mut self) -> Result<(), Error> {
-        self.parts.directory.begin()?;
+        match &self.parts.main {
+            Some(main) if main.is_resumed => self.parts.directory.go_on(Some(main.session.status().round.into()))?,
+            _ => self.parts.directory.begin()?,
+        }
         self.parts.metrics.open();
         let Some(main) = &mut self.parts.main else {
             return Ok(());
@@ -54,7 +57,6 @@ impl Coordinator {
 
     /// Keeps what a round begins from.
     pub(super) fn keep_round(&mut self, round: u32, placement: Placement) {
-        self.parts.metrics.sync();
         let totals = self.totals();
         let Some(main) = &mut self.parts.main else { return };
         let Keeping::Kept(kept) = &mut main.keeping else { return };

@@ -47,10 +47,10 @@ use super::gate::{Gate, Passage};
 use super::inbox::{Done, Input, Outbox, Work};
 use super::limit::GuessLimit;
 use super::metrics::Metrics;
-use super::store::RunDirectory;
 use crate::protocol::codec::decode_hello;
 use crate::protocol::message::{Credential, PROTOCOL_VERSION};
 use crate::protocol::{ConnectionId, Endpoint, FederatedServerSession, RunEnd, Transmit};
+use crate::runs::directory::RunDirectory;
 use crate::split::Evaluation;
 
 /// How long to wait, when the run is over, for clients that do not take their leave.
@@ -213,7 +213,7 @@ impl Coordinator {
         let written = self.parts.directory.end(&reason, totals);
         match self.failure {
             Some(failure) => Err(failure),
-            None => written.map(|()| self.summary),
+            None => Ok(written.map(|()| self.summary)?),
         }
     }
 

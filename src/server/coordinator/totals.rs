@@ -4,6 +4,7 @@
 
 use serde_json::{Value, json};
 
+use super::super::metrics::Position;
 use super::Coordinator;
 use super::Traffic;
 use super::report::Summary;
@@ -20,8 +21,8 @@ pub struct Totals {
     pub bytes_down: u64,
     pub baseline: Option<Evaluation>,
     pub last: Option<Evaluation>,
-    /// Bytes of `metrics.jsonl` that belong to it.
-    pub metrics_bytes: u64,
+    /// How far `metrics.jsonl` belongs to it.
+    pub metrics: Position,
 }
 
 impl Totals {
@@ -31,7 +32,7 @@ impl Totals {
         };
         json!({
             "rounds": self.rounds, "steps": self.steps, "tokens": self.tokens, "seconds": self.seconds,
-            "bytes_up": self.bytes_up, "bytes_down": self.bytes_down, "metrics_bytes": self.metrics_bytes,
+            "bytes_up": self.bytes_up, "bytes_down": self.bytes_down, "metrics": { "bytes": self.metrics.bytes, "lost": self.metrics.lost, "missing": self.metrics.missing },
             "baseline": evaluation(self.baseline), "last": evaluation(self.last),
         })
     }
@@ -56,14 +57,18 @@ impl Totals {
             bytes_down: number("bytes_down"),
             baseline: evaluation("baseline"),
             last: evaluation("last"),
-            metrics_bytes: number("metrics_bytes"),
+            metrics: Position {
+                bytes: value["metrics"]["bytes"].as_u64().unwrap_or_default(),
+                lost: value["metrics"]["lost"].as_u64().unwrap_or_default(),
+                missing: value["metrics"]["missing"].as_u64().unwrap_or_default(),
+            },
         }
     }
 }
 
 impl Coordinator {
     /// What the run has come to by now.
-    pub(super) fn totals(&self) -> Totals {
+    pub(super) fn totals(&mut self) -> Totals {
         let Summary {
             rounds,
             steps,
@@ -81,7 +86,7 @@ impl Coordinator {
             bytes_down: self.total.down,
             baseline,
             last,
-            metrics_bytes: self.parts.metrics.length(),
+            metrics: self.parts.metrics.position(),
         }
     }
 
@@ -117,7 +122,11 @@ mod tests {
             bytes_down: 6,
             baseline: Some(evaluation),
             last: None,
-            metrics_bytes: 77,
+            metrics: Position {
+                bytes: 77,
+                lost: 2,
+                missing: 1,
+            },
         };
         assert_eq!(Totals::from_json(&totals.to_json().to_string()), totals);
         assert_eq!(Totals::from_json("{}"), Totals::default());
