@@ -39,11 +39,14 @@ impl RunDirectory {
     /// Claims `out`, or without one a new `runs/<time>-<name>`.
     ///
     /// # Errors
-    /// [`disk::Error::Taken`] for a directory that holds a run, [`disk::Error::Busy`] for one whose run goes on,
+    /// [`Error::Taken`] for a directory that holds a run, [`disk::Error::Busy`] for one whose run goes on,
     /// [`disk::Error::File`] with the path.
     pub fn create(out: Option<&Path>, name: &str) -> Result<Self, Error> {
         let now = SystemTime::now();
-        let claim = |path: &Path| Claim::directory(path, "--out", "a run", &MARKS);
+        let claim = |path: &Path| match Claim::directory(path, "--out", "a run", &MARKS) {
+            Err(disk::Error::Taken { path, .. }) => Err(Error::Taken(path)),
+            claim => Ok(claim?),
+        };
         let (path, claim) = match out {
             Some(out) => (out.to_owned(), claim(out)?),
             None => {
@@ -60,7 +63,7 @@ impl RunDirectory {
                         number => path.with_file_name(format!("{}-{name}-{number}", file_time(now))),
                     };
                     match claim(&path) {
-                        Err(disk::Error::Taken { .. } | disk::Error::Busy { .. }) if number < 1000 => number += 1,
+                        Err(Error::Taken(_) | Error::Disk(disk::Error::Busy { .. })) if number < 1000 => number += 1,
                         claim => break (path, claim?),
                     }
                 }
@@ -261,7 +264,7 @@ mod tests {
         first.end("completed", json!({ "rounds": 3 })).unwrap();
         drop(first);
         let taken = create().unwrap_err();
-        assert!(matches!(taken, Error::Disk(disk::Error::Taken { .. })), "{taken}");
+        assert!(matches!(taken, Error::Taken(_)), "{taken}");
         let run: Value = serde_json::from_str(&fs::read_to_string(path.join("run.json")).unwrap()).unwrap();
         assert_eq!(
             (&run["mark"], &run["totals"]["rounds"], &run["ended"]),

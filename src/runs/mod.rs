@@ -18,6 +18,8 @@ pub enum Error {
     Adapter(#[from] AdapterError),
     #[error("{error}; the adapter is in {place} instead")]
     Elsewhere { error: AdapterError, place: String },
+    #[error("{0} holds a run, which --out would overwrite: give another --out, or go on with that one by --resume {0}")]
+    Taken(String),
     #[error("{0} holds no run that could go on: begin one with --out {0}")]
     NoRun(String),
     #[error(
