@@ -18,10 +18,12 @@ use crate::model::export::card::{CARD_FILE, card};
 use crate::model::peft::CONFIG_FILE;
 
 /// What a run says of itself.
-pub const RUN_FILE: &str = "run.json";
+pub(super) const RUN_FILE: &str = "run.json";
+pub(super) const LOG_FILE: &str = "metrics.jsonl";
+pub(super) const STATE: &str = "state";
 
 /// What says that a directory holds a run.
-const MARKS: [&str; 4] = [RUN_FILE, "metrics.jsonl", "adapter", "state"];
+pub(super) const MARKS: [&str; 4] = [RUN_FILE, LOG_FILE, "adapter", STATE];
 
 /// The directory of one run, which nobody else may write in meanwhile.
 ///
@@ -119,7 +121,7 @@ impl RunDirectory {
     /// # Errors
     /// As [`Snapshots::open`].
     pub fn snapshots(&self) -> Result<(Snapshots, Option<Loaded>), Error> {
-        Ok(Snapshots::open(&self.path.join("state"))?)
+        Ok(Snapshots::open(&self.path.join(STATE))?)
     }
 
     pub fn path(&self) -> &Path {
@@ -190,7 +192,7 @@ impl RunDirectory {
     /// # Errors
     /// [`disk::Error::File`].
     pub fn write_state(&self, name: &str, contents: &[u8]) -> Result<(), Error> {
-        let directory = self.path.join("state");
+        let directory = self.path.join(STATE);
         fs::create_dir_all(&directory).map_err(|error| disk::Error::file("create", &directory, error))?;
         Ok(disk::replace(&directory.join(name), contents)?)
     }

@@ -11,5 +11,6 @@ mod place;
 mod plan_command;
 mod real_model;
 mod resume;
+mod runs;
 mod tls;
 mod uneven_adapters;
