@@ -7,6 +7,7 @@ use anyhow::Context;
 use tokio::sync::watch;
 
 use super::console::{self, Console};
+use super::human::bytes;
 use super::interrupt;
 use super::options::{DeviceOptions, OutputOptions, ReadingOptions};
 use super::secret::TOKEN;
@@ -156,19 +157,6 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     Ok(printed?)
 }
 
-/// `1.5 MB`.
-pub(super) fn bytes(count: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "kB", "MB", "GB", "TB"];
-    let mut value = count as f64;
-    let mut unit = 0;
-    while value >= 999.5 && unit + 1 < UNITS.len() {
-        value /= 1000.0;
-        unit += 1;
-    }
-    let digits = usize::from(unit > 0 && value < 100.0);
-    format!("{value:.digits$} {}", UNITS[unit])
-}
-
 struct Shown {
     console: Console,
     /// The part of the model that is being fetched.
@@ -230,19 +218,5 @@ impl Shown {
             }),
             Report::Unsaved { detail } => console.important(format!("{detail}; it is tried again with every round")),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::bytes;
-
-    #[test]
-    fn byte_counts_are_readable() {
-        assert_eq!(bytes(0), "0 B");
-        assert_eq!(bytes(999), "999 B");
-        assert_eq!(bytes(1500), "1.5 kB");
-        assert_eq!(bytes(123_456_789), "123 MB");
-        assert_eq!(bytes(2_000_000_000), "2.0 GB");
     }
 }

@@ -21,7 +21,7 @@ use crate::model::workspace::Extent;
 use crate::terms::format::Format;
 use crate::terms::tensor::WireForm;
 
-use super::join::bytes;
+use super::human::bytes;
 use super::source::{ModelName, ModelSource, Source};
 use super::{defaults, fetch};
 

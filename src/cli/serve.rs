@@ -11,15 +11,15 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::console::{self, Console};
-use super::defaults;
 use super::given::{self, Given, Recording};
+use super::human::bytes;
 use super::interrupt;
-use super::join::bytes;
 use super::options::{BatchOptions, Choice, DeviceOptions, LoraOptions, ModelOptions, OptimizerOptions, OutputOptions};
 use super::scenario::ScenarioOptions;
 use super::secret::{CONTROL_KEY, TOKEN};
 use super::source::{DEMO_TRAIN, Source};
 use super::train::{self, absolute};
+use super::{defaults, desktop};
 use crate::allocation::Method;
 use crate::allocation::scenario::Scenario;
 use crate::client::native;
@@ -658,7 +658,7 @@ async fn host_here(
     if hosting.open
         && let Some(address) = server.addresses().last()
     {
-        open_browser(&join_page(&address.local_url, hosting.token.as_deref(), None));
+        desktop::open(&join_page(&address.local_url, hosting.token.as_deref(), None));
     }
 
     let stopper = server.stopper();
@@ -799,25 +799,6 @@ fn announce(server: &Server, console: &Console, token: Option<&str>, control_key
 
 fn plural(count: usize) -> &'static str {
     if count == 1 { "" } else { "s" }
-}
-
-fn open_browser(url: &str) {
-    let (program, arguments): (&str, &[&str]) = match std::env::consts::OS {
-        "macos" => ("open", &[]),
-        "windows" => ("cmd", &["/C", "start", ""]),
-        _ => ("xdg-open", &[]),
-    };
-    let started = std::process::Command::new(program)
-        .args(arguments)
-        .arg(url)
-        .stdout(std::process::Stdio::null())
-        .stderr(std::process::Stdio::null())
-        .spawn();
-    if let Err(error) = started {
-        console::say(format!(
-            "cannot open a browser ({program}: {error}); open {url} yourself"
-        ));
-    }
 }
 
 /// Says how the run ended.

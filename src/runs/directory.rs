@@ -18,10 +18,12 @@ use crate::model::export::card::{CARD_FILE, card};
 use crate::model::peft::CONFIG_FILE;
 
 /// What a run says of itself.
-pub const RUN_FILE: &str = "run.json";
+pub(super) const RUN_FILE: &str = "run.json";
+pub(super) const LOG_FILE: &str = "metrics.jsonl";
+pub(super) const STATE: &str = "state";
 
 /// What says that a directory holds a run.
-const MARKS: [&str; 4] = [RUN_FILE, "metrics.jsonl", "adapter", "state"];
+pub(super) const MARKS: [&str; 4] = [RUN_FILE, LOG_FILE, "adapter", STATE];
 
 /// The directory of one run, which nobody else may write in meanwhile.
 ///
@@ -39,11 +41,14 @@ impl RunDirectory {
     /// Claims `out`, or without one a new `runs/<time>-<name>`.
     ///
     /// # Errors
-    /// [`disk::Error::Taken`] for a directory that holds a run, [`disk::Error::Busy`] for one whose run goes on,
+    /// [`Error::Taken`] for a directory that holds a run, [`disk::Error::Busy`] for one whose run goes on,
     /// [`disk::Error::File`] with the path.
     pub fn create(out: Option<&Path>, name: &str) -> Result<Self, Error> {
         let now = SystemTime::now();
-        let claim = |path: &Path| Claim::directory(path, "--out", "a run", &MARKS);
+        let claim = |path: &Path| match Claim::directory(path, "--out", "a run", &MARKS) {
+            Err(disk::Error::Taken { path, .. }) => Err(Error::Taken(path)),
+            claim => Ok(claim?),
+        };
         let (path, claim) = match out {
             Some(out) => (out.to_owned(), claim(out)?),
             None => {
@@ -60,7 +65,7 @@ impl RunDirectory {
                         number => path.with_file_name(format!("{}-{name}-{number}", file_time(now))),
                     };
                     match claim(&path) {
-                        Err(disk::Error::Taken { .. } | disk::Error::Busy { .. }) if number < 1000 => number += 1,
+                        Err(Error::Taken(_) | Error::Disk(disk::Error::Busy { .. })) if number < 1000 => number += 1,
                         claim => break (path, claim?),
                     }
                 }
@@ -116,7 +121,7 @@ impl RunDirectory {
     /// # Errors
     /// As [`Snapshots::open`].
     pub fn snapshots(&self) -> Result<(Snapshots, Option<Loaded>), Error> {
-        Ok(Snapshots::open(&self.path.join("state"))?)
+        Ok(Snapshots::open(&self.path.join(STATE))?)
     }
 
     pub fn path(&self) -> &Path {
@@ -187,7 +192,7 @@ impl RunDirectory {
     /// # Errors
     /// [`disk::Error::File`].
     pub fn write_state(&self, name: &str, contents: &[u8]) -> Result<(), Error> {
-        let directory = self.path.join("state");
+        let directory = self.path.join(STATE);
         fs::create_dir_all(&directory).map_err(|error| disk::Error::file("create", &directory, error))?;
         Ok(disk::replace(&directory.join(name), contents)?)
     }
@@ -261,7 +266,7 @@ mod tests {
         first.end("completed", json!({ "rounds": 3 })).unwrap();
         drop(first);
         let taken = create().unwrap_err();
-        assert!(matches!(taken, Error::Disk(disk::Error::Taken { .. })), "{taken}");
+        assert!(matches!(taken, Error::Taken(_)), "{taken}");
         let run: Value = serde_json::from_str(&fs::read_to_string(path.join("run.json")).unwrap()).unwrap();
         assert_eq!(
             (&run["mark"], &run["totals"]["rounds"], &run["ended"]),

@@ -3,6 +3,7 @@
 //! It is separate from those who train, because `serve`, `demo` and `train` keep their runs in one way and `runs` lists them all.
 
 pub mod directory;
+pub mod found;
 pub mod snapshots;
 pub mod time;
 
@@ -18,6 +19,15 @@ pub enum Error {
     Adapter(#[from] AdapterError),
     #[error("{error}; the adapter is in {place} instead")]
     Elsewhere { error: AdapterError, place: String },
+    #[error("{0} holds a run, which --out would overwrite: give another --out, or go on with that one by --resume {0}")]
+    Taken(String),
+    #[error("there is no run {name} in {directory}; {there}")]
+    Unknown {
+        name: String,
+        directory: String,
+        /// Which there are.
+        there: String,
+    },
     #[error("{0} holds no run that could go on: begin one with --out {0}")]
     NoRun(String),
     #[error(
