@@ -20,7 +20,7 @@ mod control;
 mod frame;
 mod greeting;
 mod training;
-mod wire;
+pub(crate) mod wire;
 mod word;
 
 pub(super) use frame::set_acknowledged;
