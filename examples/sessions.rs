@@ -133,7 +133,9 @@ pub fn main() -> Result<(), Box<dyn Error>> {
             model: None,
             tokenizer: None,
             secret: None,
-            retries: 0,
+            passport: None,
+            give_up: Duration::ZERO,
+            seed: 0,
         },
         now,
     );

@@ -734,6 +734,9 @@ fn local_client(
             .context("only a main server has local clients")?
             .to_owned(),
         adapter_out: None,
+        // It is in the server's own process.
+        give_up: Duration::from_secs(60),
+        keep: None,
     })
 }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::Transmit;
 use super::client::ClientFailure;
-use super::dial::{Dialer, Heard, Tick};
+use super::dial::{Dialer, Heard, Patience, Tick};
 use super::message::*;
 use super::{Endpoint, MAX_FRAME_BYTES};
 
@@ -54,7 +54,7 @@ impl ControlSession {
     /// A link that asks for its first socket at once.
     pub fn new(config: ControlConfig, now: Duration) -> ControlSession {
         let mut session = ControlSession {
-            dialer: Dialer::new(config.version, config.retries),
+            dialer: Dialer::new(config.version, Patience::Attempts(config.retries), 0),
             theirs: config.version,
             config,
             over: false,
@@ -215,7 +215,9 @@ impl ControlSession {
         }
         self.hang_up();
         match self.dialer.retry(now) {
-            Some(retry_at) => self.events.push_back(ControlEvent::ConnectionLost { retry_at }),
+            Some(retry) => self
+                .events
+                .push_back(ControlEvent::ConnectionLost { retry_at: retry.at }),
             None => self.fail(ClientFailure::Unreachable {
                 endpoint: Endpoint::Federated,
             }),

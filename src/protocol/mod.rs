@@ -39,6 +39,7 @@ use std::time::Duration;
 pub use admission::{Bearer, Bearers, is_same_secret};
 pub use client::{
     ActivationsInput, AdapterInput, ClientConfig, ClientError, ClientEvent, ClientFailure, ClientSession, FinishReason,
+    Passport,
 };
 pub use control::{ControlConfig, ControlEvent, ControlSession};
 pub use dial::ConnectionFault;

@@ -59,6 +59,11 @@ pub struct Scenario {
     /// Of every client's emulated uplinks, where there is a plan.
     pub rates: Option<LinkRates>,
     pub faults: Vec<(Duration, Fault)>,
+    /// Whether clients keep what it takes to come back as themselves when their process has died.
+    pub keeps: bool,
+    /// Processes that die instead of carrying out an output of their client, by its number among all of that client's, and start
+    /// again a second later.
+    pub deaths: Vec<(usize, u64)>,
     /// When to give up on the run.
     pub time_limit: Duration,
 }
@@ -83,6 +88,8 @@ impl Scenario {
             cuts: Vec::new(),
             rates: None,
             faults: Vec::new(),
+            keeps: true,
+            deaths: Vec::new(),
             time_limit: Duration::from_secs(24 * 3600),
         }
     }

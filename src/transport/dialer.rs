@@ -76,16 +76,25 @@ impl Dialer {
         }
     }
 
-    /// Starts to GET `path` (from `/`) as the bearer of a credential, and gives the answer if it is a success; the body is
-    /// still to be read.
+    /// Starts to GET `path` (from `/`) from its byte `from` on, as the bearer of a credential, and gives the answer if it is a
+    /// success; the body is still to be read. A server may begin at the first byte all the same: it then answers 200, not 206.
     ///
     /// # Errors
     /// [`Error`] names the address.
-    pub async fn get(&self, origin: &Origin, path: &str, bearer: Option<&str>) -> Result<reqwest::Response, Error> {
+    pub async fn get(
+        &self,
+        origin: &Origin,
+        path: &str,
+        bearer: Option<&str>,
+        from: u64,
+    ) -> Result<reqwest::Response, Error> {
         let url = format!("{origin}{path}");
         let mut request = self.http.get(&url);
         if let Some(bearer) = bearer {
             request = request.bearer_auth(bearer);
+        }
+        if from > 0 {
+            request = request.header("range", format!("bytes={from}-"));
         }
         let response = request.send().await.map_err(|error| http_error(&url, &error))?;
         let status = response.status();

@@ -276,6 +276,8 @@ fn run_on(
                 source: native::Source::Examples(examples),
                 cache: home.path().join(format!("cache-{number}")),
                 adapter_out: Some(home.path().join(format!("kept-{number}"))),
+                give_up: Duration::from_secs(60),
+                keep: None,
             };
             let fetched = fetched.clone();
             let note = move |report| {

@@ -22,7 +22,7 @@ mod frame;
 mod greeting;
 mod state;
 mod training;
-mod wire;
+pub(crate) mod wire;
 mod word;
 
 pub(super) use frame::set_acknowledged;

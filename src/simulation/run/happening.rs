@@ -2,12 +2,15 @@
 //!
 //! Separate from what they answer: here is what the network and the clock do to them.
 
+use std::time::Duration;
+
 use super::super::network::{Arrival, End, SocketId};
 use super::super::scenario::Fault;
 use super::super::toy::Trained;
 use super::{Node, Own, World};
+use crate::client::edge::{Config, Edge, State};
 use crate::protocol::message::{Capabilities, PROTOCOL_VERSION};
-use crate::protocol::{ClientConfig, ClientSession, ConnectionId, Endpoint};
+use crate::protocol::{ClientConfig, ConnectionId, Endpoint};
 use crate::terms::tensor::WireForm;
 
 impl World {
@@ -47,13 +50,13 @@ impl World {
                     socket if toy.federated == Some(socket) => Endpoint::Federated,
                     _ => return,
                 };
-                let Some(session) = &mut toy.session else {
+                let Some(edge) = &mut toy.edge else {
                     return;
                 };
                 match arrival {
-                    Arrival::Opened => session.connected(endpoint, now),
-                    Arrival::Frame(bytes) => session.handle_frame(endpoint, now, &bytes),
-                    Arrival::Closed => session.disconnected(endpoint, now),
+                    Arrival::Opened => edge.connected(endpoint, now),
+                    Arrival::Frame(bytes) => edge.frame(endpoint, now, &bytes),
+                    Arrival::Closed => edge.disconnected(endpoint, now, None),
                 }
             }
             Node::Control => {}
@@ -64,32 +67,22 @@ impl World {
         match own {
             Own::Timer(node) => self.time_out(node),
             Own::Fault(fault) => self.strike(fault),
-            Own::Loaded { client, process } => {
+            Own::Fetched {
+                client,
+                process,
+                number,
+            } => {
                 let now = self.now(Node::Client(client));
-                if let Some(session) = self.process(client, process) {
-                    session.ready(now, None);
+                if let Some(edge) = self.process(client, process) {
+                    edge.fetched(now, number, Ok(()));
                 }
             }
-            Own::Forwarded {
+            Own::Computed {
                 client,
                 process,
-                key,
+                task,
                 took,
-            } => self.forward(client, process, key, took),
-            Own::Backwarded {
-                client,
-                process,
-                key,
-                took,
-                gradient,
-            } => self.backward(client, process, key, took, &gradient),
-            Own::Collected {
-                client,
-                process,
-                round,
-                split,
-                steps,
-            } => self.collect(client, process, round, (split, steps)),
+            } => self.compute(client, process, *task, took),
             Own::Planned(occasion) => self.plan(occasion),
             Own::Copied { round, values } => {
                 let now = self.now(Node::Main);
@@ -133,8 +126,8 @@ impl World {
                 }
             }
             Node::Client(client) => {
-                if let Some(session) = &mut self.toys[client].session {
-                    session.handle_timeout(now);
+                if let Some(edge) = &mut self.toys[client].edge {
+                    edge.timeout(now);
                 }
             }
         }
@@ -145,20 +138,18 @@ impl World {
             Fault::Start(client) => self.start(client),
             Fault::Leave(client) => {
                 let now = self.now(Node::Client(client));
-                if let Some(session) = &mut self.toys[client].session {
-                    session.leave(now);
+                if let Some(edge) = &mut self.toys[client].edge {
+                    edge.leave(now);
                 }
             }
-            Fault::Crash(client) | Fault::Kill(client) => {
+            Fault::Crash(client) => {
                 let toy = &mut self.toys[client];
-                toy.session = None;
+                toy.edge = None;
                 for socket in [toy.main.take(), toy.federated.take()].into_iter().flatten() {
-                    match fault {
-                        Fault::Kill(_) => self.network.close(socket, End::Dialler),
-                        _ => self.network.vanish(socket, End::Dialler),
-                    }
+                    self.network.vanish(socket, End::Dialler);
                 }
             }
+            Fault::Kill(client) => self.kill(client),
             Fault::Partition(client, length) => {
                 let until = self.network.now + length;
                 let toy = &mut self.toys[client];
@@ -194,6 +185,15 @@ impl World {
         }
     }
 
+    /// A client's process dies; its connections close.
+    pub(super) fn kill(&mut self, client: usize) {
+        let toy = &mut self.toys[client];
+        toy.edge = None;
+        for socket in [toy.main.take(), toy.federated.take()].into_iter().flatten() {
+            self.network.close(socket, End::Dialler);
+        }
+    }
+
     /// Something between the ends closes the connection to both.
     fn cut(&mut self, socket: SocketId) {
         self.network.close(socket, End::Dialler);
@@ -205,15 +205,17 @@ impl World {
     fn start(&mut self, client: usize) {
         let now = self.now(Node::Client(client));
         let toy = &mut self.toys[client];
-        if toy.session.is_some() && toy.outcome.finished.is_none() && toy.outcome.failed.is_none() {
+        if toy.edge.is_some() && toy.outcome.finished.is_none() && toy.outcome.failed.is_none() {
             return;
         }
         toy.process += 1;
         toy.trained = Trained::default();
+        toy.cursor = 0;
         toy.outcome.finished = None;
         toy.outcome.failed = None;
-        toy.session = Some(ClientSession::new(
-            ClientConfig {
+        let resume = toy.kept.as_deref().map(State::decode).transpose();
+        let config = Config {
+            client: ClientConfig {
                 version: PROTOCOL_VERSION,
                 name: format!("{client}"),
                 capabilities: Capabilities {
@@ -224,9 +226,17 @@ impl World {
                 model: None,
                 tokenizer: None,
                 secret: Some("open sesame".to_owned()),
-                retries: 20,
+                passport: None,
+                give_up: Duration::from_secs(600),
+                seed: self.scenario.seed ^ (u64::from(toy.process) << 32 | client as u64),
             },
-            now,
-        ));
+            server: "the toy server".to_owned(),
+            keeps: self.scenario.keeps,
+            resume: resume.clone().ok().flatten(),
+        };
+        toy.edge = Some(Edge::new(config, now));
+        if let Err(error) = resume {
+            self.violation(format!("what client {client} has kept cannot be read: {error}"));
+        }
     }
 }

@@ -15,19 +15,20 @@ mod server;
 mod settle;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::convert::Infallible;
 use std::time::Duration;
 
-use super::network::{Happening, Network, SocketId, Traffic};
+use super::network::{End, Happening, Network, SocketId, Traffic};
 use super::outcome::{ClientOutcome, Outcome};
 use super::scenario::{Fault, Scenario};
 use super::toy::{BLOCKS, NUMBERS, Trained, assignment, initial_adapter};
+use crate::client::edge::{Edge, Task};
 use crate::protocol::message::{Digest, PROTOCOL_VERSION};
 use crate::protocol::{
-    AdapterInput, ClientSession, ControlAccess, ControlConfig, ControlSession, FederatedConfig, FederatedServerSession,
+    AdapterInput, ControlAccess, ControlConfig, ControlSession, FederatedConfig, FederatedServerSession,
     GradientOutput, MainConfig, MainServerSession, Occasion, Placement,
 };
 use crate::terms::ids::{ClientId, RoundKey, RunId, StepKey};
-use crate::terms::tensor::WireTensor;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Node {
@@ -40,29 +41,16 @@ enum Node {
 enum Own {
     Timer(Node),
     Fault(Fault),
-    Loaded {
+    Fetched {
         client: usize,
         process: u32,
+        number: u64,
     },
-    Forwarded {
+    Computed {
         client: usize,
         process: u32,
-        key: StepKey,
+        task: Box<Task>,
         took: Duration,
-    },
-    Backwarded {
-        client: usize,
-        process: u32,
-        key: StepKey,
-        took: Duration,
-        gradient: WireTensor,
-    },
-    Collected {
-        client: usize,
-        process: u32,
-        round: RoundKey,
-        split: u32,
-        steps: u64,
     },
     Contributed {
         key: StepKey,
@@ -89,7 +77,7 @@ struct Lane {
 }
 
 struct Toy {
-    session: Option<ClientSession>,
+    edge: Option<Edge<Infallible>>,
     process: u32,
     main: Option<SocketId>,
     federated: Option<SocketId>,
@@ -99,6 +87,10 @@ struct Toy {
     cursor: u64,
     examples: u64,
     trained: Trained,
+    /// What outlives the process.
+    kept: Option<Vec<u8>>,
+    /// What its machines have asked for.
+    outputs: u64,
     outcome: ClientOutcome,
 }
 
@@ -143,6 +135,8 @@ struct World {
     /// The main server's blocks.
     blocks: Trained,
     server: f64,
+    /// Both as they were when the round began.
+    before: (Trained, f64),
     outcome: Outcome,
 }
 
@@ -230,7 +224,7 @@ impl World {
         });
         let toys = (0..scenario.clients)
             .map(|_| Toy {
-                session: None,
+                edge: None,
                 process: 0,
                 main: None,
                 federated: None,
@@ -240,6 +234,8 @@ impl World {
                 cursor: 0,
                 examples: 0,
                 trained: Trained::default(),
+                kept: None,
+                outputs: 0,
                 outcome: ClientOutcome {
                     finished: None,
                     failed: None,
@@ -248,6 +244,7 @@ impl World {
                     forwards: 0,
                     backwards: 0,
                     assigned: 0,
+                    identities: Vec::new(),
                 },
             })
             .collect();
@@ -284,6 +281,7 @@ impl World {
             average: initial_adapter()[..NUMBERS].to_vec(),
             blocks: Trained::new(initial_adapter()[NUMBERS..].to_vec()),
             server: 1.0,
+            before: (Trained::default(), 0.0),
             outcome: Outcome {
                 end: None,
                 drained: false,
@@ -321,7 +319,7 @@ impl World {
     /// The servers are done, and so is every client that still runs.
     fn is_over(&self) -> bool {
         let client_over =
-            |toy: &Toy| toy.session.is_none() || toy.outcome.finished.is_some() || toy.outcome.failed.is_some();
+            |toy: &Toy| toy.edge.is_none() || toy.outcome.finished.is_some() || toy.outcome.failed.is_some();
         self.outcome.drained && self.toys.iter().all(client_over)
     }
 

@@ -120,6 +120,7 @@ impl World {
                 }
                 self.members = members;
                 self.departed.clear();
+                self.before = (self.blocks.clone(), self.server);
             }
             MainEvent::Contribution { key, contribution } => self.contribute(key, &contribution),
             MainEvent::CloseStep { key, lanes, left_out } => self.close_step(key, &lanes, &left_out),
@@ -163,13 +164,26 @@ impl World {
                 self.network.schedule(at, Own::Validated { round, placement });
             }
             MainEvent::Keep { .. } => {}
-            MainEvent::RoundRejected { round, .. } => self.outcome.history.push((at, Phase::Rejected(round))),
-            MainEvent::RoundLost { round } => self.outcome.history.push((at, Phase::Lost(round))),
+            MainEvent::RoundRejected { round, .. } => {
+                self.undo_round();
+                self.outcome.history.push((at, Phase::Rejected(round)));
+            }
+            MainEvent::RoundLost { round } => {
+                self.undo_round();
+                self.outcome.history.push((at, Phase::Lost(round)));
+            }
             MainEvent::Waiting { .. } => self.outcome.history.push((at, Phase::Waiting)),
             MainEvent::Finished { reason } => self.outcome.end = Some(reason),
             MainEvent::Drained => self.outcome.drained = true,
             MainEvent::ClientRefused { .. } | MainEvent::ClientReady { .. } => {}
         }
+    }
+
+    /// The round will begin again.
+    fn undo_round(&mut self) {
+        (self.blocks, self.server) = self.before.clone();
+        self.step = None;
+        self.lanes.clear();
     }
 
     fn contribute(&mut self, key: StepKey, contribution: &Contribution) {

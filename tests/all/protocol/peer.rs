@@ -131,7 +131,9 @@ pub fn client_config() -> ClientConfig {
         model: None,
         tokenizer: None,
         secret: Some(SECRET.to_owned()),
-        retries: 3,
+        passport: None,
+        give_up: seconds(3600),
+        seed: 1,
     }
 }
 
