@@ -136,7 +136,8 @@ pub struct Options {
     /// out, and dropped after three times running. auto goes by how long they have taken, from 5 s to 10 minutes
     #[arg(long, value_name = "auto|SECONDS", default_value = "auto")]
     pub deadline: Deadline,
-    /// At the deadline, wait on until this many clients' have come [default: 1]
+    /// At the deadline, wait on until this many clients' have come; and when so many have lost their connection that fewer are left,
+    /// begin the round again once enough are back, or go on with whom there is after --wait [default: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub quorum: Option<u32>,
     /// Take up the interrupted run in this directory: at the beginning of the round that was open, with the options, the token and the
@@ -889,7 +890,9 @@ impl Shown {
             Report::RoundStarted { round, members } => {
                 console.waiting(format!("round {round} with {members} client{}", plural(members)));
             }
-            Report::RoundLost { round } => console.line(format!("round {round} lost all its clients")),
+            Report::RoundLost { round } => console.line(format!(
+                "round {round} has lost its clients, or more than --quorum allows: it is begun again"
+            )),
             Report::RoundRejected { round, reason } => {
                 console.important(format!("round {round} cannot be used and is begun again: {reason}"));
             }

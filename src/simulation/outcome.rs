@@ -52,6 +52,9 @@ pub enum Phase {
     Lost(RoundKey),
     Rejected(RoundKey),
     Waiting,
+    /// The main server's process.
+    Killed,
+    Revived,
 }
 
 /// What became of a run.

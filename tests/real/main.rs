@@ -6,6 +6,7 @@ mod export;
 mod field_console;
 mod gate;
 mod hub;
+mod interrupted;
 mod needs;
 mod place;
 mod plan_command;

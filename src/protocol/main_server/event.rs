@@ -218,7 +218,7 @@ pub enum MainEvent {
         round: u32,
         placement: Box<Placement>,
     },
-    /// Every member left. The round starts again, under another attempt, when somebody is ready; the server's adapter, its moments
+    /// Every member left, or so many that the quorum is not. The round starts again, under another attempt, when enough are ready; the server's adapter, its moments
     /// and steps go back to where the round began.
     RoundLost {
         round: RoundKey,

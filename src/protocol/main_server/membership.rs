@@ -50,7 +50,8 @@ impl MainServerSession {
                 Admission::New
             }
         };
-        if matches!(self.phase, Phase::Finished { .. }) {
+        let has_missed_the_end = self.is_returning && matches!(admission, Admission::Known(_));
+        if matches!(self.phase, Phase::Finished { .. }) && !has_missed_the_end {
             return Err((RefusalReason::NoRun, "the run is over".to_owned()));
         }
         let differs = |theirs: Option<Digest>, ours: Digest| theirs.is_some_and(|theirs| theirs != ours);
@@ -118,6 +119,12 @@ impl MainServerSession {
             tokenizer: self.config.tokenizer,
         };
         self.door.welcome(connection, id, welcome, now, self.frame_limit);
+        if matches!(self.phase, Phase::Finished { .. }) {
+            self.roster.expect_no_more(id);
+            let stop = stop(StopReason::Completed, "all rounds are done", None);
+            self.door.send(connection, &Message::Stop(stop));
+            return;
+        }
         self.door.send(
             connection,
             &Message::Assignment(Box::new(self.placement.assignment_of(id))),
@@ -145,6 +152,9 @@ impl MainServerSession {
             return;
         };
         self.timing.forget(id);
+        if reason == DepartureReason::Left {
+            self.roster.let_go(id);
+        }
         let round = self.round;
         if self.phase.remove(id, &reason.to_string()) {
             self.controls.push_back(Control::Departed { round, client: id });

@@ -77,6 +77,8 @@ pub struct MainServerSession {
     door: Door<ClientId>,
     roster: Roster,
     has_started: bool,
+    /// Fewer than the quorum take part, because nobody came back in time who would have made it full.
+    is_short: bool,
     /// The run was taken up again, and those who were there are waited for.
     is_returning: bool,
     /// Counts what has to be kept before it is acted on.
@@ -124,6 +126,7 @@ impl MainServerSession {
             door: Door::new(config.version, config.ping_interval),
             roster: Roster::new(),
             has_started: false,
+            is_short: false,
             is_returning: false,
             revision: 0,
             reserved: 0,
@@ -217,7 +220,8 @@ impl MainServerSession {
         match self.phase {
             Phase::Waiting { until: Some(until) } if until <= now => {
                 if !self.has_started || self.roster.is_anybody_ready() {
-                    // Who is still loading has had long enough.
+                    // Who is still loading, or away, has had long enough.
+                    self.is_short = true;
                     self.roster.stop_expecting();
                     self.phase = Phase::Waiting { until: None };
                     self.retest(now);
@@ -394,9 +398,10 @@ impl MainServerSession {
         while let Some((key, clients)) = self.timing.take_finished() {
             self.events.push_back(MainEvent::StepMeasured { key, clients });
         }
+        let enough = self.enough();
         match &mut self.phase {
             Phase::Waiting { .. } => self.start_round(now),
-            phase if phase.is_deserted() => self.lose_round(now),
+            phase if phase.has_fewer_than(enough) => self.lose_round(now),
             Phase::Step(_) => self.retest_step(now),
             Phase::Boundary { members, .. } if !self.timing.is_finishing() && !self.planning.is_open() => {
                 let members = members.clone();
@@ -406,7 +411,11 @@ impl MainServerSession {
                     self.ask_for_adapters(members, self.placement.split(), now);
                 }
             }
-            Phase::Finished { drained, .. } if !*drained && !self.door.has_guests() => {
+            Phase::Finished { drain_by, drained }
+                if !*drained
+                    && !self.door.has_guests()
+                    && (*drain_by <= now || !self.is_returning || self.roster.expected().is_empty()) =>
+            {
                 *drained = true;
                 self.events.push_back(MainEvent::Drained);
             }

@@ -32,6 +32,8 @@ pub(super) struct Client {
     version: Version,
     /// Its tickets are good for nothing any more.
     banned: bool,
+    /// It said goodbye, or is out of the run for good: nobody counts on its return.
+    is_gone: bool,
     /// How often in a row it was waited for in vain.
     misses: BTreeMap<Awaited, u32>,
     /// The last step that a round went on from without it; what it sends up to that is late.
@@ -53,6 +55,7 @@ impl Client {
             next_serial: 0,
             version: Version { major: 0, minor: 0 },
             banned: false,
+            is_gone: false,
             misses: BTreeMap::new(),
             left_out: None,
         }
@@ -150,7 +153,20 @@ impl Roster {
     pub(crate) fn ban(&mut self, id: ClientId) {
         if let Some(client) = self.clients.get_mut(&id) {
             client.banned = true;
+            client.is_gone = true;
         }
+    }
+
+    /// A client has said goodbye.
+    pub(crate) fn let_go(&mut self, id: ClientId) {
+        if let Some(client) = self.clients.get_mut(&id) {
+            client.is_gone = true;
+        }
+    }
+
+    /// Clients who are there or may come back.
+    pub(crate) fn counted_on(&self) -> usize {
+        self.clients.values().filter(|client| !client.is_gone).count()
     }
 
     /// Lets a client in, or in again. Whatever was known of it but its number, and how often it was late, is as it says now.
@@ -168,6 +184,7 @@ impl Roster {
             next_serial: pass.serial,
             version: hello.version,
             banned: false,
+            is_gone: false,
             misses: before
                 .map(|client| std::mem::take(&mut client.misses))
                 .unwrap_or_default(),
@@ -218,6 +235,7 @@ impl Roster {
             let client = Client {
                 next_serial: kept.next_serial,
                 banned: kept.banned,
+                is_gone: kept.banned || !kept.present,
                 ..Client::unseen()
             };
             self.clients.insert(kept.client, client);
@@ -225,6 +243,11 @@ impl Roster {
                 self.expected.insert(kept.client);
             }
         }
+    }
+
+    /// Nobody waits for this client any more.
+    pub(crate) fn expect_no_more(&mut self, id: ClientId) {
+        self.expected.remove(&id);
     }
 
     /// Clients whom the next round waits for.

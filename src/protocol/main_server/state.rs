@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::super::codec::{self, DecodeError};
 use super::MainServerSession;
 use super::config::{MainConfig, MainError};
-use super::event::MainEvent;
+use super::event::{MainEvent, RunEnd};
 use super::placement::Placement;
 use super::round::Phase;
 use crate::terms::ids::{ClientId, RoundKey};
@@ -44,7 +44,7 @@ pub struct ClientState {
 /// The main server's side of a round's beginning: what a round that comes to nothing goes back to, in memory as on disk.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Checkpoint {
-    /// Which round it is the beginning of.
+    /// Which round it is the beginning of; of a run that is complete, the number of its rounds.
     pub round: u32,
     /// Who holds which blocks below the cut, and their adapter.
     pub placement: Placement,
@@ -93,7 +93,8 @@ impl Checkpoint {
 
 impl MainServerSession {
     /// Takes a run up where `state` and the checkpoint, whose placement `config` has, leave it: at the beginning of the checkpoint's round, whose
-    /// next attempt starts when those who were there are back, or the time for waiting is over and somebody is.
+    /// next attempt starts when those who were there are back, or the time for waiting is over and somebody is. One that was complete tells those who
+    /// were there.
     ///
     /// # Errors
     /// As [`MainServerSession::new`].
@@ -113,7 +114,14 @@ impl MainServerSession {
         session.steps = session.steps_before(round);
         session.roster.restore(state);
         session.reserved = state.next_client;
-        if session.has_started {
+        if round >= session.config().rounds {
+            session.finish(RunEnd::Completed, now);
+            // Who was there may not have heard of it.
+            session.phase = Phase::Finished {
+                drain_by: until,
+                drained: false,
+            };
+        } else if session.has_started {
             session.phase = Phase::Waiting { until: Some(until) };
         }
         // What is kept says still that the attempt before is open.
@@ -142,10 +150,10 @@ impl MainServerSession {
         &self.placement
     }
 
-    /// Has the driver keep what the next round begins from.
-    pub(super) fn keep(&mut self) {
+    /// Has the driver keep what a round begins from, or what the run ends with.
+    pub(super) fn keep(&mut self, round: u32) {
         self.events.push_back(MainEvent::Keep {
-            round: self.round.round,
+            round,
             placement: Box::new(Placement::clone(&self.placement)),
         });
     }

@@ -22,6 +22,14 @@ impl World {
         };
         let now = self.now(node);
         let connection = ConnectionId(socket.0 as u64);
+        let is_of_server = match node {
+            Node::Main | Node::Control => true,
+            Node::Federated => !self.scenario.remote_control,
+            Node::Client(_) => false,
+        };
+        if self.is_down && is_of_server {
+            return self.network.close(socket, end);
+        }
         match node {
             Node::Main => match arrival {
                 Arrival::Opened => self.main.connected(connection, now),
@@ -65,6 +73,9 @@ impl World {
 
     pub(super) fn handle(&mut self, own: Own) {
         match own {
+            Own::OfServer { process, own } if process == self.process => self.handle(*own),
+            Own::OfServer { .. } => {}
+            Own::Revive => self.revive(),
             Own::Timer(node) => self.time_out(node),
             Own::Fault(fault) => self.strike(fault),
             Own::Fetched {
@@ -116,6 +127,9 @@ impl World {
             Node::Federated => self.timers[1] = None,
             Node::Control => self.timers[2] = None,
             Node::Client(client) => self.toys[client].timer = None,
+        }
+        if self.is_down && node == Node::Main {
+            return;
         }
         match node {
             Node::Main => self.main.handle_timeout(now),
@@ -178,6 +192,8 @@ impl World {
                     self.cut(socket);
                 }
             }
+            Fault::KillServer(length) => self.kill_server(length),
+            Fault::Stop if self.is_down => {}
             Fault::Stop => {
                 let now = self.now(Node::Main);
                 self.main.stop(now, "stopped".to_owned());

@@ -6,10 +6,12 @@
 //! | file | holds |
 //! |---|---|
 //! | `happening` | what the network and the clock do to the processes |
+//! | `disk` | what the main server keeps, and its death and return |
 //! | `client`, `server` | what they compute, and what must hold |
 //! | `settle` | what they say |
 
 mod client;
+mod disk;
 mod happening;
 mod server;
 mod settle;
@@ -17,6 +19,8 @@ mod settle;
 use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::time::Duration;
+
+use disk::Disk;
 
 use super::network::{End, Happening, Network, SocketId, Traffic};
 use super::outcome::{ClientOutcome, Outcome};
@@ -65,6 +69,13 @@ enum Own {
         round: RoundKey,
         placement: Option<Box<Placement>>,
     },
+    /// Something of the main server's process with this number.
+    OfServer {
+        process: u32,
+        own: Box<Own>,
+    },
+    /// The main server is started again.
+    Revive,
 }
 
 /// What a contribution comes to at the main server.
@@ -123,6 +134,10 @@ struct World {
     lanes: BTreeMap<ClientId, Lane>,
     /// When the main server has computed what it was given so far.
     busy_until: Duration,
+    /// Which process of the main server this is, and whether it is running.
+    process: u32,
+    is_down: bool,
+    disk: Disk,
     uploads: BTreeMap<(RoundKey, usize), AdapterInput>,
     /// What the main server gave to the averages.
     copies: BTreeMap<RoundKey, Vec<f32>>,
@@ -170,58 +185,69 @@ fn skew(node: Node) -> Duration {
     }
 }
 
+fn secret() -> Option<String> {
+    Some("open sesame".to_owned())
+}
+
+fn main_config(scenario: &Scenario, placement: Placement) -> MainConfig {
+    let digest = |text: &str| Digest::of(text.as_bytes());
+    MainConfig {
+        version: PROTOCOL_VERSION,
+        run: RunId([3; 16]),
+        ticket_key: [5; 32],
+        ticket_lifetime: Duration::from_secs(12 * 3600),
+        secret: secret(),
+        clients: scenario.needed,
+        max_clients: 1000,
+        placement,
+        largest_update: (3 * BLOCKS * NUMBERS) as u64,
+        plans: !(scenario.splits.is_empty() && scenario.cuts.is_empty()),
+        model: digest("model"),
+        tokenizer: digest("tokenizer"),
+        federated_url: None,
+        ping_interval: crate::protocol::PING_INTERVAL,
+        wait_for_client: scenario.wait_for_client,
+        deadline: scenario.deadline,
+        quorum: scenario.quorum,
+    }
+}
+
+fn federated_server(scenario: &Scenario) -> FederatedServerSession {
+    FederatedServerSession::new(FederatedConfig {
+        version: PROTOCOL_VERSION,
+        control: match scenario.remote_control {
+            true => ControlAccess::Remote { secret: secret() },
+            false => ControlAccess::Local,
+        },
+        max_clients: 1000,
+        ping_interval: crate::protocol::PING_INTERVAL,
+    })
+}
+
+fn control(scenario: &Scenario, now: Duration) -> Option<ControlSession> {
+    scenario.remote_control.then(|| {
+        let config = ControlConfig {
+            version: PROTOCOL_VERSION,
+            name: "main".to_owned(),
+            secret: secret(),
+            retries: 1000,
+        };
+        ControlSession::new(config, now)
+    })
+}
+
 impl World {
     fn new(scenario: Scenario) -> World {
-        let secret = Some("open sesame".to_owned());
-        let digest = |text: &str| Digest::of(text.as_bytes());
-        let main = MainServerSession::new(
-            MainConfig {
-                version: PROTOCOL_VERSION,
-                run: RunId([3; 16]),
-                ticket_key: [5; 32],
-                ticket_lifetime: Duration::from_secs(12 * 3600),
-                secret: secret.clone(),
-                clients: scenario.needed,
-                max_clients: 1000,
-                placement: Placement {
-                    assignment: assignment(&scenario, 1),
-                    adapter: initial_adapter()[..NUMBERS].to_vec(),
-                    moments: None,
-                    cuts: BTreeMap::new(),
-                },
-                largest_update: (3 * BLOCKS * NUMBERS) as u64,
-                plans: !(scenario.splits.is_empty() && scenario.cuts.is_empty()),
-                model: digest("model"),
-                tokenizer: digest("tokenizer"),
-                federated_url: None,
-                ping_interval: crate::protocol::PING_INTERVAL,
-                wait_for_client: scenario.wait_for_client,
-                deadline: scenario.deadline,
-                quorum: scenario.quorum,
-            },
-            skew(Node::Main),
-        )
-        .expect("the toy run is well configured");
-        let control_access = if scenario.remote_control {
-            ControlAccess::Remote { secret: secret.clone() }
-        } else {
-            ControlAccess::Local
+        let placement = Placement {
+            assignment: assignment(&scenario, 1),
+            adapter: initial_adapter()[..NUMBERS].to_vec(),
+            moments: None,
+            cuts: BTreeMap::new(),
         };
-        let federated = FederatedServerSession::new(FederatedConfig {
-            version: PROTOCOL_VERSION,
-            control: control_access,
-            max_clients: 1000,
-            ping_interval: crate::protocol::PING_INTERVAL,
-        });
-        let control = scenario.remote_control.then(|| {
-            let config = ControlConfig {
-                version: PROTOCOL_VERSION,
-                name: "main".to_owned(),
-                secret,
-                retries: 1000,
-            };
-            ControlSession::new(config, skew(Node::Control))
-        });
+        let main = MainServerSession::new(main_config(&scenario, placement), skew(Node::Main))
+            .expect("the toy run is well configured");
+        let federated = federated_server(&scenario);
+        let control = control(&scenario, skew(Node::Control));
         let toys = (0..scenario.clients)
             .map(|_| Toy {
                 edge: None,
@@ -274,6 +300,9 @@ impl World {
             step: None,
             lanes: BTreeMap::new(),
             busy_until: Duration::ZERO,
+            process: 0,
+            is_down: false,
+            disk: Disk::default(),
             uploads: BTreeMap::new(),
             copies: BTreeMap::new(),
             split: 1,
@@ -303,6 +332,7 @@ impl World {
     }
 
     fn run(&mut self) {
+        self.keep_round(0, self.main.placement().clone());
         self.settle();
         while !self.is_over()
             && let Some(happening) = self.network.next()

@@ -26,21 +26,23 @@ impl World {
 
     fn settle_servers(&mut self) -> bool {
         let mut moved = false;
+        while !self.is_down
+            && let Some(event) = self.main.poll_event()
+        {
+            moved = true;
+            self.handle_main_event(event);
+        }
+        if !self.is_down {
+            self.keep_members();
+        }
+        if self.is_down {
+            return moved | self.settle_federated();
+        }
         while let Some(transmit) = self.main.poll_transmit() {
             moved = true;
             self.transmit_from_server(transmit);
         }
-        while let Some(transmit) = self.federated.poll_transmit() {
-            moved = true;
-            self.transmit_from_server(transmit);
-        }
-        while let Some(event) = self.main.poll_event() {
-            moved = true;
-            self.handle_main_event(event);
-        }
-        while self.federated.poll_event().is_some() {
-            moved = true;
-        }
+        moved |= self.settle_federated();
         while let Some(control) = self.main.poll_control() {
             moved = true;
             let now = self.now(Node::Federated);
@@ -55,6 +57,18 @@ impl World {
             self.main.handle_control(now, reply);
         }
         moved | self.settle_control()
+    }
+
+    fn settle_federated(&mut self) -> bool {
+        let mut moved = false;
+        while let Some(transmit) = self.federated.poll_transmit() {
+            moved = true;
+            self.transmit_from_server(transmit);
+        }
+        while self.federated.poll_event().is_some() {
+            moved = true;
+        }
+        moved
     }
 
     fn settle_control(&mut self) -> bool {
@@ -132,7 +146,7 @@ impl World {
     /// Wakes every session when it asks to be woken. An earlier alarm still rings; a session wakes for nothing, then.
     fn set_timers(&mut self) {
         let mut due = vec![
-            (Node::Main, self.main.poll_timeout()),
+            (Node::Main, (!self.is_down).then(|| self.main.poll_timeout()).flatten()),
             (Node::Federated, self.federated.poll_timeout()),
             (
                 Node::Control,

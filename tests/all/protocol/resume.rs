@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use sflllm::protocol::message::*;
 use sflllm::protocol::*;
+use sflllm::simulation::{Fault, Outcome, Phase, Scenario, simulate};
 use sflllm::terms::ids::{ClientId, RoundKey};
 use sflllm::terms::moments::Moments;
 
@@ -201,5 +202,105 @@ fn what_is_kept_is_read_as_it_was_and_nothing_else_is_read() {
         other[0] += 1;
         let error = (Checkpoint::decode(&other).unwrap_err()).to_string();
         assert!(error.contains("version of a run's state"), "{error}");
+    }
+}
+
+#[test]
+fn who_missed_the_end_of_a_run_is_told_of_it_and_waited_for_as_long_as_for_anybody() {
+    let (_, peers, state) = started(2);
+    let ended = |now| MainServerSession::resume(main_config(2), &state, 2, seconds(now)).unwrap();
+    let drained = |main: &mut MainServerSession| events(main).contains(&MainEvent::Drained);
+    let mut main = ended(100);
+    assert!(events(&mut main).contains(&MainEvent::Finished {
+        reason: RunEnd::Completed
+    }));
+    main.handle_timeout(seconds(101));
+    assert!(!drained(&mut main));
+    for (connection, (_, welcome)) in (20..).zip(&peers) {
+        assert!(!drained(&mut main));
+        let said = greet(&mut main, connection, seconds(102), &by_ticket(welcome));
+        let Some(Message::Stop(stop)) = said.messages.last() else {
+            panic!("{said:?}")
+        };
+        assert_eq!((stop.reason, said.closed), (StopReason::Completed, false));
+        main.disconnected(ConnectionId(connection), seconds(102));
+    }
+    assert!(drained(&mut main));
+    let newcomer = greet(&mut ended(100), 30, seconds(102), &hello(Service::Main, secret()));
+    assert_eq!(refusal(&newcomer), Some(RefusalReason::NoRun));
+    let mut main = ended(100);
+    main.handle_timeout(seconds(160));
+    assert!(drained(&mut main));
+}
+
+/// A run in which every contribution counts in the end, because no round goes on without anybody.
+fn of_three(remote_control: bool) -> Scenario {
+    Scenario {
+        remote_control,
+        quorum: Some(3),
+        wait_for_client: seconds(600),
+        ..Scenario::calm(3, 3, 2)
+    }
+}
+
+fn assert_same(outcome: &Outcome, undisturbed: &Outcome, what: &str) {
+    assert_eq!(outcome.violations, Vec::<String>::new(), "{what}");
+    assert_eq!(outcome.end, Some(RunEnd::Completed), "{what}: {:?}", outcome.history);
+    let model = |outcome: &Outcome| (outcome.model.clone(), outcome.server);
+    assert_eq!(model(outcome), model(undisturbed), "{what}: {:?}", outcome.history);
+}
+
+#[test]
+fn a_server_that_dies_whenever_it_has_kept_something_ends_with_the_weights_of_one_that_lives() {
+    for remote_control in [false, true] {
+        let undisturbed = simulate(&of_three(remote_control));
+        assert_same(&undisturbed, &undisturbed, "undisturbed");
+        let killed = |outcome: &Outcome| outcome.history.iter().any(|(_, phase)| *phase == Phase::Killed);
+        let mut writes = 1;
+        loop {
+            let scenario = Scenario {
+                kept_and_killed: vec![(writes, seconds(20)), (writes + 2, seconds(3))],
+                ..of_three(remote_control)
+            };
+            let outcome = simulate(&scenario);
+            if !killed(&outcome) {
+                break;
+            }
+            assert_same(&outcome, &undisturbed, &format!("killed at write {writes}"));
+            writes += 1;
+        }
+        // The beginning, members and the beginning again of every round, and the end.
+        assert!(writes > 7, "{writes}");
+    }
+}
+
+#[test]
+fn whenever_a_process_dies_the_run_ends_with_the_weights_of_one_in_which_none_does() {
+    let undisturbed = simulate(&of_three(false));
+    let most = undisturbed.elapsed.as_millis() as u64;
+    for at in (0..most).step_by(130) {
+        let at = Duration::from_millis(at);
+        let client = at.as_millis() as usize / 130 % 3;
+        for (what, faults) in [
+            ("the server", vec![(at, Fault::KillServer(seconds(7)))]),
+            (
+                "a client",
+                vec![(at, Fault::Kill(client)), (at + seconds(5), Fault::Start(client))],
+            ),
+            (
+                "both",
+                vec![
+                    (at, Fault::Kill(client)),
+                    (at + seconds(1), Fault::KillServer(seconds(20))),
+                    (at + seconds(40), Fault::Start(client)),
+                ],
+            ),
+        ] {
+            let scenario = Scenario {
+                faults,
+                ..of_three(false)
+            };
+            assert_same(&simulate(&scenario), &undisturbed, &format!("{what} at {at:?}"));
+        }
     }
 }
