@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use crate::model::architecture::Architecture;
 use crate::protocol::message::LinkRates;
 use crate::split::Training;
+use crate::terms::format::Format;
 use crate::terms::ids::ClientId;
 use crate::terms::phases::Phases;
 use crate::terms::speed::Speed;
@@ -55,6 +56,8 @@ pub struct StartFacts {
     pub rank: usize,
     pub architecture: Architecture,
     pub training: Training,
+    /// How matrices of blocks are held.
+    pub weights: Format,
     pub rounds: u32,
     pub local_steps: u32,
 }
@@ -137,7 +140,7 @@ pub struct ClientPrediction {
 /// What a planner is asked.
 #[derive(Clone, Debug)]
 pub enum Facts {
-    Start(StartFacts),
+    Start(Box<StartFacts>),
     Round(RoundFacts),
 }
 

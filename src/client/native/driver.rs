@@ -12,6 +12,8 @@ use super::super::{self as client, Plan, capabilities};
 use super::fetch::Fetcher;
 use super::thread::{Reply, Task, start_thread};
 use super::{Error, Report, Settings, Source, Summary};
+use crate::compute::DeviceClass;
+use crate::machine;
 use crate::model::adapter::Adapter;
 use crate::protocol::message::{Assignment, Blob, PROTOCOL_VERSION};
 use crate::protocol::{
@@ -25,6 +27,15 @@ const RETRIES: u32 = 8;
 const FIRST_CONNECTION: Duration = Duration::from_secs(6);
 /// How long to wait at the end for the last frames to be sent.
 const CLOSE_LIMIT: Duration = Duration::from_secs(2);
+
+/// What of the machine's memory a server may count on, in bytes; 0 for a GPU with memory of its own, which tells nobody how much it has.
+fn memory(device: DeviceClass) -> u64 {
+    match device {
+        DeviceClass::Gpu => 0,
+        // A computer has other things to do as well.
+        DeviceClass::CpuAdapter | DeviceClass::CpuEngine => machine::memory().unwrap_or(0) / 2,
+    }
+}
 
 /// Takes part until the run is over, or until `stop` becomes true.
 ///
@@ -40,7 +51,7 @@ pub async fn join(
         ClientConfig {
             version: PROTOCOL_VERSION,
             name: settings.name.clone(),
-            capabilities: capabilities(settings.engine.name(), 0),
+            capabilities: capabilities(settings.engine.name(), memory(settings.engine.class())),
             model: None,
             tokenizer: None,
             secret: settings.token.clone(),

@@ -16,6 +16,7 @@ use super::measure::RoundMeasure;
 use crate::model::architecture::Architecture;
 use crate::protocol::{LeftOut, MainServerSession, Occasion, RunEnd};
 use crate::split::Training;
+use crate::terms::format::Format;
 use crate::terms::ids::{ClientId, StepKey};
 
 /// The main server's session with what it computes and counts.
@@ -102,21 +103,23 @@ impl MainRun {
         let About {
             architecture,
             training,
+            weights,
             rounds,
             local_steps,
             ..
         } = &self.about;
         match occasion {
-            Occasion::Start => Facts::Start(StartFacts {
+            Occasion::Start => Facts::Start(Box::new(StartFacts {
                 clients,
                 server_flops_per_s: None,
                 cut: self.cut,
                 rank: self.rank,
                 architecture: architecture.clone(),
                 training: training.clone(),
+                weights: *weights,
                 rounds: *rounds,
                 local_steps: *local_steps,
-            }),
+            })),
             Occasion::Boundary(_) | Occasion::Membership => Facts::Round(RoundFacts {
                 round: self.measured.round,
                 rounds: *rounds,
@@ -148,6 +151,8 @@ pub struct About {
     pub model: String,
     pub architecture: Architecture,
     pub training: Training,
+    /// How matrices of blocks are held.
+    pub weights: Format,
     pub rounds: u32,
     pub local_steps: u32,
     pub validates: bool,
