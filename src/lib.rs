@@ -48,7 +48,7 @@
 //! split                                model, kernels, compute
 //! allocation                           model
 //! simulation                           protocol, federated
-//! client                               split, model, protocol, data, compute (native: transport)
+//! client                               split, model, protocol, data, compute (native: transport, machine)
 //! runs (native)                        model, transport, disk
 //! server (native)                      split, model, protocol, data, compute, federated, allocation, transport, disk,
 //!                                      machine, runs

@@ -6,9 +6,10 @@ use serde_json::json;
 use crate::compute::{DeviceClass, device};
 
 use super::console;
-use super::needs::{Described, Needs, machine_memory};
+use super::needs::{Described, Needs};
 use super::options::{OutputOptions, window};
 use super::source::ModelName;
+use crate::machine;
 use crate::model::workspace::Extent;
 
 /// Show what this machine can do: adapters, features, limits, addresses, and what to install when something is missing; or what
@@ -50,7 +51,7 @@ fn needs(model: &ModelName, options: &Options) -> anyhow::Result<()> {
         seq: window(options.seq, described.model().positions)?,
     };
     let needs = Needs::new(described, extent)?;
-    let memory = machine_memory();
+    let memory = machine::memory();
     let advice = needs.advice(memory);
     if options.output.json {
         let mut found = needs.json();

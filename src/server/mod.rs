@@ -719,6 +719,7 @@ fn prepare(
         model: name.clone(),
         architecture: architecture.clone(),
         training: training.clone(),
+        weights: weights.format(holding),
         rounds,
         local_steps,
         validates: validation.is_some(),

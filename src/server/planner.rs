@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use crate::model::architecture::Architecture;
 use crate::protocol::message::LinkRates;
 use crate::split::Training;
+use crate::terms::format::Format;
 use crate::terms::ids::ClientId;
 use crate::terms::phases::Phases;
 use crate::terms::speed::Speed;
@@ -57,6 +58,8 @@ pub struct StartFacts {
     pub rank: usize,
     pub architecture: Architecture,
     pub training: Training,
+    /// How matrices of blocks are held.
+    pub weights: Format,
     pub rounds: u32,
     pub local_steps: u32,
     /// The run was taken up again: cuts and rank stay as they are, only what is not kept of a plan is made anew.

@@ -26,7 +26,16 @@ const MODULES: &[(&str, &[&str])] = &[
     ("simulation", &["terms", "protocol", "federated"]),
     (
         "client",
-        &["terms", "split", "model", "protocol", "data", "compute", "transport"],
+        &[
+            "terms",
+            "split",
+            "model",
+            "protocol",
+            "data",
+            "compute",
+            "transport",
+            "machine",
+        ],
     ),
     (
         "server",
@@ -75,7 +84,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("plotters", &["cli/charts.rs"]),
     (
         "libc",
-        &["cli/interrupt.rs", "cli/needs.rs", "main.rs", "server/descriptors.rs"],
+        &["cli/interrupt.rs", "machine.rs", "main.rs", "server/descriptors.rs"],
     ),
 ];
 

@@ -226,8 +226,11 @@ fn options_that_contradict_the_run_are_refused_by_name_and_change_nothing() {
         ("--no-shuffle", "--no-shuffle contradicts"),
         ("--seed 6", "with --seed 5"),
         ("--model @none", "begun with --model demo"),
-        ("--data @other.jsonl", "--data is not what the run was begun with"),
-        ("--valid @other.jsonl", "--valid is not what"),
+        (
+            "--data @other.jsonl",
+            "what --data says is not what the run was begun with",
+        ),
+        ("--valid @other.jsonl", "what --valid says is not what"),
         ("--steps 1", "say a later end with --steps"),
     ] {
         let (code, _, said) = place.run(&format!("train --resume @run {words}"));

@@ -76,7 +76,7 @@ fn runs_are_listed_with_what_became_of_them() {
     assert!(complete["loss"].as_f64().unwrap() > 0.0 && complete["seconds"].as_f64().is_some());
     assert_eq!(
         (&complete["command"], &complete["model"]),
-        (&"train".into(), &"sflllm/demo".into())
+        (&"train".into(), &"demo".into())
     );
     assert_eq!(complete["resume"], Value::Null);
     assert_eq!(find("stopped")["resume"], "sflllm train --resume runs/stopped");
@@ -113,7 +113,6 @@ fn runs_are_listed_with_what_became_of_them() {
     going.signal("TERM");
     assert_eq!(going.end().code(), Some(0));
     assert_eq!(json(&place, "show going")["state"], "interrupted");
-    going.end();
 }
 
 #[test]

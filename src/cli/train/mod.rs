@@ -9,22 +9,24 @@ mod state;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use clap::Args;
 use serde_json::{Map, Value, json};
+use sha2::{Digest as _, Sha256};
 
 use crate::compute::Engine;
 use crate::data::tokenizer::CHATML_NAME;
 use crate::data::{Batches, Dataset, Example, pass};
-use crate::model::adapter::{Adapter, AdapterLayout};
-use crate::model::architecture::Architecture;
+use crate::model::adapter::Adapter;
 use crate::model::central::{Central, Counted};
 use crate::model::stack::StackWeights;
 use crate::model::workspace::Extent;
 use crate::protocol::message::Digest;
 use crate::runs::directory::{self, RunDirectory};
+use crate::runs::snapshots::Snapshots;
 use crate::server::metrics::Metrics;
 use crate::split::Evaluation;
+use crate::terms::optimizer::OptimizerSettings;
 
 use super::console::{self, Bar};
 use super::defaults;
@@ -80,27 +82,6 @@ pub struct Options {
     pub device: DeviceOptions,
     #[command(flatten)]
     pub output: OutputOptions,
-}
-
-/// `None` when it was interrupted.
-fn evaluate(
-    engine: &Engine,
-    config: &Architecture,
-    weights: &StackWeights,
-    adapter: &Adapter,
-    examples: &[Example],
-    extent: Extent,
-    interrupt: &Interrupt,
-) -> anyhow::Result<Option<Evaluation>> {
-    let mut model = Central::new(engine, config, weights.clone(), Some(adapter), extent, None)?;
-    let mut counted = Counted::default();
-    for batch in pass(examples, extent.batch, extent.seq)? {
-        if interrupt.is_set() {
-            return Ok(None);
-        }
-        counted += pollster::block_on(model.loss(&batch.tokens, &batch.targets, batch.seq))?;
-    }
-    Ok(Some(Evaluation::new(counted)))
 }
 
 /// How the options are kept in `run.json`.
@@ -189,19 +170,154 @@ fn say_complete(directory: &RunDirectory, options: &Options) -> anyhow::Result<(
     ))?)
 }
 
-/// What the run says of itself must still hold, or going on would be another run.
-fn check_unchanged(run: &Map<String, Value>, pointer: [&str; 3], now: &str, what: &str) -> anyhow::Result<()> {
-    let [first, rest @ ..] = pointer;
-    let field = rest
-        .iter()
-        .filter(|name| !name.is_empty())
-        .fold(run.get(first), |value, name| value?.get(name));
-    match field.and_then(Value::as_str) {
-        Some(before) if before != now => bail!(
-            "{what} is not what the run was begun with (SHA-256 {now}, not {before}): bring that back, or begin another run with --out"
-        ),
-        _ => Ok(()),
+/// What a run is made of, by its options.
+struct Ingredients {
+    source: Source,
+    data: Dataset,
+    valid: Option<Dataset>,
+    adapter: Adapter,
+    extent: Extent,
+    steps: u64,
+    settings: OptimizerSettings,
+    /// What was chosen, for people.
+    said: String,
+}
+
+impl Ingredients {
+    fn new(options: &Options) -> anyhow::Result<Self> {
+        let quiet = options.output.quiet;
+        let reading = &options.batches.reading;
+        let source = Source::open(&options.model.model, options.model.weights, quiet)?.with_reading(reading)?;
+        let seq = options.batches.seq(source.config.positions)?;
+        let batch = options.batches.batch as usize;
+        let data_file = options.data.as_deref();
+        let data_file = data_file.context("--data FILE is needed: it says what is learned")?;
+        let data = source.data(data_file, seq, reading, quiet)?;
+        let valid = options.valid.as_deref();
+        let valid = valid.map(|path| source.data(path, seq, reading, quiet)).transpose()?;
+        let adapter = match &options.lora.init_adapter {
+            Some(dir) => source.adapter(dir)?,
+            None => Adapter::init(
+                &source.config,
+                &options.lora.spec(&source.config)?,
+                0..source.config.blocks,
+                options.batches.seed,
+            )?,
+        };
+        let per_epoch = data.examples.len().div_ceil(batch) as u64;
+        let epochs = options.epochs.unwrap_or(1);
+        let steps = options.steps.unwrap_or(epochs.saturating_mul(per_epoch));
+        let optimizer = &options.optimizer;
+        let settings = optimizer.settings(&source.config, &adapter.spec.targets, steps)?;
+        let said = defaults::said(&source.config, &options.lora, &adapter.spec, optimizer, &settings);
+        Ok(Self {
+            source,
+            data,
+            valid,
+            adapter,
+            extent: Extent { batch, seq },
+            steps,
+            settings,
+            said,
+        })
     }
+
+    /// For `run.json`: the numbers that the options come to.
+    fn configuration(&self, options: &BatchOptions) -> Value {
+        let spec = &self.adapter.spec;
+        json!({
+            "rank": spec.rank, "alpha": spec.alpha, "targets": spec.targets, "optimizer": self.settings,
+            "batch": self.extent.batch, "seq": self.extent.seq, "seed": options.seed, "shuffle": !options.no_shuffle,
+            "weights": self.source.holding.to_string(),
+        })
+    }
+
+    /// For `run.json`: SHA-256 of all that is trained, and trained on. Of data it is that of the tokens, which another tokenizer or chat
+    /// template changes as well as another file.
+    fn digests(&self) -> Value {
+        json!({
+            "model": Digest(self.source.digest).to_string(),
+            "initial_adapter": Digest::of_values(&self.adapter.values).to_string(),
+            "data": digest_of(&self.data.examples).to_string(),
+            "valid": self.valid.as_ref().map(|valid| digest_of(&valid.examples).to_string()),
+        })
+    }
+
+    /// That this is what a run was begun with, or going on would be another run.
+    fn check(&self, run: &Map<String, Value>, options: &BatchOptions) -> anyhow::Result<()> {
+        let (begun, now) = (run.get("digests").cloned().unwrap_or_default(), self.digests());
+        for (what, name) in [
+            ("the model", "model"),
+            ("what --data says", "data"),
+            ("what --valid says", "valid"),
+            ("the adapter to start from", "initial_adapter"),
+        ] {
+            ensure!(
+                begun[name] == now[name],
+                "{what} is not what the run was begun with: bring that back, or begin another run with --out"
+            );
+        }
+        let begun = run.get("configuration").cloned().unwrap_or_default();
+        let (begun, now) = (lasting(&begun), lasting(&self.configuration(options)));
+        ensure!(
+            begun == now,
+            "the run's options now mean {now}, and meant {begun} when it was begun: go on with the version that began it"
+        );
+        Ok(())
+    }
+
+    /// On the validation data, if there are any; `None` also when it was interrupted.
+    fn evaluate(
+        &self,
+        engine: &Engine,
+        weights: &StackWeights,
+        adapter: &Adapter,
+        interrupt: &Interrupt,
+    ) -> anyhow::Result<Option<Value>> {
+        let Some(valid) = &self.valid else {
+            return Ok(None);
+        };
+        let Extent { batch, seq } = self.extent;
+        let mut model = Central::new(
+            engine,
+            &self.source.config,
+            weights.clone(),
+            Some(adapter),
+            self.extent,
+            None,
+        )?;
+        let mut counted = Counted::default();
+        for batch in pass(&valid.examples, batch, seq)? {
+            if interrupt.is_set() {
+                return Ok(None);
+            }
+            counted += pollster::block_on(model.loss(&batch.tokens, &batch.targets, batch.seq))?;
+        }
+        let Evaluation {
+            loss,
+            perplexity,
+            tokens,
+            ..
+        } = Evaluation::new(counted);
+        Ok(Some(
+            json!({ "loss": loss, "perplexity": perplexity, "tokens": tokens }),
+        ))
+    }
+}
+
+/// Of examples' tokens and labels, in their order.
+fn digest_of(examples: &[Example]) -> Digest {
+    let mut digest = Sha256::new();
+    for example in examples {
+        digest.update((example.ids.len() as u64).to_le_bytes());
+        digest.update((example.labels.len() as u64).to_le_bytes());
+        example.ids.iter().for_each(|id| digest.update(id.to_le_bytes()));
+        example
+            .labels
+            .iter()
+            .for_each(|label| digest.update(label.to_le_bytes()));
+    }
+    Digest(digest.finalize().into())
 }
 
 /// `configuration` without what a later end changes, as it is read from a file.
@@ -309,78 +425,58 @@ impl Training<'_> {
     }
 }
 
-fn train(options: &Options, mut directory: RunDirectory) -> anyhow::Result<()> {
-    let quiet = options.output.quiet;
-    let resumed = options.resume.is_some();
-    let reading = &options.batches.reading;
-    let source = Source::open(&options.model.model, options.model.weights, quiet)?.with_reading(reading)?;
-    let seq = options.batches.seq(source.config.positions)?;
-    let batch = options.batches.batch as usize;
-    let data_file = options
-        .data
-        .as_deref()
-        .context("--data FILE is needed: it says what is learned")?;
-    let data = source.data(data_file, seq, reading, quiet)?;
-    let valid = options
-        .valid
-        .as_deref()
-        .map(|path| source.data(path, seq, reading, quiet))
-        .transpose()?;
-    let adapter = match &options.lora.init_adapter {
-        Some(dir) => source.adapter(dir)?,
-        None => Adapter::init(
-            &source.config,
-            &options.lora.spec(&source.config)?,
-            0..source.config.blocks,
-            options.batches.seed,
-        )?,
-    };
-    let layout: &AdapterLayout = &adapter.layout;
-    let per_epoch = data.examples.len().div_ceil(batch) as u64;
-    let steps = options
-        .steps
-        .unwrap_or(options.epochs.unwrap_or(1).saturating_mul(per_epoch));
-    let settings = options
-        .optimizer
-        .settings(&source.config, &adapter.spec.targets, steps)?;
-    let said = defaults::said(
-        &source.config,
-        &options.lora,
-        &adapter.spec,
-        &options.optimizer,
-        &settings,
-    );
-    let configuration = json!({
-        "rank": adapter.spec.rank, "alpha": adapter.spec.alpha,
-        "targets": adapter.spec.targets, "optimizer": settings, "batch": batch, "seq": seq,
-        "seed": options.batches.seed, "shuffle": !options.batches.no_shuffle,
-        "weights": source.holding.to_string(),
-    });
-    let model_digest = Digest(source.digest).to_string();
-    if resumed {
-        let run = directory.run();
-        check_unchanged(run, ["model_sha256", "", ""], &model_digest, "the model")?;
-        check_unchanged(run, ["data", "digest", ""], &data.summary.digest, "--data")?;
-        if let Some(valid) = &valid {
-            check_unchanged(run, ["valid", "summary", "digest"], &valid.summary.digest, "--valid")?;
-        }
-        let before = run.get("configuration").cloned().unwrap_or_default();
-        ensure!(
-            lasting(&before) == lasting(&configuration),
-            "the run's options now mean {}, and meant {} when it was begun: go on with the version that began it",
-            lasting(&configuration),
-            lasting(&before)
-        );
-    }
+/// The state to go on from, and where further ones are saved.
+fn saved(directory: &RunDirectory, values: usize) -> anyhow::Result<(Snapshots, Option<State>)> {
     let (snapshots, loaded) = directory.snapshots()?;
     for damaged in snapshots.damaged() {
         console::say(damaged.to_string());
     }
-    let found = loaded
-        .map(|loaded| State::decode(&loaded.bytes, layout.len()))
-        .transpose()
-        .with_context(|| format!("cannot go on with the run in {}", directory.path().display()))?;
-    let taken = found.as_ref().map_or(0, State::steps);
+    let state = loaded.map(|loaded| State::decode(&loaded.bytes, values)).transpose();
+    let shown = directory.path().display();
+    Ok((
+        snapshots,
+        state.with_context(|| format!("cannot go on with the run in {shown}"))?,
+    ))
+}
+
+/// Says where a run goes on, and whether that is another device.
+fn say_resumed(directory: &RunDirectory, taken: u64, engine: &Engine) {
+    let from = match taken {
+        0 => "from the beginning: no state was saved that can be used".to_owned(),
+        taken => format!("from step {taken}"),
+    };
+    console::say(format!("the run in {} goes on {from}", directory.path().display()));
+    let device = directory.run().get("device").and_then(Value::as_str);
+    if let Some(device) = device.filter(|device| *device != engine.name()) {
+        console::say(format!(
+            "it was begun on {device}: on {} its figures can differ in their last digits",
+            engine.name()
+        ));
+    }
+}
+
+fn perplexity(evaluation: &Value) -> f64 {
+    evaluation["perplexity"].as_f64().unwrap_or(f64::NAN)
+}
+
+fn train(options: &Options, mut directory: RunDirectory) -> anyhow::Result<()> {
+    let quiet = options.output.quiet;
+    let resumed = options.resume.is_some();
+    let made = Ingredients::new(options)?;
+    let Ingredients {
+        source,
+        adapter,
+        extent,
+        steps,
+        ..
+    } = &made;
+    let (extent, steps) = (*extent, *steps);
+    if resumed {
+        made.check(directory.run(), &options.batches)?;
+    }
+    let (snapshots, found) = saved(&directory, adapter.layout.len())?;
+    let found_step = found.as_ref().map(State::steps);
+    let taken = found_step.unwrap_or(0);
     ensure!(
         steps >= taken,
         "the run has taken {taken} steps already, more than the {steps} that are asked for: say a later end with --steps N"
@@ -389,40 +485,29 @@ fn train(options: &Options, mut directory: RunDirectory) -> anyhow::Result<()> {
         return say_complete(&directory, options);
     }
     let shuffle = (!options.batches.no_shuffle).then_some(options.batches.seed);
-    let mut batches = Batches::new(data.examples.clone(), batch, seq, shuffle)?;
+    let mut batches = Batches::new(made.data.examples.clone(), extent.batch, extent.seq, shuffle)?;
     let engine = options.device.engine()?;
     if !quiet {
-        console::say(&said);
+        console::say(&made.said);
         console::say(format!(
-            "{steps} steps of {batch} examples on {}, {} adapter values of rank {}",
+            "{steps} steps of {} examples on {}, {} adapter values of rank {}",
+            extent.batch,
             engine.name(),
-            layout.len(),
+            adapter.layout.len(),
             adapter.spec.rank
         ));
     }
     if resumed {
-        let from = match taken {
-            0 => "from the beginning: no state was saved that can be used".to_owned(),
-            taken => format!("from step {taken}"),
-        };
-        console::say(format!("the run in {} goes on {from}", directory.path().display()));
-        let device = directory.run().get("device").and_then(Value::as_str);
-        if let Some(device) = device.filter(|device| *device != engine.name()) {
-            console::say(format!(
-                "it was begun on {device}: on {} its figures can differ in their last digits",
-                engine.name()
-            ));
-        }
+        say_resumed(&directory, taken, &engine);
     }
     let weights = source.load(&engine)?;
-    let extent = Extent { batch, seq };
     let mut model = Central::new(
         &engine,
         &source.config,
         weights.clone(),
-        Some(&adapter),
+        Some(adapter),
         extent,
-        Some(settings),
+        Some(made.settings),
     )?;
     if let Some(found) = &found {
         batches.restore(found.cursor)?;
@@ -430,42 +515,25 @@ fn train(options: &Options, mut directory: RunDirectory) -> anyhow::Result<()> {
     }
     let interrupt = interrupt::watch("finishing this step and saving")?;
     let adapter_dir = directory.adapter();
-    let describe = |path: &Path, data: &Dataset| json!({ "file": path, "summary": data.summary });
+    let valid = options.valid.as_deref().zip(made.valid.as_ref());
     directory.note(json!({
         "command": COMMAND,
         "options": RECORDING.record(&given::command::<Options>(COMMAND), &options.given),
         "model": source.name,
         "model_source": options.model.model.recorded(),
-        "model_sha256": model_digest,
         "device": engine.name(),
-        "configuration": configuration,
-        "settings": said,
+        "configuration": made.configuration(&options.batches),
+        "settings": made.said,
         "adapter": adapter_dir,
-        "data": data.summary,
-        "valid": options.valid.as_deref().zip(valid.as_ref()).map(|(path, data)| describe(path, data)),
+        "data": made.data.summary,
+        "valid": valid.map(|(path, valid)| json!({ "file": path, "summary": valid.summary })),
+        "digests": made.digests(),
     }))?;
-    let evaluate_on = |adapter: &Adapter| -> anyhow::Result<Option<Value>> {
-        let Some(valid) = &valid else {
-            return Ok(None);
-        };
-        let evaluation = evaluate(
-            &engine,
-            &source.config,
-            &weights,
-            adapter,
-            &valid.examples,
-            extent,
-            &interrupt,
-        )?;
-        Ok(evaluation.map(|e| json!({"loss": e.loss, "perplexity": e.perplexity, "tokens": e.tokens})))
-    };
     let metrics = match resumed {
         true => {
-            let metrics = Metrics::resume(
-                directory.path(),
-                found.as_ref().map_or_else(Default::default, |found| found.metrics),
-            )?;
-            directory.go_on(found.as_ref().map(State::steps))?;
+            let position = found.as_ref().map_or_else(Default::default, |found| found.metrics);
+            let metrics = Metrics::resume(directory.path(), position)?;
+            directory.go_on(found_step)?;
             metrics
         }
         false => {
@@ -475,20 +543,15 @@ fn train(options: &Options, mut directory: RunDirectory) -> anyhow::Result<()> {
             metrics
         }
     };
-    let known = directory
-        .run()
-        .get("valid_before")
-        .filter(|value| value.is_object())
-        .cloned();
-    let before = match known {
+    let known = directory.run().get("valid_before").filter(|value| value.is_object());
+    let before = match known.cloned() {
         Some(before) => Some(before),
         None => {
-            let before = evaluate_on(&adapter)?;
+            let before = made.evaluate(&engine, &weights, adapter, &interrupt)?;
             directory.note(json!({ "valid_before": before }))?;
             before
         }
     };
-    let perplexity = |evaluation: &Value| evaluation["perplexity"].as_f64().unwrap_or(f64::NAN);
     if let (Some(before), false) = (&before, quiet) {
         console::say(format!("validation perplexity before: {:.4}", perplexity(before)));
     }
@@ -506,7 +569,7 @@ fn train(options: &Options, mut directory: RunDirectory) -> anyhow::Result<()> {
         keeper: Keeper::new(
             snapshots,
             options.save_every.map(|seconds| Duration::from_secs(seconds.into())),
-            found.as_ref().map(State::steps),
+            found_step,
         ),
         steps,
         interrupt: &interrupt,
@@ -518,14 +581,10 @@ fn train(options: &Options, mut directory: RunDirectory) -> anyhow::Result<()> {
         let _ = directory.end(&reason, training.progress.totals(&training.metrics));
         return Err(error);
     }
-    let progress = &training.progress;
-    let (taken, seconds) = (progress.taken, progress.seconds());
-    // A loss that there is none of is null.
-    let totals = progress.totals(&training.metrics);
-    let last_loss = progress.loss;
+    let (totals, seconds) = (training.progress.totals(&training.metrics), training.progress.seconds());
     let trained = Adapter {
         values: pollster::block_on(training.model.adapter())?,
-        ..adapter
+        ..adapter.clone()
     };
     // First of all: whatever may fail after it, this was the work.
     let kept = directory::save_at_last(&adapter_dir, &|dir| trained.save(dir, &source.config, &source.name));
@@ -534,27 +593,31 @@ fn train(options: &Options, mut directory: RunDirectory) -> anyhow::Result<()> {
     let kept = || format!("the adapter is in {}", adapter_dir.display());
     let after = match interrupt.is_set() {
         true => None,
-        false => evaluate_on(&trained).with_context(kept)?,
+        false => made
+            .evaluate(&engine, &weights, &trained, &interrupt)
+            .with_context(kept)?,
     };
     directory.note(json!({ "valid_after": after })).with_context(kept)?;
-    let reason = match taken == steps {
+    let Progress { taken, loss, .. } = training.progress;
+    let is_complete = taken == steps;
+    let reason = match is_complete {
         true => "completed",
         false => "stopped",
     };
     directory.end(reason, totals).with_context(kept)?;
     let go_on = format!("sflllm train --resume {}", shell_word(directory.path()));
-    if taken < steps && (options.output.json || !is_saved) {
-        console::say(match is_saved {
-            true => format!("go on with: {go_on}"),
-            false => format!("{go_on} would go on {}", training.keeper.from()),
-        });
+    if !is_complete && !is_saved {
+        console::say(format!("{go_on} would go on {}", training.keeper.from()));
     }
     if options.output.json {
+        if !is_complete && is_saved {
+            console::say(format!("go on with: {go_on}"));
+        }
         let summary = serde_json::to_string(directory.run())?;
         return console::print_kept(summary).with_context(kept);
     }
     let mut summary = format!(
-        "{taken} steps in {seconds:.1} s, last loss {last_loss:.4}; adapter in {}",
+        "{taken} steps in {seconds:.1} s, last loss {loss:.4}; adapter in {}",
         adapter_dir.display()
     );
     if let (Some(before), Some(after)) = (&before, &after) {
@@ -564,7 +627,7 @@ fn train(options: &Options, mut directory: RunDirectory) -> anyhow::Result<()> {
             perplexity(after)
         );
     }
-    if taken < steps && is_saved {
+    if !is_complete && is_saved {
         summary += &format!("\ngo on with: {go_on}");
     }
     if let Err(error) = console::print_kept(summary) {

@@ -15,12 +15,23 @@ use super::adapter::AdapterOut;
 use super::fetch::{Fetcher, Files};
 use super::thread::{Command, start_thread};
 use super::{Error, Keep, Settings, StateDirectory, Summary};
+use crate::compute::DeviceClass;
+use crate::machine;
 use crate::protocol::message::PROTOCOL_VERSION;
 use crate::protocol::{ClientConfig, Endpoint, FinishReason, MAX_FRAME_BYTES};
 use crate::transport::{Dialer, JoinLink, Origin, SocketEvent};
 
 /// How long to wait at the end for the last frames to be sent.
 const CLOSE_LIMIT: Duration = Duration::from_secs(2);
+
+/// What of the machine's memory a server may count on, in bytes; 0 for a GPU with memory of its own, which tells nobody how much it has.
+fn memory(device: DeviceClass) -> u64 {
+    match device {
+        DeviceClass::Gpu => 0,
+        // A computer has other things to do as well.
+        DeviceClass::CpuAdapter | DeviceClass::CpuEngine => machine::memory().unwrap_or(0) / 2,
+    }
+}
 
 /// Takes part until the run is over, or until `stop` becomes true.
 ///
@@ -42,7 +53,7 @@ pub async fn join(
         client: ClientConfig {
             version: PROTOCOL_VERSION,
             name: settings.name,
-            capabilities: capabilities(settings.engine.name(), 0),
+            capabilities: capabilities(settings.engine.name(), memory(settings.engine.class())),
             model: None,
             tokenizer: None,
             secret: settings.token,

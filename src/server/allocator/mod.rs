@@ -232,6 +232,7 @@ impl Planner for Allocator {
         self.run = Some(Shape {
             architecture: facts.architecture.clone(),
             training: facts.training.clone(),
+            weights: facts.weights,
             local_steps: facts.local_steps,
         });
         if let Some(speed) = facts

@@ -18,6 +18,7 @@ use super::measure::RoundMeasure;
 use crate::model::architecture::Architecture;
 use crate::protocol::{LeftOut, MainServerSession, Occasion, RunEnd};
 use crate::split::Training;
+use crate::terms::format::Format;
 use crate::terms::ids::{ClientId, StepKey};
 
 /// The main server's session with what it computes and counts.
@@ -120,6 +121,7 @@ impl MainRun {
         let About {
             architecture,
             training,
+            weights,
             rounds,
             local_steps,
             ..
@@ -134,6 +136,7 @@ impl MainRun {
                 rank: self.rank,
                 architecture: architecture.clone(),
                 training: training.clone(),
+                weights: *weights,
                 rounds: *rounds,
                 local_steps: *local_steps,
             })),
@@ -175,6 +178,8 @@ pub struct About {
     pub model: String,
     pub architecture: Architecture,
     pub training: Training,
+    /// How matrices of blocks are held.
+    pub weights: Format,
     pub rounds: u32,
     pub local_steps: u32,
     pub validates: bool,
