@@ -36,7 +36,8 @@ async function readFrom(url, size, write, offset, onBytes, bearer, options) {
     // A server that ignores the range starts again at the beginning.
     if (!(offset > 0 && response.status === 200)) {
       const error = new Error(`the server answered ${response.status} for ${url}`);
-      error.final = response.status >= 400 && response.status < 500;
+      error.final = response.status >= 400 && response.status < 500 && response.status !== 429;
+      error.passes = !error.final;
       throw error;
     }
     onBytes(-offset);
@@ -76,7 +77,7 @@ async function fetchRest(blob, write, at, { onBytes, onWire, bearer, signal }, o
       if (at < size) throw new Error(`the connection ended after ${at} of ${size} bytes of ${url}`);
     } catch (error) {
       at = error.reached ?? at;
-      if (error.final || signal.aborted || attempt >= TRIES) throw error;
+      if (error.final || signal.aborted || attempt >= TRIES) throw Object.assign(error, { passes: !error.final });
       await pause(500 * 2 ** attempt);
     }
   }

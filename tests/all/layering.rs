@@ -21,10 +21,19 @@ const MODULES: &[(&str, &[&str])] = &[
     ("model", &["terms", "kernels", "compute", "disk"]),
     ("split", &["terms", "model", "kernels", "compute"]),
     ("allocation", &["terms", "model"]),
-    ("simulation", &["terms", "protocol", "federated"]),
+    ("simulation", &["terms", "protocol", "federated", "client", "data"]),
     (
         "client",
-        &["terms", "split", "model", "protocol", "data", "compute", "transport"],
+        &[
+            "terms",
+            "split",
+            "model",
+            "protocol",
+            "data",
+            "compute",
+            "transport",
+            "disk",
+        ],
     ),
     (
         "server",
