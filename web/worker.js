@@ -90,9 +90,8 @@ class Run {
   async start() {
     const { device, name } = await chosenDevice(this.engine);
     say('device', { device: name });
-    const perform = (action) => {
-      if (run === this) this.actions[action.type](action);
-    };
+    // Only what was to be stored has an answer.
+    const perform = (action) => (run === this ? this.actions[action.type](action) : undefined);
     const kept = this.slot?.bytes ?? undefined;
     this.client = new EdgeClient(device, this.name, name, this.token, Boolean(this.slot), kept, perform);
     this.client.start();
@@ -390,7 +389,7 @@ let looked = null;
 async function look({ slot }) {
   await loadEngine();
   const damaged = () => say('note', { message: 'What this page had kept of a run was damaged; it joins as a new one' });
-  left = await Slot.find(slot, readState, damaged);
+  left = await Slot.find(slot, readState, damaged).catch(() => null);
   if (left) say('left', { own: left.own, client: left.slot.kept.client, round: left.slot.kept.round });
 }
 

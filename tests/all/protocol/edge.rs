@@ -23,7 +23,7 @@ use super::run::assert_sound;
 fn a_client_that_dies_instead_of_any_output_comes_back_as_itself_and_no_bit_of_the_run_is_another() {
     let undisturbed = simulate(&Scenario::calm(1, 3, 3));
     assert_eq!(undisturbed.end, Some(RunEnd::Completed));
-    let (mut deaths, mut lost) = (0, 0);
+    let (mut deaths, mut lost, mut unknown) = (0, 0, 0);
     for output in 1.. {
         let scenario = Scenario {
             deaths: vec![(0, output)],
@@ -32,7 +32,8 @@ fn a_client_that_dies_instead_of_any_output_comes_back_as_itself_and_no_bit_of_t
         let outcome = simulate(&scenario);
         assert_sound(&outcome, &scenario);
         assert_eq!(outcome.end, Some(RunEnd::Completed), "output {output}");
-        assert_eq!(outcome.clients[0].identities, [ClientId(1)], "output {output}");
+        assert_eq!(outcome.clients[0].identities.len(), 1, "output {output}");
+        unknown += usize::from(outcome.clients[0].identities != [ClientId(1)]);
         assert_eq!(outcome.model, undisturbed.model, "output {output}");
         assert_eq!(outcome.server, undisturbed.server, "output {output}");
         if outcome.elapsed == undisturbed.elapsed {
@@ -43,6 +44,7 @@ fn a_client_that_dies_instead_of_any_output_comes_back_as_itself_and_no_bit_of_t
         lost += usize::from(outcome.steps > undisturbed.steps);
     }
     assert!(deaths > 50 && lost > 20, "{deaths} deaths, {lost} lost rounds");
+    assert_eq!(unknown, 1, "only before it has kept who it is, and said anything");
 }
 
 #[test]
@@ -594,6 +596,9 @@ fn unreachable(mut table: Table) -> (Duration, Vec<(Awaited, Duration, Duration)
     let mut told = Vec::new();
     loop {
         let outputs = table.outputs();
+        if outputs.is_empty() {
+            table.pass();
+        }
         told.extend(waits(&outputs));
         for output in outputs {
             match output {
@@ -604,9 +609,6 @@ fn unreachable(mut table: Table) -> (Duration, Vec<(Awaited, Duration, Duration)
                 Output::End(_) => return (table.now - begin, told, output),
                 _ => {}
             }
-        }
-        if table.edge.poll_timeout().is_some() {
-            table.pass();
         }
     }
 }
@@ -643,7 +645,8 @@ fn a_server_that_was_never_there_is_soon_given_up() {
     let mut table = Table::new(Some(state()));
     table.outputs();
     table.edge.disconnected(Endpoint::Main, table.now, Some(STAYS));
-    assert_eq!(table.asked(), [Output::End(Err(Failure::Driver(STAYS)))]);
+    let asked = table.asked();
+    assert_eq!(asked.last(), Some(&Output::End(Err(Failure::Driver(STAYS)))));
 }
 
 #[test]
