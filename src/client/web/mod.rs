@@ -39,6 +39,14 @@ fn now() -> Duration {
     Duration::from_secs_f64(milliseconds().max(0.0) / 1000.0)
 }
 
+/// Where the page is from.
+fn origin() -> String {
+    let field = |object: &JsValue, name: &str| js_sys::Reflect::get(object, &name.into()).ok();
+    let location = field(&js_sys::global(), "location");
+    let origin = location.and_then(|location| field(&location, "origin")?.as_string());
+    origin.unwrap_or_default()
+}
+
 /// Makes a panic readable in the browser's console.
 #[wasm_bindgen(start)]
 pub fn start() {
@@ -107,7 +115,7 @@ impl EdgeClient {
         };
         let config = edge::Config {
             client,
-            server: String::new(),
+            server: origin(),
             keeps,
             resume: kept.and_then(|kept| edge::State::decode(&kept).ok()),
         };
