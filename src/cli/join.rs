@@ -287,6 +287,7 @@ impl Shown {
             Report::Connected => console.waiting("connected; waiting for the assignment"),
             Report::Admitted { client, again: true } => console.line(format!("back in the run as {client}")),
             Report::Admitted { client, again: false } => console.line(format!("in the run as {client}")),
+            Report::OtherRun => console.important("the server has another run by now: joining that"),
             Report::Unknown => console.important("the server does not know this client any more"),
             Report::OtherData => console.important("the data is not what it was: it begins at its first example again"),
             Report::Waiting {

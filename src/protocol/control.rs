@@ -137,6 +137,11 @@ impl ControlSession {
         }
     }
 
+    /// Bytes of a frame that is not whole yet have come: the federated server is not silent, the way is slow.
+    pub fn heard(&mut self) {
+        self.dialer.hear_part();
+    }
+
     pub fn handle_timeout(&mut self, now: Duration) {
         if self.over {
             return;

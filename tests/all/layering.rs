@@ -23,7 +23,7 @@ const MODULES: &[(&str, &[&str])] = &[
     ("model", &["terms", "kernels", "compute", "disk"]),
     ("split", &["terms", "model", "kernels", "compute"]),
     ("allocation", &["terms", "model"]),
-    ("simulation", &["terms", "protocol", "federated"]),
+    ("simulation", &["terms", "protocol", "federated", "client", "data"]),
     (
         "client",
         &[
@@ -35,6 +35,7 @@ const MODULES: &[(&str, &[&str])] = &[
             "compute",
             "transport",
             "machine",
+            "disk",
         ],
     ),
     (

@@ -328,6 +328,7 @@ impl<C: Cause> Edge<C> {
                 self.checkpoints.clear();
                 self.data = None;
                 self.stands_at = None;
+                self.show(Report::OtherRun);
                 false
             }
             Some(before) if before.client != client => {
@@ -336,8 +337,12 @@ impl<C: Cause> Edge<C> {
             }
             before => before.is_some(),
         };
-        self.show(Report::Admitted { client, again });
         self.unstored = true;
+        if !self.storing {
+            // Before anybody hears of it.
+            self.store();
+        }
+        self.show(Report::Admitted { client, again });
     }
 
     fn store(&mut self) {

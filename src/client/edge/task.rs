@@ -169,6 +169,8 @@ pub enum Report {
         client: ClientId,
         again: bool,
     },
+    /// The server has another run than the one that was kept.
+    OtherRun,
     /// In the run that it was in before, but as somebody new: the server did not know it any more.
     Unknown,
     /// The data is not what it was when the run was left: it begins at its first example.

@@ -261,6 +261,7 @@ impl Driver {
                 self.bytes.1 += bytes.len() as u64;
                 self.edge.frame(endpoint, now, &bytes);
             }
+            SocketEvent::Part => self.edge.heard(endpoint),
             SocketEvent::Closed(error) => {
                 socket.outgoing = None;
                 socket.live = false;

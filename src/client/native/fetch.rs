@@ -14,7 +14,7 @@ use super::super as client;
 use super::super::edge::{Report, Wanted};
 use super::Error;
 use crate::protocol::message::Blob;
-use crate::transport::{Dialer, Origin};
+use crate::transport::{self, Dialer, Origin};
 
 /// Where what was wanted is.
 #[derive(Debug, Default)]
@@ -94,13 +94,14 @@ impl Fetcher {
         let mut response = match self.dialer.get(&self.server, &path, bearer, done).await {
             Ok(response) => response,
             Err(error) => {
-                return match (error.is_transient(), done) {
-                    // What is there is of use to the next attempt.
-                    (true, 1..) => Err(Error::Broken {
+                // What is there is of use to the next attempt, and a ticket that is good no more is about to be replaced.
+                let passes = error.is_transient() && done > 0;
+                return match passes || matches!(error, transport::Error::Status { status: 401, .. }) {
+                    true => Err(Error::Broken {
                         name: blob.name.clone(),
                         reason: error.to_string(),
                     }),
-                    _ => Err(error.into()),
+                    false => Err(error.into()),
                 };
             }
         };
@@ -193,4 +194,100 @@ fn begun(blob: &Blob, file: &Path) -> (Sha256, u64) {
 /// Whether the cache holds the blob with its hash.
 fn cached(path: &Path, blob: &Blob) -> bool {
     std::fs::File::open(path).is_ok_and(|file| client::verify(blob, file).is_ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader, Write};
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+    use crate::protocol::message::Digest;
+    use crate::transport::{JoinLink, Trust};
+
+    /// Answers one request, and closes the connection. Returns the request's range, if it has one.
+    fn answer(listener: &TcpListener, status: &str, length: usize, body: &[u8]) -> Option<String> {
+        let (stream, _) = listener.accept().unwrap();
+        let mut head = BufReader::new(stream.try_clone().unwrap()).lines();
+        let lines: Vec<String> = head
+            .by_ref()
+            .map(|line| line.unwrap())
+            .take_while(|line| !line.is_empty())
+            .collect();
+        let mut stream: TcpStream = stream;
+        write!(
+            stream,
+            "HTTP/1.1 {status}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n"
+        )
+        .unwrap();
+        stream.write_all(body).unwrap();
+        lines
+            .iter()
+            .find_map(|line| Some(line.strip_prefix("range: ")?.to_owned()))
+    }
+
+    fn fetcher(listener: &TcpListener, cache: &Path) -> Fetcher {
+        let link: JoinLink = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
+        let dialer = Dialer::new(&Trust::Known).unwrap();
+        Fetcher::new(dialer, link.origin, cache.to_owned(), Arc::new(|_| {}))
+    }
+
+    #[tokio::test]
+    async fn a_download_that_broke_off_goes_on_where_it_was_whatever_the_server_makes_of_that() {
+        let whole: Vec<u8> = (0..100_000_u32).map(|number| (number % 251) as u8).collect();
+        let blob = Blob {
+            name: "a block".to_owned(),
+            sha256: Digest::of(&whole),
+            bytes: whole.len() as u64,
+        };
+        let wanted = Wanted {
+            weights: vec![blob.clone()],
+            tokenizer: None,
+        };
+        for takes_ranges in [true, false] {
+            let cache = tempfile::tempdir().unwrap();
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let fetcher = fetcher(&listener, cache.path());
+            let bytes = whole.clone();
+            let server = std::thread::spawn(move || {
+                let first = answer(&listener, "200 OK", bytes.len(), &bytes[..60_000]);
+                let second = match takes_ranges {
+                    true => answer(&listener, "206 Partial Content", 40_000, &bytes[60_000..]),
+                    false => answer(&listener, "200 OK", bytes.len(), &bytes),
+                };
+                (first, second)
+            });
+            let error = fetcher.fetch_all(&wanted, None).await.unwrap_err();
+            assert!(matches!(error, Error::Broken { .. }), "{error}");
+            let files = fetcher.fetch_all(&wanted, None).await.unwrap();
+            assert_eq!(std::fs::read(&files.weights[0]).unwrap(), whole);
+            let ranges = server.join().unwrap();
+            assert_eq!(ranges, (None, Some("bytes=60000-".to_owned())));
+            let names = std::fs::read_dir(cache.path()).unwrap();
+            assert_eq!(names.count(), 1, "something is left beside the file");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_not_what_was_announced_is_not_kept() {
+        let blob = Blob {
+            name: "a block".to_owned(),
+            sha256: Digest::of(b"right"),
+            bytes: 5,
+        };
+        let wanted = Wanted {
+            weights: vec![blob],
+            tokenizer: None,
+        };
+        for body in [&b"wrong"[..], b"too long"] {
+            let cache = tempfile::tempdir().unwrap();
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let fetcher = fetcher(&listener, cache.path());
+            let server = std::thread::spawn(move || answer(&listener, "200 OK", body.len(), body));
+            let error = fetcher.fetch_all(&wanted, None).await.unwrap_err();
+            assert!(error.to_string().contains("a block"), "{error}");
+            server.join().unwrap();
+            assert_eq!(std::fs::read_dir(cache.path()).unwrap().count(), 0);
+        }
+    }
 }

@@ -24,11 +24,10 @@ pub(super) enum Command {
     Run(Task),
 }
 
-pub(super) fn start_thread(
-    engine: Engine,
-    source: Source,
-    adapter_out: Arc<AdapterOut>,
-) -> Result<(thread_mpsc::Sender<Command>, mpsc::Receiver<Result<Done, Error>>), Error> {
+/// The thread's ends: what it is asked, and what it answers.
+pub(super) type Ends = (thread_mpsc::Sender<Command>, mpsc::Receiver<Result<Done, Error>>);
+
+pub(super) fn start_thread(engine: Engine, source: Source, adapter_out: Arc<AdapterOut>) -> Result<Ends, Error> {
     let (commands, receiver) = thread_mpsc::channel();
     let (sender, done) = mpsc::channel(1);
     let compute = move || {

@@ -150,6 +150,7 @@ impl Coordinator {
                 link.session.connected(now);
             }
             SocketEvent::Frame(bytes) => link.session.handle_frame(now, &bytes),
+            SocketEvent::Part => link.session.heard(),
             SocketEvent::Closed(error) => {
                 link.outgoing = None;
                 link.session.disconnected(now);

@@ -5,6 +5,7 @@
 
 mod cut;
 mod deadline;
+mod edge;
 mod federated;
 mod handshake;
 mod misbehaviour;
