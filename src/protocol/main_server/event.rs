@@ -31,6 +31,8 @@ pub enum Occasion {
     Start,
     /// The steps of this round are done: the split may change.
     Boundary(RoundKey),
+    /// The run goes on after an interruption: cut and rank stay, and what was planned beside them is not known any more.
+    Resumption,
     /// Clients are ready whom the last plan did not know.
     Membership,
 }

@@ -123,6 +123,12 @@ impl MainServerSession {
             self.roster.expect_no_more(id);
             let stop = stop(StopReason::Completed, "all rounds are done", None);
             self.door.send(connection, &Message::Stop(stop));
+            self.events.push_back(MainEvent::ClientJoined {
+                connection,
+                client: id,
+                name,
+                device,
+            });
             return;
         }
         self.door.send(

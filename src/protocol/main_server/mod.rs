@@ -225,7 +225,7 @@ impl MainServerSession {
                     self.roster.stop_expecting();
                     self.phase = Phase::Waiting { until: None };
                     self.retest(now);
-                } else if self.is_returning {
+                } else if self.is_returning && !self.roster.expected().is_empty() {
                     // Nobody can know when the server is there again.
                     self.phase = Phase::Waiting {
                         until: Some(now + self.config.wait_for_client),

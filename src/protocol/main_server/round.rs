@@ -173,10 +173,10 @@ impl MainServerSession {
             return;
         }
         if self.planning.lacks(&ready) {
-            return self.want_plan(if self.planning.is_first() {
-                Occasion::Start
-            } else {
-                Occasion::Membership
+            return self.want_plan(match (self.planning.is_first(), self.has_started) {
+                (true, false) => Occasion::Start,
+                (true, true) => Occasion::Resumption,
+                (false, _) => Occasion::Membership,
             });
         }
         self.has_started = true;

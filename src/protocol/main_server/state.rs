@@ -110,7 +110,7 @@ impl MainServerSession {
             _ => RoundKey { round, attempt: 0 },
         };
         session.has_started = state.has_started || round > 0;
-        session.is_returning = session.has_started;
+        session.is_returning = true;
         session.steps = session.steps_before(round);
         session.roster.restore(state);
         session.reserved = state.next_client;
@@ -121,7 +121,8 @@ impl MainServerSession {
                 drain_by: until,
                 drained: false,
             };
-        } else if session.has_started {
+        } else {
+            // Somebody who was there may never have learned its number.
             session.phase = Phase::Waiting { until: Some(until) };
         }
         // What is kept says still that the attempt before is open.

@@ -127,12 +127,12 @@ impl MainRun {
             ..
         } = &self.about;
         match occasion {
-            Occasion::Start => Facts::Start(Box::new(StartFacts {
+            Occasion::Start | Occasion::Resumption => Facts::Start(Box::new(StartFacts {
                 clients,
                 server_flops_per_s: None,
                 cut: self.cut,
                 cuts: self.cuts.clone(),
-                is_resumed: self.is_resumed,
+                is_resumed: occasion == Occasion::Resumption,
                 rank: self.rank,
                 architecture: architecture.clone(),
                 training: training.clone(),

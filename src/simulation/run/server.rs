@@ -31,7 +31,7 @@ impl World {
                 None
             }
             Occasion::Boundary(round) if self.scenario.cuts.is_empty() => Some(self.scenario.split(round.round + 1)),
-            Occasion::Boundary(_) | Occasion::Membership => None,
+            Occasion::Boundary(_) | Occasion::Membership | Occasion::Resumption => None,
         };
         let status = self.main.status();
         let rates = status

@@ -256,7 +256,8 @@ fn a_server_that_dies_whenever_it_has_kept_something_ends_with_the_weights_of_on
         let undisturbed = simulate(&of_three(remote_control));
         assert_same(&undisturbed, &undisturbed, "undisturbed");
         let killed = |outcome: &Outcome| outcome.history.iter().any(|(_, phase)| *phase == Phase::Killed);
-        let mut writes = 1;
+        // Members and the beginning are written before anybody can come.
+        let mut writes = 3;
         loop {
             let scenario = Scenario {
                 kept_and_killed: vec![(writes, seconds(20)), (writes + 2, seconds(3))],
@@ -278,7 +279,10 @@ fn a_server_that_dies_whenever_it_has_kept_something_ends_with_the_weights_of_on
 fn whenever_a_process_dies_the_run_ends_with_the_weights_of_one_in_which_none_does() {
     let undisturbed = simulate(&of_three(false));
     let most = undisturbed.elapsed.as_millis() as u64;
-    for at in (0..most).step_by(130) {
+    // The numbers of clients are the order in which they are summed.
+    let joined = |(at, phase): &(Duration, Phase)| matches!(phase, Phase::Joined(_)).then_some(*at);
+    let first = undisturbed.history.iter().filter_map(joined).max().unwrap().as_millis() as u64 + 100;
+    for at in (first..most).step_by(130) {
         let at = Duration::from_millis(at);
         let client = at.as_millis() as usize / 130 % 3;
         for (what, faults) in [
