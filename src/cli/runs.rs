@@ -207,7 +207,11 @@ fn show(found: &Found) -> String {
     line("by", found.kind().map(|kind| format!("sflllm {kind}")));
     line("model", found.model().map(str::to_owned));
     line("device", text_of("device"));
-    line("settings", text_of("settings"));
+    let settings = text_of("settings");
+    line(
+        "settings",
+        settings.map(|text| text.trim_start_matches("settings ").to_owned()),
+    );
     line("steps", figures.steps.map(|_| steps(found)));
     line("loss", figures.loss.map(|loss| format!("{loss:.4}")));
     line("perplexity", figures.perplexity.map(|perplexity| digits(perplexity, 4)));

@@ -41,6 +41,8 @@ pub struct Snapshots {
     /// Of the next file.
     next: u64,
     damaged: Vec<Damaged>,
+    /// What writes that were cut short have left.
+    unfinished: Vec<PathBuf>,
 }
 
 /// The newest whole state.
@@ -63,7 +65,7 @@ pub struct Damaged {
 
 impl Snapshots {
     /// The snapshots in `directory`, which need not exist yet, and the newest whole one. Damaged ones that are newer are put aside, as
-    /// [`Self::damaged`] says. What writes that were cut short have left is removed.
+    /// [`Self::damaged`] says.
     ///
     /// # Errors
     /// [`Error::File`] when the directory cannot be read, a snapshot not opened, or a damaged one not renamed.
@@ -73,6 +75,7 @@ impl Snapshots {
             kept: Vec::new(),
             next: 0,
             damaged: Vec::new(),
+            unfinished: Vec::new(),
         };
         let entries = match fs::read_dir(directory) {
             Ok(entries) => entries,
@@ -90,10 +93,7 @@ impl Snapshots {
                         snapshots.kept.push(sequence);
                     }
                 }
-                None if is_unfinished(&name) => {
-                    // A leftover costs disk space only.
-                    let _ = fs::remove_file(entry.path());
-                }
+                None if is_unfinished(&name) => snapshots.unfinished.push(entry.path()),
                 None => {}
             }
         }
@@ -116,12 +116,17 @@ impl Snapshots {
         &self.damaged
     }
 
-    /// Saves a state: it is on the disk when this returns. The one before it is kept as well, older ones are removed.
+    /// Saves a state: it is on the disk when this returns. The one before it is kept as well; older ones are removed, and what writes
+    /// that were cut short have left.
     ///
     /// # Errors
     /// [`Error::File`]; those saved before are then still there, and the next call tries again.
     pub fn save(&mut self, number: u64, bytes: &[u8]) -> Result<(), Error> {
         fs::create_dir_all(&self.directory).map_err(|error| Error::file("create", &self.directory, error))?;
+        for leftover in self.unfinished.drain(..) {
+            // It costs disk space only.
+            let _ = fs::remove_file(leftover);
+        }
         let sequence = self.next;
         disk::replace(&self.path(sequence), &encode(number, bytes))?;
         self.next = sequence.saturating_add(1);
@@ -337,10 +342,19 @@ mod tests {
         for name in [".00000001.snapshot.77-0.tmp", "mine.txt", "1.snapshot", ".mine.tmp"] {
             fs::write(home.path().join(name), "x").unwrap();
         }
-        assert_eq!(loaded(home.path()), Some((1, b"state".to_vec())));
+        let (mut snapshots, loaded) = Snapshots::open(home.path()).unwrap();
+        assert_eq!(loaded.map(|loaded| loaded.number), Some(1));
+        assert_eq!(names(home.path()).len(), 5, "to open is not to write");
+        snapshots.save(2, b"next").unwrap();
         assert_eq!(
             names(home.path()),
-            [".mine.tmp", "00000000.snapshot", "1.snapshot", "mine.txt"]
+            [
+                ".mine.tmp",
+                "00000000.snapshot",
+                "00000001.snapshot",
+                "1.snapshot",
+                "mine.txt"
+            ]
         );
     }
 
