@@ -297,11 +297,10 @@ impl Shown {
                 again_in,
                 passed,
             } => {
-                let text = waiting(*what, reason.as_deref(), *again_in, *passed);
                 if *first {
-                    console.line(text.clone());
+                    console.line(waiting(*what, reason.as_deref(), *again_in, *passed));
                 }
-                console.waiting(text);
+                console.waiting(waiting(*what, None, *again_in, *passed));
             }
             Report::Assigned { .. } => {}
             Report::Fetching {

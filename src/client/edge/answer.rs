@@ -22,6 +22,7 @@ impl<C: Cause> Edge<C> {
             self.show(Report::Connected);
         }
         self.has_connected = true;
+        self.is_in_touch |= endpoint == Endpoint::Main;
         self.session.connected(endpoint, now);
     }
 

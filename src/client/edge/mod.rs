@@ -17,10 +17,12 @@
 //! | `task` | what the driver is asked, told and shown |
 //! | `state` | what is kept, as bytes |
 //! | `answer` | what the answers come to |
+//! | `waiting` | how long people are told that something is waited for |
 
 mod answer;
 mod state;
 mod task;
+mod waiting;
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -28,6 +30,7 @@ use std::time::Duration;
 use state::CHECKPOINTS;
 pub use state::{Checkpoint, State, StateError};
 pub use task::{Awaited, Cause, Config, Done, Failure, Fetch, Output, Report, Standing, Task, Wanted};
+use waiting::Countdown;
 
 use crate::protocol::message::{Digest, RunConfig};
 use crate::protocol::{ClientEvent, ClientFailure, ClientSession, FinishReason, Passport, Transmit};
@@ -80,15 +83,6 @@ struct Fetching {
     again_at: Option<Duration>,
 }
 
-/// A pause that people are told the rest of.
-struct Countdown {
-    what: Awaited,
-    reason: Option<String>,
-    since: Duration,
-    until: Duration,
-    next: Duration,
-}
-
 /// The machine. `C` is why its driver could not do something.
 pub struct Edge<C> {
     session: ClientSession,
@@ -99,6 +93,8 @@ pub struct Edge<C> {
 
     // Connections.
     has_connected: bool,
+    /// The main server was reached last, and not lost since: what else is waited for is of interest.
+    is_in_touch: bool,
     last_cause: Option<C>,
     countdowns: Vec<Countdown>,
 
@@ -151,6 +147,7 @@ impl<C: Cause> Edge<C> {
             keeps,
             started: now,
             has_connected: false,
+            is_in_touch: false,
             last_cause: None,
             countdowns: Vec::new(),
             generation: 0,
@@ -278,39 +275,6 @@ impl<C: Cause> Edge<C> {
 
     fn show(&mut self, report: Report) {
         self.outputs.push_back(Output::Show(report));
-    }
-
-    /// Tells people now and every second how long something is still waited for.
-    fn count_down(&mut self, what: Awaited, reason: Option<String>, since: Duration, now: Duration, until: Duration) {
-        self.countdowns.retain(|countdown| countdown.what != what);
-        self.show(Report::Waiting {
-            what,
-            reason: reason.clone(),
-            first: since == now,
-            again_in: until.saturating_sub(now),
-            passed: now.saturating_sub(since),
-        });
-        self.countdowns.push(Countdown {
-            what,
-            reason,
-            since,
-            until,
-            next: now + Duration::from_secs(1),
-        });
-    }
-
-    fn tick(&mut self, now: Duration) {
-        self.countdowns.retain(|countdown| countdown.until > now);
-        for countdown in self.countdowns.iter_mut().filter(|countdown| countdown.next <= now) {
-            countdown.next = now + Duration::from_secs(1);
-            self.outputs.push_back(Output::Show(Report::Waiting {
-                what: countdown.what,
-                reason: countdown.reason.clone(),
-                first: false,
-                again_in: countdown.until - now,
-                passed: now.saturating_sub(countdown.since),
-            }));
-        }
     }
 
     // What is kept.

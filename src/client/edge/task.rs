@@ -175,7 +175,7 @@ pub enum Report {
     Unknown,
     /// The data is not what it was when the run was left: it begins at its first example.
     OtherData,
-    /// Told once a second.
+    /// Told once a second, of the main server alone while that is out of reach.
     Waiting {
         what: Awaited,
         reason: Option<String>,

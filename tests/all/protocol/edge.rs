@@ -637,6 +637,29 @@ fn a_server_that_is_gone_is_tried_for_hours_under_a_countdown() {
 }
 
 #[test]
+fn the_federated_server_is_told_of_only_while_the_main_server_is_there() {
+    let mut table = Table::ready(None);
+    table.edge.disconnected(Endpoint::Federated, table.now, None);
+    let told = waits(&table.outputs());
+    assert!(
+        matches!(told[..], [(Awaited::Server(Endpoint::Federated), _, _)]),
+        "{told:?}"
+    );
+    let mut table = Table::ready(None);
+    table.edge.disconnected(Endpoint::Main, table.now, None);
+    table.edge.disconnected(Endpoint::Federated, table.now, None);
+    let until = table.now + Duration::from_millis(200);
+    let mut told = waits(&table.outputs());
+    while table.edge.poll_timeout().is_some_and(|due| due < until) {
+        table.pass();
+        told.extend(waits(&table.outputs()));
+    }
+    assert!(!told.is_empty());
+    let is_main = |(what, ..): &(Awaited, Duration, Duration)| *what == Awaited::Server(Endpoint::Main);
+    assert!(told.iter().all(is_main), "{told:?}");
+}
+
+#[test]
 fn a_server_that_was_never_there_is_soon_given_up() {
     let (after, _, end) = unreachable(Table::new(None));
     assert_eq!(end, Output::End(Err(Failure::Driver(PASSES))));
