@@ -300,8 +300,10 @@ fn whenever_a_process_dies_the_run_ends_with_the_weights_of_one_in_which_none_do
                 ],
             ),
         ] {
+            // Who is started again would else start only then.
+            let starts = (0..3).map(|client| (Duration::ZERO, Fault::Start(client)));
             let scenario = Scenario {
-                faults,
+                faults: starts.chain(faults).collect(),
                 ..of_three(false)
             };
             assert_same(&simulate(&scenario), &undisturbed, &format!("{what} at {at:?}"));
