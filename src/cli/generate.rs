@@ -382,8 +382,15 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let weights = source.load(&engine)?;
     let capacity = prompt.len().saturating_add(options.max_tokens);
     let tokenizer = source.tokenizer()?;
-    let mut writer =
-        Writer::new(&engine, &source.config, weights, adapter.as_ref(), capacity, tokenizer)?.stop_at(stop);
+    let mut writer = Writer::new(
+        &engine,
+        &source.architecture,
+        weights,
+        adapter.as_ref(),
+        capacity,
+        tokenizer,
+    )?
+    .stop_at(stop);
     let mut stream = tokenizer.decode_stream();
     let mut until = Until::new(&options.stop);
     let mut text = String::new();

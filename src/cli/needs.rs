@@ -121,10 +121,10 @@ impl Described {
 
 /// Weights and tokenizer of a directory.
 fn open(directory: &Path) -> anyhow::Result<(Weights, Option<usize>)> {
-    let config = Architecture::load(directory)?;
-    let tokenizer = Tokenizer::load(directory, config.eos)?;
+    let architecture = Architecture::load(directory)?;
+    let tokenizer = Tokenizer::load(directory, architecture.eos)?;
     Ok((
-        Weights::open(directory, &config)?,
+        Weights::open(directory, &architecture)?,
         tokenizer.map(|tokenizer| tokenizer.json().len()),
     ))
 }

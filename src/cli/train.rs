@@ -62,14 +62,14 @@ pub struct Options {
 /// `None` when it was interrupted.
 fn evaluate(
     engine: &Engine,
-    config: &Architecture,
+    architecture: &Architecture,
     weights: &StackWeights,
     adapter: &Adapter,
     examples: &[Example],
     extent: Extent,
     interrupt: &Interrupt,
 ) -> anyhow::Result<Option<Evaluation>> {
-    let mut model = Central::new(engine, config, weights.clone(), Some(adapter), extent, None)?;
+    let mut model = Central::new(engine, architecture, weights.clone(), Some(adapter), extent, None)?;
     let mut counted = Counted::default();
     for batch in pass(examples, extent.batch, extent.seq)? {
         if interrupt.is_set() {
@@ -85,7 +85,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let mut directory = RunDirectory::create(options.out.as_deref(), "train")?;
     let reading = &options.batches.reading;
     let source = Source::open(&options.model.model, options.model.weights, quiet)?.with_reading(reading)?;
-    let seq = options.batches.seq(source.config.positions)?;
+    let seq = options.batches.seq(source.architecture.positions)?;
     let batch = options.batches.batch as usize;
     let data = source.data(&options.data, seq, reading, quiet)?;
     let valid = options
@@ -96,9 +96,9 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let adapter = match &options.lora.init_adapter {
         Some(dir) => source.adapter(dir)?,
         None => Adapter::init(
-            &source.config,
-            &options.lora.spec(&source.config)?,
-            0..source.config.blocks,
+            &source.architecture,
+            &options.lora.spec(&source.architecture)?,
+            0..source.architecture.blocks,
             options.batches.seed,
         )?,
     };
@@ -109,9 +109,9 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         .unwrap_or(options.epochs.unwrap_or(1).saturating_mul(per_epoch));
     let settings = options
         .optimizer
-        .settings(&source.config, &adapter.spec.targets, steps)?;
+        .settings(&source.architecture, &adapter.spec.targets, steps)?;
     let said = defaults::said(
-        &source.config,
+        &source.architecture,
         &options.lora,
         &adapter.spec,
         &options.optimizer,
@@ -150,14 +150,22 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let interrupt = interrupt::watch("finishing this step and saving")?;
     let evaluate_on = |adapter: &Adapter| match &valid {
         Some(valid) => {
-            let config = &source.config;
-            evaluate(&engine, config, &weights, adapter, &valid.examples, extent, &interrupt)
+            let architecture = &source.architecture;
+            evaluate(
+                &engine,
+                architecture,
+                &weights,
+                adapter,
+                &valid.examples,
+                extent,
+                &interrupt,
+            )
         }
         None => Ok(None),
     };
     let mut model = Central::new(
         &engine,
-        &source.config,
+        &source.architecture,
         weights.clone(),
         Some(&adapter),
         extent,
@@ -204,7 +212,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     };
     // First of all: whatever may fail after it, this was the work.
     store::save_at_last(&adapter_dir, &|dir| {
-        Ok(trained.save(dir, &source.config, &source.name)?)
+        Ok(trained.save(dir, &source.architecture, &source.name)?)
     })?;
     let kept = || format!("the adapter is in {}", adapter_dir.display());
     let after = match interrupt.is_set() {

@@ -4,6 +4,7 @@
 //! ([`Plan`]), loading the model part by part ([`Loader`]), and the answers to the session's events ([`Learner`]). A second
 //! assignment starts from what the first left on the device ([`Held`]). `native` and `web` move bytes and time.
 
+pub mod local;
 #[cfg(all(feature = "program", not(target_arch = "wasm32")))]
 pub mod native;
 #[cfg(target_arch = "wasm32")]
@@ -78,10 +79,10 @@ pub fn capabilities(device: &str, memory_bytes: u64) -> Capabilities {
 }
 
 /// An assignment that has been checked.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
     run: RunId,
-    pub config: Architecture,
+    pub architecture: Architecture,
     pub training: Training,
     /// Blocks this client runs: `0..cut`.
     pub cut: usize,
@@ -99,29 +100,29 @@ impl Plan {
     pub fn new(assignment: &Assignment) -> Result<Self, Error> {
         let run = &assignment.config;
         let fail = |reason: String| Err(Error::Assignment(reason));
-        let config = Architecture::from_json(&assignment.model_config)?;
+        let architecture = Architecture::from_json(&assignment.model_config)?;
         let cut = run.split as usize;
-        if cut == 0 || cut >= config.blocks {
+        if cut == 0 || cut >= architecture.blocks {
             return Err(split::Error::Split {
                 cut,
-                blocks: config.blocks,
+                blocks: architecture.blocks,
             }
             .into());
         }
-        if (run.width as usize, run.vocab as usize) != (config.width, config.vocab) {
+        if (run.width as usize, run.vocab as usize) != (architecture.width, architecture.vocab) {
             return fail(format!(
                 "width {} and vocabulary {} are not the model's {} and {}",
-                run.width, run.vocab, config.width, config.vocab
+                run.width, run.vocab, architecture.width, architecture.vocab
             ));
         }
-        if run.seq as usize > config.positions {
+        if run.seq as usize > architecture.positions {
             return fail(format!(
                 "sequences of {} in a model of {} positions",
-                run.seq, config.positions
+                run.seq, architecture.positions
             ));
         }
-        let training = training(&config, assignment)?;
-        let layout = AdapterLayout::new(&config, &training.spec, 0..cut)?;
+        let training = training(&architecture, assignment)?;
+        let layout = AdapterLayout::new(&architecture, &training.spec, 0..cut)?;
         if layout.len() as u64 != assignment.adapter_len {
             return fail(format!(
                 "an adapter of {} values, expected {}",
@@ -136,7 +137,7 @@ impl Plan {
         }
         for (blob, unit) in assignment.weights.iter().zip(units(cut)) {
             let values: u64 = unit
-                .tensors(&config)
+                .tensors(&architecture)
                 .iter()
                 .map(|(_, shape)| shape.iter().map(|&size| size as u64).product::<u64>())
                 .sum();
@@ -155,7 +156,7 @@ impl Plan {
         }
         Ok(Self {
             run: assignment.run,
-            config,
+            architecture,
             training,
             cut,
             rounds: run.rounds,
@@ -179,12 +180,12 @@ impl Plan {
 
     /// How to read data for this run.
     pub fn data_options(&self) -> data::Options {
-        data::Options::new(self.training.seq, self.config.vocab)
+        data::Options::new(self.training.seq, self.architecture.vocab)
     }
 
     /// Whether examples made for `other` serve this plan as well.
     fn shares_data(&self, other: &Plan) -> bool {
-        let same = |plan: &Plan| (plan.run, plan.training.seq, plan.config.vocab);
+        let same = |plan: &Plan| (plan.run, plan.training.seq, plan.architecture.vocab);
         same(self) == same(other) && self.tokenizer == other.tokenizer
     }
 
@@ -315,7 +316,7 @@ impl Loader {
             speed: None,
         };
         // Of another model nothing is of use.
-        let Some(held) = held.filter(|held| held.plan.config == plan.config) else {
+        let Some(held) = held.filter(|held| held.plan.architecture == plan.architecture) else {
             return Ok(loader);
         };
         let same = held
@@ -329,7 +330,7 @@ impl Loader {
             loader.blocks.extend(held.weights.blocks.into_iter().take(blocks));
         }
         if held.plan.run == plan.run && held.plan.training.spec == plan.training.spec {
-            let kept = AdapterLayout::new(&plan.config, &plan.training.spec, 0..held.plan.cut.min(plan.cut))?;
+            let kept = AdapterLayout::new(&plan.architecture, &plan.training.spec, 0..held.plan.cut.min(plan.cut))?;
             loader.moments = held.moments.slice(0..kept.len().min(held.moments.len()));
         }
         loader.data = held.plan.shares_data(plan).then_some(held.examples);
@@ -361,17 +362,17 @@ impl Loader {
     pub fn add(&mut self, bytes: Vec<u8>) -> Result<(), Error> {
         let Some(blob) = self.next() else { return Ok(()) };
         verify(blob, &bytes[..])?;
-        let config = &self.plan.config;
+        let model = &self.plan.architecture;
         match self.embedding {
             None => {
-                let unit = UnitData::decode(&bytes, Unit::Embedding, config)?;
+                let unit = UnitData::decode(&bytes, Unit::Embedding, model)?;
                 drop(bytes);
-                self.embedding = Some(Embedding::held(config, unit));
+                self.embedding = Some(Embedding::held(model, unit));
             }
             Some(_) => {
-                let unit = UnitData::decode(&bytes, Unit::Block(self.blocks.len()), config)?;
+                let unit = UnitData::decode(&bytes, Unit::Block(self.blocks.len()), model)?;
                 drop(bytes);
-                self.blocks.push(BlockWeights::upload(&self.engine, config, &unit)?);
+                self.blocks.push(BlockWeights::upload(&self.engine, model, &unit)?);
             }
         }
         Ok(())
@@ -391,7 +392,7 @@ impl Loader {
             return self.add(bytes);
         }
         verify(blob, &mut source)?;
-        self.embedding = Some(Embedding::stored(&self.plan.config, source)?);
+        self.embedding = Some(Embedding::stored(&self.plan.architecture, source)?);
         Ok(())
     }
 
@@ -422,8 +423,8 @@ impl Loader {
             first_block: 0,
             head: None,
         };
-        let len = AdapterLayout::new(&plan.config, &plan.training.spec, 0..plan.cut)?.len();
-        let mut part = ClientPart::with_weights(&engine, &plan.config, weights, &plan.training, &vec![0.0; len])?;
+        let len = AdapterLayout::new(&plan.architecture, &plan.training.spec, 0..plan.cut)?.len();
+        let mut part = ClientPart::with_weights(&engine, &plan.architecture, weights, &plan.training, &vec![0.0; len])?;
         let unfilled = len - moments.len();
         part.set_moments(&moments.followed_by(Moments::zero(unfilled)))?;
         Ok(Learner {

@@ -36,6 +36,12 @@ pub struct Example {
 }
 
 impl Example {
+    /// Text of which every token is learned.
+    pub fn text(ids: Vec<u32>) -> Self {
+        let labels = ids.iter().map(|&id| id.cast_signed()).collect();
+        Self { ids, labels }
+    }
+
     /// Positions that are learned.
     pub fn target_count(&self) -> usize {
         self.labels

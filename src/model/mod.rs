@@ -24,6 +24,7 @@ pub mod optimizer;
 pub mod part;
 #[cfg(not(target_arch = "wasm32"))]
 pub mod peft;
+mod random;
 pub mod rounds;
 pub mod stack;
 pub mod thread;

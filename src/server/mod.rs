@@ -26,7 +26,7 @@ mod tls;
 mod worker;
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -48,7 +48,7 @@ use crate::model::weights::{HeldUnits, Holding, Weights, WeightsError};
 use crate::protocol::message::{Assignment, Blob, Digest, OwnAlpha, PROTOCOL_VERSION, RunConfig};
 use crate::protocol::{
     Bearers, ControlAccess, ControlConfig, ControlSession, Deadline, FederatedConfig, FederatedServerSession,
-    MAX_FRAME_BYTES, MainConfig, MainError, MainServerSession, PING_INTERVAL, Placement,
+    MAX_FRAME_BYTES, MainConfig, MainError, MainServerSession, Placement,
 };
 use crate::split::{self, Training};
 use crate::terms::ids::RunId;
@@ -69,10 +69,6 @@ use planner::{LARGEST_RANK, Planner};
 use socket::Door;
 use store::{Blobs, RunDirectory};
 
-/// More clients than these are refused.
-const MAX_CLIENTS: u32 = 1024;
-/// A client that lost its connection can come back with its ticket for this long.
-const TICKET_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
 /// Inputs waiting for the coordinator; connections wait beyond it.
 const QUEUED_INPUTS: usize = 64;
 /// Failed connections in a row to a federated server elsewhere before a main server gives up: about a minute.
@@ -316,10 +312,8 @@ impl Server {
                 _ => ControlAccess::Local,
             };
             FederatedServerSession::new(FederatedConfig {
-                version: PROTOCOL_VERSION,
                 control,
-                max_clients: MAX_CLIENTS,
-                ping_interval: PING_INTERVAL,
+                ..FederatedConfig::default()
             })
         });
         let link = match role {
@@ -562,26 +556,13 @@ fn prepare(
     let bearers = Bearers::new(id, ticket_key, secret.clone());
     let session = MainServerSession::new(
         MainConfig {
-            version: PROTOCOL_VERSION,
-            run: id,
-            ticket_key,
-            ticket_lifetime: TICKET_LIFETIME,
             secret,
-            clients,
-            max_clients: MAX_CLIENTS,
-            placement: Placement {
-                assignment: assignment.clone(),
-                adapter: initial_adapter,
-                moments: None,
-                cuts: BTreeMap::new(),
-            },
             largest_update: match planner {
                 Some(_) => largest_update(&architecture, &training.spec),
                 None => assignment.adapter_len,
             },
             plans: planner.is_some(),
             model: digest,
-            tokenizer: Digest::of(tokenizer.as_deref().unwrap_or_default()),
             federated_url: match role {
                 Role::Main { federated, .. } => Some(listen::join_link(
                     &federated.origin.to_string(),
@@ -590,10 +571,10 @@ fn prepare(
                 )),
                 _ => None,
             },
-            ping_interval: PING_INTERVAL,
             wait_for_client: wait,
             deadline,
             quorum,
+            ..MainConfig::new(Placement::new(assignment.clone(), initial_adapter), ticket_key, clients)
         },
         Duration::ZERO,
     )?;

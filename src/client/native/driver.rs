@@ -474,8 +474,8 @@ impl Driver {
         let (Some(directory), Some(plan)) = (&self.settings.adapter_out, &self.plan) else {
             return Ok(());
         };
-        Adapter::from_values(&plan.config, &plan.training.spec, 0..plan.cut, values.to_vec())
-            .and_then(|adapter| adapter.save(directory, &plan.config, ""))
+        Adapter::from_values(&plan.architecture, &plan.training.spec, 0..plan.cut, values.to_vec())
+            .and_then(|adapter| adapter.save(directory, &plan.architecture, ""))
             .map_err(|error| client::Error::from(error).into())
     }
 }

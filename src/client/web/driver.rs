@@ -193,7 +193,10 @@ impl Shared {
             ("weights", blobs(loader.missing())),
             ("tokenizer", blobs(&tokenizer)),
             ("needsText", examples.is_none().into()),
-            ("endToken", plan.config.eos.map_or(JsValue::UNDEFINED, JsValue::from)),
+            (
+                "endToken",
+                plan.architecture.eos.map_or(JsValue::UNDEFINED, JsValue::from),
+            ),
             ("rounds", plan.rounds.into()),
             ("localSteps", plan.local_steps.into()),
         ];

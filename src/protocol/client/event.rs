@@ -4,7 +4,9 @@
 
 use std::time::Duration;
 
-use super::super::message::{Assignment, Capabilities, Digest, Gradient, Refused, RoundResult, Stop, Version};
+use super::super::message::{
+    Assignment, Capabilities, Digest, Gradient, PROTOCOL_VERSION, Refused, RoundResult, Stop, Version,
+};
 use super::super::{ConnectionFault, Endpoint};
 use crate::terms::ids::{RoundKey, StepKey};
 use crate::terms::moments::Moments;
@@ -25,6 +27,22 @@ pub struct ClientConfig {
     pub secret: Option<String>,
     /// Connections that may fail one after another before the session gives up.
     pub retries: u32,
+}
+
+impl ClientConfig {
+    /// A client that takes whatever model the server has, comes without a secret, and gives up after eight connections have failed
+    /// one after another. `name` is shown to people.
+    pub fn new(name: impl Into<String>, capabilities: Capabilities) -> ClientConfig {
+        ClientConfig {
+            version: PROTOCOL_VERSION,
+            name: name.into(),
+            capabilities,
+            model: None,
+            tokenizer: None,
+            secret: None,
+            retries: 8,
+        }
+    }
 }
 
 /// The driver's answer to `ComputeForward`.

@@ -6,7 +6,7 @@ use super::super::network::{Arrival, End, SocketId};
 use super::super::scenario::Fault;
 use super::super::toy::Trained;
 use super::{Node, Own, World};
-use crate::protocol::message::{Capabilities, PROTOCOL_VERSION};
+use crate::protocol::message::Capabilities;
 use crate::protocol::{ClientConfig, ClientSession, ConnectionId, Endpoint};
 use crate::terms::tensor::WireForm;
 
@@ -212,19 +212,16 @@ impl World {
         toy.trained = Trained::default();
         toy.outcome.finished = None;
         toy.outcome.failed = None;
+        let capabilities = Capabilities {
+            forms: vec![WireForm::F32],
+            memory_bytes: 0,
+            device: "toy".to_owned(),
+        };
         toy.session = Some(ClientSession::new(
             ClientConfig {
-                version: PROTOCOL_VERSION,
-                name: format!("{client}"),
-                capabilities: Capabilities {
-                    forms: vec![WireForm::F32],
-                    memory_bytes: 0,
-                    device: "toy".to_owned(),
-                },
-                model: None,
-                tokenizer: None,
                 secret: Some("open sesame".to_owned()),
                 retries: 20,
+                ..ClientConfig::new(client.to_string(), capabilities)
             },
             now,
         ));

@@ -21,12 +21,12 @@ use super::network::{Happening, Network, SocketId, Traffic};
 use super::outcome::{ClientOutcome, Outcome};
 use super::scenario::{Fault, Scenario};
 use super::toy::{BLOCKS, NUMBERS, Trained, assignment, initial_adapter};
-use crate::protocol::message::{Digest, PROTOCOL_VERSION};
+use crate::protocol::message::PROTOCOL_VERSION;
 use crate::protocol::{
     AdapterInput, ClientSession, ControlAccess, ControlConfig, ControlSession, FederatedConfig, FederatedServerSession,
     GradientOutput, MainConfig, MainServerSession, Occasion, Placement,
 };
-use crate::terms::ids::{ClientId, RoundKey, RunId, StepKey};
+use crate::terms::ids::{ClientId, RoundKey, StepKey};
 use crate::terms::tensor::WireTensor;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -179,31 +179,19 @@ fn skew(node: Node) -> Duration {
 impl World {
     fn new(scenario: Scenario) -> World {
         let secret = Some("open sesame".to_owned());
-        let digest = |text: &str| Digest::of(text.as_bytes());
         let main = MainServerSession::new(
             MainConfig {
-                version: PROTOCOL_VERSION,
-                run: RunId([3; 16]),
-                ticket_key: [5; 32],
-                ticket_lifetime: Duration::from_secs(12 * 3600),
                 secret: secret.clone(),
-                clients: scenario.needed,
-                max_clients: 1000,
-                placement: Placement {
-                    assignment: assignment(&scenario, 1),
-                    adapter: initial_adapter()[..NUMBERS].to_vec(),
-                    moments: None,
-                    cuts: BTreeMap::new(),
-                },
                 largest_update: (3 * BLOCKS * NUMBERS) as u64,
                 plans: !(scenario.splits.is_empty() && scenario.cuts.is_empty()),
-                model: digest("model"),
-                tokenizer: digest("tokenizer"),
-                federated_url: None,
-                ping_interval: crate::protocol::PING_INTERVAL,
                 wait_for_client: scenario.wait_for_client,
                 deadline: scenario.deadline,
                 quorum: scenario.quorum,
+                ..MainConfig::new(
+                    Placement::new(assignment(&scenario, 1), initial_adapter()[..NUMBERS].to_vec()),
+                    [5; 32],
+                    scenario.needed,
+                )
             },
             skew(Node::Main),
         )
@@ -214,10 +202,8 @@ impl World {
             ControlAccess::Local
         };
         let federated = FederatedServerSession::new(FederatedConfig {
-            version: PROTOCOL_VERSION,
             control: control_access,
-            max_clients: 1000,
-            ping_interval: crate::protocol::PING_INTERVAL,
+            ..FederatedConfig::default()
         });
         let control = scenario.remote_control.then(|| {
             let config = ControlConfig {
