@@ -93,9 +93,12 @@ pub mod federated;
 pub mod kernels;
 pub mod model;
 pub mod protocol;
-pub mod simulation;
 pub mod split;
 pub mod terms;
+
+// Test support: what a simulated run tells is for tests of these machines.
+#[doc(hidden)]
+pub mod simulation;
 
 // The program's own rooms: reachable for its binary and tests, and no promise to anybody else.
 #[cfg(all(feature = "program", not(target_arch = "wasm32")))]

@@ -11,19 +11,20 @@
 //!   on small links, `exhaustive`ly, all of which improve an `ownership`; [`search`]: cut and rank over it all.
 //! * [`baselines`]: the paper's algorithm and what it is compared with.
 
-pub mod baselines;
+pub(crate) mod baselines;
+#[doc(hidden)]
 pub mod bound;
-pub mod channel;
-pub mod delay;
+pub(crate) mod channel;
+pub(crate) mod delay;
 mod exhaustive;
 pub mod instance;
 mod local;
 mod ownership;
 pub mod power;
-pub mod prices;
+pub(crate) mod prices;
 pub mod scenario;
-pub mod search;
-pub mod subchannel;
+pub(crate) mod search;
+pub(crate) mod subchannel;
 
 use std::fmt;
 use std::str::FromStr;

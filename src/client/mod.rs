@@ -6,6 +6,7 @@
 
 pub mod local;
 #[cfg(all(feature = "program", not(target_arch = "wasm32")))]
+#[doc(hidden)]
 pub mod native;
 #[cfg(target_arch = "wasm32")]
 pub mod web;

@@ -8,7 +8,7 @@
 //! step with one submission; only the contents of its input buffers change. Everything above this module is the same for a
 //! GPU, an emulated adapter, a browser and the CPU engine.
 
-pub mod cpu;
+pub(crate) mod cpu;
 pub mod device;
 mod gpu;
 pub(crate) mod host;

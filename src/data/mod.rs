@@ -5,14 +5,18 @@
 //! pads, shuffles and remembers where a run stands, `shard` divides examples among clients. Nothing here knows a model
 //! beyond its vocabulary size and longest sequence.
 
-pub mod batch;
+pub(crate) mod batch;
+#[doc(hidden)]
 pub mod chat;
-pub mod json;
+pub(crate) mod json;
+#[doc(hidden)]
 pub mod reader;
-pub mod shard;
+pub(crate) mod shard;
 #[cfg(not(target_arch = "wasm32"))]
+#[doc(hidden)]
 pub mod template;
 #[cfg(not(target_arch = "wasm32"))]
+#[doc(hidden)]
 pub mod tokenizer;
 
 pub use batch::{Batch, Batches, Cursor, pass};

@@ -23,16 +23,16 @@
 //! A frame is one WebSocket binary message.
 
 mod admission;
-pub mod client;
+pub(crate) mod client;
 pub mod codec;
-pub mod control;
+pub(crate) mod control;
 mod dial;
 mod door;
-pub mod federated_server;
+pub(crate) mod federated_server;
 mod frame;
 mod link;
 mod local;
-pub mod main_server;
+pub(crate) mod main_server;
 pub mod message;
 mod pace;
 
