@@ -164,11 +164,6 @@ pub(crate) fn dbm_to_w(dbm: f64) -> f64 {
     10.0_f64.powf(dbm / 10.0 - 3.0)
 }
 
-/// dBm of a power in watts.
-pub fn w_to_dbm(w: f64) -> f64 {
-    10.0 * (w.log10() + 3.0)
-}
-
 /// Path loss in dB at `distance_m`, by intercept (dB at 1 km) and slope (dB per decade). 128.1 and 37.6 are the macro-cell values of 3GPP
 /// TR 36.814 at 2 GHz.
 pub(crate) fn path_loss_db(distance_m: f64, intercept_db: f64, slope_db: f64) -> f64 {

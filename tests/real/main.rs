@@ -1,6 +1,7 @@
 //! What is true of the program as it is used: processes, sockets, browsers and files.
 
 mod browser;
+mod compare;
 mod defaults;
 mod export;
 mod field_console;
