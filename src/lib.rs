@@ -13,7 +13,8 @@
 //!
 //! * `kernels`: every kernel on this machine's GPU against its specification ([`kernels::examples`], [`compute::Engine`]);
 //! * `train`: a model from files, an adapter, ten steps on one device ([`model::central::Central`]);
-//! * `sessions`: main server, federated server and client as values in one process ([`protocol`], [`split`]);
+//! * `sessions`: main server, federated server and two clients in one process train a split model ([`protocol::LocalRun`],
+//!   [`client::local`], [`split::ServerPart`]);
 //! * `allocation`: a scenario's best plan and the bound below it ([`allocation::solve`]).
 //!
 //! ```
@@ -63,7 +64,7 @@
 //! * [`allocation`]: who gets which subchannels, power, cut and rank, so that training takes the least time; certified.
 //! * [`simulation`]: a seeded network in virtual time around the state machines.
 //! * [`data`]: files into examples, examples into batches.
-//! * [`client`]: an edge client: session + client part + data, natively and in a browser.
+//! * [`client`]: an edge client: session + client part + data, natively and in a browser; in one thread with its servers.
 //! * `hub`: models by name from huggingface.co, in the cache that Python's huggingface_hub keeps.
 //!
 //! # One training step
@@ -85,15 +86,22 @@
     expect(clippy::arc_with_non_send_sync, reason = "a browser's Worker has one thread")
 )]
 
+#[warn(missing_docs)]
 pub mod allocation;
+#[warn(missing_docs)]
 pub mod client;
+#[warn(missing_docs)]
 pub mod compute;
+#[warn(missing_docs)]
 pub mod data;
+#[warn(missing_docs)]
 pub mod federated;
 pub mod kernels;
 pub mod model;
 pub mod protocol;
+#[warn(missing_docs)]
 pub mod split;
+#[warn(missing_docs)]
 pub mod terms;
 
 // Test support: what a simulated run tells is for tests of these machines.

@@ -41,9 +41,11 @@ pub(crate) const MAX_SUBCHANNELS: usize = 1 << 16;
 /// A link of `subchannels` equal subchannels.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Channel {
+    /// How many.
     pub subchannels: usize,
     /// Of one subchannel.
     pub bandwidth_hz: f64,
+    /// How well signals arrive.
     pub snr_per_watt: SnrPerWatt,
     /// `[client]`: the most a client may send with, over all its subchannels.
     pub power_max_w: Vec<f64>,
@@ -52,10 +54,12 @@ pub struct Channel {
 }
 
 impl Channel {
+    /// How many clients share the link.
     pub fn clients(&self) -> usize {
         self.power_max_w.len()
     }
 
+    /// Whether a client has the same ratio on every subchannel.
     pub fn is_flat(&self) -> bool {
         matches!(self.snr_per_watt, SnrPerWatt::Flat(_))
     }

@@ -36,6 +36,7 @@ pub use power::{Demand, LinkPlan};
 use search::{Links, Solved};
 
 /// Why there is no plan, or why one cannot be used. Clients count from 0.
+#[expect(missing_docs, reason = "the messages say it")]
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum Error {
     #[error("there are no clients")]
@@ -119,8 +120,10 @@ pub enum Method {
 }
 
 impl Method {
+    /// Every method, the best first.
     pub const ALL: [Method; 6] = [Method::Best, Method::Bcd, Method::A, Method::B, Method::C, Method::D];
 
+    /// As the command line and reports spell it.
     pub fn name(self) -> &'static str {
         match self {
             Method::Best => "best",
@@ -187,13 +190,17 @@ impl Choice {
 /// The allocator's answer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
+    /// How it was found.
     pub method: Method,
     /// `[client]`: index into the problem's splits.
     pub split_index: Vec<usize>,
     /// Index into the problem's ranks.
     pub rank_index: usize,
+    /// Owners and powers of the main link.
     pub main: LinkPlan,
+    /// Owners and powers of the federated link.
     pub federated: LinkPlan,
+    /// Owners and powers of the gradients' link, where there is one.
     pub download: Option<LinkPlan>,
     /// The run's delay, and its energy at its weight, in s.
     pub total_s: f64,

@@ -40,6 +40,7 @@ const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
 const UNIT_HEADER_BYTES: u64 = 4096;
 
 /// Why this client cannot take part.
+#[expect(missing_docs, reason = "the messages say it")]
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("the server's assignment cannot be used: {0}")]
@@ -83,11 +84,15 @@ pub fn capabilities(device: &str, memory_bytes: u64) -> Capabilities {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
     run: RunId,
+    /// The whole model's shape.
     pub architecture: Architecture,
+    /// What both sides of the cut do with it.
     pub training: Training,
     /// Blocks this client runs: `0..cut`.
     pub cut: usize,
+    /// Rounds of the run.
     pub rounds: u32,
+    /// Steps of a round.
     pub local_steps: u32,
     seed: u64,
     shuffle: bool,
@@ -460,6 +465,7 @@ pub struct Learner {
 }
 
 impl Learner {
+    /// What it learns for.
     pub fn plan(&self) -> &Plan {
         &self.plan
     }

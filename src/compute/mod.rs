@@ -25,6 +25,7 @@ pub use recording::{Buffer, Command, Cost, Recording, linear_workgroups};
 use recording::{BufferInner, Storage};
 
 /// What can go wrong between this crate and a device.
+#[expect(missing_docs, reason = "the messages say it")]
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error(
@@ -161,6 +162,7 @@ impl Engine {
         self.profile
     }
 
+    /// What kind of device the engine runs on.
     pub fn class(&self) -> DeviceClass {
         self.profile.class
     }

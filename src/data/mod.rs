@@ -34,6 +34,7 @@ use crate::terms::tensor::IGNORED_TARGET;
 /// the loss shifts, so `labels[t]` is predicted from `ids[..t]` and `labels[0]` never counts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Example {
+    /// Token ids.
     pub ids: Vec<u32>,
     /// Token ids, or [`IGNORED_TARGET`].
     pub labels: Vec<i32>,
@@ -62,12 +63,14 @@ impl Example {
 pub struct Flaw(String);
 
 impl Flaw {
+    /// From words that can follow "line 3 ".
     pub fn new(reason: impl Into<String>) -> Self {
         Self(reason.into())
     }
 }
 
 /// Why data, or the tokenizer for it, was refused.
+#[expect(missing_docs, reason = "the messages say it")]
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
     #[error("cannot read {path}: {source}")]

@@ -26,6 +26,7 @@ pub(crate) mod part;
 #[cfg(not(target_arch = "wasm32"))]
 pub(crate) mod peft;
 mod random;
+#[doc(hidden)]
 pub mod rounds;
 pub mod stack;
 pub(crate) mod thread;

@@ -48,14 +48,23 @@ fn several_adapters_answer_one_prompt_as_each_does_alone() {
     let together = found(&["--adapter", "none", "--adapter", first, "--adapter", second]);
     assert_eq!(together["prompt"], PROMPT);
     let answers = together["answers"].as_array().unwrap();
-    let names: Vec<&str> = answers.iter().map(|answer| answer["adapter"].as_str().unwrap()).collect();
+    let names: Vec<&str> = answers
+        .iter()
+        .map(|answer| answer["adapter"].as_str().unwrap())
+        .collect();
     assert_eq!(names, ["none", first, second]);
     let alone = [found(&[]), found(&["--adapter", first]), found(&["--adapter", second])];
     for (answer, alone) in answers.iter().zip(&alone) {
         assert_eq!((&answer["text"], &answer["ids"]), (&alone["text"], &alone["ids"]));
-        assert!(alone.get("answers").is_none(), "one answer is as it always was: {alone}");
+        assert!(
+            alone.get("answers").is_none(),
+            "one answer is as it always was: {alone}"
+        );
     }
-    assert_ne!(alone[0]["ids"], alone[1]["ids"], "an adapter that changes nothing shows nothing");
+    assert_ne!(
+        alone[0]["ids"], alone[1]["ids"],
+        "an adapter that changes nothing shows nothing"
+    );
     assert_ne!(alone[1]["ids"], alone[2]["ids"]);
 
     let shown = generate(&["--adapter", first, "--adapter", "none"]);

@@ -29,8 +29,10 @@ pub enum Storage {
 }
 
 impl Storage {
+    /// Every one.
     pub const ALL: [Storage; 4] = [Storage::F32, Storage::F16, Storage::Bf16, Storage::Q8_0];
 
+    /// As the command line spells it.
     pub fn name(self) -> &'static str {
         match self {
             Storage::F32 => "f32",

@@ -12,6 +12,7 @@ pub mod blocks;
 pub mod container;
 #[doc(hidden)]
 pub mod header;
+#[doc(hidden)]
 pub mod metadata;
 pub mod model;
 #[doc(hidden)]
