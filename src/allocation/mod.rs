@@ -6,10 +6,10 @@
 //! lower bound that no plan can beat.
 //!
 //! * [`scenario`]: what a person writes down: geometry, radio, devices, model; [`instance`]: the same as bare numbers.
-//! * [`channel`]: a link; [`delay`]: the objective; [`power`]: exact power control for given owners.
-//! * [`bound`]: the count bound; [`prices`]: one that knows of contention; [`subchannel`]: owners for one link, with `local` search and,
-//!   on small links, `exhaustive`ly, all of which improve an `ownership`; [`search`]: cut and rank over it all.
-//! * [`baselines`]: the paper's algorithm and what it is compared with.
+//! * [`Channel`]: a link; [`Problem`]: the objective; [`power`]: exact power control for given owners.
+//! * Inside, `bound` has the count bound and `prices` one that knows of contention; `subchannel` finds owners for one link, with `local`
+//!   search and, on small links, `exhaustive`ly, all of which improve an `ownership`; `search` goes over cut and rank; `baselines` are
+//!   the paper's algorithm and what it is compared with.
 
 pub(crate) mod baselines;
 #[doc(hidden)]
