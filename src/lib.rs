@@ -41,15 +41,18 @@
 //! ```text
 //! terms                                uses nothing of ours; all that follow may use it
 //! compute, data, federated             nothing else
-//! transport, disk, hub (native)        nothing of ours
+//! machine, transport, hub (native)     nothing of ours
+//! disk (native)                        machine
 //! protocol                             federated
 //! kernels                              compute
 //! model                                kernels, compute (native: disk)
 //! split                                model, kernels, compute
 //! allocation                           model
-//! simulation                           protocol, federated
-//! client                               split, model, protocol, data, compute (native: transport)
-//! server (native)                      split, model, protocol, data, compute, federated, allocation, transport, disk
+//! simulation                           protocol, federated, client, data
+//! client                               split, model, protocol, data, compute (native: transport, disk, machine)
+//! runs (native)                        model, transport, disk
+//! server (native)                      split, model, protocol, data, compute, federated, allocation, transport, disk,
+//!                                      machine, runs
 //! cli (native)                         all of them
 //! ```
 //!
@@ -62,14 +65,16 @@
 //! * [`federated`]: the weighted mean of adapters.
 //! * [`protocol`]: messages and state machines of client, main server and federated server, without sockets or clocks.
 //! * [`allocation`]: who gets which subchannels, power, cut and rank, so that training takes the least time; certified.
-//! * [`simulation`]: a seeded network in virtual time around the state machines.
+//! * [`simulation`]: a seeded network in virtual time around the state machines, the clients' ([`client::edge`]) among them.
 //! * [`data`]: files into examples, examples into batches.
-//! * [`client`]: an edge client: session + client part + data, natively and in a browser; in one thread with its servers.
+//! * [`client`]: an edge client: session + client part + data. [`client::edge`] says what is done when; a native process and a browser
+//!   carry it out; [`client::local`] does without it, in one thread with its servers.
+//! * `runs`: the directory that a run has to itself, and the snapshots that it resumes from.
 //! * `hub`: models by name from huggingface.co, in the cache that Python's huggingface_hub keeps.
 //!
 //! # One training step
 //!
-//! 1. [`client`] hands received bytes to its [`protocol`] session, which asks for step n.
+//! 1. [`client::edge`] hands received bytes to its [`protocol`] session, which asks for step n.
 //! 2. [`data`] gives tokens and targets; [`split::ClientPart`] replays its prepared forward recording ([`model::stack`]) and reads
 //!    the cut activations back in their wire form.
 //! 3. The session sends them; the main server's session collects the contributions of the step's members.
@@ -118,6 +123,12 @@ pub mod disk;
 #[cfg(all(feature = "program", not(target_arch = "wasm32")))]
 #[doc(hidden)]
 pub mod hub;
+#[cfg(not(target_arch = "wasm32"))]
+#[doc(hidden)]
+pub mod machine;
+#[cfg(all(feature = "program", not(target_arch = "wasm32")))]
+#[doc(hidden)]
+pub mod runs;
 #[cfg(all(feature = "program", not(target_arch = "wasm32")))]
 #[doc(hidden)]
 pub mod server;

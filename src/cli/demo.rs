@@ -20,7 +20,7 @@ use crate::data::{Conversation, Dataset, Message, Sharding, Tokenizer};
 use crate::model::adapter::{Adapter, LoraSpec};
 use crate::model::weights::Holding;
 use crate::protocol::Deadline;
-use crate::server::store::RunDirectory;
+use crate::runs::directory::RunDirectory;
 use crate::server::{self, Ending, Listen, Role, Run};
 use crate::split::Training;
 use crate::terms::optimizer::{OptimizerSettings, Schedule};
@@ -274,7 +274,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         quiet,
         demo_data,
     };
-    let summary = host(hosting, Role::Both, directory, Some(run), local)?;
+    let summary = host(hosting, Role::Both, directory, Some(run), local, None)?;
     if summary.ending == Ending::Completed && !quiet {
         let adapter = Adapter::load(&adapter_directory, &architecture)?;
         console::say("\nAfter training, its texts follow the meanings:\n");

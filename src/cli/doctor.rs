@@ -5,10 +5,11 @@ use serde_json::json;
 
 use crate::compute::{DeviceClass, device};
 
-use super::needs::{Described, Needs, machine_memory};
+use super::needs::{Described, Needs};
 use super::options::{OutputOptions, targets, window};
 use super::source::ModelName;
 use super::{console, defaults};
+use crate::machine;
 use crate::model::adapter::LoraSpec;
 use crate::model::workspace::Extent;
 
@@ -63,7 +64,7 @@ fn needs(model: &ModelName, options: &Options) -> anyhow::Result<()> {
     let targets = targets(described.model(), options.targets.as_deref())?;
     let spec = LoraSpec::new(rank, defaults::alpha(rank), targets)?;
     let needs = Needs::new(described, extent, spec)?;
-    let memory = machine_memory();
+    let memory = machine::memory();
     let advice = needs.advice(memory);
     if options.output.json {
         let mut found = needs.json();

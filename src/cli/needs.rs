@@ -23,7 +23,7 @@ use crate::terms::format::Format;
 use crate::terms::tensor::WireForm;
 
 use super::fetch;
-use super::join::bytes;
+use super::human::bytes;
 use super::source::{ModelName, ModelSource, Source};
 
 /// What is known of a model without its weights.
@@ -348,17 +348,4 @@ impl Needs {
 fn is_shown(cut: usize, blocks: usize) -> bool {
     let is_step = cut.is_power_of_two() || (cut.is_multiple_of(3) && (cut / 3).is_power_of_two());
     is_step || cut + 1 == blocks
-}
-
-/// Bytes of memory that this machine has, where that can be told.
-pub fn machine_memory() -> Option<u64> {
-    #[cfg(unix)]
-    {
-        // SAFETY: sysconf takes any name and touches no memory of ours.
-        let (pages, page) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
-        let positive = |value: libc::c_long| u64::try_from(value).ok().filter(|&value| value > 0);
-        positive(pages)?.checked_mul(positive(page)?)
-    }
-    #[cfg(not(unix))]
-    None
 }

@@ -5,7 +5,8 @@
 
 use std::time::Duration;
 
-use super::{Error, Learner, Plan, training, units};
+use super::plan::{training, units};
+use super::{Error, Learner, Plan};
 use crate::model::adapter::AdapterLayout;
 use crate::model::weights::{Holding, Weights};
 use crate::protocol::message::{Assignment, Blob, RunConfig};
@@ -68,6 +69,9 @@ impl Learner {
     /// Answers an event of the session that it learns for, as far as it asks for something to be computed. What it only tells is
     /// given back, and so is an assignment that is not the one that was loaded.
     ///
+    /// A round that is begun again is trained from where the attempt before left off. To go back, a driver keeps
+    /// [`Learner::standing`] at [`ClientEvent::RoundStarted`] and gives it to [`Learner::begin_round`].
+    ///
     /// # Errors
     /// As the answers: [`Error::Assignment`], [`Error::Split`].
     pub async fn answer(
@@ -80,7 +84,7 @@ impl Learner {
         match event {
             ClientEvent::Assigned(assignment) if Plan::new(&assignment)? == *self.plan() => session.ready(now, None),
             ClientEvent::RoundStarted { .. } => {
-                self.begin_round();
+                self.begin_round(None).await?;
                 return Ok(Some(event));
             }
             ClientEvent::InstallAdapter { values, moments, .. } => self.install(&values, moments).await?,
@@ -93,7 +97,7 @@ impl Learner {
                 session.step_done(now, key, took);
             }
             ClientEvent::UploadAdapter { round, split, steps } => {
-                let input = self.adapter(round, split, steps).await?;
+                let input = self.adapter(round, split, steps).await?.0;
                 session.adapter(now, input).map_err(refused)?;
             }
             told => return Ok(Some(told)),

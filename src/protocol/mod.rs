@@ -41,6 +41,7 @@ use std::time::Duration;
 pub use admission::{Bearer, Bearers, is_same_secret};
 pub use client::{
     ActivationsInput, AdapterInput, ClientConfig, ClientError, ClientEvent, ClientFailure, ClientSession, FinishReason,
+    Passport,
 };
 pub use control::{ControlConfig, ControlEvent, ControlSession};
 pub use dial::ConnectionFault;
@@ -49,8 +50,9 @@ pub use frame::MAX_FRAME_BYTES;
 pub use link::{LinkError, MISSED_PINGS, silence_limit};
 pub use local::{LocalEvent, LocalRun};
 pub use main_server::{
-    ClientStatus, CollectTime, Contribution, Deadline, DepartureReason, GradientOutput, LeftOut, MainConfig, MainError,
-    MainEvent, MainServerSession, Occasion, Placement, RoundPlan, RunEnd, RunPhase, RunStatus, StepTimes,
+    Checkpoint, ClientState, ClientStatus, CollectTime, Contribution, Deadline, DepartureReason, GradientOutput,
+    LeftOut, MainConfig, MainError, MainEvent, MainServerSession, Occasion, Placement, RoundPlan, RunEnd, RunPhase,
+    RunState, RunStatus, StepTimes,
 };
 
 /// How often each side of a connection pings, unless configured otherwise.

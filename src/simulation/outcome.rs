@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::network::Traffic;
 use crate::protocol::message::ExclusionReason;
 use crate::protocol::{ClientFailure, CollectTime, FinishReason, RunEnd, StepTimes};
-use crate::terms::ids::{RoundKey, StepKey};
+use crate::terms::ids::{ClientId, RoundKey, StepKey};
 use crate::terms::moments::Moments;
 
 /// A round as the main server saw it close.
@@ -40,6 +40,8 @@ pub struct ClientOutcome {
     pub backwards: u64,
     /// Assignments it had to load.
     pub assigned: u64,
+    /// The numbers it was given by the main server, in their order: one, unless it came as somebody new.
+    pub identities: Vec<ClientId>,
 }
 
 /// When a run stood where.
@@ -50,6 +52,9 @@ pub enum Phase {
     Lost(RoundKey),
     Rejected(RoundKey),
     Waiting,
+    /// The main server's process.
+    Killed,
+    Revived,
 }
 
 /// What became of a run.

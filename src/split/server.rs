@@ -469,6 +469,23 @@ impl ServerPart {
         Ok(())
     }
 
+    /// The optimiser's moments of the adapter's values, and the steps it has taken.
+    pub async fn moments(&self) -> Result<Moments, Error> {
+        Ok(self.stack.moments().await?)
+    }
+
+    /// Replaces the optimiser's moments and its number of steps.
+    ///
+    /// # Errors
+    /// [`Error`] for moments of another number of values.
+    pub fn set_moments(&mut self, moments: &Moments) -> Result<(), Error> {
+        let layout = self.stack.layout().expect("a server part has an adapter");
+        check_length("the first moment", moments.first.len(), layout.len())?;
+        check_length("the second moment", moments.second.len(), layout.len())?;
+        self.stack.set_moments(moments);
+        Ok(())
+    }
+
     /// Loss of the whole model, with `client_adapter` below the cut, over batches of (tokens, targets, seq). The client's blocks
     /// are loaded for the time of the call.
     pub async fn evaluate(

@@ -19,8 +19,8 @@ use sflllm::model::weights::{HeldUnits, Holding, Weights};
 use sflllm::model::workspace::Extent;
 use sflllm::protocol::message::{Assignment, Digest, LinkRates, OwnAlpha, RunConfig};
 use sflllm::protocol::{Deadline, FinishReason};
+use sflllm::runs::directory::RunDirectory;
 use sflllm::server::planner::{ClientPrediction, Decision, Planner, RoundFacts, RoundPrediction, StartFacts};
-use sflllm::server::store::RunDirectory;
 use sflllm::server::{Limits, Model, Role, Run, Server, Settings, Summary};
 use sflllm::split::Training;
 use sflllm::terms::format::Format;
@@ -251,6 +251,7 @@ fn run_on(
         directory,
         demo_data: b"".into(),
         run: Some(run),
+        interrupted: None,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -273,6 +274,8 @@ fn run_on(
                 source: native::Source::Examples(examples),
                 cache: home.path().join(format!("cache-{number}")),
                 adapter_out: Some(home.path().join(format!("kept-{number}"))),
+                give_up: Duration::from_secs(60),
+                keep: None,
             };
             let fetched = fetched.clone();
             let note = move |report| {

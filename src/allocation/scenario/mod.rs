@@ -25,6 +25,7 @@ pub use file::{PRESETS, value_of};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 
+use crate::terms::format::Format;
 use crate::terms::tensor::WireForm;
 
 /// A scenario, complete: presets fill in what a file leaves out.
@@ -167,6 +168,8 @@ pub struct TrainingShape {
     /// How activations and gradients travel: `f32`, `f16` or `int8`.
     #[serde(deserialize_with = "named_wire")]
     pub wire: WireForm,
+    /// How frozen weights are held: `f32`, `f16`, `q8` or `q4`; absent, `f16`. A client's memory is counted by it.
+    pub weights: Option<Format>,
     /// Adapted matrices.
     pub targets: Vec<String>,
     /// Candidate cuts; absent, all.

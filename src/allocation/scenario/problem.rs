@@ -384,7 +384,7 @@ impl Scenario {
             workload,
             speeds,
             wire: self.training.wire,
-            weights: Format::F16,
+            weights: self.training.weights.unwrap_or(Format::F16),
             joules_per_flop,
         };
         let problem = Problem {

@@ -50,7 +50,8 @@ impl MainServerSession {
                 Admission::New
             }
         };
-        if matches!(self.phase, Phase::Finished { .. }) {
+        let has_missed_the_end = self.is_returning && matches!(admission, Admission::Known(_));
+        if matches!(self.phase, Phase::Finished { .. }) && !has_missed_the_end {
             return Err((RefusalReason::NoRun, "the run is over".to_owned()));
         }
         let differs = |theirs: Option<Digest>, ours: Digest| theirs.is_some_and(|theirs| theirs != ours);
@@ -86,6 +87,7 @@ impl MainServerSession {
 
     fn welcome(&mut self, connection: ConnectionId, now: Duration, hello: &Hello, admission: Admission) {
         let entry = self.roster.identify(admission);
+        self.reserve();
         let Pass { client: id, serial } = entry;
         if let Some(old) = self.roster.connection(id) {
             self.door.stop(
@@ -117,6 +119,12 @@ impl MainServerSession {
             tokenizer: self.config.tokenizer,
         };
         self.door.welcome(connection, id, welcome, now, self.frame_limit);
+        if matches!(self.phase, Phase::Finished { .. }) {
+            self.roster.expect_no_more(id);
+            let stop = stop(StopReason::Completed, "all rounds are done", None);
+            self.door.send(connection, &Message::Stop(stop));
+            return;
+        }
         self.door.send(
             connection,
             &Message::Assignment(Box::new(self.placement.assignment_of(id))),
@@ -144,6 +152,9 @@ impl MainServerSession {
             return;
         };
         self.timing.forget(id);
+        if reason == DepartureReason::Left {
+            self.roster.let_go(id);
+        }
         let round = self.round;
         if self.phase.remove(id, &reason.to_string()) {
             self.controls.push_back(Control::Departed { round, client: id });
@@ -169,6 +180,7 @@ impl MainServerSession {
             };
             if wire != StopReason::Excluded {
                 self.roster.ban(id);
+                self.revision += 1;
             }
             self.door
                 .stop(connection, stop(wire, &reason.to_string(), return_after));

@@ -119,21 +119,23 @@ impl World {
                     self.violation(format!("{round} began with {absent}, who has left"));
                 }
                 self.members = members;
+                self.forget_members();
                 self.departed.clear();
+                self.before = (self.blocks.clone(), self.server);
             }
             MainEvent::Contribution { key, contribution } => self.contribute(key, &contribution),
             MainEvent::CloseStep { key, lanes, left_out } => self.close_step(key, &lanes, &left_out),
             MainEvent::StepMeasured { key, clients } => self.outcome.measured.push((key, clients)),
             MainEvent::PlanWanted { occasion } => {
                 let at = at + self.network.pause(self.scenario.compute);
-                self.network.schedule(at, Own::Planned(occasion));
+                self.schedule_of_server(at, Own::Planned(occasion));
             }
             MainEvent::CopyWanted { round } => {
                 let shared = self.average.len() - self.split as usize * NUMBERS;
                 let values = self.blocks.values[..shared].to_vec();
                 self.copies.insert(round, values.clone());
                 let at = at + self.network.pause(self.scenario.compute);
-                self.network.schedule(at, Own::Copied { round, values });
+                self.schedule_of_server(at, Own::Copied { round, values });
             }
             MainEvent::RoundClosed {
                 round,
@@ -160,15 +162,29 @@ impl World {
                 self.average = average;
                 let placement = self.recut(split, moments).map(Box::new);
                 let at = at + self.network.pause(self.scenario.compute);
-                self.network.schedule(at, Own::Validated { round, placement });
+                self.schedule_of_server(at, Own::Validated { round, placement });
             }
-            MainEvent::RoundRejected { round, .. } => self.outcome.history.push((at, Phase::Rejected(round))),
-            MainEvent::RoundLost { round } => self.outcome.history.push((at, Phase::Lost(round))),
+            MainEvent::Keep { round, placement } => self.keep_round(round, *placement),
+            MainEvent::RoundRejected { round, .. } => {
+                self.undo_round();
+                self.outcome.history.push((at, Phase::Rejected(round)));
+            }
+            MainEvent::RoundLost { round } => {
+                self.undo_round();
+                self.outcome.history.push((at, Phase::Lost(round)));
+            }
             MainEvent::Waiting { .. } => self.outcome.history.push((at, Phase::Waiting)),
             MainEvent::Finished { reason } => self.outcome.end = Some(reason),
             MainEvent::Drained => self.outcome.drained = true,
             MainEvent::ClientRefused { .. } | MainEvent::ClientReady { .. } => {}
         }
+    }
+
+    /// The round will begin again.
+    fn undo_round(&mut self) {
+        (self.blocks, self.server) = self.before.clone();
+        self.step = None;
+        self.lanes.clear();
     }
 
     fn contribute(&mut self, key: StepKey, contribution: &Contribution) {
@@ -208,7 +224,7 @@ impl World {
         }
         // One after the other, as they come.
         self.busy_until = self.busy_until.max(self.network.now) + self.network.pause(self.scenario.compute);
-        self.network.schedule(self.busy_until, Own::Contributed { key, output });
+        self.schedule_of_server(self.busy_until, Own::Contributed { key, output });
     }
 
     fn close_step(&mut self, key: StepKey, lanes: &BTreeSet<ClientId>, left_out: &[LeftOut]) {

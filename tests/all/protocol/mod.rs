@@ -5,6 +5,7 @@
 
 mod cut;
 mod deadline;
+mod edge;
 mod federated;
 mod handshake;
 mod misbehaviour;
@@ -12,4 +13,5 @@ mod pairing;
 mod peer;
 mod placement;
 mod random;
+mod resume;
 mod run;

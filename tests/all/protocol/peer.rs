@@ -95,7 +95,8 @@ pub fn federated_config() -> FederatedConfig {
 pub fn client_config() -> ClientConfig {
     ClientConfig {
         secret: Some(SECRET.to_owned()),
-        retries: 3,
+        give_up: seconds(3600),
+        seed: 1,
         ..ClientConfig::new("Ada", capabilities())
     }
 }
