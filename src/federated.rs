@@ -8,6 +8,7 @@
 //! Pure and by itself, so that the server, the simulator and the tests average with the same few lines.
 
 /// Why adapters cannot be averaged. `index` is the place in the list given.
+#[expect(missing_docs, reason = "the messages say it")]
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AverageError {
     #[error("there is no adapter to average")]

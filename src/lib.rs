@@ -13,7 +13,8 @@
 //!
 //! * `kernels`: every kernel on this machine's GPU against its specification ([`kernels::examples`], [`compute::Engine`]);
 //! * `train`: a model from files, an adapter, ten steps on one device ([`model::central::Central`]);
-//! * `sessions`: main server, federated server and client as values in one process ([`protocol`], [`split`]);
+//! * `sessions`: main server, federated server and two clients in one process train a split model ([`protocol::LocalRun`],
+//!   [`client::local`], [`split::ServerPart`]);
 //! * `allocation`: a scenario's best plan and the bound below it ([`allocation::solve`]).
 //!
 //! ```
@@ -67,7 +68,7 @@
 //! * [`simulation`]: a seeded network in virtual time around the state machines, the clients' ([`client::edge`]) among them.
 //! * [`data`]: files into examples, examples into batches.
 //! * [`client`]: an edge client: session + client part + data. [`client::edge`] says what is done when; a native process and a browser
-//!   carry it out.
+//!   carry it out; [`client::local`] does without it, in one thread with its servers.
 //! * `runs`: the directory that a run has to itself, and the snapshots that it resumes from.
 //! * `hub`: models by name from huggingface.co, in the cache that Python's huggingface_hub keeps.
 //!
@@ -90,17 +91,27 @@
     expect(clippy::arc_with_non_send_sync, reason = "a browser's Worker has one thread")
 )]
 
+#[warn(missing_docs)]
 pub mod allocation;
+#[warn(missing_docs)]
 pub mod client;
+#[warn(missing_docs)]
 pub mod compute;
+#[warn(missing_docs)]
 pub mod data;
+#[warn(missing_docs)]
 pub mod federated;
 pub mod kernels;
 pub mod model;
 pub mod protocol;
-pub mod simulation;
+#[warn(missing_docs)]
 pub mod split;
+#[warn(missing_docs)]
 pub mod terms;
+
+// Test support: what a simulated run tells is for tests of these machines.
+#[doc(hidden)]
+pub mod simulation;
 
 // The program's own rooms: reachable for its binary and tests, and no promise to anybody else.
 #[cfg(all(feature = "program", not(target_arch = "wasm32")))]

@@ -8,7 +8,6 @@ use serde_json::{Value, json};
 
 use super::human::{certificate, duration, percent, plain, table, with_prefix};
 use super::sweep::Statistics;
-use crate::allocation::channel::w_to_dbm;
 use crate::allocation::{Channel, LinkPlan, Method, Plan, Problem, RoundTimes};
 use crate::terms::phases::Phases;
 
@@ -79,7 +78,11 @@ impl Share {
 /// `3.20 W, 35.1 dBm`
 pub fn power(power_w: f64) -> String {
     match power_w > 0.0 {
-        true => format!("{}, {:.1} dBm", with_prefix(power_w, "W"), w_to_dbm(power_w)),
+        true => format!(
+            "{}, {:.1} dBm",
+            with_prefix(power_w, "W"),
+            10.0 * (power_w.log10() + 3.0)
+        ),
         false => "0 W".to_owned(),
     }
 }

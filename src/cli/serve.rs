@@ -421,22 +421,22 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
         no_shuffle,
         ..
     } = options.batches;
-    let seq = options.batches.seq(source.config.positions)?;
+    let seq = options.batches.seq(source.architecture.positions)?;
     let initial = match &options.lora.init_adapter {
-        Some(directory) => source.adapter(directory)?.with_one_rank(&source.config)?,
+        Some(directory) => source.adapter(directory)?.with_one_rank(&source.architecture)?,
         None => Adapter::init(
-            &source.config,
-            &options.lora.spec(&source.config)?,
-            0..source.config.blocks,
+            &source.architecture,
+            &options.lora.spec(&source.architecture)?,
+            0..source.architecture.blocks,
             seed,
         )?,
     };
     let steps = u64::from(options.rounds) * u64::from(options.local_steps);
     let optimizer = options
         .optimizer
-        .settings(&source.config, &initial.spec.targets, steps)?;
+        .settings(&source.architecture, &initial.spec.targets, steps)?;
     let said = defaults::said(
-        &source.config,
+        &source.architecture,
         &options.lora,
         &initial.spec,
         &options.optimizer,
@@ -549,7 +549,7 @@ pub(super) fn model(source: Source) -> server::Model {
     server::Model {
         name: source.name,
         digest: Digest(source.digest),
-        architecture: source.config,
+        architecture: source.architecture,
         weights: source.weights,
         holding: source.holding,
         tokenizer: source.tokenizer.map(|tokenizer| tokenizer.json().to_vec()),

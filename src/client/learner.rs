@@ -58,6 +58,7 @@ impl Learner {
         }
     }
 
+    /// What it learns for.
     pub fn plan(&self) -> &Plan {
         &self.plan
     }

@@ -65,7 +65,7 @@ impl Loader {
             speed: None,
         };
         // Of another model nothing is of use.
-        let Some(held) = held.filter(|held| held.plan.config == plan.config) else {
+        let Some(held) = held.filter(|held| held.plan.architecture == plan.architecture) else {
             return Ok(loader);
         };
         let same = held
@@ -79,7 +79,7 @@ impl Loader {
             loader.blocks.extend(held.blocks.into_iter().take(blocks));
         }
         if held.plan.run == plan.run && held.plan.training.spec == plan.training.spec {
-            let kept = AdapterLayout::new(&plan.config, &plan.training.spec, 0..held.plan.cut.min(plan.cut))?;
+            let kept = AdapterLayout::new(&plan.architecture, &plan.training.spec, 0..held.plan.cut.min(plan.cut))?;
             loader.moments = held.moments.slice(0..kept.len().min(held.moments.len()));
         }
         loader.data = held.examples.filter(|_| held.plan.shares_data(plan));
@@ -109,6 +109,7 @@ impl Loader {
         self.data.is_none()
     }
 
+    /// Takes the examples that [`Loader::needs_data`] asks for.
     pub fn set_data(&mut self, examples: Vec<Example>) {
         self.data = Some(examples);
     }
@@ -138,17 +139,17 @@ impl Loader {
     pub fn add(&mut self, bytes: Vec<u8>) -> Result<(), Error> {
         let Some(blob) = self.next() else { return Ok(()) };
         verify(blob, &bytes[..])?;
-        let config = &self.plan.config;
+        let model = &self.plan.architecture;
         match self.embedding {
             None => {
-                let unit = UnitData::decode(&bytes, Unit::Embedding, config)?;
+                let unit = UnitData::decode(&bytes, Unit::Embedding, model)?;
                 drop(bytes);
-                self.embedding = Some(Embedding::held(config, unit));
+                self.embedding = Some(Embedding::held(model, unit));
             }
             Some(_) => {
-                let unit = UnitData::decode(&bytes, Unit::Block(self.blocks.len()), config)?;
+                let unit = UnitData::decode(&bytes, Unit::Block(self.blocks.len()), model)?;
                 drop(bytes);
-                self.blocks.push(BlockWeights::upload(&self.engine, config, &unit)?);
+                self.blocks.push(BlockWeights::upload(&self.engine, model, &unit)?);
             }
         }
         Ok(())
@@ -168,7 +169,7 @@ impl Loader {
             return self.add(bytes);
         }
         verify(blob, &mut source)?;
-        self.embedding = Some(Embedding::stored(&self.plan.config, source)?);
+        self.embedding = Some(Embedding::stored(&self.plan.architecture, source)?);
         Ok(())
     }
 
@@ -199,8 +200,8 @@ impl Loader {
             first_block: 0,
             head: None,
         };
-        let len = AdapterLayout::new(&plan.config, &plan.training.spec, 0..plan.cut)?.len();
-        let mut part = ClientPart::with_weights(&engine, &plan.config, weights, &plan.training, &vec![0.0; len])?;
+        let len = AdapterLayout::new(&plan.architecture, &plan.training.spec, 0..plan.cut)?.len();
+        let mut part = ClientPart::with_weights(&engine, &plan.architecture, weights, &plan.training, &vec![0.0; len])?;
         let unfilled = len - moments.len();
         part.set_moments(&moments.followed_by(Moments::zero(unfilled)))?;
         Ok(Learner::new(part, plan, clock, batches, speed, unfilled))

@@ -8,6 +8,7 @@
 //! | `learner` | training ([`Learner`]) |
 //! | `trainer` | the machine's tasks, carried out on a device ([`Trainer`]) |
 //! | `native`, `web` | bytes, files and time: they carry out what the machine says |
+//! | `local` | a run in one thread, without the machine: nothing is fetched, kept or tried again |
 
 pub mod edge;
 mod learner;
@@ -15,7 +16,9 @@ mod loader;
 mod plan;
 mod trainer;
 
+pub mod local;
 #[cfg(all(feature = "program", not(target_arch = "wasm32")))]
+#[doc(hidden)]
 pub mod native;
 #[cfg(target_arch = "wasm32")]
 pub mod web;
@@ -37,6 +40,7 @@ use crate::split;
 use crate::terms::tensor::WireForm;
 
 /// Why this client cannot take part.
+#[expect(missing_docs, reason = "the messages say it")]
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("the server's assignment cannot be used: {0}")]

@@ -21,14 +21,18 @@ const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
 const UNIT_HEADER_BYTES: u64 = 4096;
 
 /// An assignment that has been checked.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
     pub(super) run: RunId,
-    pub config: Architecture,
+    /// The whole model's shape.
+    pub architecture: Architecture,
+    /// What both sides of the cut do with it.
     pub training: Training,
     /// Blocks this client runs: `0..cut`.
     pub cut: usize,
+    /// Rounds of the run.
     pub rounds: u32,
+    /// Steps of a round.
     pub local_steps: u32,
     seed: u64,
     shuffle: bool,
@@ -42,29 +46,29 @@ impl Plan {
     pub fn new(assignment: &Assignment) -> Result<Self, Error> {
         let run = &assignment.config;
         let fail = |reason: String| Err(Error::Assignment(reason));
-        let config = Architecture::from_json(&assignment.model_config)?;
+        let architecture = Architecture::from_json(&assignment.model_config)?;
         let cut = run.split as usize;
-        if cut == 0 || cut >= config.blocks {
+        if cut == 0 || cut >= architecture.blocks {
             return Err(split::Error::Split {
                 cut,
-                blocks: config.blocks,
+                blocks: architecture.blocks,
             }
             .into());
         }
-        if (run.width as usize, run.vocab as usize) != (config.width, config.vocab) {
+        if (run.width as usize, run.vocab as usize) != (architecture.width, architecture.vocab) {
             return fail(format!(
                 "width {} and vocabulary {} are not the model's {} and {}",
-                run.width, run.vocab, config.width, config.vocab
+                run.width, run.vocab, architecture.width, architecture.vocab
             ));
         }
-        if run.seq as usize > config.positions {
+        if run.seq as usize > architecture.positions {
             return fail(format!(
                 "sequences of {} in a model of {} positions",
-                run.seq, config.positions
+                run.seq, architecture.positions
             ));
         }
-        let training = training(&config, assignment)?;
-        let layout = AdapterLayout::new(&config, &training.spec, 0..cut)?;
+        let training = training(&architecture, assignment)?;
+        let layout = AdapterLayout::new(&architecture, &training.spec, 0..cut)?;
         if layout.len() as u64 != assignment.adapter_len {
             return fail(format!(
                 "an adapter of {} values, expected {}",
@@ -79,7 +83,7 @@ impl Plan {
         }
         for (blob, unit) in assignment.weights.iter().zip(units(cut)) {
             let values: u64 = unit
-                .tensors(&config)
+                .tensors(&architecture)
                 .iter()
                 .map(|(_, shape)| shape.iter().map(|&size| size as u64).product::<u64>())
                 .sum();
@@ -98,7 +102,7 @@ impl Plan {
         }
         Ok(Self {
             run: assignment.run,
-            config,
+            architecture,
             training,
             cut,
             rounds: run.rounds,
@@ -122,12 +126,12 @@ impl Plan {
 
     /// How to read data for this run.
     pub fn data_options(&self) -> data::Options {
-        data::Options::new(self.training.seq, self.config.vocab)
+        data::Options::new(self.training.seq, self.architecture.vocab)
     }
 
     /// Whether examples made for `other` serve this plan as well.
     pub(super) fn shares_data(&self, other: &Plan) -> bool {
-        let same = |plan: &Plan| (plan.run, plan.training.seq, plan.config.vocab);
+        let same = |plan: &Plan| (plan.run, plan.training.seq, plan.architecture.vocab);
         same(self) == same(other) && self.tokenizer == other.tokenizer
     }
 
@@ -145,11 +149,11 @@ impl Plan {
     }
 }
 
-fn units(cut: usize) -> impl Iterator<Item = Unit> {
+pub(super) fn units(cut: usize) -> impl Iterator<Item = Unit> {
     std::iter::once(Unit::Embedding).chain((0..cut).map(Unit::Block))
 }
 
-fn training(model: &Architecture, assignment: &Assignment) -> Result<Training, Error> {
+pub(super) fn training(model: &Architecture, assignment: &Assignment) -> Result<Training, Error> {
     let run = &assignment.config;
     let targets = LoraSpec::parse_targets(model, &run.targets.join(","))?;
     if let Some((name, number)) = run.optimizer.impossible() {

@@ -186,10 +186,12 @@ impl Central {
         Ok(())
     }
 
+    /// The shape of what is on the device.
     pub fn model(&self) -> &Architecture {
         self.stack.model()
     }
 
+    /// The largest input it was made for.
     pub fn extent(&self) -> Extent {
         self.stack.extent()
     }

@@ -99,6 +99,7 @@ impl ControlSession {
         }
     }
 
+    /// A frame of the socket opened last.
     pub fn handle_frame(&mut self, now: Duration, bytes: &[u8]) {
         if self.over {
             return;
@@ -142,6 +143,7 @@ impl ControlSession {
         self.dialer.hear_part();
     }
 
+    /// Tells the session what time it is; at the latest when [`ControlSession::poll_timeout`] says.
     pub fn handle_timeout(&mut self, now: Duration) {
         if self.over {
             return;
@@ -181,10 +183,12 @@ impl ControlSession {
         })
     }
 
+    /// The next thing for the driver to do or know.
     pub fn poll_event(&mut self) -> Option<ControlEvent> {
         self.events.pop_front()
     }
 
+    /// When [`ControlSession::handle_timeout`] is to be called; `None` once the session is over.
     pub fn poll_timeout(&self) -> Option<Duration> {
         if self.over { None } else { self.dialer.poll_timeout() }
     }

@@ -29,7 +29,7 @@ mod tls;
 mod worker;
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -51,7 +51,7 @@ use crate::model::weights::{HeldUnits, Holding, Weights, WeightsError};
 use crate::protocol::message::{Assignment, Blob, Digest, OwnAlpha, PROTOCOL_VERSION, RunConfig};
 use crate::protocol::{
     Bearers, Checkpoint, ControlAccess, ControlConfig, ControlSession, Deadline, FederatedConfig,
-    FederatedServerSession, MAX_FRAME_BYTES, MainConfig, MainError, MainServerSession, PING_INTERVAL, Placement,
+    FederatedServerSession, MAX_FRAME_BYTES, MainConfig, MainError, MainServerSession, Placement,
 };
 use crate::runs;
 use crate::runs::directory::RunDirectory;
@@ -78,10 +78,6 @@ use planner::{LARGEST_RANK, Planner};
 use socket::Door;
 use store::Blobs;
 
-/// More clients than these are refused.
-const MAX_CLIENTS: u32 = 1024;
-/// A client that lost its connection can come back with its ticket for this long.
-const TICKET_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
 /// Inputs waiting for the coordinator; connections wait beyond it.
 const QUEUED_INPUTS: usize = 64;
 /// Failed connections in a row to a federated server elsewhere before a main server gives up: about a minute.
@@ -347,10 +343,8 @@ impl Server {
                 _ => ControlAccess::Local,
             };
             FederatedServerSession::new(FederatedConfig {
-                version: PROTOCOL_VERSION,
                 control,
-                max_clients: MAX_CLIENTS,
-                ping_interval: PING_INTERVAL,
+                ..FederatedConfig::default()
             })
         });
         let link = match role {
@@ -635,12 +629,7 @@ fn prepare(
                     _ => None,
                 },
             };
-            let placement = Placement {
-                assignment,
-                adapter: initial.slice(&architecture, 0..cut)?.values,
-                moments: None,
-                cuts: BTreeMap::new(),
-            };
+            let placement = Placement::new(assignment, initial.slice(&architecture, 0..cut)?.values);
             let side = Side::new(initial.slice(&architecture, cut..architecture.blocks)?.values);
             (identity, placement, side, None)
         }
@@ -680,21 +669,13 @@ fn prepare(
     }))?;
     let bearers = Bearers::new(identity.run, identity.ticket_key, secret.clone());
     let config = MainConfig {
-        version: PROTOCOL_VERSION,
-        run: identity.run,
-        ticket_key: identity.ticket_key,
-        ticket_lifetime: TICKET_LIFETIME,
         secret,
-        clients,
-        max_clients: MAX_CLIENTS,
-        placement: placement.clone(),
         largest_update: match planner {
             Some(_) => largest_update(&architecture, &training.spec),
             None => placement.assignment.adapter_len,
         },
         plans: planner.is_some(),
         model: digest,
-        tokenizer: Digest::of(tokenizer.as_deref().unwrap_or_default()),
         federated_url: match role {
             Role::Main { federated, .. } => Some(listen::join_link(
                 &federated.origin.to_string(),
@@ -703,10 +684,10 @@ fn prepare(
             )),
             _ => None,
         },
-        ping_interval: PING_INTERVAL,
         wait_for_client: wait,
         deadline,
         quorum,
+        ..MainConfig::new(placement.clone(), identity.ticket_key, clients)
     };
     let (session, keeping) = match resumed {
         None => (MainServerSession::new(config, now)?, Keeping::Begins(identity)),

@@ -24,6 +24,7 @@ pub struct Contribution<'a> {
     /// Blocks the client ran; no fewer than are below this part. The contribution enters at that block, and its gradient leaves
     /// there.
     pub cut: usize,
+    /// (batch, seq, width): the output of block `cut - 1`.
     pub activations: &'a WireTensor,
     /// (batch, seq), [`IGNORED_TARGET`] where there is nothing to predict.
     pub targets: &'a [i32],
@@ -70,7 +71,9 @@ struct Lanes {
 pub struct Evaluation {
     /// Mean over targets.
     pub loss: f64,
+    /// e to the loss.
     pub perplexity: f64,
+    /// Targets.
     pub tokens: usize,
 }
 

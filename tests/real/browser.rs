@@ -5,6 +5,7 @@
 #[path = "../../xtask/src/browser.rs"]
 mod chromium;
 
+use std::error::Error;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -114,6 +115,25 @@ fn a_browser_without_webgpu_says_so_and_trains_a_local_file_on_its_cpu() {
     );
     server.finish();
     check_steps(run.path(), 1, 4);
+}
+
+/// Told by /proc.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_test_that_fails_leaves_no_browser_running() {
+    let Some(programs) = programs() else { return };
+    let browser = Mutex::new(None);
+    let failed = std::panic::catch_unwind(|| {
+        let chromium = Chromium::start(&programs, NO_GPU);
+        *browser.lock().unwrap() = chromium.browser;
+        panic!("as a test that fails does; this is no failure");
+    });
+    assert!(failed.is_err());
+    let process = PathBuf::from(format!(
+        "/proc/{}",
+        browser.into_inner().unwrap_or_else(|held| held.into_inner()).unwrap()
+    ));
+    assert!(!process.exists(), "{}", process.display());
 }
 
 #[test]
@@ -828,6 +848,8 @@ struct Chromium {
     driver: Child,
     port: u16,
     session: String,
+    /// The process of Chromium itself, which outlives a driver that is killed.
+    browser: Option<u64>,
     _profile: tempfile::TempDir,
 }
 
@@ -857,6 +879,7 @@ impl Chromium {
             driver,
             port: port.expect("chromedriver names its port"),
             session: String::new(),
+            browser: None,
             _profile: profile,
         };
 
@@ -887,6 +910,8 @@ impl Chromium {
             .as_str()
             .expect("chromedriver names its session")
             .to_owned();
+        chromium.browser = session["capabilities"]["goog:processID"].as_u64();
+        assert!(chromium.browser.is_some(), "chromedriver names its browser's process");
         chromium
     }
 
@@ -997,37 +1022,8 @@ impl Chromium {
         self.request(method, &format!("/session/{}/{path}", self.session), body)
     }
 
-    /// One WebDriver command over one HTTP connection.
     fn request(&self, method: &str, path: &str, body: Option<&Value>) -> Value {
-        let body = body.map(Value::to_string).unwrap_or_default();
-        let mut stream = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        write!(
-            stream,
-            "{method} {path} HTTP/1.1\r\nHost: 127.0.0.1:{}\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
-            self.port,
-            body.len()
-        )
-        .unwrap();
-        let mut reader = BufReader::new(stream);
-        let mut status = String::new();
-        reader.read_line(&mut status).unwrap();
-        let mut length = 0;
-        loop {
-            let mut header = String::new();
-            reader.read_line(&mut header).unwrap();
-            if header.trim().is_empty() {
-                break;
-            }
-            if let Some((name, value)) = header.split_once(':')
-                && name.eq_ignore_ascii_case("content-length")
-            {
-                length = value.trim().parse().unwrap();
-            }
-        }
-        let mut answer = vec![0; length];
-        reader.read_exact(&mut answer).unwrap();
-        let answer: Value = serde_json::from_slice(&answer).unwrap();
+        let (status, answer) = self.ask(method, path, body, PATIENCE).unwrap();
         assert!(
             status.contains(" 200 "),
             "{method} {path}: {}",
@@ -1035,12 +1031,55 @@ impl Chromium {
         );
         answer["value"].clone()
     }
+
+    /// One WebDriver command over one HTTP connection: the line with the status, and the answer.
+    fn ask(
+        &self,
+        method: &str,
+        path: &str,
+        body: Option<&Value>,
+        patience: Duration,
+    ) -> Result<(String, Value), Box<dyn Error>> {
+        let body = body.map(Value::to_string).unwrap_or_default();
+        let mut stream = TcpStream::connect(("127.0.0.1", self.port))?;
+        stream.set_read_timeout(Some(patience))?;
+        write!(
+            stream,
+            "{method} {path} HTTP/1.1\r\nHost: 127.0.0.1:{}\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            self.port,
+            body.len()
+        )?;
+        let mut reader = BufReader::new(stream);
+        let mut status = String::new();
+        reader.read_line(&mut status)?;
+        let mut length = 0;
+        loop {
+            let mut header = String::new();
+            reader.read_line(&mut header)?;
+            if header.trim().is_empty() {
+                break;
+            }
+            if let Some((name, value)) = header.split_once(':')
+                && name.eq_ignore_ascii_case("content-length")
+            {
+                length = value.trim().parse()?;
+            }
+        }
+        let mut answer = vec![0; length];
+        reader.read_exact(&mut answer)?;
+        Ok((status, serde_json::from_slice(&answer)?))
+    }
 }
 
 impl Drop for Chromium {
+    /// When a test fails, too: a driver that is killed leaves its browser running.
     fn drop(&mut self) {
-        if !self.session.is_empty() && !thread::panicking() {
-            self.request("DELETE", &format!("/session/{}", self.session), None);
+        let path = format!("/session/{}", self.session);
+        let closed = !self.session.is_empty()
+            && (self.ask("DELETE", &path, None, Duration::from_secs(20)))
+                .is_ok_and(|(status, _)| status.contains(" 200 "));
+        if let (false, Some(browser)) = (closed, self.browser) {
+            let _ = Command::new("kill").args(["-KILL", &browser.to_string()]).status();
         }
         let _ = self.driver.kill();
         let _ = self.driver.wait();

@@ -2,6 +2,7 @@
 
 mod browser;
 mod coming_back;
+mod compare;
 mod defaults;
 mod export;
 mod field_console;

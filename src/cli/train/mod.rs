@@ -188,7 +188,7 @@ impl Ingredients {
         let quiet = options.output.quiet;
         let reading = &options.batches.reading;
         let source = Source::open(&options.model.model, options.model.weights, quiet)?.with_reading(reading)?;
-        let seq = options.batches.seq(source.config.positions)?;
+        let seq = options.batches.seq(source.architecture.positions)?;
         let batch = options.batches.batch as usize;
         let data_file = options.data.as_deref();
         let data_file = data_file.context("--data FILE is needed: it says what is learned")?;
@@ -198,9 +198,9 @@ impl Ingredients {
         let adapter = match &options.lora.init_adapter {
             Some(dir) => source.adapter(dir)?,
             None => Adapter::init(
-                &source.config,
-                &options.lora.spec(&source.config)?,
-                0..source.config.blocks,
+                &source.architecture,
+                &options.lora.spec(&source.architecture)?,
+                0..source.architecture.blocks,
                 options.batches.seed,
             )?,
         };
@@ -208,8 +208,8 @@ impl Ingredients {
         let epochs = options.epochs.unwrap_or(1);
         let steps = options.steps.unwrap_or(epochs.saturating_mul(per_epoch));
         let optimizer = &options.optimizer;
-        let settings = optimizer.settings(&source.config, &adapter.spec.targets, steps)?;
-        let said = defaults::said(&source.config, &options.lora, &adapter.spec, optimizer, &settings);
+        let settings = optimizer.settings(&source.architecture, &adapter.spec.targets, steps)?;
+        let said = defaults::said(&source.architecture, &options.lora, &adapter.spec, optimizer, &settings);
         Ok(Self {
             source,
             data,
@@ -280,7 +280,7 @@ impl Ingredients {
         let Extent { batch, seq } = self.extent;
         let mut model = Central::new(
             engine,
-            &self.source.config,
+            &self.source.architecture,
             weights.clone(),
             Some(adapter),
             self.extent,
@@ -503,7 +503,7 @@ fn train(options: &Options, mut directory: RunDirectory) -> anyhow::Result<()> {
     let weights = source.load(&engine)?;
     let mut model = Central::new(
         &engine,
-        &source.config,
+        &source.architecture,
         weights.clone(),
         Some(adapter),
         extent,
@@ -587,7 +587,9 @@ fn train(options: &Options, mut directory: RunDirectory) -> anyhow::Result<()> {
         ..adapter.clone()
     };
     // First of all: whatever may fail after it, this was the work.
-    let kept = directory::save_at_last(&adapter_dir, &|dir| trained.save(dir, &source.config, &source.name));
+    let kept = directory::save_at_last(&adapter_dir, &|dir| {
+        trained.save(dir, &source.architecture, &source.name)
+    });
     let is_saved = training.save()?;
     kept?;
     let kept = || format!("the adapter is in {}", adapter_dir.display());

@@ -21,6 +21,7 @@ pub(super) const CHECKPOINTS: usize = 2;
 /// What a client keeps of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct State {
+    /// Who it is there.
     pub passport: Passport,
     /// Where the run is, for people.
     pub server: String,
@@ -33,11 +34,14 @@ pub struct State {
 /// Where training stood when a round began.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Checkpoint {
+    /// The round's number, from 0.
     pub round: u32,
+    /// Where training stood.
     pub standing: Standing,
 }
 
 /// Why bytes are not what a client has kept.
+#[expect(missing_docs, reason = "the messages say it")]
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StateError {
     #[error("it is not what a client keeps of a run")]
@@ -53,6 +57,7 @@ pub enum StateError {
 }
 
 impl State {
+    /// As bytes for [`State::decode`]: with a version and a digest.
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = MAGIC.to_vec();
         VERSION.put(&mut bytes);
@@ -62,6 +67,8 @@ impl State {
         bytes
     }
 
+    /// What [`State::encode`] has written.
+    ///
     /// # Errors
     /// [`StateError`]: there is nothing to go on from.
     pub fn decode(bytes: &[u8]) -> Result<State, StateError> {

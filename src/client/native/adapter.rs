@@ -62,8 +62,8 @@ impl AdapterOut {
         let Some(directory) = &self.directory else {
             return Ok(());
         };
-        Adapter::from_values(&plan.config, &plan.training.spec, 0..plan.cut, values.to_vec())
-            .and_then(|adapter| adapter.save(directory, &plan.config, ""))
+        Adapter::from_values(&plan.architecture, &plan.training.spec, 0..plan.cut, values.to_vec())
+            .and_then(|adapter| adapter.save(directory, &plan.architecture, ""))
             .map_err(|error| client::Error::from(error).into())
     }
 }

@@ -17,7 +17,6 @@ use super::thread::{Command, start_thread};
 use super::{Error, Keep, Settings, StateDirectory, Summary};
 use crate::compute::DeviceClass;
 use crate::machine;
-use crate::protocol::message::PROTOCOL_VERSION;
 use crate::protocol::{ClientConfig, Endpoint, FinishReason, MAX_FRAME_BYTES};
 use crate::transport::{Dialer, JoinLink, Origin, SocketEvent};
 
@@ -51,15 +50,13 @@ pub async fn join(
     };
     let config = Config {
         client: ClientConfig {
-            version: PROTOCOL_VERSION,
-            name: settings.name,
-            capabilities: capabilities(settings.engine.name(), memory(settings.engine.class())),
-            model: None,
-            tokenizer: None,
             secret: settings.token,
-            passport: None,
             give_up: settings.give_up,
             seed: any_number(),
+            ..ClientConfig::new(
+                settings.name,
+                capabilities(settings.engine.name(), memory(settings.engine.class())),
+            )
         },
         server: settings.server.to_string(),
         keeps: state.is_some(),

@@ -140,12 +140,12 @@ fn read_data(plan: &client::Plan, source: &Source, tokenizer: Option<&Path>) -> 
     let tokenizer = match tokenizer {
         Some(tokenizer) => {
             let mut tokenizer =
-                Tokenizer::from_json(&read(tokenizer)?, plan.config.eos).map_err(client::Error::from)?;
+                Tokenizer::from_json(&read(tokenizer)?, plan.architecture.eos).map_err(client::Error::from)?;
             if let Some(template) = chat_template {
                 tokenizer = tokenizer.with_chat_template(template).map_err(client::Error::from)?;
             }
             tokenizer
-                .check_vocabulary(plan.config.vocab)
+                .check_vocabulary(plan.architecture.vocab)
                 .map_err(client::Error::from)?;
             Some(tokenizer)
         }

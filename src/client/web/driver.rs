@@ -122,7 +122,7 @@ impl Shared {
             };
             // Of a fetch that broke off a part may be there.
             let missing = blobs(loader.missing());
-            (loader.needs_data(), missing, loader.plan().config.eos)
+            (loader.needs_data(), missing, loader.plan().architecture.eos)
         };
         let tokenizer = fetch.wanted.tokenizer.as_slice();
         self.perform(

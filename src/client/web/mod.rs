@@ -23,10 +23,6 @@ use super::edge::{self, Edge};
 use super::{Trainer, capabilities, verify};
 use crate::compute::{Engine, Selection};
 use crate::protocol::ClientConfig;
-use crate::protocol::message::PROTOCOL_VERSION;
-
-/// How long a server that cannot be reached is tried again.
-const GIVE_UP: Duration = Duration::from_secs(12 * 3600);
 
 #[wasm_bindgen]
 extern "C" {
@@ -103,15 +99,9 @@ impl EdgeClient {
         perform: Function,
     ) -> Self {
         let client = ClientConfig {
-            version: PROTOCOL_VERSION,
-            name,
-            capabilities: capabilities(&device_name, 0),
-            model: None,
-            tokenizer: None,
             secret: (!secret.is_empty()).then_some(secret),
-            passport: None,
-            give_up: GIVE_UP,
             seed: js_sys::Math::random().to_bits(),
+            ..ClientConfig::new(name, capabilities(&device_name, 0))
         };
         let config = edge::Config {
             client,

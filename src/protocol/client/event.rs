@@ -4,11 +4,16 @@
 
 use std::time::Duration;
 
-use super::super::message::{Assignment, Capabilities, Digest, Gradient, Refused, RoundResult, Stop, Ticket, Version};
+use super::super::message::{
+    Assignment, Capabilities, Digest, Gradient, PROTOCOL_VERSION, Refused, RoundResult, Stop, Ticket, Version,
+};
 use super::super::{ConnectionFault, Endpoint};
 use crate::terms::ids::{ClientId, RoundKey, RunId, StepKey};
 use crate::terms::moments::Moments;
 use crate::terms::tensor::{WireLayout, WireTensor};
+
+/// How long a server that cannot be reached is tried again, unless configured otherwise.
+const GIVE_UP: Duration = Duration::from_secs(12 * 3600);
 
 /// Who a client is.
 #[derive(Clone, Debug)]
@@ -38,6 +43,24 @@ pub struct Passport {
     pub client: ClientId,
     /// For the main service's next connection.
     pub ticket: Ticket,
+}
+
+impl ClientConfig {
+    /// A client that is new, takes whatever model the server has, comes without a secret, and tries for twelve hours to reach a
+    /// server that is away. `name` is shown to people. Where several may lose a server at once, they need seeds of their own.
+    pub fn new(name: impl Into<String>, capabilities: Capabilities) -> ClientConfig {
+        ClientConfig {
+            version: PROTOCOL_VERSION,
+            name: name.into(),
+            capabilities,
+            model: None,
+            tokenizer: None,
+            secret: None,
+            passport: None,
+            give_up: GIVE_UP,
+            seed: 0,
+        }
+    }
 }
 
 /// The driver's answer to `ComputeForward`.

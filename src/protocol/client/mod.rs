@@ -182,6 +182,7 @@ impl ClientSession {
         self.connections.dialer(endpoint).hear_part();
     }
 
+    /// Tells the session what time it is; at the latest when [`ClientSession::poll_timeout`] says.
     pub fn handle_timeout(&mut self, now: Duration) {
         if self.over {
             return;
@@ -340,14 +341,17 @@ impl ClientSession {
         self.finish(FinishReason::Left);
     }
 
+    /// The next thing to do with a socket.
     pub fn poll_transmit(&mut self) -> Option<Transmit<Endpoint>> {
         self.connections.poll_transmit()
     }
 
+    /// The next thing for the driver to do or know.
     pub fn poll_event(&mut self) -> Option<ClientEvent> {
         self.events.pop_front()
     }
 
+    /// When [`ClientSession::handle_timeout`] is to be called; `None` once the session is over.
     pub fn poll_timeout(&self) -> Option<Duration> {
         if self.over {
             return None;

@@ -163,10 +163,12 @@ impl MainServerSession {
         &self.placement.assignment.config
     }
 
+    /// A socket was accepted. Its number is one that was never used before.
     pub fn connected(&mut self, connection: ConnectionId, now: Duration) {
         self.door.open(connection, now);
     }
 
+    /// A socket is closed, from whichever side; whoever was behind it leaves the round.
     pub fn disconnected(&mut self, connection: ConnectionId, now: Duration) {
         if let Some(client) = self.door.remove(connection) {
             self.depart(client, DepartureReason::Disconnected);
@@ -182,6 +184,7 @@ impl MainServerSession {
         self.retest(now);
     }
 
+    /// A frame came, whole. What a peer may not say ends its own connection and nothing else.
     pub fn handle_frame(&mut self, connection: ConnectionId, now: Duration, bytes: &[u8]) {
         match self.door.hear(connection, bytes) {
             Heard::Nothing => {}
@@ -210,6 +213,7 @@ impl MainServerSession {
         self.door.hear_part(connection);
     }
 
+    /// Tells the session what time it is; at the latest when [`MainServerSession::poll_timeout`] says.
     pub fn handle_timeout(&mut self, now: Duration) {
         for (_, client) in self.door.handle_timeout(now) {
             if let Some(client) = client {
@@ -307,18 +311,22 @@ impl MainServerSession {
         self.retest(now);
     }
 
+    /// The next thing to do with a socket.
     pub fn poll_transmit(&mut self) -> Option<Transmit<ConnectionId>> {
         self.door.poll_transmit()
     }
 
+    /// The next thing for the driver to do or know.
     pub fn poll_event(&mut self) -> Option<MainEvent> {
         self.events.pop_front()
     }
 
+    /// The next word for the federated server, whichever process it is in.
     pub fn poll_control(&mut self) -> Option<Control> {
         self.controls.pop_front()
     }
 
+    /// When [`MainServerSession::handle_timeout`] is to be called; `None` while nothing is waited for.
     pub fn poll_timeout(&self) -> Option<Duration> {
         let own = match self.phase {
             Phase::Waiting { until } => until,

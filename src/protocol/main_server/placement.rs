@@ -22,6 +22,19 @@ pub struct Placement {
     pub cuts: BTreeMap<ClientId, u32>,
 }
 impl Placement {
+    /// One cut for everybody, from the beginning: the assignment's, whose `adapter_len` becomes the length of `adapter`.
+    pub fn new(assignment: Assignment, adapter: Vec<f32>) -> Placement {
+        Placement {
+            assignment: Assignment {
+                adapter_len: adapter.len() as u64,
+                ..assignment
+            },
+            adapter,
+            moments: None,
+            cuts: BTreeMap::new(),
+        }
+    }
+
     /// Blocks below the main server's: the smallest cut.
     pub fn split(&self) -> u32 {
         self.cuts

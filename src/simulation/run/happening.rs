@@ -9,7 +9,7 @@ use super::super::scenario::Fault;
 use super::super::toy::Trained;
 use super::{Node, Own, World};
 use crate::client::edge::{Config, Edge, State};
-use crate::protocol::message::{Capabilities, PROTOCOL_VERSION};
+use crate::protocol::message::Capabilities;
 use crate::protocol::{ClientConfig, ConnectionId, Endpoint};
 use crate::terms::tensor::WireForm;
 
@@ -230,21 +230,17 @@ impl World {
         toy.outcome.finished = None;
         toy.outcome.failed = None;
         let resume = toy.kept.as_deref().map(State::decode).transpose();
+        let capabilities = Capabilities {
+            forms: vec![WireForm::F32],
+            memory_bytes: 0,
+            device: "toy".to_owned(),
+        };
         let config = Config {
             client: ClientConfig {
-                version: PROTOCOL_VERSION,
-                name: format!("{client}"),
-                capabilities: Capabilities {
-                    forms: vec![WireForm::F32],
-                    memory_bytes: 0,
-                    device: "toy".to_owned(),
-                },
-                model: None,
-                tokenizer: None,
                 secret: Some("open sesame".to_owned()),
-                passport: None,
                 give_up: Duration::from_secs(600),
                 seed: self.scenario.seed ^ (u64::from(toy.process) << 32 | client as u64),
+                ..ClientConfig::new(client.to_string(), capabilities)
             },
             server: "the toy server".to_owned(),
             keeps: self.scenario.keeps,

@@ -27,12 +27,12 @@ use super::outcome::{ClientOutcome, Outcome};
 use super::scenario::{Fault, Scenario};
 use super::toy::{BLOCKS, NUMBERS, Trained, assignment, initial_adapter};
 use crate::client::edge::{Edge, Task};
-use crate::protocol::message::{Digest, PROTOCOL_VERSION};
+use crate::protocol::message::PROTOCOL_VERSION;
 use crate::protocol::{
     AdapterInput, ControlAccess, ControlConfig, ControlSession, FederatedConfig, FederatedServerSession,
     GradientOutput, MainConfig, MainServerSession, Occasion, Placement,
 };
-use crate::terms::ids::{ClientId, RoundKey, RunId, StepKey};
+use crate::terms::ids::{ClientId, RoundKey, StepKey};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Node {
@@ -190,37 +190,24 @@ fn secret() -> Option<String> {
 }
 
 fn main_config(scenario: &Scenario, placement: Placement) -> MainConfig {
-    let digest = |text: &str| Digest::of(text.as_bytes());
     MainConfig {
-        version: PROTOCOL_VERSION,
-        run: RunId([3; 16]),
-        ticket_key: [5; 32],
-        ticket_lifetime: Duration::from_secs(12 * 3600),
         secret: secret(),
-        clients: scenario.needed,
-        max_clients: 1000,
-        placement,
         largest_update: (3 * BLOCKS * NUMBERS) as u64,
         plans: !(scenario.splits.is_empty() && scenario.cuts.is_empty()),
-        model: digest("model"),
-        tokenizer: digest("tokenizer"),
-        federated_url: None,
-        ping_interval: crate::protocol::PING_INTERVAL,
         wait_for_client: scenario.wait_for_client,
         deadline: scenario.deadline,
         quorum: scenario.quorum,
+        ..MainConfig::new(placement, [5; 32], scenario.needed)
     }
 }
 
 fn federated_server(scenario: &Scenario) -> FederatedServerSession {
     FederatedServerSession::new(FederatedConfig {
-        version: PROTOCOL_VERSION,
         control: match scenario.remote_control {
             true => ControlAccess::Remote { secret: secret() },
             false => ControlAccess::Local,
         },
-        max_clients: 1000,
-        ping_interval: crate::protocol::PING_INTERVAL,
+        ..FederatedConfig::default()
     })
 }
 
@@ -238,12 +225,7 @@ fn control(scenario: &Scenario, now: Duration) -> Option<ControlSession> {
 
 impl World {
     fn new(scenario: Scenario) -> World {
-        let placement = Placement {
-            assignment: assignment(&scenario, 1),
-            adapter: initial_adapter()[..NUMBERS].to_vec(),
-            moments: None,
-            cuts: BTreeMap::new(),
-        };
+        let placement = Placement::new(assignment(&scenario, 1), initial_adapter()[..NUMBERS].to_vec());
         let main = MainServerSession::new(main_config(&scenario, placement), skew(Node::Main))
             .expect("the toy run is well configured");
         let federated = federated_server(&scenario);

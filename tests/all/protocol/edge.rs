@@ -4,7 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use proptest::prelude::*;
-use sflllm::client::edge::*;
+use sflllm::client::edge::{Checkpoint, *};
 use sflllm::data::Cursor;
 use sflllm::protocol::codec::{Answer, Frame, encode_answer, encode_frame, encode_message};
 use sflllm::protocol::message::*;
