@@ -131,6 +131,10 @@ impl Recording {
         }
         let mut line = Vec::new();
         for (option, values) in options {
+            // Said aloud, a default may ask for other options beside it.
+            if is_default(command, option, &values) {
+                continue;
+            }
             match (is_flag(command, option), &values[..]) {
                 (true, [value]) if value == "true" => line.push(format!("--{option}").into()),
                 (true, _) => {}
@@ -189,6 +193,19 @@ impl Recording {
 /// A command's options alone, as a command of their own.
 pub fn command<T: Args>(name: &'static str) -> Command {
     T::augment_args(Command::new(name))
+}
+
+fn is_default(command: &Command, option: &str, values: &[String]) -> bool {
+    let mut arguments = command.get_arguments();
+    let argument = arguments.find(|argument| argument.get_long() == Some(option));
+    argument.is_some_and(|argument| {
+        let defaults = argument.get_default_values();
+        defaults.len() == values.len()
+            && defaults
+                .iter()
+                .zip(values)
+                .all(|(default, value)| default == value.as_str())
+    })
 }
 
 fn is_flag(command: &Command, option: &str) -> bool {

@@ -17,6 +17,7 @@ wire_struct!(ClientState {
     next_serial: u64,
     banned: bool,
     present: bool,
+    gone: bool,
 });
 wire_list!(ClientState);
 wire_struct!(RunState {

@@ -224,6 +224,7 @@ impl Roster {
             next_serial: known.next_serial,
             banned: known.banned,
             present: known.connection.is_some() || self.expected.contains(&client),
+            gone: known.is_gone,
         };
         self.clients.iter().map(state).collect()
     }
@@ -235,7 +236,7 @@ impl Roster {
             let client = Client {
                 next_serial: kept.next_serial,
                 banned: kept.banned,
-                is_gone: kept.banned || !kept.present,
+                is_gone: kept.gone,
                 ..Client::unseen()
             };
             self.clients.insert(kept.client, client);

@@ -39,6 +39,8 @@ pub struct ClientState {
     pub banned: bool,
     /// It was there: the round waits for its return.
     pub present: bool,
+    /// It said goodbye, or is out of the run for good: no quorum counts on its return.
+    pub gone: bool,
 }
 
 /// The main server's side of a round's beginning: what a round that comes to nothing goes back to, in memory as on disk.
