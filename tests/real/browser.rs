@@ -484,7 +484,7 @@ fn a_tab_that_is_loaded_again_in_mid_run_goes_on_as_the_same_client_from_where_i
     // The join code has left the address; a person has only to say yes, and chooses no file.
     let label = loop {
         let label = chromium.script(
-            "const button = document.getElementById('continue'); return button.hidden ? '' : button.innerText",
+            "const button = document.getElementById('continue'); return button && !button.hidden ? button.innerText : ''",
             json!([]),
         );
         match label.as_str() {

@@ -32,7 +32,7 @@ fn save(directory: &Path, phase: f32) {
     let spec = LoraSpec::new(2, 4.0, model.targets().to_vec()).unwrap();
     let mut adapter = Adapter::init(&model, &spec, 0..model.blocks, 1).unwrap();
     for (index, value) in adapter.values.iter_mut().enumerate() {
-        *value = 0.3 * (phase + index as f32).sin();
+        *value = 0.15 * (phase + index as f32).sin();
     }
     adapter.save(directory, &model, "demo").unwrap();
 }

@@ -13,7 +13,8 @@ use sflllm::model::architecture::Architecture;
 use sflllm::model::rounds::RoundsTable;
 
 use super::place::{
-    Place, Running, SMALL_RUN, Serving, TRAIN, contents, gone, has_adapter, lines, object, told, until,
+    Place, Running, SMALL_RUN, Serving, TRAIN, contents, gone, has_adapter, has_closed_a_round, lines, object, told,
+    until,
 };
 
 // rigelminer/rigel#33, andrewchambers/bupstash#65: a message that cannot be written ends the program.
@@ -161,7 +162,7 @@ fn an_adapter_that_cannot_be_saved_is_tried_again_and_at_last_put_elsewhere() {
     std::fs::write(&obstacle, "").unwrap();
     let join = format!("join {} --device cpu --data @data.jsonl --quiet", serving.url);
     let _client = Running(place.program(&join).spawn().unwrap());
-    until("a round", || place.path("run/state/progress.json").is_file());
+    until("a round", || has_closed_a_round(&place.path("run")));
     std::fs::remove_file(&obstacle).unwrap();
     until("an adapter", || has_adapter(&place.path("run")));
     serving.process.signal("TERM");
@@ -318,7 +319,7 @@ fn every_request_to_end_saves_what_was_trained() {
             serving.url
         );
         let mut client = Running(place.program(&join).spawn().unwrap());
-        until("a round", || place.path("run/state/progress.json").is_file());
+        until("a round", || has_closed_a_round(&place.path("run")));
         client.signal(signal);
         assert_eq!(client.end().code(), Some(0), "{signal}");
         assert!(place.path("kept/adapter_model.safetensors").is_file());

@@ -33,7 +33,7 @@ fn place() -> Place {
     place
 }
 
-/// What happened, without times and addresses.
+/// What happened, without times and addresses: of rounds that were begun again, the last time.
 fn figures(run: &Path) -> Vec<Value> {
     let kept = |line: &Value| match line["kind"].as_str() {
         Some("step") => Some(serde_json::json!({
@@ -45,7 +45,13 @@ fn figures(run: &Path) -> Vec<Value> {
         })),
         _ => None,
     };
-    lines(&run.join("metrics.jsonl")).iter().filter_map(kept).collect()
+    let figures: Vec<Value> = lines(&run.join("metrics.jsonl")).iter().filter_map(kept).collect();
+    let is_same = |left: &Value, right: &Value| ["step", "round"].iter().all(|name| left[name] == right[name]);
+    let is_last = |index: usize| !figures[index + 1..].iter().any(|later| is_same(later, &figures[index]));
+    (0..figures.len())
+        .filter(|&index| is_last(index))
+        .map(|index| figures[index].clone())
+        .collect()
 }
 
 fn logged(run: &Path) -> usize {

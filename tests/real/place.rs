@@ -161,6 +161,17 @@ pub fn object(path: &Path) -> Value {
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
 }
 
+/// Whether the log says that a round was averaged.
+pub fn has_closed_a_round(run: &Path) -> bool {
+    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap_or_default();
+    let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    let line = |line: &str| serde_json::from_str::<Value>(line).unwrap();
+    whole
+        .lines()
+        .map(line)
+        .any(|line| line["kind"] == "round" && line["round"] != 0)
+}
+
 pub fn has_adapter(run: &Path) -> bool {
     let config = Architecture::from_json(include_str!("../../assets/demo/config.json")).unwrap();
     Adapter::load(&run.join("adapter"), &config).is_ok()
