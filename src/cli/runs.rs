@@ -101,9 +101,8 @@ pub fn run(options: Options) -> anyhow::Result<()> {
 
 /// How the run could be gone on with.
 fn resume(found: &Found) -> Option<String> {
-    found
-        .is_resumable()
-        .then(|| format!("sflllm train --resume {}", shell_word(&found.path)))
+    let command = found.resumes_by()?;
+    Some(format!("sflllm {command} --resume {}", shell_word(&found.path)))
 }
 
 /// A run for machines.

@@ -114,7 +114,7 @@ impl Plan {
         })
     }
 
-    /// The parts of the model to fetch, in the order in which [`Loader::add`] takes them.
+    /// The parts of the model to fetch, in the order in which [`Loader::add`](super::Loader::add) takes them.
     pub fn units(&self) -> &[Blob] {
         &self.units
     }

@@ -202,10 +202,13 @@ impl Found {
         model.as_str().or_else(|| model.get("name")?.as_str())
     }
 
-    /// Whether it can be gone on with: it has not come to its end, and tells what by.
-    pub fn is_resumable(&self) -> bool {
+    /// The command that it can be gone on with by, where it has not come to its end and tells what it was begun with.
+    pub fn resumes_by(&self) -> Option<&str> {
         let is_open = matches!(self.state, State::Interrupted(_) | State::Failed(_));
-        is_open && self.text("command") == Some("train") && self.run.contains_key("options")
+        let command = self
+            .text("command")
+            .filter(|command| ["train", "serve"].contains(command))?;
+        (is_open && self.run.contains_key("options")).then_some(command)
     }
 
     fn text(&self, field: &str) -> Option<&str> {

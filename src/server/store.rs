@@ -108,7 +108,7 @@ impl<W: Write> Write for Hashing<W> {
 /// SHA-256 of a file's contents.
 ///
 /// # Errors
-/// [`disk::Error::File`].
+/// [`crate::disk::Error::File`].
 pub fn file_digest(path: &Path) -> Result<Digest, Error> {
     let fail = |error| Error::file("read", path, error);
     let mut file = fs::File::open(path).map_err(fail)?;
