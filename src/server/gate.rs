@@ -100,6 +100,8 @@ pub(super) struct Passage {
     waker: Mutex<Option<Waker>>,
     /// Bytes since it was last answered, or since its last frame was whole.
     heard: AtomicUsize,
+    /// All bytes that have come.
+    total: AtomicU64,
     /// When it was last answered.
     answered: Mutex<Instant>,
     /// For the frame that is coming.
@@ -167,6 +169,7 @@ impl Gate {
             is_closed: AtomicBool::new(false),
             waker: Mutex::new(None),
             heard: AtomicUsize::new(0),
+            total: AtomicU64::new(0),
             answered: Mutex::new(Instant::now()),
             room: Mutex::new(None),
         });
@@ -229,6 +232,11 @@ impl Passage {
 
     pub fn is_member(&self) -> bool {
         self.stands() == MEMBER
+    }
+
+    /// Bytes that have come over it, of frames that are not whole yet as well.
+    pub fn total(&self) -> u64 {
+        self.total.load(Ordering::Relaxed)
     }
 
     fn answer(&self) {
@@ -376,6 +384,7 @@ impl<I: AsyncRead + Unpin> AsyncRead for Guarded<I> {
             Poll::Ready(read) => {
                 let more = buffer.filled().len() - before;
                 this.passage.heard.fetch_add(more, Ordering::Relaxed);
+                this.passage.total.fetch_add(more as u64, Ordering::Relaxed);
                 Poll::Ready(read)
             }
             Poll::Pending => this.poll_patience(context).map(Err),

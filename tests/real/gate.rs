@@ -6,7 +6,8 @@ use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use futures_util::{SinkExt, StreamExt};
 use serde_json::Value;
@@ -21,7 +22,7 @@ use sflllm::protocol::message::{
     Assignment, Capabilities, Credential, Digest, Hello, Message as Said, PROTOCOL_VERSION, RefusalReason, Service,
     Ticket, Welcome,
 };
-use sflllm::protocol::{Deadline, PING_INTERVAL};
+use sflllm::protocol::{Deadline, DepartureReason, PING_INTERVAL};
 use sflllm::runs::directory::RunDirectory;
 use sflllm::server::{Ending, Limits, Model, Report, Role, Run, Server, Settings, Stopper, Summary};
 use sflllm::split::Training;
@@ -640,4 +641,29 @@ fn a_member_that_does_not_read_is_let_go_by_name() {
     assert_eq!(left.len(), 1, "{left:?}");
     assert_eq!(left[0]["name"], "guest");
     assert_eq!(left[0]["reason"], "does not read what it is sent");
+}
+
+#[test]
+fn whose_bytes_still_come_is_not_silent_however_long_its_frame_takes() {
+    let server = Serving::main(patient());
+    let mut slow = server.socket("main");
+    slow.join(secret(TOKEN));
+    // A masked frame of 2,000 bytes, of which two a second come.
+    let mut bytes = vec![0x82, 0x80 | 126];
+    bytes.extend(2000_u16.to_be_bytes());
+    bytes.extend([0; 4]);
+    let silence = sflllm::protocol::silence_limit(PING_INTERVAL) + PING_INTERVAL;
+    let start = Instant::now();
+    while start.elapsed() < silence {
+        let stream = slow.socket.get_mut();
+        server.runtime.block_on(async {
+            use tokio::io::AsyncWriteExt;
+            stream.write_all(&bytes).await.unwrap();
+        });
+        bytes = vec![0];
+        thread::sleep(Duration::from_millis(500));
+    }
+    let metrics = server.stop();
+    let silent = |line: &&Value| line["event"] == "left" && line["reason"] == DepartureReason::Silent.to_string();
+    assert_eq!(metrics.iter().find(silent), None);
 }

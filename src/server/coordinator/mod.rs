@@ -67,6 +67,8 @@ struct Connection {
     address: IpAddr,
     passage: Arc<Passage>,
     outgoing: Outbox,
+    /// Bytes that had come when it was last looked at.
+    heard: u64,
     /// A guess at the secret has been paid for and is not answered yet.
     guesses: bool,
 }
@@ -255,6 +257,7 @@ impl Coordinator {
 
     fn handle_timeout(&mut self) {
         let now = self.now();
+        self.hear_parts();
         self.tell_refusals(false);
         if self.end_by.is_some_and(|end| end <= Instant::now()) {
             self.end_by = None;
@@ -268,6 +271,21 @@ impl Coordinator {
         }
         if let Some(link) = &mut self.parts.link {
             link.handle_timeout(now);
+        }
+    }
+
+    /// Tells the sessions over which connections bytes have come. A large frame on a slow way takes longer than anybody may be silent.
+    fn hear_parts(&mut self) {
+        for (id, connection) in &mut self.connections {
+            let total = connection.passage.total();
+            if std::mem::replace(&mut connection.heard, total) == total {
+                continue;
+            }
+            match (connection.endpoint, &mut self.parts.main, &mut self.parts.federated) {
+                (Endpoint::Main, Some(main), _) => main.session.heard(*id),
+                (Endpoint::Federated, _, Some(federated)) => federated.heard(*id),
+                _ => {}
+            }
         }
     }
 
@@ -288,6 +306,7 @@ impl Coordinator {
                         address,
                         passage,
                         outgoing,
+                        heard: 0,
                         guesses: false,
                     },
                 );
