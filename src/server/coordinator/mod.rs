@@ -107,6 +107,9 @@ pub struct Coordinator {
     /// What cannot be written at present.
     unwritten: Unwritten,
     refusals: Tally,
+    /// When `/status` may be made again, and whether it is older than what has happened.
+    status_due: Option<Duration>,
+    is_status_stale: bool,
 }
 
 impl Coordinator {
@@ -132,6 +135,8 @@ impl Coordinator {
             failure: None,
             unwritten: Unwritten::default(),
             refusals: Tally::default(),
+            status_due: None,
+            is_status_stale: false,
         }
     }
 
@@ -246,6 +251,7 @@ impl Coordinator {
                 .and_then(FederatedServerSession::poll_timeout),
             self.parts.link.as_ref().and_then(RemoteLink::poll_timeout),
             self.refusals.due(),
+            self.status_due(),
         ];
         let earliest = sessions
             .into_iter()

@@ -3,6 +3,7 @@
 //! Separate because nothing in a run depends on it.
 
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -12,7 +13,15 @@ use super::main_run::MainRun;
 use super::report::Summary;
 use crate::protocol::{MAX_FRAME_BYTES, RunPhase};
 
+/// `/status` is this old at most, however much happens.
+const STATUS_INTERVAL: Duration = Duration::from_millis(100);
+
 impl Coordinator {
+    /// When `/status` is to be brought up to date, if it is not.
+    pub(super) fn status_due(&self) -> Option<Duration> {
+        self.status_due.filter(|_| self.is_status_stale)
+    }
+
     /// Brings `/status` and the sockets' limit up to date.
     pub(super) fn publish(&mut self) {
         let (main, federated) = (&self.parts.main, &self.parts.federated);
@@ -30,7 +39,15 @@ impl Coordinator {
             .max_frame_bytes
             .store(limit.max(UNASSIGNED_FRAME_BYTES), Ordering::Relaxed);
 
-        let status = match main {
+        // Its size grows with the clients, and so does the number of happenings.
+        let now = self.now();
+        if self.status_due.is_some_and(|due| now < due) {
+            self.is_status_stale = true;
+            return;
+        }
+        self.status_due = Some(now + STATUS_INTERVAL);
+        self.is_status_stale = false;
+        let status = match &self.parts.main {
             Some(main) => main_status(main, &self.summary),
             None => json!({ "role": "federated", "rounds_averaged": self.summary.rounds }),
         };
