@@ -20,6 +20,7 @@ use sflllm::model::weights::{HeldUnits, Holding, Weights};
 use sflllm::protocol::message::{Assignment, Capabilities, Digest, PROTOCOL_VERSION, RunConfig};
 use sflllm::protocol::*;
 use sflllm::split::{self, ClientPart, ServerPart, Training};
+use sflllm::terms::adapter::Trained;
 use sflllm::terms::format::Format;
 use sflllm::terms::ids::RunId;
 use sflllm::terms::moments::MomentPolicy;
@@ -87,6 +88,7 @@ pub fn main() -> Result<(), Box<dyn Error>> {
         tokenizer: Vec::new(),
         adapter_len: below.values.len() as u64,
         alphas: Vec::new(),
+        trained: Trained::Both,
     };
     let mut main = MainServerSession::new(
         MainConfig {
@@ -102,6 +104,8 @@ pub fn main() -> Result<(), Box<dyn Error>> {
                 adapter: below.values.clone(),
                 moments: None,
                 cuts: BTreeMap::new(),
+                rule: None,
+                ranks: Vec::new(),
             },
             largest_update: below.values.len() as u64,
             plans: false,
@@ -118,6 +122,7 @@ pub fn main() -> Result<(), Box<dyn Error>> {
     let mut federated = FederatedServerSession::new(FederatedConfig {
         version: PROTOCOL_VERSION,
         control: ControlAccess::Local,
+        aggregation: None,
         max_clients: 1,
         ping_interval: PING_INTERVAL,
     });

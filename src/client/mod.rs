@@ -16,7 +16,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::compute::{self, Engine};
 use crate::data::{self, Batches, Cursor, DataError, Example};
-use crate::model::adapter::{AdapterError, AdapterLayout, Exception, LoraSpec};
+use crate::model::adapter::{Adapter, AdapterError, AdapterLayout, Exception, LoraSpec};
 use crate::model::architecture::{Architecture, ArchitectureError};
 use crate::model::archive::Source;
 use crate::model::block::BlockWeights;
@@ -27,8 +27,9 @@ use crate::model::weights::WeightsError;
 use crate::protocol::message::{Assignment, Blob, Capabilities, Gradient, OwnAlpha};
 use crate::protocol::{ActivationsInput, AdapterInput};
 use crate::split::{self, ClientPart, Clock, Training};
+use crate::terms::adapter::Trained;
 use crate::terms::ids::{RoundKey, RunId, StepKey};
-use crate::terms::moments::Moments;
+use crate::terms::moments::{MomentPolicy, Moments};
 use crate::terms::speed::Speed;
 use crate::terms::tensor::WireForm;
 
@@ -89,6 +90,7 @@ pub struct Plan {
     pub local_steps: u32,
     seed: u64,
     shuffle: bool,
+    moments: MomentPolicy,
     units: Vec<Blob>,
     tokenizer: Option<Blob>,
 }
@@ -122,11 +124,11 @@ impl Plan {
         }
         let training = training(&config, assignment)?;
         let layout = AdapterLayout::new(&config, &training.spec, 0..cut)?;
-        if layout.len() as u64 != assignment.adapter_len {
+        if layout.trained_len() as u64 != assignment.adapter_len {
             return fail(format!(
                 "an adapter of {} values, expected {}",
                 assignment.adapter_len,
-                layout.len()
+                layout.trained_len()
             ));
         }
         let names: Vec<&str> = assignment.weights.iter().map(|blob| blob.name.as_str()).collect();
@@ -162,6 +164,7 @@ impl Plan {
             local_steps: run.local_steps,
             seed: run.seed,
             shuffle: run.shuffle,
+            moments: run.moments,
             units: assignment.weights.clone(),
             tokenizer,
         })
@@ -186,6 +189,22 @@ impl Plan {
     fn shares_data(&self, other: &Plan) -> bool {
         let same = |plan: &Plan| (plan.run, plan.training.seq, plan.config.vocab);
         same(self) == same(other) && self.tokenizer == other.tokenizer
+    }
+
+    /// The client side's adapter with these trained values; what is not trained is what the run's seed makes it.
+    ///
+    /// # Errors
+    /// As [`Adapter::from_values`].
+    pub fn adapter(&self, trained: &[f32]) -> Result<Adapter, AdapterError> {
+        let (spec, blocks) = (&self.training.spec, 0..self.cut);
+        match spec.trained {
+            Trained::Both => Adapter::from_values(&self.config, spec, blocks, trained.to_vec()),
+            Trained::B => {
+                let mut adapter = Adapter::init(&self.config, spec, blocks, self.seed)?;
+                adapter.layout.scatter(trained, &mut adapter.values)?;
+                Ok(adapter)
+            }
+        }
     }
 
     /// The endless batches of this client, from its first example or from `cursor`.
@@ -228,8 +247,10 @@ fn training(model: &Architecture, assignment: &Assignment) -> Result<Training, E
         })
     };
     let exceptions = assignment.alphas.iter().map(exception).collect::<Result<_, _>>()?;
+    let mut spec = LoraSpec::new(rank, run.alpha, targets)?.with_exceptions(exceptions)?;
+    spec.trained = assignment.trained;
     Ok(Training {
-        spec: LoraSpec::new(rank, run.alpha, targets)?.with_exceptions(exceptions)?,
+        spec,
         optimizer: run.optimizer,
         batch: run.batch as usize,
         seq: run.seq as usize,
@@ -422,11 +443,15 @@ impl Loader {
             first_block: 0,
             head: None,
         };
-        let len = AdapterLayout::new(&plan.config, &plan.training.spec, 0..plan.cut)?.len();
-        let mut part = ClientPart::with_weights(&engine, &plan.config, weights, &plan.training, &vec![0.0; len])?;
+        let layout = AdapterLayout::new(&plan.config, &plan.training.spec, 0..plan.cut)?;
+        let Adapter { values, .. } = plan.adapter(&vec![0.0; layout.trained_len()])?;
+        let len = layout.len();
+        let mut part = ClientPart::with_weights(&engine, &plan.config, weights, &plan.training, &values)?;
         let unfilled = len - moments.len();
         part.set_moments(&moments.followed_by(Moments::zero(unfilled)))?;
         Ok(Learner {
+            layout,
+            values,
             part,
             plan,
             clock,
@@ -443,6 +468,9 @@ impl Loader {
 /// Computes what the session asks for.
 pub struct Learner {
     part: ClientPart,
+    layout: AdapterLayout,
+    /// The adapter as it was installed; what of it is not trained is what it was from the beginning.
+    values: Vec<f32>,
     plan: Plan,
     clock: Clock,
     batches: Batches,
@@ -493,22 +521,27 @@ impl Learner {
         self.examples = 0;
     }
 
-    /// `InstallAdapter`: takes the flat values of the client's side, and the moments of blocks that are new to it. Where those
-    /// do not come, because the blocks were moved while this client was away, its optimiser begins anew.
+    /// `InstallAdapter`: takes the trained values of the client's side, and the moments of blocks that are new to it. Where those
+    /// do not come, because the blocks were moved while this client was away, or where the run's moments are of no use with other
+    /// values, its optimiser begins anew.
     ///
     /// # Errors
     /// [`Error::Assignment`] for moments of other blocks, [`Error::Split`] for another length.
     pub async fn install(&mut self, values: &[f32], moments: Option<Moments>) -> Result<(), Error> {
-        self.part.set_adapter(values)?;
+        self.layout.scatter(values, &mut self.values)?;
+        self.part.set_adapter(&self.values)?;
+        let none = Moments::zero(self.layout.len());
         match moments {
+            _ if self.plan.moments == MomentPolicy::Reset => self.part.set_moments(&none)?,
             Some(gained) => {
-                let own = self.part.moments().await?;
+                let own = self.layout.gather_moments(&self.part.moments().await?);
                 let Some(kept) = own.len().checked_sub(gained.len()) else {
                     return Err(Error::Assignment("moments of more blocks than there are".to_owned()));
                 };
-                self.part.set_moments(&own.slice(0..kept).followed_by(gained))?;
+                let moments = own.slice(0..kept).followed_by(gained);
+                self.part.set_moments(&self.layout.scatter_moments(&moments)?)?;
             }
-            None if self.unfilled > 0 => self.part.set_moments(&Moments::zero(values.len()))?,
+            None if self.unfilled > 0 => self.part.set_moments(&none)?,
             None => {}
         }
         self.unfilled = 0;
@@ -547,16 +580,17 @@ impl Learner {
         Ok((self.clock)().saturating_sub(start))
     }
 
-    /// `UploadAdapter`: the flat adapter, the examples it was trained on in this round, and the moments of the blocks from `split`
+    /// `UploadAdapter`: the adapter's trained values, flat, the examples it was trained on in this round, and the moments of the blocks from `split`
     /// on as after `steps` optimiser steps.
     ///
     /// # Errors
     /// [`Error::Split`].
     pub async fn adapter(&self, round: RoundKey, split: u32, steps: u64) -> Result<AdapterInput, Error> {
-        let values = self.part.adapter().await?;
+        let values = self.layout.gather(&self.part.adapter().await?);
         let stays = values.len() / self.plan.cut * (split as usize).min(self.plan.cut);
         let moments = if stays < values.len() {
-            Some(self.part.moments().await?.slice(stays..values.len()).at(steps))
+            let moments = self.layout.gather_moments(&self.part.moments().await?);
+            Some(moments.slice(stays..values.len()).at(steps))
         } else {
             None
         };

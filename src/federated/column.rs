@@ -3,7 +3,7 @@
 //! Separate because where a value lies differs from client to client, by cut and by rank, and each average needs to know only who
 //! has it.
 
-use super::{Contribution, Copied};
+use super::{ClientAdapter, Copied};
 use crate::terms::adapter::{AdapterShape, Trained};
 
 /// Somebody's value.
@@ -16,7 +16,7 @@ pub(super) struct Entry {
 /// All that there is of one value.
 #[derive(Debug, Default)]
 pub(super) struct Column {
-    /// In the order of the contributions, the main server's copy last.
+    /// In the order of the adapters, the main server's copy last.
     pub entries: Vec<Entry>,
     /// For how many clients the last entry stands, if it is the main server's copy.
     pub copy_stands_for: usize,
@@ -30,19 +30,19 @@ pub(super) fn reduce(
     shape: &AdapterShape,
     blocks: usize,
     base: &[f32],
-    contributions: &[Contribution<'_>],
+    adapters: &[ClientAdapter<'_>],
     copy: Copied<'_>,
     reduce: impl Fn(&mut Column) -> Option<f64>,
 ) -> Vec<f32> {
     let mut values = vec![0.0_f32; shape.len(blocks, shape.rank())];
     let kept = values.len().min(base.len());
     values[..kept].copy_from_slice(&base[..kept]);
-    let own: Vec<Vec<_>> = (contributions.iter())
-        .map(|contribution| shape.places(contribution.blocks, contribution.rank).collect())
+    let own: Vec<Vec<_>> = (adapters.iter())
+        .map(|adapter| shape.places(adapter.blocks, adapter.rank).collect())
         .collect();
     let mut column = Column::default();
     for (index, place) in shape.places(blocks, shape.rank()).enumerate() {
-        let copied = copy.of(place.block, contributions);
+        let copied = copy.of(place.block, adapters);
         let parts = [(false, place.inputs), (true, place.outputs)];
         let parts = match shape.trained() {
             Trained::Both => &parts[..],
@@ -57,13 +57,13 @@ pub(super) fn reduce(
                 };
                 column.entries.clear();
                 (column.copy_stands_for, column.narrower) = (0, 0);
-                for (contribution, places) in contributions.iter().zip(&own) {
+                for (adapter, places) in adapters.iter().zip(&own) {
                     match places.get(index) {
                         Some(place) if component < place.rank => column.entries.push(Entry {
-                            weight: contribution.weight,
-                            value: contribution.values[at(place)],
+                            weight: adapter.weight,
+                            value: adapter.values[at(place)],
                         }),
-                        Some(_) => column.narrower += contribution.weight,
+                        Some(_) => column.narrower += adapter.weight,
                         None => {}
                     }
                 }

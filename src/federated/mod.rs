@@ -13,7 +13,7 @@
 //! | `ffa` | mean of B; A is frozen | the same, which is `Σ_k w_k B_k A` |
 //!
 //! Pure and by itself, so that the server, the simulator and the tests aggregate with the same few lines. Sums run in f64 and in the
-//! order of the contributions, so the result does not depend on anything but the arguments.
+//! order of the adapters, so the result does not depend on anything but the arguments.
 //!
 //! | file | holds |
 //! |---|---|
@@ -73,7 +73,7 @@ pub enum AverageError {
 
 /// What a client sends of its adapter: the first blocks, at its own rank.
 #[derive(Clone, Copy, Debug)]
-pub struct Contribution<'a> {
+pub struct ClientAdapter<'a> {
     /// Its examples.
     pub weight: u64,
     pub blocks: usize,
@@ -100,11 +100,11 @@ struct CopiedBlock<'a> {
 
 impl<'a> Copied<'a> {
     /// `None` where everybody holds the block.
-    fn of(&self, block: usize, contributions: &[Contribution<'_>]) -> Option<CopiedBlock<'a>> {
+    fn of(&self, block: usize, adapters: &[ClientAdapter<'_>]) -> Option<CopiedBlock<'a>> {
         if block < self.first {
             return None;
         }
-        let without = contributions.iter().filter(|contribution| contribution.blocks <= block);
+        let without = adapters.iter().filter(|adapter| adapter.blocks <= block);
         let (clients, weight) = without.fold((0, 0), |(clients, weight), one| (clients + 1, weight + one.weight));
         (clients > 0).then_some(CopiedBlock {
             values: self.values,
@@ -202,7 +202,7 @@ pub struct Errors {
     pub start: f64,
 }
 
-/// What contributions come to.
+/// What adapters come to.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Aggregate {
     /// What clients go on with.
@@ -246,13 +246,13 @@ impl Rule {
         &self,
         blocks: usize,
         base: &[f32],
-        contributions: &[Contribution<'_>],
+        adapters: &[ClientAdapter<'_>],
         copy: &[f32],
     ) -> Result<Aggregate, AverageError> {
         let shape = &self.shape;
-        let copied = self.check(blocks, contributions, copy)?;
+        let copied = self.check(blocks, adapters, copy)?;
         let reduce = |reduce: fn(&mut column::Column) -> Option<f64>| {
-            column::reduce(shape, blocks, base, contributions, copied, reduce)
+            column::reduce(shape, blocks, base, adapters, copied, reduce)
         };
         if self.aggregation == Aggregation::Ffa {
             // Σ w B A = mean(B) A, whatever A is.
@@ -262,9 +262,19 @@ impl Rule {
                 errors: Some(Errors::default()),
             });
         }
-        let mean = reduce(mean::of_column);
-        let total: u64 = contributions.iter().map(|contribution| contribution.weight).sum();
-        let products = || Products::new(shape, blocks, contributions, copied, total as f64);
+        let is_even = adapters.iter().all(|adapter| adapter.rank == shape.rank());
+        let mean = match is_even {
+            // The same sums, without looking for who has what.
+            true => {
+                let flat: Vec<(u64, &[f32])> = (adapters.iter())
+                    .map(|adapter| (adapter.weight, adapter.values))
+                    .collect();
+                mean_of_prefixes(&flat, shape.len(blocks, shape.rank()), copy)?
+            }
+            false => reduce(mean::of_column),
+        };
+        let total: u64 = adapters.iter().map(|adapter| adapter.weight).sum();
+        let products = || Products::new(shape, blocks, adapters, copied, total as f64);
         let (values, exact) = match self.aggregation {
             Aggregation::Mean | Aggregation::Ffa => (None, None),
             Aggregation::Trimmed => (Some(reduce(trimmed::of_column)), None),
@@ -275,7 +285,7 @@ impl Rule {
                 (Some(start), Some(exact))
             }
         };
-        let errors = self.errors(blocks, contributions, products, &mean, values.as_deref());
+        let errors = self.errors(blocks, adapters, products, &mean, values.as_deref());
         Ok(Aggregate {
             values: values.unwrap_or(mean),
             exact,
@@ -283,7 +293,7 @@ impl Rule {
         })
     }
 
-    /// The moments of values whose aggregate is this rule's; `parts` are contributions' own, with their weights.
+    /// The moments of values whose aggregate is this rule's; `parts` are adapters' own, with their weights.
     ///
     /// # Errors
     /// As [`weighted_mean`].
@@ -314,10 +324,10 @@ impl Rule {
     fn check<'a>(
         &self,
         blocks: usize,
-        contributions: &[Contribution<'_>],
+        adapters: &[ClientAdapter<'_>],
         copy: &'a [f32],
     ) -> Result<Copied<'a>, AverageError> {
-        if contributions.is_empty() {
+        if adapters.is_empty() {
             return Err(AverageError::Empty);
         }
         let shape = &self.shape;
@@ -332,13 +342,13 @@ impl Rule {
         if let Some(position) = copy.iter().position(|value| !value.is_finite()) {
             return Err(AverageError::CopyNotFinite { position });
         }
-        for (index, contribution) in contributions.iter().enumerate() {
-            let &Contribution {
+        for (index, adapter) in adapters.iter().enumerate() {
+            let &ClientAdapter {
                 rank,
                 blocks: own,
                 values,
                 ..
-            } = contribution;
+            } = adapter;
             if !(1..=shape.rank()).contains(&rank) {
                 return Err(AverageError::Rank {
                     index,
@@ -365,7 +375,7 @@ impl Rule {
                 return Err(AverageError::NotFinite { index, position });
             }
         }
-        total_weight(contributions.iter().map(|contribution| contribution.weight))?;
+        total_weight(adapters.iter().map(|adapter| adapter.weight))?;
         Ok(Copied {
             values: copy,
             first: least,
@@ -377,17 +387,13 @@ impl Rule {
     fn errors<I: Iterator<Item = Product>>(
         &self,
         blocks: usize,
-        contributions: &[Contribution<'_>],
+        adapters: &[ClientAdapter<'_>],
         products: impl Fn() -> I,
         mean: &[f32],
         values: Option<&[f32]>,
     ) -> Option<Errors> {
         let shape = &self.shape;
-        let terms: usize = contributions
-            .iter()
-            .map(|contribution| contribution.rank)
-            .sum::<usize>()
-            + 2 * shape.rank();
+        let terms: usize = adapters.iter().map(|adapter| adapter.rank).sum::<usize>() + 2 * shape.rank();
         let sides = shape.len(blocks, 1) as f64;
         if (terms as f64).powi(2) * sides > MOST_WORK {
             return None;
@@ -410,6 +416,17 @@ impl Rule {
         })
     }
 
+    /// The same of values that lie between the clients', whatever their shape: none can have moved further than one can have been
+    /// trained.
+    pub fn impossible_value(base: &[f32], values: &[f32], most: impl Fn(f32) -> f64) -> Option<String> {
+        values.iter().zip(base).find_map(|(value, base)| {
+            let (moved, most) = ((f64::from(*value) - f64::from(*base)).abs(), most(*base));
+            (moved > most).then(|| {
+                format!("{moved:.3e} from where the round began in one value, where it can be {most:.3e} at most")
+            })
+        })
+    }
+
     /// Why a round cannot have come to this from `base`, if it cannot, when `most` is how far a value can have been trained from what
     /// it was. `is_narrow` says that clients may have smaller ranks.
     ///
@@ -426,12 +443,7 @@ impl Rule {
     ) -> Option<String> {
         let shape = &self.shape;
         if self.aggregation != Aggregation::Flora {
-            let far = values.iter().zip(base).find_map(|(value, base)| {
-                let (moved, most) = ((f64::from(*value) - f64::from(*base)).abs(), most(*base));
-                (moved > most).then(|| {
-                    format!("{moved:.3e} from where the round began in one value, where it can be {most:.3e} at most")
-                })
-            });
+            let far = Self::impossible_value(base, values, &most);
             if far.is_some() {
                 return far;
             }
@@ -496,7 +508,7 @@ struct Products<'a> {
     places: Vec<MatrixPlace>,
     next: usize,
     own: Vec<Vec<MatrixPlace>>,
-    contributions: &'a [Contribution<'a>],
+    adapters: &'a [ClientAdapter<'a>],
     copied: Copied<'a>,
     total: f64,
 }
@@ -505,17 +517,17 @@ impl<'a> Products<'a> {
     fn new(
         shape: &AdapterShape,
         blocks: usize,
-        contributions: &'a [Contribution<'a>],
+        adapters: &'a [ClientAdapter<'a>],
         copied: Copied<'a>,
         total: f64,
     ) -> Self {
         Self {
             places: shape.places(blocks, shape.rank()).collect(),
             next: 0,
-            own: (contributions.iter())
-                .map(|contribution| shape.places(contribution.blocks, contribution.rank).collect())
+            own: (adapters.iter())
+                .map(|adapter| shape.places(adapter.blocks, adapter.rank).collect())
                 .collect(),
-            contributions,
+            adapters,
             copied,
             total,
         }
@@ -528,17 +540,12 @@ impl Iterator for Products<'_> {
     fn next(&mut self) -> Option<Product> {
         let place = *self.places.get(self.next)?;
         let mut product = Product::default();
-        for (contribution, places) in self.contributions.iter().zip(&self.own) {
+        for (adapter, places) in self.adapters.iter().zip(&self.own) {
             if let Some(place) = places.get(self.next) {
-                add(
-                    &mut product,
-                    contribution.weight as f64 / self.total,
-                    contribution.values,
-                    *place,
-                );
+                add(&mut product, adapter.weight as f64 / self.total, adapter.values, *place);
             }
         }
-        if let Some(copied) = self.copied.of(place.block, self.contributions) {
+        if let Some(copied) = self.copied.of(place.block, self.adapters) {
             let place = MatrixPlace {
                 a: place.a - copied.start,
                 b: place.b - copied.start,

@@ -42,6 +42,7 @@ use tokio::sync::{mpsc, watch};
 use crate::compute::Engine;
 use crate::data::{DataError, Example};
 use crate::disk;
+use crate::federated::Rule;
 use crate::model::adapter::{Adapter, AdapterError, AdapterLayout, LoraSpec, Target};
 use crate::model::architecture::Architecture;
 use crate::model::weights::{HeldUnits, Holding, Weights, WeightsError};
@@ -51,8 +52,8 @@ use crate::protocol::{
     MAX_FRAME_BYTES, MainConfig, MainError, MainServerSession, PING_INTERVAL, Placement,
 };
 use crate::split::{self, Training};
+use crate::terms::aggregation::Aggregation;
 use crate::terms::ids::RunId;
-use crate::terms::moments::MomentPolicy;
 use crate::transport::{self, Dialer, Fingerprint, JoinLink};
 
 use coordinator::{About, Coordinator, MainRun, RemoteLink};
@@ -114,6 +115,8 @@ pub enum Error {
     Data(#[from] DataError),
     #[error(transparent)]
     Run(#[from] MainError),
+    #[error("--aggregate {0} does not go with this run's adapter, whose blocks differ; take --aggregate mean")]
+    Aggregation(Aggregation),
     #[error("no plan for the run: {0}")]
     Planner(String),
     #[error(
@@ -148,6 +151,8 @@ pub enum Role {
     },
     Federated {
         control_key: String,
+        /// Main servers that aggregate otherwise are refused.
+        aggregation: Option<Aggregation>,
     },
 }
 
@@ -184,6 +189,10 @@ pub struct Run {
     /// How long members are waited for, and how many of them a step or a round goes on with then.
     pub deadline: Deadline,
     pub quorum: Option<u32>,
+    /// How clients' adapters become one. What it says of the trained matrices is what `training` says.
+    pub aggregation: Aggregation,
+    /// Clients' own ranks, up to the run's, in turn by the order in which they join; none: that of the run.
+    pub ranks: Vec<u32>,
     /// Chooses cut, rank and link rates as the run goes; without one they stay.
     pub planner: Option<Box<dyn Planner>>,
 }
@@ -309,15 +318,22 @@ impl Server {
         };
         let blob_directory = blobs.as_ref().map(|_| directory.weights());
         let federated = serves.1.then(|| {
-            let control = match &role {
-                Role::Federated { control_key } => ControlAccess::Remote {
-                    secret: Some(control_key.clone()),
-                },
-                _ => ControlAccess::Local,
+            let (control, aggregation) = match &role {
+                Role::Federated {
+                    control_key,
+                    aggregation,
+                } => (
+                    ControlAccess::Remote {
+                        secret: Some(control_key.clone()),
+                    },
+                    *aggregation,
+                ),
+                _ => (ControlAccess::Local, None),
             };
             FederatedServerSession::new(FederatedConfig {
                 version: PROTOCOL_VERSION,
                 control,
+                aggregation,
                 max_clients: MAX_CLIENTS,
                 ping_interval: PING_INTERVAL,
             })
@@ -509,6 +525,8 @@ fn prepare(
         wait,
         deadline,
         quorum,
+        aggregation,
+        ranks,
         planner,
         ..
     } = run;
@@ -540,7 +558,9 @@ fn prepare(
         tokenizer_files.push(blobs.add("tokenizer.json", |output| output.write_all(json))?);
     }
 
-    let initial_adapter = initial.slice(&architecture, 0..cut)?.values;
+    let below = initial.slice(&architecture, 0..cut)?;
+    let initial_adapter = below.layout.gather(&below.values);
+    let rule = rule(aggregation, &below.layout)?;
     let id = RunId(rand::random());
     let assignment = Assignment {
         run: id,
@@ -551,6 +571,7 @@ fn prepare(
         tokenizer: tokenizer_files,
         adapter_len: initial_adapter.len() as u64,
         alphas: alphas(&training.spec),
+        trained: training.spec.trained,
     };
     directory.note(json!({
         "run": id.to_string(),
@@ -574,6 +595,8 @@ fn prepare(
                 adapter: initial_adapter,
                 moments: None,
                 cuts: BTreeMap::new(),
+                rule,
+                ranks: ranks.clone(),
             },
             largest_update: match planner {
                 Some(_) => largest_update(&architecture, &training.spec),
@@ -601,6 +624,7 @@ fn prepare(
         model: name.clone(),
         architecture: architecture.clone(),
         training: training.clone(),
+        aggregation,
         rounds,
         local_steps,
         validates: validation.is_some(),
@@ -618,6 +642,8 @@ fn prepare(
             parts,
             blobs: blobs.clone(),
             planner,
+            aggregation,
+            ranks,
             validation,
             adapter_directory: directory.adapter(),
             base_model: name,
@@ -625,6 +651,14 @@ fn prepare(
         inputs,
     )?;
     Ok((MainRun::new(session, work, about, cut), blobs, bearers))
+}
+
+/// How adapters of this layout are aggregated. Adapters whose blocks differ have a mean, and nothing else.
+fn rule(aggregation: Aggregation, layout: &AdapterLayout) -> Result<Option<Rule>, Error> {
+    match layout.shape().and_then(|shape| Rule::new(aggregation, shape)) {
+        None if aggregation != Aggregation::Mean => Err(Error::Aggregation(aggregation)),
+        rule => Ok(rule),
+    }
 }
 
 /// Numbers in the largest update that a planner's choices lead to: of all blocks but one, each value with two moments.
@@ -667,7 +701,7 @@ fn run_config(run: &Run) -> RunConfig {
         local_steps: run.local_steps,
         rounds: run.rounds,
         optimizer: training.optimizer,
-        moments: MomentPolicy::Keep,
+        moments: run.aggregation.moments(),
     }
 }
 

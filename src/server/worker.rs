@@ -3,6 +3,7 @@
 //! It is separate from the coordinator, and a thread of its own, so that a slow step never keeps a ping unanswered.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, LazyLock, mpsc};
 use std::time::{Duration, Instant};
@@ -13,13 +14,15 @@ use super::planner::{Decision, Facts, Planner};
 use super::store::{self, Blobs};
 use crate::compute::Engine;
 use crate::data::{self, Example};
-use crate::model::adapter::{Adapter, LoraSpec};
+use crate::federated::Exact;
+use crate::model::adapter::{Adapter, AdapterLayout, LoraSpec};
 use crate::model::architecture::Architecture;
 use crate::model::unit::Unit;
 use crate::model::weights::{HeldUnits, Holding, UnitSource, Weights};
 use crate::protocol::message::{Assignment, Blob, RunConfig};
 use crate::protocol::{Contribution, GradientOutput, Placement};
 use crate::split::{self, Evaluation, LaneError, Moved, ServerPart, Training};
+use crate::terms::aggregation::Aggregation;
 use crate::terms::ids::{ClientId, StepKey};
 use crate::terms::moments::Moments;
 
@@ -39,6 +42,9 @@ pub struct WorkerSettings {
     pub parts: Vec<Blob>,
     pub blobs: Arc<Blobs>,
     pub planner: Option<Box<dyn Planner>>,
+    pub aggregation: Aggregation,
+    /// Clients' own ranks, in turn.
+    pub ranks: Vec<u32>,
     pub validation: Option<Vec<Example>>,
     /// Where the whole model's adapter is saved, and what it says it belongs to.
     pub adapter_directory: PathBuf,
@@ -83,7 +89,7 @@ async fn run(
     }
     while let Ok(work) = work.recv() {
         let done = match work {
-            Work::Baseline => Done::Baseline(worker.evaluate().await?),
+            Work::Baseline => Done::Baseline(worker.evaluate(&worker.server_values).await?),
             Work::Contribute { key, contribution } => worker.contribute(key, contribution).await?,
             Work::CloseStep { key, lanes } => worker.close_step(key, &lanes)?,
             Work::Restore => {
@@ -98,15 +104,18 @@ async fn run(
             Work::Copy { round } => {
                 let mut values = worker.part.adapter().await?;
                 values.truncate(worker.shared);
+                let cut = worker.part.cut();
+                let values = worker.layout(cut..worker.largest())?.gather(&values);
                 Done::Copied { round, values }
             }
             Work::Close {
                 round,
                 average,
+                exact,
                 moments,
                 split,
             } => {
-                let (saved, evaluation) = worker.close(average).await?;
+                let (saved, evaluation) = worker.close(&average, exact).await?;
                 let mut placement = None;
                 if evaluation.is_none_or(|evaluation| evaluation.loss.is_finite()) {
                     (worker, placement) = worker.recut(split, moments).await?;
@@ -157,6 +166,8 @@ struct Worker {
     /// The adapter at the end of the last closed round: below this side's blocks, and of them.
     client_values: Vec<f32>,
     server_values: Vec<f32>,
+    /// What its first blocks come to, where that is more than those values.
+    exact: Option<Exact>,
     /// Clients' own cuts, where they differ.
     cuts: BTreeMap<ClientId, usize>,
     /// How many of this side's values some clients have too: they are the first.
@@ -190,6 +201,7 @@ impl Worker {
             settings,
             client_values,
             server_values,
+            exact: None,
             cuts: BTreeMap::new(),
             shared: 0,
             saved: false,
@@ -243,21 +255,39 @@ impl Worker {
         Ok(self.part.set_adapter(&self.server_values)?)
     }
 
+    /// Blocks of the client that holds the most.
+    fn largest(&self) -> usize {
+        self.cuts.values().copied().max().unwrap_or_else(|| self.part.cut())
+    }
+
+    fn layout(&self, blocks: Range<usize>) -> Result<AdapterLayout, Error> {
+        let WorkerSettings {
+            architecture, training, ..
+        } = &self.settings;
+        Ok(AdapterLayout::new(architecture, &training.spec, blocks)?)
+    }
+
     /// Takes a round's average in; whether it could be saved, and its validation. A round whose validation loss is not finite is
     /// as if it had not been.
-    async fn close(&mut self, mut average: Vec<f32>) -> Result<(Result<(), Error>, Option<Evaluation>), Error> {
+    async fn close(
+        &mut self,
+        average: &[f32],
+        exact: Option<Exact>,
+    ) -> Result<(Result<(), Error>, Option<Evaluation>), Error> {
         let mut server_values = self.part.adapter().await?;
+        let mut whole = self.client_values.clone();
+        whole.extend_from_slice(&server_values[..self.shared]);
+        self.layout(0..self.largest())?.scatter(average, &mut whole)?;
+        let above = whole.split_off(self.client_values.len());
         if self.shared > 0 {
-            let above = average.split_off(self.client_values.len().min(average.len()));
-            for (own, averaged) in server_values.iter_mut().zip(above) {
-                *own = averaged;
-            }
+            server_values[..self.shared].copy_from_slice(&above);
             self.part.set_adapter(&server_values)?;
         }
-        let client_values = std::mem::replace(&mut self.client_values, average);
-        let evaluation = self.evaluate().await?;
+        let client_values = std::mem::replace(&mut self.client_values, whole);
+        let exact_before = std::mem::replace(&mut self.exact, exact);
+        let evaluation = self.evaluate(&server_values).await?;
         if evaluation.is_some_and(|evaluation| !evaluation.loss.is_finite()) {
-            self.client_values = client_values;
+            (self.client_values, self.exact) = (client_values, exact_before);
             self.restore()?;
             return Ok((Ok(()), evaluation));
         }
@@ -319,7 +349,10 @@ impl Worker {
                 )));
             }
             let spec = &training.spec;
-            training.spec = LoraSpec::new(rank, spec.alpha / spec.rank as f32 * rank as f32, spec.targets.clone())?;
+            training.spec = LoraSpec {
+                trained: spec.trained,
+                ..LoraSpec::new(rank, spec.alpha / spec.rank as f32 * rank as f32, spec.targets.clone())?
+            };
             *initial = fresh(&training.spec)?;
         }
         self.client_values = initial.slice(architecture, 0..cut)?.values;
@@ -341,22 +374,34 @@ impl Worker {
         if cut == self.part.cut() {
             return Ok((self, None));
         }
+        let old = self.part.cut();
+        let moments = match moments {
+            Some(moments) => Some(self.layout(cut.min(old)..old)?.scatter_moments(&moments)?),
+            None => None,
+        };
         let mut units = self.settings.units();
         let moved;
         (self.part, moved) = self.part.recut(&mut units, cut, &self.client_values, moments).await?;
         let Moved { adapter, moments } = moved;
         self.client_values = adapter;
         self.server_values = self.part.adapter().await?;
+        let moments = match moments {
+            Some(moments) => Some(self.layout(old..cut)?.gather_moments(&moments)),
+            None => None,
+        };
         let placement = self.placement(moments)?;
         Ok((self, Some(placement)))
     }
 
     /// What clients get of the model as it is now cut.
     fn placement(&mut self, moments: Option<Moments>) -> Result<Placement, Error> {
-        let largest = self.cuts.values().copied().max().unwrap_or_else(|| self.part.cut());
+        let largest = self.largest();
+        let layout = self.layout(0..largest)?;
+        let rule = super::rule(self.settings.aggregation, &layout)?;
         let WorkerSettings {
             training,
             assignment,
+            ranks,
             blobs,
             weights,
             holding,
@@ -372,6 +417,7 @@ impl Worker {
         let size = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
         let shared = self.server_values.iter().take(self.shared);
         let adapter: Vec<f32> = self.client_values.iter().chain(shared).copied().collect();
+        let adapter = layout.gather(&adapter);
         Ok(Placement {
             assignment: Assignment {
                 config: RunConfig {
@@ -387,6 +433,8 @@ impl Worker {
             adapter,
             moments,
             cuts: self.cuts.iter().map(|(client, cut)| (*client, size(*cut))).collect(),
+            rule,
+            ranks: ranks.clone(),
         })
     }
 
@@ -423,6 +471,11 @@ impl Worker {
 
     /// The whole model's adapter at the end of the last closed round.
     fn adapter(&self) -> Result<Adapter, Error> {
+        self.adapter_with(&self.server_values)
+    }
+
+    /// The same with these values on this side.
+    fn adapter_with(&self, server_values: &[f32]) -> Result<Adapter, Error> {
         let cut = self.part.cut();
         let WorkerSettings {
             architecture, training, ..
@@ -432,22 +485,23 @@ impl Worker {
             architecture,
             &training.spec,
             cut..architecture.blocks,
-            self.server_values.clone(),
+            server_values.to_vec(),
         )?;
-        Ok(client.merge(architecture, &server)?)
+        let adapter = client.merge(architecture, &server)?;
+        match &self.exact {
+            Some(Exact { ranks, values }) => Ok(adapter.with_products(architecture, ranks, values)?),
+            None => Ok(adapter),
+        }
     }
 
-    async fn evaluate(&mut self) -> Result<Option<Evaluation>, Error> {
+    async fn evaluate(&self, server_values: &[f32]) -> Result<Option<Evaluation>, Error> {
         let Some(examples) = &self.settings.validation else {
             return Ok(None);
         };
         let Training { batch, seq, .. } = self.settings.training;
         let mut batches = data::pass(examples, batch, seq)?.map(|batch| (batch.tokens, batch.targets, batch.seq));
+        let adapter = self.adapter_with(server_values)?;
         let mut units = self.settings.units();
-        Ok(Some(
-            self.part
-                .evaluate(&mut units, &self.client_values, &mut batches)
-                .await?,
-        ))
+        Ok(Some(self.part.evaluate_with(&mut units, &adapter, &mut batches).await?))
     }
 }

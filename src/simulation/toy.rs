@@ -4,10 +4,14 @@
 //! Separate because it is all that is not real in a simulated run.
 
 use super::scenario::Scenario;
+use crate::federated::Rule;
 use crate::protocol::message::{Assignment, RunConfig};
+use crate::terms;
+use crate::terms::adapter::{AdapterShape, MatrixShape};
+use crate::terms::aggregation::Aggregation;
 use crate::terms::format::Format;
 use crate::terms::ids::RunId;
-use crate::terms::moments::{MomentPolicy, Moments};
+use crate::terms::moments::Moments;
 use crate::terms::optimizer::{OptimizerSettings, Schedule};
 use crate::terms::tensor::{WireForm, WireLayout, WireTensor};
 
@@ -93,7 +97,7 @@ pub(super) fn assignment(scenario: &Scenario, split: u32) -> Assignment {
         number: 0,
         config: RunConfig {
             split,
-            rank: 4,
+            rank: 1,
             alpha: 8.0,
             targets: vec!["c_attn".to_owned()],
             weights: Format::F32,
@@ -114,14 +118,26 @@ pub(super) fn assignment(scenario: &Scenario, split: u32) -> Assignment {
                 total_steps: u64::from(scenario.rounds * scenario.local_steps),
                 clip: None,
             },
-            moments: MomentPolicy::Keep,
+            moments: scenario.aggregation.moments(),
         },
         model_config: "{}".to_owned(),
         weights: Vec::new(),
         tokenizer: Vec::new(),
         adapter_len: u64::from(split) * NUMBERS as u64,
         alphas: Vec::new(),
+        trained: scenario.aggregation.trained(),
     }
+}
+
+/// How the toy's adapters are aggregated: a block has one matrix of rank 1.
+pub(super) fn rule(aggregation: Aggregation) -> Rule {
+    let (inputs, outputs) = match aggregation.trained() {
+        terms::adapter::Trained::Both => (NUMBERS as u32 / 2, NUMBERS as u32 / 2),
+        terms::adapter::Trained::B => (1, NUMBERS as u32),
+    };
+    AdapterShape::new(1, aggregation.trained(), vec![MatrixShape { inputs, outputs }])
+        .and_then(|shape| Rule::new(aggregation, shape))
+        .expect("the toy has a matrix")
 }
 
 pub(super) fn to_tensor(values: &[f32]) -> WireTensor {

@@ -3,9 +3,7 @@
 use proptest::prelude::*;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
-use sflllm::federated::{
-    Aggregate, AverageError, Contribution, Exact, Rule, mean_of_prefixes, trimmed_at_each_end, weighted_mean,
-};
+use sflllm::federated::{Aggregate, AverageError, ClientAdapter, Exact, Rule, trimmed_at_each_end, weighted_mean};
 use sflllm::terms::adapter::{AdapterShape, MatrixShape, Trained};
 use sflllm::terms::aggregation::Aggregation;
 use sflllm::terms::moments::MomentPolicy;
@@ -37,9 +35,9 @@ fn adapters(seed: u64, shape: &AdapterShape, clients: &[Client]) -> Vec<Vec<f32>
     clients.iter().map(one).collect()
 }
 
-fn contributions<'a>(clients: &[Client], adapters: &'a [Vec<f32>]) -> Vec<Contribution<'a>> {
+fn given<'a>(clients: &[Client], adapters: &'a [Vec<f32>]) -> Vec<ClientAdapter<'a>> {
     (clients.iter().zip(adapters))
-        .map(|(&(weight, blocks, rank), values)| Contribution {
+        .map(|(&(weight, blocks, rank), values)| ClientAdapter {
             weight,
             blocks,
             rank,
@@ -153,9 +151,7 @@ fn case(seed: u64, aggregation: Aggregation, clients: &[Client]) -> (Aggregate, 
     let adapters = adapters(seed, shape, clients);
     let least = clients.iter().map(|(_, blocks, _)| *blocks).min().unwrap();
     let copy = numbers(&mut ChaCha8Rng::seed_from_u64(!seed), shape.len(3 - least, 16));
-    let aggregate = rule
-        .aggregate(3, &[], &contributions(clients, &adapters), &copy)
-        .unwrap();
+    let aggregate = rule.aggregate(3, &[], &given(clients, &adapters), &copy).unwrap();
     let expected = mean_of_products(shape, 3, clients, &adapters, &copy);
     (aggregate, expected)
 }
@@ -204,7 +200,7 @@ proptest! {
         let least = clients.iter().map(|(_, blocks, _)| *blocks).min().unwrap();
         let mut rng = ChaCha8Rng::seed_from_u64(!seed);
         let copy = numbers(&mut rng, rule.shape().len(3 - least, 16));
-        let aggregate = rule.aggregate(3, &[], &contributions(&clients, &adapters), &copy).unwrap();
+        let aggregate = rule.aggregate(3, &[], &given(&clients, &adapters), &copy).unwrap();
         prop_assert_eq!(aggregate.errors.unwrap().start, 0.0);
         // With everybody's A put in, it is the mean of whole adapters' products.
         let both = shape(16, Trained::Both);
@@ -252,7 +248,7 @@ proptest! {
             if liars > most {
                 continue;
             }
-            let found = rule(aggregation, 4).aggregate(2, &[], &contributions(&clients, &adapters), &[]).unwrap();
+            let found = rule(aggregation, 4).aggregate(2, &[], &given(&clients, &adapters), &[]).unwrap();
             for (position, value) in found.values.iter().enumerate() {
                 let column = adapters[liars..].iter().map(|values| values[position]);
                 let (low, high) = column.fold((f32::MAX, f32::MIN), |(low, high), one| (low.min(one), high.max(one)));
@@ -262,16 +258,27 @@ proptest! {
     }
 
     #[test]
-    fn with_one_rank_the_mean_is_that_of_prefixes(seed: u64, clients in clients()) {
-        let clients: Vec<Client> = clients.into_iter().map(|(weight, blocks, _)| (weight, blocks, 16)).collect();
-        let (aggregate, _) = case(seed, Aggregation::Mean, &clients);
-        let shape = shape(16, Trained::Both);
-        let adapters = adapters(seed, &shape, &clients);
+    fn a_narrow_client_has_no_say_in_the_mean_of_what_it_does_not_have(seed: u64, clients in clients()) {
+        // All but the last have the whole rank: beyond its rank the mean is that of the others, bit for bit.
+        let mut clients: Vec<Client> = clients.into_iter().map(|(weight, _, _)| (weight, 3, 16)).collect();
+        let (others, _) = case(seed, Aggregation::Mean, &clients);
+        let whole = shape(16, Trained::Both);
+        let adapters = adapters(seed, &whole, &clients);
         let flat: Vec<(u64, &[f32])> =
             clients.iter().zip(&adapters).map(|((weight, ..), values)| (*weight, values.as_slice())).collect();
-        let least = clients.iter().map(|(_, blocks, _)| *blocks).min().unwrap();
-        let copy = numbers(&mut ChaCha8Rng::seed_from_u64(!seed), shape.len(3 - least, 16));
-        prop_assert_eq!(mean_of_prefixes(&flat, shape.len(3, 16), &copy).unwrap(), aggregate.values);
+        prop_assert_eq!(weighted_mean(&flat).unwrap(), others.values.as_slice());
+        clients.push((50, 3, 4));
+        let (with, _) = case(seed, Aggregation::Mean, &clients);
+        for place in whole.places(3, 16) {
+            let beyond = place.a + 4 * place.inputs..place.b;
+            prop_assert_eq!(&with.values[beyond.clone()], &others.values[beyond]);
+            prop_assert_ne!(with.values[place.a], others.values[place.a]);
+            let b = place.b..place.b + 16 * place.outputs;
+            for (with, others) in with.values[b.clone()].chunks_exact(16).zip(others.values[b].chunks_exact(16)) {
+                prop_assert_eq!(&with[4..], &others[4..]);
+                prop_assert_ne!(with[0], others[0]);
+            }
+        }
     }
 }
 
@@ -287,9 +294,7 @@ fn a_value_is_averaged_over_those_who_have_it_and_stays_where_nobody_has() {
     let clients = [(1, 1, 1), (3, 1, 2)];
     let adapters = [constant(shape, 1, 8.0), constant(shape, 2, 4.0)];
     let base = constant(shape, 3, -1.0);
-    let found = rule
-        .aggregate(1, &base, &contributions(&clients, &adapters), &[])
-        .unwrap();
+    let found = rule.aggregate(1, &base, &given(&clients, &adapters), &[]).unwrap();
     for place in shape.places(1, 3) {
         let rows: Vec<f32> = found.values[place.a..place.b]
             .chunks_exact(place.inputs)
@@ -306,7 +311,7 @@ fn nobody_can_lie_alone_where_the_mean_can_be_bought() {
     let shape = shape(4, Trained::Both);
     let adapters = [1.0, 2.0, 1e6].map(|value| constant(&shape, 4, value));
     let first = |aggregation| {
-        let found = rule(aggregation, 4).aggregate(1, &[], &contributions(&clients, &adapters), &[]);
+        let found = rule(aggregation, 4).aggregate(1, &[], &given(&clients, &adapters), &[]);
         found.unwrap().values[0]
     };
     assert!(first(Aggregation::Mean) > 9e5);
@@ -330,7 +335,7 @@ fn the_servers_copy_counts_for_everybody_it_stands_for() {
         (Aggregation::Mean, 4.0),
     ] {
         let found = rule(aggregation, 4)
-            .aggregate(2, &[], &contributions(&clients, &adapters), &copy)
+            .aggregate(2, &[], &given(&clients, &adapters), &copy)
             .unwrap();
         let (first, second) = found.values.split_at(shape.len(1, 4));
         assert_eq!((first[0], second[0]), (10.0, expected), "{aggregation}");
@@ -348,7 +353,7 @@ fn a_component_that_is_zero_can_still_be_trained() {
         }
     }
     let found = rule
-        .aggregate(1, &[], &contributions(&[(1, 1, 4), (2, 1, 4)], &adapters), &[])
+        .aggregate(1, &[], &given(&[(1, 1, 4), (2, 1, 4)], &adapters), &[])
         .unwrap();
     let mean = weighted_mean(&[(1, &adapters[0]), (2, &adapters[1])]).unwrap();
     assert_eq!(found.values, mean);
@@ -395,8 +400,7 @@ fn what_cannot_be_aggregated_is_named() {
     let shape = rule.shape();
     let whole = shape.len(1, 4);
     let error = |clients: &[Client], adapters: &[Vec<f32>], copy: &[f32]| {
-        rule.aggregate(1, &[], &contributions(clients, adapters), copy)
-            .unwrap_err()
+        rule.aggregate(1, &[], &given(clients, adapters), copy).unwrap_err()
     };
     assert_eq!(error(&[], &[], &[]), AverageError::Empty);
     let good = constant(shape, 4, 1.0);
@@ -483,9 +487,7 @@ fn a_round_that_moves_further_than_training_can_is_told_from_one_that_does_not()
             steps.iter().map(moved).collect()
         };
         let found = |adapters: &[Vec<f32>], rule: &Rule| {
-            let found = rule
-                .aggregate(2, &base, &contributions(&clients, adapters), &[])
-                .unwrap();
+            let found = rule.aggregate(2, &base, &given(&clients, adapters), &[]).unwrap();
             rule.impossible(2, &base, (&found.values, found.exact.as_ref()), most, false)
         };
         assert_eq!(found(&moved(0.25), &rule), None, "{aggregation}");

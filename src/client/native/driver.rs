@@ -12,7 +12,6 @@ use super::super::{self as client, Plan, capabilities};
 use super::fetch::Fetcher;
 use super::thread::{Reply, Task, start_thread};
 use super::{Error, Report, Settings, Source, Summary};
-use crate::model::adapter::Adapter;
 use crate::protocol::message::{Assignment, Blob, PROTOCOL_VERSION};
 use crate::protocol::{
     ClientConfig, ClientEvent, ClientFailure, ClientSession, Endpoint, FinishReason, MAX_FRAME_BYTES, Transmit,
@@ -474,7 +473,7 @@ impl Driver {
         let (Some(directory), Some(plan)) = (&self.settings.adapter_out, &self.plan) else {
             return Ok(());
         };
-        Adapter::from_values(&plan.config, &plan.training.spec, 0..plan.cut, values.to_vec())
+        plan.adapter(values)
             .and_then(|adapter| adapter.save(directory, &plan.config, ""))
             .map_err(|error| client::Error::from(error).into())
     }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::super::message::{Exclusion, ExclusionReason, Inclusion, RefusalReason, Version};
 use super::super::{ConnectionId, DepartureReason};
+use crate::terms::aggregation::Aggregation;
 use crate::terms::ids::{ClientId, RoundKey};
 
 /// Where the main server is.
@@ -22,6 +23,8 @@ pub struct FederatedConfig {
     /// What this server speaks: `PROTOCOL_VERSION`.
     pub version: Version,
     pub control: ControlAccess,
+    /// What a main server's runs are to be aggregated by; another is refused. `None` leaves it to the main server.
+    pub aggregation: Option<Aggregation>,
     /// More clients than these are refused.
     pub max_clients: u32,
     pub ping_interval: Duration,

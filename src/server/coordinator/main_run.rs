@@ -16,6 +16,7 @@ use super::measure::RoundMeasure;
 use crate::model::architecture::Architecture;
 use crate::protocol::{LeftOut, MainServerSession, Occasion, RunEnd};
 use crate::split::Training;
+use crate::terms::aggregation::Aggregation;
 use crate::terms::ids::{ClientId, StepKey};
 
 /// The main server's session with what it computes and counts.
@@ -148,6 +149,7 @@ pub struct About {
     pub model: String,
     pub architecture: Architecture,
     pub training: Training,
+    pub aggregation: Aggregation,
     pub rounds: u32,
     pub local_steps: u32,
     pub validates: bool,

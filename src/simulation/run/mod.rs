@@ -20,7 +20,7 @@ use std::time::Duration;
 use super::network::{Happening, Network, SocketId, Traffic};
 use super::outcome::{ClientOutcome, Outcome};
 use super::scenario::{Fault, Scenario};
-use super::toy::{BLOCKS, NUMBERS, Trained, assignment, initial_adapter};
+use super::toy::{BLOCKS, NUMBERS, Trained, assignment, initial_adapter, rule};
 use crate::protocol::message::{Digest, PROTOCOL_VERSION};
 use crate::protocol::{
     AdapterInput, ClientSession, ControlAccess, ControlConfig, ControlSession, FederatedConfig, FederatedServerSession,
@@ -194,6 +194,8 @@ impl World {
                     adapter: initial_adapter()[..NUMBERS].to_vec(),
                     moments: None,
                     cuts: BTreeMap::new(),
+                    rule: Some(rule(scenario.aggregation)),
+                    ranks: Vec::new(),
                 },
                 largest_update: (3 * BLOCKS * NUMBERS) as u64,
                 plans: !(scenario.splits.is_empty() && scenario.cuts.is_empty()),
@@ -216,6 +218,7 @@ impl World {
         let federated = FederatedServerSession::new(FederatedConfig {
             version: PROTOCOL_VERSION,
             control: control_access,
+            aggregation: None,
             max_clients: 1000,
             ping_interval: crate::protocol::PING_INTERVAL,
         });

@@ -5,9 +5,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::super::outcome::{Phase, RoundRecord};
-use super::super::toy::{NUMBERS, Trained, assignment, from_tensor, initial_adapter, to_tensor};
+use super::super::toy::{NUMBERS, Trained, assignment, from_tensor, initial_adapter, rule, to_tensor};
 use super::{Lane, Node, Own, World};
-use crate::federated::{mean_of_prefixes, weighted_mean};
+use crate::federated::ClientAdapter;
 use crate::protocol::message::{Exclusion, Inclusion};
 use crate::protocol::{AdapterInput, Contribution, GradientOutput, LeftOut, MainEvent, Occasion, Placement, RoundPlan};
 use crate::terms::ids::{ClientId, StepKey};
@@ -66,6 +66,8 @@ impl World {
             adapter: self.average.clone(),
             moments: None,
             cuts: self.cuts.clone(),
+            rule: Some(rule(self.scenario.aggregation)),
+            ranks: Vec::new(),
         }
     }
 
@@ -95,6 +97,8 @@ impl World {
             adapter: self.average.clone(),
             moments: going,
             cuts: BTreeMap::new(),
+            rule: Some(rule(self.scenario.aggregation)),
+            ranks: Vec::new(),
         })
     }
 
@@ -143,6 +147,7 @@ impl World {
                 included,
                 excluded,
                 collected,
+                ..
             } => {
                 let record = RoundRecord {
                     round,
@@ -278,8 +283,14 @@ impl World {
             None => found.push(format!("{round} has an adapter that was never sent")),
             Some(uploads) => {
                 let copy = self.copies.get(&round).map_or(&[][..], Vec::as_slice);
-                let values: Vec<(u64, &[f32])> = (uploads.iter())
-                    .map(|input| (input.examples, input.values.as_slice()))
+                let rule = rule(self.scenario.aggregation);
+                let contributions: Vec<ClientAdapter<'_>> = (uploads.iter())
+                    .map(|input| ClientAdapter {
+                        weight: input.examples,
+                        blocks: input.values.len() / NUMBERS,
+                        rank: 1,
+                        values: &input.values,
+                    })
                     .collect();
                 let mean = |part: &dyn Fn(&AdapterInput) -> Option<Vec<f32>>| {
                     let parts: Option<Vec<(u64, Vec<f32>)>> = uploads
@@ -291,10 +302,13 @@ impl World {
                         .iter()
                         .map(|(examples, values)| (*examples, values.as_slice()))
                         .collect();
-                    weighted_mean(&weighted).ok()
+                    rule.moments(&weighted).ok()
                 };
                 let expected = [
-                    mean_of_prefixes(&values, self.average.len(), copy).ok(),
+                    (rule
+                        .aggregate(self.average.len() / NUMBERS, &[], &contributions, copy)
+                        .ok())
+                    .map(|aggregate| aggregate.values),
                     mean(&|input| Some(input.moments.as_ref()?.first.clone())),
                     mean(&|input| Some(input.moments.as_ref()?.second.clone())),
                 ];

@@ -8,6 +8,7 @@ use sflllm::protocol::codec::{
 };
 use sflllm::protocol::message::*;
 use sflllm::protocol::*;
+use sflllm::terms::adapter::Trained;
 use sflllm::terms::format::Format;
 use sflllm::terms::ids::{RoundKey, RunId, StepKey};
 use sflllm::terms::moments::MomentPolicy;
@@ -69,6 +70,7 @@ pub fn assignment(run: RunId) -> Assignment {
         tokenizer: Vec::new(),
         adapter_len: ADAPTER.len() as u64,
         alphas: Vec::new(),
+        trained: Trained::Both,
     }
 }
 
@@ -101,6 +103,8 @@ pub fn main_config(clients: u32) -> MainConfig {
             adapter: ADAPTER.to_vec(),
             moments: None,
             cuts: BTreeMap::new(),
+            rule: None,
+            ranks: Vec::new(),
         },
         largest_update: ADAPTER.len() as u64,
         plans: false,
@@ -118,6 +122,7 @@ pub fn federated_config() -> FederatedConfig {
     FederatedConfig {
         version: PROTOCOL_VERSION,
         control: ControlAccess::Local,
+        aggregation: None,
         max_clients: 100,
         ping_interval: PING_INTERVAL,
     }

@@ -7,6 +7,8 @@ use sflllm::protocol::message::*;
 use sflllm::protocol::*;
 use sflllm::simulation::{Fault, Scenario, Weather, simulate};
 
+use sflllm::terms::aggregation::Aggregation;
+
 use super::peer::*;
 
 fn fault(clients: usize) -> impl Strategy<Value = Fault> {
@@ -29,6 +31,7 @@ fn scenario() -> impl Strategy<Value = Scenario> {
         prop::collection::vec(1_u32..4, 0..4),
         prop_oneof![2 => Just(Vec::new()), 1 => prop::collection::vec(1_u32..4, 1..5)],
         prop::option::of((1e4..1e7_f64, 1e4..1e7_f64)),
+        prop::sample::select(Aggregation::ALL),
     );
     (
         any::<u64>(),
@@ -40,7 +43,7 @@ fn scenario() -> impl Strategy<Value = Scenario> {
         plan,
     )
         .prop_flat_map(
-            |(seed, weather, clients, rounds, local_steps, remote_control, (splits, cuts, rates))| {
+            |(seed, weather, clients, rounds, local_steps, remote_control, (splits, cuts, rates, aggregation))| {
                 let moment = (0_u64..60_000).prop_map(Duration::from_millis);
                 (
                     1..=clients as u32,
@@ -60,6 +63,7 @@ fn scenario() -> impl Strategy<Value = Scenario> {
                             faults,
                             splits: splits.clone(),
                             cuts: cuts.clone(),
+                            aggregation,
                             rates: rates.and_then(|(main, federated)| LinkRates::new(main, federated)),
                             wait_for_client: seconds(400),
                             time_limit: seconds(3600),
@@ -73,8 +77,8 @@ fn scenario() -> impl Strategy<Value = Scenario> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(4000))]
 
-    /// Whatever happens, the weights of every step add up to 1, nobody who has left contributes, every average is the
-    /// mean of what its members sent (`violations`), and the run ends.
+    /// Whatever happens, the weights of every step add up to 1, nobody who has left contributes, every average is
+    /// what its rule makes of what its members sent (`violations`), and the run ends.
     #[test]
     fn whoever_joins_and_leaves_when_the_run_ends_and_every_average_is_right(scenario in scenario()) {
         let outcome = simulate(&scenario);
