@@ -964,7 +964,7 @@ fn the_bytes_of_aggregation_are_those_of_this_version() {
         Err(DecodeError::Range("a list of no ranks"))
     );
 
-    let closed = |exact, errors| {
+    let closed = |exact: Option<Exact>, errors| {
         let mean = Mean {
             digest: Digest([9; 32]),
             values: vec![1.5],
