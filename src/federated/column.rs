@@ -22,6 +22,8 @@ pub(super) struct Column {
     pub copy_stands_for: usize,
     /// Weight of the clients that hold the block, but at a smaller rank.
     pub narrower: u64,
+    /// Whether it is a value of B.
+    pub is_b: bool,
 }
 
 /// Makes each value of an adapter of `blocks` blocks at the shape's rank from those who have it. Where `reduce` gives nothing it
@@ -56,7 +58,7 @@ pub(super) fn reduce(
                     true => place.b + other * place.rank + component,
                 };
                 column.entries.clear();
-                (column.copy_stands_for, column.narrower) = (0, 0);
+                (column.copy_stands_for, column.narrower, column.is_b) = (0, 0, is_b);
                 for (adapter, places) in adapters.iter().zip(&own) {
                     match places.get(index) {
                         Some(place) if component < place.rank => column.entries.push(Entry {

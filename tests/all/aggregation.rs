@@ -258,8 +258,8 @@ proptest! {
     }
 
     #[test]
-    fn a_narrow_client_has_no_say_in_the_mean_of_what_it_does_not_have(seed: u64, clients in clients()) {
-        // All but the last have the whole rank: beyond its rank the mean is that of the others, bit for bit.
+    fn a_narrow_client_has_no_say_in_rows_that_it_does_not_have_and_counts_as_zero_in_columns(seed: u64, clients in clients()) {
+        // All but the last have the whole rank: beyond its rank the mean of A is that of the others, bit for bit.
         let mut clients: Vec<Client> = clients.into_iter().map(|(weight, _, _)| (weight, 3, 16)).collect();
         let (others, _) = case(seed, Aggregation::Mean, &clients);
         let whole = shape(16, Trained::Both);
@@ -275,7 +275,11 @@ proptest! {
             prop_assert_ne!(with.values[place.a], others.values[place.a]);
             let b = place.b..place.b + 16 * place.outputs;
             for (with, others) in with.values[b.clone()].chunks_exact(16).zip(others.values[b].chunks_exact(16)) {
-                prop_assert_eq!(&with[4..], &others[4..]);
+                let total: u64 = clients.iter().map(|(weight, ..)| weight).sum();
+                for (with, others) in with[4..].iter().zip(&others[4..]) {
+                    let expected = others * (total - 50) as f32 / total as f32;
+                    prop_assert!((with - expected).abs() <= 1e-6, "{with}, not {expected}");
+                }
                 prop_assert_ne!(with[0], others[0]);
             }
         }
@@ -288,7 +292,7 @@ fn constant(shape: &AdapterShape, rank: usize, value: f32) -> Vec<f32> {
 }
 
 #[test]
-fn a_value_is_averaged_over_those_who_have_it_and_stays_where_nobody_has() {
+fn rows_of_a_are_averaged_over_those_who_have_them_and_columns_of_b_over_all() {
     let rule = rule(Aggregation::Mean, 3);
     let shape = rule.shape();
     let clients = [(1, 1, 1), (3, 1, 2)];
@@ -301,7 +305,8 @@ fn a_value_is_averaged_over_those_who_have_it_and_stays_where_nobody_has() {
             .map(|row| row[0])
             .collect();
         assert_eq!(rows, [5.0, 4.0, -1.0]);
-        assert_eq!(found.values[place.b..place.b + 3], [5.0, 4.0, -1.0]);
+        // The column that the first client does not have is zero in its product; what nobody has stays.
+        assert_eq!(found.values[place.b..place.b + 3], [5.0, 3.0, -1.0]);
     }
 }
 
