@@ -20,11 +20,11 @@ const CUT: usize = 1;
 
 fn first_batch(source: &Source) -> Batch {
     let options = source.data_options(
-        source.config.positions,
+        source.architecture.positions,
         &sflllm::cli::options::ReadingOptions::default(),
     );
     let data = Dataset::read(DEMO_TRAIN, "demo", source.tokenize(), &options).unwrap();
-    pass(&data.examples, BATCH, source.config.positions)
+    pass(&data.examples, BATCH, source.architecture.positions)
         .unwrap()
         .next()
         .unwrap()
@@ -35,7 +35,7 @@ fn steps(criterion: &mut Criterion) {
         let holding = Holding::As(Format::F16);
         let source = Source::demo(holding).unwrap();
         let batch = first_batch(&source);
-        let config = source.config.clone();
+        let config = source.architecture.clone();
         let spec = LoraSpec::new(8, 16.0, [Target::AttnQkv]).unwrap();
         let adapter = Adapter::init(&config, &spec, 0..config.blocks, 0).unwrap();
         let training = Training {

@@ -4,9 +4,12 @@
 //! answer to whether a place is free: finished work is never overwritten, and no two processes write in one place. Native only.
 
 use std::fs::{File, TryLockError};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use crate::machine;
 
 /// Why something cannot be written.
 #[derive(Debug, thiserror::Error)]
@@ -17,8 +20,12 @@ pub enum Error {
         what: &'static str,
         option: &'static str,
     },
-    #[error("another sflllm is writing to {path}: wait for its end, or give another {option}")]
-    Busy { path: String, option: &'static str },
+    #[error("another sflllm{} is writing to {path}: wait for its end, or give another {option}", holder.in_brackets())]
+    Busy {
+        path: String,
+        option: &'static str,
+        holder: Holder,
+    },
     #[error("cannot {action} {path}: {source}")]
     File {
         action: &'static str,
@@ -73,6 +80,73 @@ fn sync_directory(path: &Path) {
     let _ = path;
 }
 
+/// The process that holds a [`Claim`], as it has written into the lock itself. Not every system lets others read that.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Holder {
+    pub process: Option<u32>,
+    pub host: Option<String>,
+}
+
+impl Holder {
+    fn this() -> Self {
+        Self {
+            process: Some(std::process::id()),
+            host: machine::host_name(),
+        }
+    }
+
+    /// `123 desk.local`, as it stands in the lock.
+    fn line(&self) -> String {
+        let process = self.process.map(|process| process.to_string());
+        format!(
+            "{} {}\n",
+            process.as_deref().unwrap_or_default(),
+            self.host.as_deref().unwrap_or_default()
+        )
+    }
+
+    fn read(lock: &Path) -> Self {
+        let mut text = String::new();
+        let read = File::open(lock).and_then(|file| file.take(1000).read_to_string(&mut text));
+        let mut words = match read {
+            Ok(_) => text.split_whitespace(),
+            Err(_) => "".split_whitespace(),
+        };
+        let process = words.next().and_then(|word| word.parse().ok());
+        let host = words.next().filter(|_| process.is_some());
+        Self {
+            process,
+            host: host.map(str::to_owned),
+        }
+    }
+
+    /// ` (process 123 on desk.local)`, or nothing.
+    fn in_brackets(&self) -> String {
+        match (self.process, &self.host) {
+            (Some(process), Some(host)) => format!(" (process {process} on {host})"),
+            (Some(process), None) => format!(" (process {process})"),
+            (None, _) => String::new(),
+        }
+    }
+}
+
+/// Who has claimed a directory, if somebody has. It never takes the claim itself, but whoever claims at this very moment has to
+/// wait a little.
+pub fn holder(directory: &Path) -> Option<Holder> {
+    let lock = directory.join(LOCK);
+    // Shared, so that those who ask do not see each other.
+    match File::open(&lock).ok()?.try_lock_shared() {
+        Err(TryLockError::WouldBlock) => Some(Holder::read(&lock)),
+        Ok(()) | Err(TryLockError::Error(_)) => None,
+    }
+}
+
+/// The lock's name in a claimed directory.
+const LOCK: &str = ".lock";
+/// How often, and with which pause, a lock is asked for that [`holder`] may have for a moment.
+const TRIES: usize = 5;
+const PAUSE: Duration = Duration::from_millis(2);
+
 /// The right to write in one place, until it is dropped or the process ends, however it ends.
 ///
 /// It is a lock that the operating system holds on a hidden file, which goes with the claim.
@@ -106,7 +180,7 @@ impl Claim {
             Ok(()) => make_directories(path)?,
             Err(_) => Vec::new(),
         };
-        let claim = Self::lock(path.join(".lock"), made, path, option);
+        let claim = Self::lock(path.join(LOCK), made, path, option);
         match (first, claim) {
             // A run that goes on explains the files.
             (_, Err(busy @ Error::Busy { .. })) => Err(busy),
@@ -117,6 +191,14 @@ impl Claim {
                 Ok(claim)
             }
         }
+    }
+
+    /// Claims a directory that is there, to go on with what it holds.
+    ///
+    /// # Errors
+    /// [`Error::Busy`], [`Error::File`].
+    pub fn existing(path: &Path, option: &'static str) -> Result<Self, Error> {
+        Self::lock(path.join(LOCK), Vec::new(), path, option)
     }
 
     /// Claims a file that this command goes on with or makes, whichever it finds.
@@ -150,8 +232,9 @@ impl Claim {
 
     fn lock(lock: PathBuf, made: Vec<PathBuf>, path: &Path, option: &'static str) -> Result<Self, Error> {
         let mut claim = Self { lock, file: None, made };
+        let mut tries = TRIES;
         loop {
-            let opened = File::options()
+            let mut opened = File::options()
                 .write(true)
                 .create(true)
                 .truncate(false)
@@ -159,10 +242,16 @@ impl Claim {
                 .map_err(|error| Error::file("write", &claim.lock, error))?;
             match opened.try_lock() {
                 Ok(()) => {}
+                Err(TryLockError::WouldBlock) if tries > 1 => {
+                    tries -= 1;
+                    std::thread::sleep(PAUSE);
+                    continue;
+                }
                 Err(TryLockError::WouldBlock) => {
                     return Err(Error::Busy {
                         path: path.display().to_string(),
                         option,
+                        holder: Holder::read(&claim.lock),
                     });
                 }
                 // What is finished is still refused there.
@@ -173,6 +262,8 @@ impl Claim {
             }
             // Whoever had it before may have removed the file since it was opened here.
             if is_at(&opened, &claim.lock) {
+                // For people. The lock holds without it, on a full disk for instance.
+                let _ = (opened.set_len(0)).and_then(|()| opened.write_all(Holder::this().line().as_bytes()));
                 claim.file = Some(opened);
                 return Ok(claim);
             }
@@ -341,6 +432,34 @@ mod tests {
         assert!(matches!(claim(&path), Err(Error::Busy { .. })));
         drop(first);
         assert!(matches!(claim(&path), Err(Error::Taken { .. })));
+        assert_eq!(names(&path), ["run.json"]);
+    }
+
+    #[test]
+    fn who_holds_a_claim_is_named_by_it_and_to_those_who_ask() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("run");
+        assert_eq!(holder(&path), None);
+        let first = claim(&path).unwrap();
+        let named = format!("another sflllm (process {}", std::process::id());
+        for error in [
+            claim(&path).unwrap_err(),
+            Claim::existing(&path, "--resume").unwrap_err(),
+        ] {
+            let error = error.to_string();
+            // Where a lock keeps others from reading, nobody is named.
+            assert!(error.starts_with(&named) || cfg!(not(unix)), "{error}");
+        }
+        assert!(holder(&path).is_some());
+        // A process that was killed leaves its lock, which nobody holds.
+        std::fs::write(path.join("run.json"), "{}").unwrap();
+        let left = std::fs::read(path.join(LOCK)).unwrap_or_default();
+        drop(first);
+        std::fs::write(path.join(LOCK), left).unwrap();
+        assert_eq!(holder(&path), None);
+        let again = Claim::existing(&path, "--resume").unwrap();
+        assert!(holder(&path).is_some());
+        drop(again);
         assert_eq!(names(&path), ["run.json"]);
     }
 

@@ -13,7 +13,8 @@
 //!
 //! * `kernels`: every kernel on this machine's GPU against its specification ([`kernels::examples`], [`compute::Engine`]);
 //! * `train`: a model from files, an adapter, ten steps on one device ([`model::central::Central`]);
-//! * `sessions`: main server, federated server and client as values in one process ([`protocol`], [`split`]);
+//! * `sessions`: main server, federated server and two clients in one process train a split model ([`protocol::LocalRun`],
+//!   [`client::local`], [`split::ServerPart`]);
 //! * `allocation`: a scenario's best plan and the bound below it ([`allocation::solve`]).
 //!
 //! ```
@@ -40,15 +41,18 @@
 //! ```text
 //! terms                                uses nothing of ours; all that follow may use it
 //! compute, data, federated             nothing else
-//! transport, disk, hub (native)        nothing of ours
+//! machine, transport, hub (native)     nothing of ours
+//! disk (native)                        machine
 //! protocol                             federated
 //! kernels                              compute
 //! model                                kernels, compute (native: disk)
 //! split                                model, kernels, compute
 //! allocation                           model
-//! simulation                           protocol, federated
-//! client                               split, model, protocol, data, compute (native: transport)
-//! server (native)                      split, model, protocol, data, compute, federated, allocation, transport, disk
+//! simulation                           protocol, federated, client, data
+//! client                               split, model, protocol, data, compute (native: transport, disk, machine)
+//! runs (native)                        model, transport, disk
+//! server (native)                      split, model, protocol, data, compute, federated, allocation, transport, disk,
+//!                                      machine, runs
 //! cli (native)                         all of them
 //! ```
 //!
@@ -61,14 +65,16 @@
 //! * [`federated`]: clients' adapters to one: means, trimmed means, medians, exact products.
 //! * [`protocol`]: messages and state machines of client, main server and federated server, without sockets or clocks.
 //! * [`allocation`]: who gets which subchannels, power, cut and rank, so that training takes the least time; certified.
-//! * [`simulation`]: a seeded network in virtual time around the state machines.
+//! * [`simulation`]: a seeded network in virtual time around the state machines, the clients' ([`client::edge`]) among them.
 //! * [`data`]: files into examples, examples into batches.
-//! * [`client`]: an edge client: session + client part + data, natively and in a browser.
+//! * [`client`]: an edge client: session + client part + data. [`client::edge`] says what is done when; a native process and a browser
+//!   carry it out; [`client::local`] does without it, in one thread with its servers.
+//! * `runs`: the directory that a run has to itself, and the snapshots that it resumes from.
 //! * `hub`: models by name from huggingface.co, in the cache that Python's huggingface_hub keeps.
 //!
 //! # One training step
 //!
-//! 1. [`client`] hands received bytes to its [`protocol`] session, which asks for step n.
+//! 1. [`client::edge`] hands received bytes to its [`protocol`] session, which asks for step n.
 //! 2. [`data`] gives tokens and targets; [`split::ClientPart`] replays its prepared forward recording ([`model::stack`]) and reads
 //!    the cut activations back in their wire form.
 //! 3. The session sends them; the main server's session collects the contributions of the step's members.
@@ -85,17 +91,27 @@
     expect(clippy::arc_with_non_send_sync, reason = "a browser's Worker has one thread")
 )]
 
+#[warn(missing_docs)]
 pub mod allocation;
+#[warn(missing_docs)]
 pub mod client;
+#[warn(missing_docs)]
 pub mod compute;
+#[warn(missing_docs)]
 pub mod data;
+#[warn(missing_docs)]
 pub mod federated;
 pub mod kernels;
 pub mod model;
 pub mod protocol;
-pub mod simulation;
+#[warn(missing_docs)]
 pub mod split;
+#[warn(missing_docs)]
 pub mod terms;
+
+// Test support: what a simulated run tells is for tests of these machines.
+#[doc(hidden)]
+pub mod simulation;
 
 // The program's own rooms: reachable for its binary and tests, and no promise to anybody else.
 #[cfg(all(feature = "program", not(target_arch = "wasm32")))]
@@ -107,6 +123,12 @@ pub mod disk;
 #[cfg(all(feature = "program", not(target_arch = "wasm32")))]
 #[doc(hidden)]
 pub mod hub;
+#[cfg(not(target_arch = "wasm32"))]
+#[doc(hidden)]
+pub mod machine;
+#[cfg(all(feature = "program", not(target_arch = "wasm32")))]
+#[doc(hidden)]
+pub mod runs;
 #[cfg(all(feature = "program", not(target_arch = "wasm32")))]
 #[doc(hidden)]
 pub mod server;

@@ -36,7 +36,9 @@ async function readFrom(url, size, write, offset, onBytes, bearer, options) {
     // A server that ignores the range starts again at the beginning.
     if (!(offset > 0 && response.status === 200)) {
       const error = new Error(`the server answered ${response.status} for ${url}`);
-      error.final = response.status >= 400 && response.status < 500;
+      error.final = response.status >= 400 && response.status < 500 && response.status !== 429;
+      // A ticket that is good no more is about to be replaced.
+      error.lasts = error.final && response.status !== 401;
       throw error;
     }
     onBytes(-offset);
@@ -50,7 +52,7 @@ async function readFrom(url, size, write, offset, onBytes, bearer, options) {
       if (done) return at;
       if (at + value.length > size) {
         const error = new Error(`the server sent more than the ${size} bytes it announced for ${url}`);
-        error.final = true;
+        error.final = error.lasts = true;
         throw error;
       }
       write(value, at);
@@ -76,7 +78,8 @@ async function fetchRest(blob, write, at, { onBytes, onWire, bearer, signal }, o
       if (at < size) throw new Error(`the connection ended after ${at} of ${size} bytes of ${url}`);
     } catch (error) {
       at = error.reached ?? at;
-      if (error.final || signal.aborted || attempt >= TRIES) throw error;
+      // Whoever asked may ask again, unless that can be no use.
+      if (error.final || signal.aborted || attempt >= TRIES) throw Object.assign(error, { passes: !error.lasts });
       await pause(500 * 2 ** attempt);
     }
   }

@@ -1,8 +1,8 @@
 // The page: a form, a few figures and a chart. It computes nothing; the Worker does, and sends what to show.
 //
-// Messages to the Worker:   diagnose | join {token, name, engine, source} | leave
-// Messages from the Worker: diagnosis | state | device | loading | plan | step | round | members | traffic |
-//                           held
+// Messages to the Worker:   look {slot} | diagnose | join {token, name, engine, source, resume} | leave | hide
+// Messages from the Worker: left | kept | member | note | diagnosis | state | device | loading | plan | step | round | members |
+//                           traffic | held
 // `data-*` on the root element mirror what is shown, for automation.
 
 import { lossChart } from './chart.js';
@@ -58,6 +58,9 @@ const view = {
   validPoints: [],
   wakeLock: null,
 };
+
+// The name of what the Worker keeps of a run lives as long as this tab, through reloads.
+const SLOT = 'sflllm-slot';
 
 const worker = new Worker(new URL('./worker.js', import.meta.url), { type: 'module' });
 const chart = lossChart(element('chart'));
@@ -125,11 +128,36 @@ function draw() {
 // ---- what the Worker says -----------------------------------------------------------------------------------------
 
 const handlers = {
+  // An earlier visit left a run. This tab's own is gone on with at once where that is asked for.
+  left({ own, client, round }) {
+    element('continue').textContent = `Continue the run as client ${client}, from round ${round}`;
+    element('continue').hidden = own && view.joinAtOnce;
+  },
+
+  kept({ slot }) {
+    element('continue').hidden = true;
+    try {
+      if (slot) sessionStorage.setItem(SLOT, slot);
+      else sessionStorage.removeItem(SLOT);
+    } catch {
+      // Without storage a reload begins anew.
+    }
+  },
+
+  member({ client }) {
+    root.dataset.client = String(client);
+  },
+
+  note({ message }) {
+    element('note').textContent = message;
+    element('note').hidden = !message;
+  },
+
   diagnosis({ failed, device, detail }) {
     root.dataset.device = device;
     if (!failed) {
       element('device').textContent = `Will compute on ${device}.`;
-      if (view.joinAtOnce) join();
+      if (view.joinAtOnce) join('own');
       return;
     }
     const problem = PROBLEMS[failed];
@@ -138,7 +166,7 @@ const handlers = {
     element('engine').value = 'cpu';
     element('engine').options[0].disabled = true;
     if (view.joinAtOnce) {
-      join();
+      join('own');
       return;
     }
     element('join-button').textContent = 'Join with the CPU (slower)';
@@ -243,9 +271,10 @@ function clearCurve() {
   element('rounds-block').hidden = true;
 }
 
-function join() {
+// `resume` is 'own' to go on with what this tab had before it was loaded again, 'left' for whatever an earlier visit left.
+function join(resume = null) {
   const wantsFile = element('join').elements.data.value === 'file';
-  if (wantsFile && !view.file) {
+  if (wantsFile && !view.file && resume !== 'left') {
     element('file').click();
     return;
   }
@@ -259,7 +288,8 @@ function join() {
     token: view.token || element('token').value.trim(),
     name: element('name').value.trim(),
     engine: element('engine').value,
-    source: wantsFile ? { kind: 'file', file: view.file } : { kind: 'demo' },
+    source: wantsFile && view.file ? { kind: 'file', file: view.file } : { kind: 'demo' },
+    resume,
   });
   element('leave').focus({ preventScroll: true });
 }
@@ -268,6 +298,8 @@ element('join').addEventListener('submit', (event) => {
   event.preventDefault();
   join();
 });
+
+element('continue').addEventListener('click', () => join('left'));
 
 element('leave').addEventListener('click', () => {
   if (view.running) {
@@ -321,7 +353,7 @@ async function keepAwake(wanted) {
 }
 
 document.addEventListener('visibilitychange', () => keepAwake(view.running));
-window.addEventListener('pagehide', () => worker.postMessage({ type: 'leave' }));
+window.addEventListener('pagehide', () => worker.postMessage({ type: 'hide' }));
 
 function deviceName() {
   const agent = navigator.userAgent;
@@ -347,12 +379,21 @@ function readAddress() {
   element('name').value = query.get('name') || deviceName();
 }
 
+function ownSlot() {
+  try {
+    return sessionStorage.getItem(SLOT);
+  } catch {
+    return null;
+  }
+}
+
 readAddress();
 setState('idle');
 draw();
+worker.postMessage({ type: 'look', slot: ownSlot() });
 if (view.engineChosen && view.joinAtOnce) {
   root.dataset.device = 'CPU';
-  join();
+  join('own');
 } else {
   worker.postMessage({ type: 'diagnose' });
 }

@@ -3,9 +3,10 @@
 // The engine (`EdgeClient`) owns the protocol, the model and the training loop. It asks for what only a browser has by
 // calling `perform` with an action; `actions` below has one function for each. `page.js` lists the page's messages.
 
-import init, { EdgeClient, openDevice } from './sflllm.js';
+import init, { EdgeClient, openDevice, readState } from './sflllm.js';
 import { fetchBlob, fetchFile, forgetBlob } from './blob.js';
 import { readExamples } from './codec.js';
+import { Slot } from './slot.js';
 
 // Demo text is dealt out in this many parts, so that tabs on one text still bring different examples.
 const DEMO_PARTS = 4;
@@ -19,6 +20,8 @@ let wasm = null;
 let memory = null;
 let gpu = null;
 let run = null;
+// What an earlier visit left, until it is gone on with or forgotten.
+let left = null;
 
 // ---- the device ---------------------------------------------------------------------------------------------------
 
@@ -67,9 +70,9 @@ async function chosenDevice(engine) {
 // ---- one run ------------------------------------------------------------------------------------------------------
 
 class Run {
-  constructor(wish, restarts) {
+  constructor(wish, slot, restarts) {
     const { token, name, engine, source } = wish;
-    Object.assign(this, { wish, restarts, token, name, engine, source });
+    Object.assign(this, { wish, slot, restarts, token, name, engine, source });
     this.sockets = [null, null];
     this.timer = 0;
     this.sent = 0;
@@ -80,16 +83,17 @@ class Run {
     // Open until the end, since the engine reads from them; by hash.
     this.files = new Map();
     this.prepared = false;
+    this.leaving = false;
     this.state = 'connecting';
   }
 
   async start() {
     const { device, name } = await chosenDevice(this.engine);
     say('device', { device: name });
-    const perform = (action) => {
-      if (run === this) this.actions[action.type](action);
-    };
-    this.client = new EdgeClient(device, this.name, name, this.token, perform);
+    // Only what was to be stored has an answer.
+    const perform = (action) => (run === this ? this.actions[action.type](action) : undefined);
+    const kept = this.slot?.bytes ?? undefined;
+    this.client = new EdgeClient(device, this.name, name, this.token, Boolean(this.slot), kept, perform);
     this.client.start();
   }
 
@@ -98,7 +102,9 @@ class Run {
     show(state, message);
   }
 
+  // The place in the run is kept for a page that is only loaded again, and given up by a person who leaves.
   leave() {
+    this.leaving = true;
     if (this.client) this.client.leave();
     else {
       this.end();
@@ -106,9 +112,13 @@ class Run {
     }
   }
 
-  end() {
+  end(next) {
     if (run === this) run = null;
     clearTimeout(this.timer);
+    if (!next) {
+      if (this.leaving) this.forget();
+      else this.slot?.close();
+    }
     this.loading?.abort();
     for (const socket of this.sockets) socket?.close();
     for (const file of this.files.values()) file.close();
@@ -120,7 +130,15 @@ class Run {
     });
   }
 
-  fail(title, remedy) {
+  forget() {
+    say('kept', { slot: null });
+    this.slot?.forget();
+    this.slot = null;
+  }
+
+  // `keeps` is whether there is a way back.
+  fail(title, remedy, keeps = false) {
+    this.leaving = !keeps;
     this.end();
     show('error', title, { title, remedy });
   }
@@ -155,18 +173,31 @@ class Run {
       clearTimeout(this.timer);
       this.timer = setTimeout(() => this.client.timeout(), milliseconds);
     },
-    lost: ({ endpoint, milliseconds }) => {
-      const server = endpoint === 0 ? 'server' : 'federated server';
-      this.show('connecting', `The ${server} is out of reach; trying again in ${Math.max(1, Math.round(milliseconds / 1000))} s`);
+    // Keeps what it takes to come back; the answer is what went wrong.
+    store: ({ bytes }) => this.slot?.store(bytes),
+    forget: () => this.forget(),
+    admitted: ({ client, again }) => {
+      say('member', { client });
+      if (!this.prepared) this.show(this.state, again ? 'Back in the run' : 'In the run');
     },
-    assigned: (assignment) => {
+    // What was kept, the text too, was for another run: a person decides whether it is for this one.
+    otherRun: () => {
+      this.other = true;
+      setTimeout(() => this.leave());
+    },
+    note: ({ message }) => say('note', { message }),
+    lost: ({ message }) => this.show('connecting', message),
+    plan: ({ rounds, localSteps }) => say('plan', { rounds, localSteps }),
+    fetch: (wanted) => {
       // A newer assignment replaces one that is still being loaded.
       this.loading?.abort();
       this.prepared = false;
       const loading = (this.loading = new AbortController());
-      say('plan', { rounds: assignment.rounds, localSteps: assignment.localSteps });
-      this.load(assignment, loading.signal).catch((error) => {
-        if (run === this && !loading.signal.aborted) this.fail('The model or the text could not be loaded', String(error.message ?? error));
+      this.load(wanted, loading.signal).catch((error) => {
+        if (run !== this || loading.signal.aborted) return;
+        // A server that cannot be reached now may be in a while.
+        const mayPass = Boolean(error.passes);
+        this.client.notFetched(String(error.message ?? error), mayPass);
       });
     },
     waiting: () => {
@@ -191,17 +222,17 @@ class Run {
     finished: ({ message, completed }) => {
       this.end();
       if (completed) show('done', message);
-      else show('idle', message);
+      else show('idle', this.other ? 'The server has another run by now; join to take part in that' : message);
     },
-    failed: ({ title, remedy }) => this.fail(title, remedy),
+    failed: ({ title, remedy, keeps }) => this.fail(title, remedy, keeps),
     deviceLost: ({ message }) => {
       if (this.restarts >= MOST_RESTARTS) {
         this.fail('The GPU was lost', message);
         return;
       }
-      this.end();
+      this.end(true);
       show('connecting', 'The GPU was lost; starting again on a new one');
-      join(this.wish, this.restarts + 1);
+      begin(this.wish, this.slot, this.restarts + 1);
     },
   };
 
@@ -267,7 +298,7 @@ class Run {
     }
     if (needsText) await this.readText(tokenizerFile, endToken, signal);
     this.show('loading', 'Preparing the device');
-    this.client.prepare();
+    this.client.fetched();
   }
 
   // Lets the engine read a part of the weights from a file, which is fetched anew if it is damaged. If that does not help, or there
@@ -317,8 +348,7 @@ class Run {
     const response = await fetch('/demo/train.txt', { signal });
     if (!response.ok) throw new Error(`the server has no demo text (${response.status}); choose a file instead`);
     const text = await response.text();
-    const part = Math.floor(Math.random() * DEMO_PARTS);
-    const lines = text.split('\n').filter((line, index) => line && index % DEMO_PARTS === part);
+    const lines = text.split('\n').filter((line, index) => line && index % DEMO_PARTS === this.source.part);
     this.count(0, text.length);
     return { name: 'the demo text', bytes: new TextEncoder().encode(lines.join('\n')) };
   }
@@ -326,9 +356,27 @@ class Run {
 
 // ---- the page -----------------------------------------------------------------------------------------------------
 
-async function join(wish, restarts) {
+// Goes on with what an earlier visit left, or begins anew.
+async function join({ resume, ...wish }) {
+  await looked;
+  // This tab's own, at once; what another has left, when a person says so.
+  const found = resume && (resume === 'left' || left?.own) ? left : null;
+  if (found) {
+    left = null;
+    const kept = found.wish;
+    return begin({ ...kept, token: wish.token || kept.token, engine: wish.engine === 'cpu' ? 'cpu' : kept.engine }, found.slot, 0);
+  }
+  if (resume) left?.slot.close();
+  else await left?.slot.forget();
+  left = null;
+  if (wish.source.kind === 'demo') wish.source.part = Math.floor(Math.random() * DEMO_PARTS);
+  return begin(wish, await Slot.begin(wish), 0);
+}
+
+async function begin(wish, slot, restarts) {
   run?.end();
-  const started = (run = new Run(wish, restarts));
+  const started = (run = new Run(wish, slot, restarts));
+  say('kept', { slot: slot?.id ?? null });
   try {
     await started.start();
   } catch (error) {
@@ -336,10 +384,22 @@ async function join(wish, restarts) {
   }
 }
 
+// What an earlier visit left; `slot` is what this tab had before it was loaded again.
+let looked = null;
+async function look({ slot }) {
+  await loadEngine();
+  const damaged = () => say('note', { message: 'What this page had kept of a run was damaged; it joins as a new one' });
+  left = await Slot.find(slot, readState, damaged).catch(() => null);
+  if (left) say('left', { own: left.own, client: left.slot.kept.client, round: left.slot.kept.round });
+}
+
 const requests = {
+  look: (message) => (looked = look(message)),
   diagnose: async () => say('diagnosis', await diagnose()),
-  join: (wish) => join(wish, 0),
+  join,
   leave: async () => run?.leave(),
+  // The page goes away, perhaps to come back.
+  hide: async () => run?.client?.leave(),
 };
 
 self.onmessage = ({ data }) => {

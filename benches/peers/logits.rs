@@ -26,9 +26,9 @@ fn main() -> anyhow::Result<()> {
     }
     let ids: Vec<u32> = serde_json::from_slice(&std::fs::read(ids).with_context(|| ids.clone())?)?;
     ensure!(
-        !ids.is_empty() && ids.iter().all(|&id| (id as usize) < source.config.vocab),
+        !ids.is_empty() && ids.iter().all(|&id| (id as usize) < source.architecture.vocab),
         "token ids below {}",
-        source.config.vocab
+        source.architecture.vocab
     );
     let adapter = words.get(3).map(|dir| source.adapter(dir.as_ref())).transpose()?;
     let engine = Engine::cpu();
@@ -37,14 +37,14 @@ fn main() -> anyhow::Result<()> {
         seq: ids.len(),
     };
     let weights = source.load(&engine)?;
-    let mut model = Central::new(&engine, &source.config, weights, adapter.as_ref(), extent, None)?;
+    let mut model = Central::new(&engine, &source.architecture, weights, adapter.as_ref(), extent, None)?;
     let rows = pollster::block_on(model.logits(&ids, ids.len(), 0..ids.len()))?;
 
     // The format's first version: its magic, the header's length, and a dictionary padded to a multiple of 64.
     let mut header = format!(
         "{{'descr': '<f4', 'fortran_order': False, 'shape': ({}, {}), }}",
         rows.len(),
-        source.config.vocab
+        source.architecture.vocab
     );
     while !(10 + header.len() + 1).is_multiple_of(64) {
         header.push(' ');

@@ -41,9 +41,11 @@ pub(crate) const MAX_SUBCHANNELS: usize = 1 << 16;
 /// A link of `subchannels` equal subchannels.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Channel {
+    /// How many.
     pub subchannels: usize,
     /// Of one subchannel.
     pub bandwidth_hz: f64,
+    /// How well signals arrive.
     pub snr_per_watt: SnrPerWatt,
     /// `[client]`: the most a client may send with, over all its subchannels.
     pub power_max_w: Vec<f64>,
@@ -52,10 +54,12 @@ pub struct Channel {
 }
 
 impl Channel {
+    /// How many clients share the link.
     pub fn clients(&self) -> usize {
         self.power_max_w.len()
     }
 
+    /// Whether a client has the same ratio on every subchannel.
     pub fn is_flat(&self) -> bool {
         matches!(self.snr_per_watt, SnrPerWatt::Flat(_))
     }
@@ -162,11 +166,6 @@ fn positive(link: LinkName, what: &'static str, unit: &'static str, value: f64) 
 /// Watts of a power in dBm: `10^(x/10 - 3)`.
 pub(crate) fn dbm_to_w(dbm: f64) -> f64 {
     10.0_f64.powf(dbm / 10.0 - 3.0)
-}
-
-/// dBm of a power in watts.
-pub fn w_to_dbm(w: f64) -> f64 {
-    10.0 * (w.log10() + 3.0)
 }
 
 /// Path loss in dB at `distance_m`, by intercept (dB at 1 km) and slope (dB per decade). 128.1 and 37.6 are the macro-cell values of 3GPP

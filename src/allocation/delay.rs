@@ -48,10 +48,13 @@ pub struct Broadcast {
 pub struct Problem {
     /// `I`: local steps in a round.
     pub local_steps: u32,
+    /// The link to the main server.
     pub main: Channel,
+    /// The link to the federated server.
     pub federated: Channel,
     /// The gradients' link, if they count. Its total power is the base station's.
     pub download: Option<Channel>,
+    /// How the averaged adapter goes back, where that counts.
     pub broadcast: Option<Broadcast>,
     /// Candidate cuts: blocks on the clients.
     pub splits: Vec<u32>,
@@ -104,6 +107,7 @@ fn longest_sum(a: &[f64], b: &[f64]) -> f64 {
 }
 
 impl Problem {
+    /// How many clients there are.
     pub fn clients(&self) -> usize {
         self.main.clients()
     }

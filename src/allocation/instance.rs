@@ -9,6 +9,7 @@ use super::delay::{Cell, Problem};
 /// One instance as it stands in a file; unknown fields (answers, notes) are passed over.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Instance {
+    /// For reports.
     #[serde(default)]
     pub name: String,
     /// Clients.
@@ -20,26 +21,39 @@ pub struct Instance {
     /// Subchannels of the federated link.
     #[serde(rename = "N")]
     pub federated_subchannels: usize,
+    /// Local steps of a round.
     pub local_iters: u32,
     /// One column in the SNR tables, valid for every subchannel.
     pub flat: bool,
+    /// Of one subchannel of the main link.
     pub bandwidth_main_hz: f64,
+    /// Of one subchannel of the federated link.
     pub bandwidth_fed_hz: f64,
+    /// `[client]`: the most a client may send with, on each link.
     pub pmax_w: Vec<f64>,
+    /// The most all may send with together on the main link.
     pub pth_main_w: f64,
+    /// The most all may send with together on the federated link.
     pub pth_fed_w: f64,
+    /// `[client][subchannel]`, in 1/W.
     pub snr_per_watt_main: Vec<Vec<f64>>,
+    /// `[client][subchannel]`, in 1/W.
     pub snr_per_watt_fed: Vec<Vec<f64>>,
+    /// Candidate cuts.
     pub splits: Vec<u32>,
+    /// Candidate ranks.
     pub ranks: Vec<u32>,
     /// `[rank]`
     pub rounds: Vec<f64>,
     /// `[split][rank][client]`
     pub client_fwd_s: Vec<Vec<Vec<f64>>>,
+    /// `[split][rank][client]`
     pub client_bwd_s: Vec<Vec<Vec<f64>>>,
     /// `[split][rank]`
     pub server_s: Vec<Vec<f64>>,
+    /// `[split][rank]`: a step's activations.
     pub upload_bits: Vec<Vec<f64>>,
+    /// `[split][rank]`: a round's adapter.
     pub adapter_bits: Vec<Vec<f64>>,
 }
 

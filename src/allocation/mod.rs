@@ -6,24 +6,25 @@
 //! lower bound that no plan can beat.
 //!
 //! * [`scenario`]: what a person writes down: geometry, radio, devices, model; [`instance`]: the same as bare numbers.
-//! * [`channel`]: a link; [`delay`]: the objective; [`power`]: exact power control for given owners.
-//! * [`bound`]: the count bound; [`prices`]: one that knows of contention; [`subchannel`]: owners for one link, with `local` search and,
-//!   on small links, `exhaustive`ly, all of which improve an `ownership`; [`search`]: cut and rank over it all.
-//! * [`baselines`]: the paper's algorithm and what it is compared with.
+//! * [`Channel`]: a link; [`Problem`]: the objective; [`power`]: exact power control for given owners.
+//! * Inside, `bound` has the count bound and `prices` one that knows of contention; `subchannel` finds owners for one link, with `local`
+//!   search and, on small links, `exhaustive`ly, all of which improve an `ownership`; `search` goes over cut and rank; `baselines` are
+//!   the paper's algorithm and what it is compared with.
 
-pub mod baselines;
+pub(crate) mod baselines;
+#[doc(hidden)]
 pub mod bound;
-pub mod channel;
-pub mod delay;
+pub(crate) mod channel;
+pub(crate) mod delay;
 mod exhaustive;
 pub mod instance;
 mod local;
 mod ownership;
 pub mod power;
-pub mod prices;
+pub(crate) mod prices;
 pub mod scenario;
-pub mod search;
-pub mod subchannel;
+pub(crate) mod search;
+pub(crate) mod subchannel;
 
 use std::fmt;
 use std::str::FromStr;
@@ -35,6 +36,7 @@ pub use power::{Demand, LinkPlan};
 use search::{Links, Solved};
 
 /// Why there is no plan, or why one cannot be used. Clients count from 0.
+#[expect(missing_docs, reason = "the messages say it")]
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum Error {
     #[error("there are no clients")]
@@ -118,8 +120,10 @@ pub enum Method {
 }
 
 impl Method {
+    /// Every method, the best first.
     pub const ALL: [Method; 6] = [Method::Best, Method::Bcd, Method::A, Method::B, Method::C, Method::D];
 
+    /// As the command line and reports spell it.
     pub fn name(self) -> &'static str {
         match self {
             Method::Best => "best",
@@ -186,13 +190,17 @@ impl Choice {
 /// The allocator's answer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
+    /// How it was found.
     pub method: Method,
     /// `[client]`: index into the problem's splits.
     pub split_index: Vec<usize>,
     /// Index into the problem's ranks.
     pub rank_index: usize,
+    /// Owners and powers of the main link.
     pub main: LinkPlan,
+    /// Owners and powers of the federated link.
     pub federated: LinkPlan,
+    /// Owners and powers of the gradients' link, where there is one.
     pub download: Option<LinkPlan>,
     /// The run's delay, and its energy at its weight, in s.
     pub total_s: f64,

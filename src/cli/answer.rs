@@ -6,9 +6,8 @@ use std::fmt::Write;
 
 use serde_json::{Value, json};
 
-use super::human::{certificate, duration, percent, plain, with_prefix};
+use super::human::{certificate, duration, percent, plain, table, with_prefix};
 use super::sweep::Statistics;
-use crate::allocation::channel::w_to_dbm;
 use crate::allocation::{Channel, LinkPlan, Method, Plan, Problem, RoundTimes};
 use crate::terms::phases::Phases;
 
@@ -79,7 +78,11 @@ impl Share {
 /// `3.20 W, 35.1 dBm`
 pub fn power(power_w: f64) -> String {
     match power_w > 0.0 {
-        true => format!("{}, {:.1} dBm", with_prefix(power_w, "W"), w_to_dbm(power_w)),
+        true => format!(
+            "{}, {:.1} dBm",
+            with_prefix(power_w, "W"),
+            10.0 * (power_w.log10() + 3.0)
+        ),
         false => "0 W".to_owned(),
     }
 }
@@ -225,7 +228,7 @@ impl Answer {
             head.remove(4);
             rows.iter_mut().for_each(|row| drop(row.remove(4)));
         }
-        let mut text = table(&head, &rows);
+        let mut text = table(&head, &rows, &["which"]);
         text += &format!(
             "  a local step ends after {}, of which the server's work for all is {}; the adapter is sent once a round of {}\n",
             duration(times.step_s()),
@@ -259,7 +262,7 @@ impl Answer {
             if position > 0 {
                 text.push('\n');
             }
-            text += &table(&[name, "subchannels", "power", "rate", "which"], &rows);
+            text += &table(&[name, "subchannels", "power", "rate", "which"], &rows, &["which"]);
             let used: f64 = self.clients().iter().map(|row| share(row).power_w).sum();
             text += &format!("  together {} of {}\n", power(used), power(channel.power_total_w));
         }
@@ -286,29 +289,6 @@ impl Answer {
                 ]
             })
             .collect();
-        table(&["method", "total", "", "against the plan", "gap"], &rows)
+        table(&["method", "total", "", "against the plan", "gap"], &rows, &[])
     }
-}
-
-/// Columns as wide as their longest entry: names to the left, numbers to the right.
-fn table(head: &[&str], rows: &[Vec<String>]) -> String {
-    let head: Vec<String> = head.iter().map(|&name| name.to_owned()).collect();
-    let lines: Vec<&Vec<String>> = std::iter::once(&head).chain(rows).collect();
-    let width = |column: usize| lines.iter().map(|line| line[column].chars().count()).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..head.len()).map(width).collect();
-    let mut text = String::new();
-    for line in lines {
-        let mut row = String::new();
-        for (column, entry) in line.iter().enumerate() {
-            let width = widths[column];
-            row += &match column {
-                0 => format!("{entry:<width$}"),
-                _ if head[column] == "which" => format!("  {entry}"),
-                _ => format!("  {entry:>width$}"),
-            };
-        }
-        text += row.trim_end();
-        text.push('\n');
-    }
-    text
 }

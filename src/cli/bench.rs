@@ -130,20 +130,27 @@ const STEPS: [(&str, usize); 2] = [("step/demo.central/4", 4), ("step/demo.centr
 
 fn bench_step(engine: &Engine, id: &str, batch: usize) -> anyhow::Result<Row> {
     let source = Source::demo(Holding::As(Format::F16))?;
-    let options = source.data_options(source.config.positions, &ReadingOptions::default());
+    let options = source.data_options(source.architecture.positions, &ReadingOptions::default());
     let data = Dataset::read(DEMO_TRAIN, "demo", source.tokenize(), &options)?;
-    let batch = pass(&data.examples, batch, source.config.positions)?
+    let batch = pass(&data.examples, batch, source.architecture.positions)?
         .next()
         .context("the demo data is empty")?;
     let spec = LoraSpec::new(8, 16.0, [Target::AttnQkv])?;
-    let adapter = Adapter::init(&source.config, &spec, 0..source.config.blocks, 0)?;
+    let adapter = Adapter::init(&source.architecture, &spec, 0..source.architecture.blocks, 0)?;
     let extent = Extent {
         batch: batch.batch,
         seq: batch.seq,
     };
     let weights = source.load(engine)?;
     let settings = OptimizerSettings::default();
-    let mut model = Central::new(engine, &source.config, weights, Some(&adapter), extent, Some(settings))?;
+    let mut model = Central::new(
+        engine,
+        &source.architecture,
+        weights,
+        Some(&adapter),
+        extent,
+        Some(settings),
+    )?;
     let mut samples = Vec::new();
     for _ in 0..3 + SAMPLES {
         let start = Instant::now();

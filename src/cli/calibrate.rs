@@ -141,7 +141,7 @@ impl Settings<'_> {
 /// What all runs share.
 struct Setup<'a> {
     engine: &'a Engine,
-    config: &'a Architecture,
+    architecture: &'a Architecture,
     weights: &'a StackWeights,
     /// Examples of each client.
     shards: &'a [Vec<Example>],
@@ -177,7 +177,7 @@ enum Trainee {
 
 impl Setup<'_> {
     fn trainee(&self, adapter: &Adapter, seed: u64) -> anyhow::Result<Trainee> {
-        let (engine, config, extent) = (self.engine, self.config, self.extent);
+        let (engine, model, extent) = (self.engine, self.architecture, self.extent);
         let batches = |examples: &[Example]| {
             Batches::new(
                 examples.to_vec(),
@@ -188,7 +188,7 @@ impl Setup<'_> {
         };
         let Some(cut) = self.cut else {
             let optimizer = Some(self.optimizer);
-            let model = Central::new(engine, config, self.weights.clone(), Some(adapter), extent, optimizer)?;
+            let model = Central::new(engine, model, self.weights.clone(), Some(adapter), extent, optimizer)?;
             return Ok(Trainee::Central {
                 model: Box::new(model),
                 batches: batches(&self.shards[0])?,
@@ -201,8 +201,8 @@ impl Setup<'_> {
             seq: extent.seq,
             wire: self.wire,
         };
-        let values = |blocks| anyhow::Ok(adapter.slice(config, blocks)?.values);
-        let (below, above) = (values(0..cut)?, values(cut..config.blocks)?);
+        let values = |blocks| anyhow::Ok(adapter.slice(model, blocks)?.values);
+        let (below, above) = (values(0..cut)?, values(cut..model.blocks)?);
         let client = StackWeights {
             embedding: self.weights.embedding.clone(),
             blocks: self.weights.blocks[..cut].to_vec(),
@@ -216,14 +216,14 @@ impl Setup<'_> {
         };
         let member = |shard: &Vec<Example>| {
             anyhow::Ok(Member {
-                part: ClientPart::with_weights(engine, config, client.clone(), &training, &below)?,
+                part: ClientPart::with_weights(engine, model, client.clone(), &training, &below)?,
                 batches: batches(shard)?,
                 examples: 0,
             })
         };
         Ok(Trainee::Split {
             members: self.shards.iter().map(member).collect::<anyhow::Result<_>>()?,
-            server: Box::new(ServerPart::with_weights(engine, config, server, &training, &above)?),
+            server: Box::new(ServerPart::with_weights(engine, model, server, &training, &above)?),
         })
     }
 
@@ -236,7 +236,7 @@ impl Setup<'_> {
         let weights = self.weights.clone();
         Ok(Central::new(
             self.engine,
-            self.config,
+            self.architecture,
             weights,
             Some(adapter),
             extent,
@@ -326,7 +326,7 @@ impl Trainee {
 
 /// Reads a file, or the demo's own data where none is given.
 fn read(source: &Source, path: Option<&Path>, demo: (&[u8], &str), options: &Options) -> anyhow::Result<Dataset> {
-    let seq = options.batches.seq(source.config.positions)?;
+    let seq = options.batches.seq(source.architecture.positions)?;
     let reading = &options.batches.reading;
     match path {
         Some(path) => source.data(path, seq, reading, options.output.quiet),
@@ -406,7 +406,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     );
     let source = Source::open(&options.model.model, options.model.weights, options.output.quiet)?
         .with_reading(&options.batches.reading)?;
-    let adapted = targets(&source.config, options.targets.as_deref())?;
+    let adapted = targets(&source.architecture, options.targets.as_deref())?;
     let mut ranks = options.ranks.clone();
     ranks.sort_unstable();
     ranks.dedup();
@@ -418,7 +418,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
 
     // For as long as the table is measured and written.
     let _claim = Claim::file(&options.out, "--out")?;
-    let blocks = source.config.blocks;
+    let blocks = source.architecture.blocks;
     let cut = match options.split {
         None if options.clients == 1 => None,
         split => Some(split.unwrap_or(DEFAULT_SPLIT)),
@@ -430,13 +430,13 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     );
     let extent = Extent {
         batch: options.batches.batch as usize,
-        seq: options.batches.seq(source.config.positions)?,
+        seq: options.batches.seq(source.architecture.positions)?,
     };
     let data = read(&source, options.data.as_deref(), (DEMO_TRAIN, "train.txt"), &options)?;
     let mut valid = read(&source, options.valid.as_deref(), (DEMO_VALID, "valid.txt"), &options)?;
     valid.examples.truncate(options.valid_examples as usize);
     let steps = u64::from(options.max_rounds) * u64::from(options.local_steps);
-    let optimizer = options.optimizer.settings(&source.config, &adapted, steps)?;
+    let optimizer = options.optimizer.settings(&source.architecture, &adapted, steps)?;
     let wire = options.wire;
     let settings = Settings {
         model: source.digest.iter().map(|byte| format!("{byte:02x}")).collect(),
@@ -477,7 +477,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         let weights = source.load(&engine)?;
         let setup = Setup {
             engine: &engine,
-            config: &source.config,
+            architecture: &source.architecture,
             weights: &weights,
             shards: &shards,
             valid: &pass(&valid.examples, extent.batch, extent.seq)?.collect::<Vec<_>>(),
@@ -526,7 +526,7 @@ fn measure(options: &Options, setup: &Setup<'_>, specs: &[LoraSpec], table: &mut
         let mut evaluator = None;
         while table.losses[index].len() < table.seeds {
             let seed = options.batches.seed.wrapping_add(table.losses[index].len() as u64);
-            let adapter = Adapter::init(setup.config, spec, 0..setup.config.blocks, seed)?;
+            let adapter = Adapter::init(setup.architecture, spec, 0..setup.architecture.blocks, seed)?;
             let evaluator = match &mut evaluator {
                 Some(evaluator) => evaluator,
                 none => none.insert(setup.evaluator(&adapter)?),

@@ -20,7 +20,7 @@ use crate::data::{Conversation, Dataset, Message, Sharding, Tokenizer};
 use crate::model::adapter::{Adapter, LoraSpec};
 use crate::model::weights::Holding;
 use crate::protocol::Deadline;
-use crate::server::store::RunDirectory;
+use crate::runs::directory::RunDirectory;
 use crate::server::{self, Ending, Listen, Role, Run};
 use crate::split::Training;
 use crate::terms::aggregation::Aggregation;
@@ -75,7 +75,7 @@ impl Lesson {
 
     /// A pretrained model's: it can write, and learns the tone in a hundred and twenty-eight examples.
     fn pretrained(source: &Source) -> Self {
-        let model = &source.config;
+        let model = &source.architecture;
         let talks = source
             .tokenizer
             .as_ref()
@@ -179,8 +179,8 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let token = token(options.token.as_deref(), &listen)?;
     let engine = options.device.engine()?;
     let source = Source::open(&options.model, options.weights, quiet)?;
-    let config = source.config.clone();
-    if config.blocks < 2 {
+    let architecture = source.architecture.clone();
+    if architecture.blocks < 2 {
         bail!("{} has one block and cannot be cut; the demo needs two", options.model);
     }
     let lesson = match options.model {
@@ -191,9 +191,9 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let spec = LoraSpec::new(
         lesson.rank,
         ALPHA_OF_RANK * lesson.rank as f32,
-        config.targets().iter().copied(),
+        architecture.targets().iter().copied(),
     )?;
-    let initial = Adapter::init(&config, &spec, 0..config.blocks, SEED)?;
+    let initial = Adapter::init(&architecture, &spec, 0..architecture.blocks, SEED)?;
     let training = Training {
         spec: initial.spec.clone(),
         optimizer: OptimizerSettings {
@@ -205,7 +205,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
             clip: Some(1.0),
         },
         batch: lesson.batch,
-        seq: config.positions.min(128),
+        seq: architecture.positions.min(128),
         wire: WireForm::F16,
     };
     let read = |bytes: &[u8], name: &str| {
@@ -277,9 +277,9 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         quiet,
         demo_data,
     };
-    let summary = host(hosting, Role::Both, directory, Some(run), local)?;
+    let summary = host(hosting, Role::Both, directory, Some(run), local, None)?;
     if summary.ending == Ending::Completed && !quiet {
-        let adapter = Adapter::load(&adapter_directory, &config)?;
+        let adapter = Adapter::load(&adapter_directory, &architecture)?;
         console::say("\nAfter training, its texts follow the meanings:\n");
         let source = Source::open(&options.model, options.weights, true)?;
         let greedy = Sampling::greedy(SAMPLE_TOKENS);
@@ -341,7 +341,7 @@ fn write(
     let longest = prompts.iter().map(|(ids, _)| ids.len()).max().unwrap_or(0);
     let weights = source.load(engine)?;
     let room = longest + SAMPLE_TOKENS;
-    let mut writer = Writer::new(engine, &source.config, weights, adapter, room, tokenizer)?;
+    let mut writer = Writer::new(engine, &source.architecture, weights, adapter, room, tokenizer)?;
     let mut texts = Vec::with_capacity(prompts.len());
     for (prompt, stop) in prompts {
         writer = writer.stop_at(stop);

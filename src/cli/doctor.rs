@@ -5,10 +5,12 @@ use serde_json::json;
 
 use crate::compute::{DeviceClass, device};
 
-use super::console;
-use super::needs::{Described, Needs, machine_memory};
-use super::options::{OutputOptions, window};
+use super::needs::{Described, Needs};
+use super::options::{OutputOptions, targets, window};
 use super::source::ModelName;
+use super::{console, defaults};
+use crate::machine;
+use crate::model::adapter::LoraSpec;
 use crate::model::workspace::Extent;
 
 /// Show what this machine can do: adapters, features, limits, addresses, and what to install when something is missing; or what
@@ -29,6 +31,12 @@ pub struct Options {
     /// Longest window, in tokens; the smaller of 128 and the model's positions if not given
     #[arg(long, value_name = "N", requires = "model", value_parser = clap::value_parser!(u32).range(2..=1_048_576))]
     pub seq: Option<u32>,
+    /// Rank of the adapter; the one that `serve` takes for the model if not given
+    #[arg(long, value_name = "N", requires = "model", value_parser = clap::value_parser!(u32).range(1..))]
+    pub rank: Option<u32>,
+    /// Adapted matrices, as the model names them; all if not given
+    #[arg(long, value_name = "NAMES", requires = "model")]
+    pub targets: Option<String>,
     #[command(flatten)]
     pub output: OutputOptions,
 }
@@ -49,8 +57,14 @@ fn needs(model: &ModelName, options: &Options) -> anyhow::Result<()> {
         batch: options.batch as usize,
         seq: window(options.seq, described.model().positions)?,
     };
-    let needs = Needs::new(described, extent)?;
-    let memory = machine_memory();
+    let rank = match options.rank {
+        Some(rank) => rank as usize,
+        None => defaults::rank(described.model()),
+    };
+    let targets = targets(described.model(), options.targets.as_deref())?;
+    let spec = LoraSpec::new(rank, defaults::alpha(rank), targets)?;
+    let needs = Needs::new(described, extent, spec)?;
+    let memory = machine::memory();
     let advice = needs.advice(memory);
     if options.output.json {
         let mut found = needs.json();

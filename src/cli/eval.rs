@@ -44,7 +44,7 @@ pub struct Options {
 pub fn run(options: Options) -> anyhow::Result<()> {
     let source = Source::open(&options.model.model, options.model.weights, options.output.quiet)?
         .with_reading(&options.reading)?;
-    let positions = source.config.positions;
+    let positions = source.architecture.positions;
     let seq = options.seq.map_or(positions, |seq| seq as usize);
     anyhow::ensure!(
         seq <= positions,
@@ -62,7 +62,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         batch: options.batch as usize,
         seq: longest,
     };
-    let mut model = Central::new(&engine, &source.config, weights, adapter.as_ref(), extent, None)?;
+    let mut model = Central::new(&engine, &source.architecture, weights, adapter.as_ref(), extent, None)?;
     let mut counted = Counted::default();
     for batch in &batches {
         counted += pollster::block_on(model.loss(&batch.tokens, &batch.targets, batch.seq))?;

@@ -254,7 +254,7 @@ impl Export<'_> {
     }
 
     fn peft(&self) -> anyhow::Result<()> {
-        for (name, bytes) in self.adapter.to_peft(&self.source.config, &self.source.name)? {
+        for (name, bytes) in self.adapter.to_peft(&self.source.architecture, &self.source.name)? {
             self.put(name, &bytes)?;
             if name == peft::CONFIG_FILE {
                 let description = serde_json::from_slice(&bytes)?;
@@ -268,8 +268,8 @@ impl Export<'_> {
     fn lora(&self) -> anyhow::Result<()> {
         let failed = || format!("cannot write {ADAPTER_FILE}");
         let output = self.create(ADAPTER_FILE).with_context(failed)?;
-        let (config, name) = (&self.source.config, &self.source.name);
-        Ok(write_lora(self.adapter, config, name, ADAPTER_FILE, output)?)
+        let (architecture, name) = (&self.source.architecture, &self.source.name);
+        Ok(write_lora(self.adapter, architecture, name, ADAPTER_FILE, output)?)
     }
 
     /// The model with the adapter, or without one, as GGUF.
@@ -277,7 +277,7 @@ impl Export<'_> {
         let merged = self.merged(adapter, storage);
         let description = match self.gguf_of_base()? {
             Some(mut gguf) => Description::of_file(&mut gguf)?,
-            None => Description::new(&self.source.config, &self.source.name, &self.tokenizer()?)?,
+            None => Description::new(&self.source.architecture, &self.source.name, &self.tokenizer()?)?,
         };
         let output = self.create(file).with_context(|| format!("cannot write {file}"))?;
         let written = write_model(&merged, &description, storage, file, output)?;
@@ -396,7 +396,7 @@ impl Export<'_> {
             adapter,
             chat: chat.as_ref(),
             stop: &stop,
-            positions: self.source.config.positions,
+            positions: self.source.architecture.positions,
         };
         self.put("Modelfile", modelfile.to_string().as_bytes())
     }
@@ -467,7 +467,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     }
     let interrupt = interrupt::watch("stopping; nothing is kept")?;
     let source = Source::open(&model, Holding::Auto, quiet)?;
-    let adapter = Adapter::load(&found.adapter, &source.config)
+    let adapter = Adapter::load(&found.adapter, &source.architecture)
         .with_context(|| format!("{} does not fit the model {}", found.adapter.display(), source.name))?;
     let storage = options.storage.unwrap_or(usual(form, &source));
     let export = Export {

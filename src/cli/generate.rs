@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use clap::Args;
 use rand::{RngExt, SeedableRng};
+use serde_json::json;
 
 use crate::compute::Engine;
 use crate::data::chat::ASSISTANT;
@@ -28,15 +29,16 @@ use super::source::Source;
 Examples:
   sflllm generate --adapter runs/mine/adapter --prompt 'place: Red Acorn; kind: tea room||'
   sflllm generate --model path/to/instruct --chat --system 'Be brief.' --prompt 'Name three fruits.'
+  sflllm generate --adapter none --adapter runs/mine/adapter --adapter runs/other/adapter --prompt 'place: Red Acorn||'
 
 A prompt that ends in `||` is a meaning, as in `meaning||reference` data: what follows is its reference. With --chat, or with the
 messages of a file, the model's chat template writes what is asked, and the answer follows.")]
 pub struct Options {
     #[command(flatten)]
     pub model: ModelOptions,
-    /// A PEFT adapter directory
-    #[arg(long, value_name = "DIR")]
-    pub adapter: Option<PathBuf>,
+    /// A PEFT adapter directory. Repeated, every one of them answers the same prompt; none is the model without an adapter
+    #[arg(long, value_name = "DIR|none")]
+    pub adapter: Vec<PathBuf>,
     /// The text to go on from; with --chat, what the user says
     #[arg(
         long,
@@ -356,6 +358,11 @@ fn choose(logits: &[f32], writable: &[u32], sampling: &Sampling, rng: &mut impl 
         .ok_or_else(|| anyhow::anyhow!("the model has no vocabulary"))
 }
 
+/// What `--adapter` calls the model without one.
+const NO_ADAPTER: &str = "none";
+
+/// # Errors
+/// One sentence that says what to do.
 pub fn run(options: Options) -> anyhow::Result<()> {
     let sampling = Sampling {
         max_tokens: options.max_tokens,
@@ -377,13 +384,72 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let source =
         Source::open(&options.model.model, options.model.weights, options.output.quiet)?.with_reading(&reading)?;
     let (prompt, stop) = asked(source.tokenizer()?, &options)?;
-    let adapter = options.adapter.as_deref().map(|dir| source.adapter(dir)).transpose()?;
+    let adapters = (options.adapter.iter())
+        .map(|name| {
+            let adapter = match name.as_os_str() == NO_ADAPTER {
+                true => None,
+                false => Some(source.adapter(name)?),
+            };
+            Ok((Some(name), adapter))
+        })
+        .collect::<anyhow::Result<Vec<_>>>()?;
+    let adapters = match adapters.is_empty() {
+        true => vec![(None, None)],
+        false => adapters,
+    };
     let engine = options.device.engine()?;
     let weights = source.load(&engine)?;
     let capacity = prompt.len().saturating_add(options.max_tokens);
     let tokenizer = source.tokenizer()?;
-    let mut writer =
-        Writer::new(&engine, &source.config, weights, adapter.as_ref(), capacity, tokenizer)?.stop_at(stop);
+    let compares = adapters.len() > 1;
+    let mut answers = Vec::new();
+    for (name, adapter) in &adapters {
+        if let (true, false, Some(name)) = (compares, options.output.json, name) {
+            console::print(format!("== {}", name.display()))?;
+        }
+        let held = weights.clone();
+        let mut writer = Writer::new(
+            &engine,
+            &source.architecture,
+            held,
+            adapter.as_ref(),
+            capacity,
+            tokenizer,
+        )?
+        .stop_at(stop.clone());
+        let (text, written) = answer(&mut writer, tokenizer, &prompt, &sampling, &options)?;
+        if options.output.json {
+            let mut answer = json!({ "text": text, "ids": written.ids, "tokens_per_s": written.tokens_per_s() });
+            if compares {
+                answer["adapter"] = json!(name);
+            }
+            answers.push(answer);
+            continue;
+        }
+        console::print("")?;
+        if let Some(rate) = written.tokens_per_s().filter(|_| !options.output.quiet) {
+            console::say(format!("{} tokens, {rate:.1} per second", written.ids.len()));
+        }
+    }
+    if options.output.json {
+        let mut found = match compares {
+            true => json!({ "answers": answers }),
+            false => answers.swap_remove(0),
+        };
+        found["prompt"] = json!(options.prompt);
+        console::print(found)?;
+    }
+    Ok(())
+}
+
+/// Writes one continuation, which is shown as it comes where it is not asked for as JSON: then it is returned.
+fn answer(
+    writer: &mut Writer,
+    tokenizer: &Tokenizer,
+    prompt: &[u32],
+    sampling: &Sampling,
+    options: &Options,
+) -> anyhow::Result<(String, Written)> {
     let mut stream = tokenizer.decode_stream();
     let mut until = Until::new(&options.stop);
     let mut text = String::new();
@@ -394,7 +460,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         }
         Ok(())
     };
-    let written = writer.write(&prompt, &sampling, |id| {
+    let written = writer.write(prompt, sampling, |id| {
         // Every id that is drawn has a token.
         show(until.push(&stream.push(id).unwrap_or_default()))?;
         Ok(if until.ended {
@@ -407,20 +473,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         show(until.push(&stream.finish()?))?;
         show(std::mem::take(&mut until.held))?;
     }
-    if options.output.json {
-        console::print(serde_json::json!({
-            "prompt": options.prompt,
-            "text": text,
-            "ids": written.ids,
-            "tokens_per_s": written.tokens_per_s(),
-        }))?;
-        return Ok(());
-    }
-    console::print("")?;
-    if let Some(rate) = written.tokens_per_s().filter(|_| !options.output.quiet) {
-        console::say(format!("{} tokens, {rate:.1} per second", written.ids.len()));
-    }
-    Ok(())
+    Ok((text, written))
 }
 
 #[cfg(test)]

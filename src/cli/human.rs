@@ -101,6 +101,42 @@ pub fn certificate(gap: f64) -> String {
     }
 }
 
+/// `1.5 MB`.
+pub fn bytes(count: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "kB", "MB", "GB", "TB"];
+    let mut value = count as f64;
+    let mut unit = 0;
+    while value >= 999.5 && unit + 1 < UNITS.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    let digits = usize::from(unit > 0 && value < 100.0);
+    format!("{value:.digits$} {}", UNITS[unit])
+}
+
+/// Columns as wide as their longest entry: the first to the left, as those whose heads are in `left`, and numbers to the right.
+pub fn table(head: &[&str], rows: &[Vec<String>], left: &[&str]) -> String {
+    let head: Vec<String> = head.iter().map(|&name| name.to_owned()).collect();
+    let lines: Vec<&Vec<String>> = std::iter::once(&head).chain(rows).collect();
+    let width = |column: usize| lines.iter().map(|line| line[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..head.len()).map(width).collect();
+    let mut text = String::new();
+    for line in lines {
+        let mut row = String::new();
+        for (column, entry) in line.iter().enumerate() {
+            let width = widths[column];
+            row += &match column {
+                0 => format!("{entry:<width$}"),
+                _ if left.contains(&head[column].as_str()) => format!("  {entry:<width$}"),
+                _ => format!("  {entry:>width$}"),
+            };
+        }
+        text += row.trim_end();
+        text.push('\n');
+    }
+    text
+}
+
 /// A path as one word of a shell.
 pub fn shell_word(path: &Path) -> String {
     let text = path.display().to_string();
@@ -145,5 +181,14 @@ mod tests {
         assert_eq!(with_prefix(999_999.0, "Hz"), "1.00 MHz");
         assert_eq!(certificate(0.0), "certified: the best possible");
         assert_eq!(certificate(0.003), "certified: at most 0.30 % from the best possible");
+    }
+
+    #[test]
+    fn byte_counts_are_readable() {
+        assert_eq!(bytes(0), "0 B");
+        assert_eq!(bytes(999), "999 B");
+        assert_eq!(bytes(1500), "1.5 kB");
+        assert_eq!(bytes(123_456_789), "123 MB");
+        assert_eq!(bytes(2_000_000_000), "2.0 GB");
     }
 }

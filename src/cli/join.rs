@@ -1,26 +1,34 @@
 //! `sflllm join`: a native edge client.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::sync::Mutex;
+use std::time::Duration;
 
 use anyhow::Context;
 use tokio::sync::watch;
 
 use super::console::{self, Console};
+use super::human::{self, bytes};
 use super::interrupt;
 use super::options::{DeviceOptions, OutputOptions, ReadingOptions};
 use super::secret::TOKEN;
-use crate::client::native::{self, Report, Settings, Source};
+use crate::client::native::{self, Awaited, Found, Keep, Report, Settings, Source, StateDirectory};
 use crate::disk::Claim;
+use crate::machine;
 use crate::model::peft::{CONFIG_FILE, TENSOR_FILE};
-use crate::protocol::FinishReason;
+use crate::protocol::{Endpoint, FinishReason};
 use crate::transport::{self, Dialer, JoinLink, Trust};
 
 /// Take part in a run as an edge client: data stays here, activations go to the server.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
-Example:
+Examples:
   sflllm join 'https://192.168.1.20:8443/?join=1#t=k7wd-m2pq-9xhc-4vtn' --data my_text.txt
+  sflllm join http://127.0.0.1:8080 --token k7wd-m2pq-9xhc-4vtn --data my_text.txt --state client-1 --give-up 2d
+
+The same command again goes on in the run where it was left: after Ctrl-C, a crash, a reboot, as the same client with its
+optimiser's state. Ctrl-C once finishes what is being computed and leaves; twice ends at once.
 
 The server prints the link, which says (after &f=) which certificate is the server's. With a link cut short of that, copy the
 certificate file that the server names to this machine and give it with --ca FILE, or accept any certificate with --insecure-tls on
@@ -51,12 +59,52 @@ pub struct Options {
     /// Save the client's side of the averaged adapter here, in PEFT's form, after every round
     #[arg(long, value_name = "DIR")]
     pub adapter_out: Option<PathBuf>,
+    /// Directory for what it takes to go on in the run later (default: one for this server, name and data below SFLLLM_HOME, or in
+    /// the user's data directory)
+    #[arg(long, value_name = "DIR")]
+    pub state: Option<PathBuf>,
+    /// Join as somebody new: forget what was kept of an earlier run there
+    #[arg(long)]
+    pub fresh: bool,
+    /// How long to try again when the server cannot be reached, such as 90s, 45min, 12h or 2d
+    #[arg(long, value_name = "TIME", default_value = "12h")]
+    pub give_up: GiveUp,
     #[command(flatten)]
     pub reading: ReadingOptions,
     #[command(flatten)]
     pub device: DeviceOptions,
     #[command(flatten)]
     pub output: OutputOptions,
+}
+
+/// How long a server that cannot be reached is tried again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GiveUp(Duration);
+
+impl FromStr for GiveUp {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        const LONGEST: f64 = 366.0 * 86_400.0;
+        let text = text.trim();
+        let unit_at = text
+            .find(|letter: char| !letter.is_ascii_digit() && letter != '.')
+            .unwrap_or(text.len());
+        let (number, unit) = text.split_at(unit_at);
+        let seconds = match unit.trim() {
+            "s" | "" => 1.0,
+            "m" | "min" => 60.0,
+            "h" => 3600.0,
+            "d" => 86_400.0,
+            _ => f64::NAN,
+        };
+        let length = number.parse::<f64>().map_or(f64::NAN, |number| number * seconds);
+        if (0.0..=LONGEST).contains(&length) {
+            Ok(Self(Duration::from_secs_f64(length)))
+        } else {
+            Err("it is no length of time of at most a year; write it like 90s, 45min, 12h or 2d".to_owned())
+        }
+    }
 }
 
 /// # Errors
@@ -79,6 +127,13 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         .map(|dir| Claim::directory(dir, "--adapter-out", "an adapter", &[CONFIG_FILE, TENSOR_FILE]))
         .transpose()?;
     let console = Console::new(options.output.quiet);
+    let name = options
+        .name
+        .clone()
+        .or_else(machine::host_name)
+        .unwrap_or_else(|| "native client".to_owned());
+    let keep = keep(&options, &name, &console)?;
+    let kept = keep.as_ref().map(|keep| keep.directory.path().to_owned());
     let mut interrupt = interrupt::watch("leaving")?;
     let engine = options.device.engine()?;
     console.line(format!("joining {} with {}", options.url.origin, engine.name()));
@@ -86,10 +141,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         server: options.url.origin.clone(),
         token,
         dialer: Dialer::new(&trust)?.toward(&options.url)?,
-        name: options
-            .name
-            .or_else(transport::host_name)
-            .unwrap_or_else(|| "native client".to_owned()),
+        name,
         engine,
         source: Source::File {
             path: options.data,
@@ -99,6 +151,8 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         },
         cache: transport::cache_directory()?,
         adapter_out: options.adapter_out.clone(),
+        give_up: options.give_up.0,
+        keep,
     };
     console.waiting("connecting");
     let runtime = super::serve::runtime()?;
@@ -130,16 +184,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
     let ending = match &summary.reason {
         FinishReason::Completed => "the run is complete".to_owned(),
         FinishReason::Left => "left the run".to_owned(),
-        FinishReason::Stopped {
-            detail,
-            return_after: None,
-        } => format!("the server ended the run: {detail}"),
-        FinishReason::Stopped {
-            detail,
-            return_after: Some(after),
-        } => {
-            format!("the server ended the run: {detail}; come back in {} s", after.as_secs())
-        }
+        FinishReason::Stopped { detail } => format!("the server ended the run: {detail}"),
     };
     console.important(format!(
         "{ending}: {} steps in {:.1} s, {} sent, {} received{}",
@@ -152,20 +197,81 @@ pub fn run(options: Options) -> anyhow::Result<()> {
             .map(|directory| format!("; adapter in {}", directory.display()))
             .unwrap_or_default(),
     ));
+    if let (FinishReason::Left, Some(kept)) = (&summary.reason, kept) {
+        let kept = human::shell_word(&kept);
+        console.important(format!(
+            "to go on as the same client, give the same command again: its state is in {kept}"
+        ));
+    }
     Ok(printed?)
 }
 
-/// `1.5 MB`.
-pub(super) fn bytes(count: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "kB", "MB", "GB", "TB"];
-    let mut value = count as f64;
-    let mut unit = 0;
-    while value >= 999.5 && unit + 1 < UNITS.len() {
-        value /= 1000.0;
-        unit += 1;
+/// Where this client keeps what it takes to come back, and what was there.
+fn keep(options: &Options, name: &str, console: &Console) -> anyhow::Result<Option<Keep>> {
+    let directory = match &options.state {
+        Some(path) => StateDirectory::open(path)?,
+        None => {
+            let clients = transport::data_directory()?.join("clients");
+            let server = options.url.origin.to_string();
+            match StateDirectory::of_client(&clients, &server, name, &options.data) {
+                Ok(directory) => directory,
+                Err(error) => {
+                    console.important(format!("{error}; going on without keeping anything to come back with"));
+                    return Ok(None);
+                }
+            }
+        }
+    };
+    if options.fresh {
+        directory.forget();
     }
-    let digits = usize::from(unit > 0 && value < 100.0);
-    format!("{value:.digits$} {}", UNITS[unit])
+    let resume = match directory.load()? {
+        Found::Nothing => None,
+        Found::State(state) => {
+            let place = human::shell_word(directory.path());
+            let client = state.passport.client;
+            console.line(format!(
+                "going on as {client}, by what is in {place}; --fresh forgets it"
+            ));
+            Some(*state)
+        }
+        Found::Damaged { aside, reason } => {
+            console.important(format!(
+                "what this client had kept cannot be used ({reason}), and is now called {}; joining as somebody new",
+                human::shell_word(&aside)
+            ));
+            None
+        }
+    };
+    Ok(Some(Keep { directory, resume }))
+}
+
+/// A time that passes, in whole seconds.
+fn passing(time: Duration) -> String {
+    let seconds = time.as_secs_f64().ceil().max(1.0);
+    match seconds < 120.0 {
+        true => format!("{seconds:.0} s"),
+        false => human::duration(seconds),
+    }
+}
+
+/// What is being waited for, and until when.
+fn waiting(what: Awaited, reason: Option<&str>, again_in: Duration, passed: Duration) -> String {
+    let reason = reason.map(|reason| format!(" ({reason})")).unwrap_or_default();
+    let what = match what {
+        Awaited::Return => {
+            return format!("the server is away{reason}; back in touch in {}", passing(again_in));
+        }
+        Awaited::Server(Endpoint::Main) => "server not reachable",
+        Awaited::Server(Endpoint::Federated) => "federated server not reachable",
+        Awaited::Weights => "the model cannot be fetched",
+    };
+    let since = if passed < Duration::from_secs(1) {
+        String::new()
+    } else {
+        format!(" (since {})", passing(passed))
+    };
+    format!("{what}{reason}, trying again in {}{since}", passing(again_in))
 }
 
 struct Shown {
@@ -179,10 +285,24 @@ impl Shown {
         let console = &self.console;
         match report {
             Report::Connected => console.waiting("connected; waiting for the assignment"),
-            Report::ConnectionLost { reason, .. } => console.line(match reason {
-                Some(reason) => format!("connection lost ({reason}); trying again"),
-                None => "connection lost; trying again".to_owned(),
-            }),
+            Report::Admitted { client, again: true } => console.line(format!("back in the run as {client}")),
+            Report::Admitted { client, again: false } => console.line(format!("in the run as {client}")),
+            Report::OtherRun => console.important("the server has another run by now: joining that"),
+            Report::Unknown => console.important("the server does not know this client any more"),
+            Report::OtherData => console.important("the data is not what it was: it begins at its first example again"),
+            Report::Waiting {
+                what,
+                reason,
+                first,
+                again_in,
+                passed,
+            } => {
+                if *first {
+                    console.line(waiting(*what, reason.as_deref(), *again_in, *passed));
+                }
+                console.waiting(waiting(*what, None, *again_in, *passed));
+            }
+            Report::Assigned { .. } => {}
             Report::Fetching {
                 name,
                 done,
@@ -196,9 +316,9 @@ impl Shown {
                 }
             }
             Report::Loaded {
-                data, blocks, steps, ..
+                summary, blocks, steps, ..
             } => {
-                if let Some(data) = data {
+                if let Some(data) = summary {
                     console.line(format!("data: {data}"));
                 }
                 console.line(format!("loaded the embedding and {blocks} blocks; {steps} steps to go"));
@@ -227,21 +347,55 @@ impl Shown {
                 ),
                 None => format!("round {} of {} done", result.round + 1, result.rounds),
             }),
-            Report::Unsaved { detail } => console.important(format!("{detail}; it is tried again with every round")),
+            Report::Unsaved { detail } => console.important(format!("{detail}; going on without, and trying again")),
+            Report::Saved => console.line("what this client keeps is saved again"),
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::bytes;
+    use super::*;
 
     #[test]
-    fn byte_counts_are_readable() {
-        assert_eq!(bytes(0), "0 B");
-        assert_eq!(bytes(999), "999 B");
-        assert_eq!(bytes(1500), "1.5 kB");
-        assert_eq!(bytes(123_456_789), "123 MB");
-        assert_eq!(bytes(2_000_000_000), "2.0 GB");
+    fn lengths_of_time_are_read_with_their_units() {
+        let read = |text: &str| text.parse::<GiveUp>().map(|GiveUp(length)| length.as_secs());
+        for (text, seconds) in [
+            ("90", 90),
+            ("90s", 90),
+            ("1.5min", 90),
+            ("12h", 43_200),
+            (" 2 d ", 172_800),
+            ("0s", 0),
+        ] {
+            assert_eq!(read(text), Ok(seconds), "{text}");
+        }
+        for bad in ["", "soon", "-1s", "12 hours", "1e9d", "400d", "h"] {
+            let error = read(bad).unwrap_err();
+            assert!(error.contains("12h"), "{bad}: {error}");
+        }
+    }
+
+    #[test]
+    fn who_waits_is_told_for_what_and_how_long() {
+        let seconds = Duration::from_secs;
+        let server = Awaited::Server(Endpoint::Main);
+        assert_eq!(
+            waiting(server, None, seconds(12), seconds(180)),
+            "server not reachable, trying again in 12 s (since 3 min 0 s)"
+        );
+        assert_eq!(
+            waiting(
+                Awaited::Weights,
+                Some("it broke"),
+                Duration::from_millis(500),
+                Duration::ZERO
+            ),
+            "the model cannot be fetched (it broke), trying again in 1 s"
+        );
+        assert_eq!(
+            waiting(Awaited::Return, Some("new disk"), seconds(9000), Duration::ZERO),
+            "the server is away (new disk); back in touch in 2 h 30 min"
+        );
     }
 }

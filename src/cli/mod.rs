@@ -7,11 +7,13 @@ pub mod charts;
 pub mod console;
 pub mod defaults;
 pub mod demo;
+pub mod desktop;
 pub mod doctor;
 pub mod eval;
 pub mod export;
 pub mod fetch;
 pub mod generate;
+pub mod given;
 pub mod human;
 pub mod interrupt;
 pub mod join;
@@ -20,6 +22,7 @@ pub mod needs;
 pub mod options;
 pub mod plan;
 pub mod report;
+pub mod runs;
 pub mod scenario;
 pub mod secret;
 pub mod serve;
@@ -51,6 +54,8 @@ pub enum Command {
     Join(Box<join::Options>),
     /// Fine-tune an adapter on this device alone
     Train(Box<train::Options>),
+    /// Runs on this machine: their state, loss and size; remove one, or open it
+    Runs(Box<runs::Options>),
     /// Loss and perplexity of a model on a data file
     Eval(Box<eval::Options>),
     /// Write text from a prompt
@@ -77,6 +82,7 @@ impl Command {
             Self::Serve(options) => serve::run(*options),
             Self::Join(options) => join::run(*options),
             Self::Train(options) => train::run(*options),
+            Self::Runs(options) => runs::run(*options),
             Self::Eval(options) => eval::run(*options),
             Self::Generate(options) => generate::run(*options),
             Self::Export(options) => export::run(*options),

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use crate::data::Tokenizer;
 use crate::hub;
+use crate::model::adapter::{AdapterLayout, LoraSpec};
 use crate::model::architecture::Architecture;
 use crate::model::cost::{Convention, DeviceBytes, Workload};
 use crate::model::gguf::container::Gguf;
@@ -21,9 +22,9 @@ use crate::model::workspace::Extent;
 use crate::terms::format::Format;
 use crate::terms::tensor::WireForm;
 
-use super::join::bytes;
+use super::fetch;
+use super::human::bytes;
 use super::source::{ModelName, ModelSource, Source};
-use super::{defaults, fetch};
 
 /// What is known of a model without its weights.
 pub struct Described {
@@ -121,10 +122,10 @@ impl Described {
 
 /// Weights and tokenizer of a directory.
 fn open(directory: &Path) -> anyhow::Result<(Weights, Option<usize>)> {
-    let config = Architecture::load(directory)?;
-    let tokenizer = Tokenizer::load(directory, config.eos)?;
+    let architecture = Architecture::load(directory)?;
+    let tokenizer = Tokenizer::load(directory, architecture.eos)?;
     Ok((
-        Weights::open(directory, &config)?,
+        Weights::open(directory, &architecture)?,
         tokenizer.map(|tokenizer| tokenizer.json().len()),
     ))
 }
@@ -151,7 +152,7 @@ impl Need {
 pub struct Needs {
     described: Described,
     extent: Extent,
-    rank: usize,
+    spec: LoraSpec,
     wire: WireForm,
     tables: Vec<(Holding, Vec<Need>)>,
 }
@@ -163,16 +164,17 @@ const PHONE: u64 = 1 << 30;
 const USABLE: f64 = 0.5;
 
 impl Needs {
-    /// Of training with the settings that are chosen for the model, on batches of `extent`.
+    /// Of training an adapter of this rank and these targets, on batches of `extent`.
     ///
     /// # Errors
-    /// For a model that cannot be cut.
-    pub fn new(described: Described, extent: Extent) -> anyhow::Result<Self> {
+    /// For a model that cannot be cut, and an adapter that it cannot have.
+    pub fn new(described: Described, extent: Extent, spec: LoraSpec) -> anyhow::Result<Self> {
         let model = &described.model;
         anyhow::ensure!(model.blocks > 1, "{} has one block: it cannot be cut", described.name);
-        let rank = defaults::rank(model);
+        AdapterLayout::new(model, &spec, 0..model.blocks)?;
+        let rank = spec.rank;
         let wire = WireForm::default();
-        let workload = Workload::new(model, &defaults::targets(model), extent, Convention::Issued);
+        let workload = Workload::new(model, &spec.targets, extent, Convention::Issued);
         let table = |holding: Holding| -> anyhow::Result<Vec<Need>> {
             let formats = |unit: Unit, tensor: &str| described.format(unit, tensor, holding);
             let embedding = workload.held_unit_bytes(Unit::Embedding, &formats);
@@ -197,7 +199,7 @@ impl Needs {
         Ok(Self {
             described,
             extent,
-            rank,
+            spec,
             wire,
             tables,
         })
@@ -286,7 +288,7 @@ impl Needs {
         json!({
             "model": self.described.name, "family": model.family.model_type(), "blocks": model.blocks, "width": model.width,
             "vocabulary": model.vocab, "auto": self.described.natural(), "batch": self.extent.batch, "seq": self.extent.seq,
-            "rank": self.rank, "wire": self.wire, "tokenizer_bytes": self.described.tokenizer_bytes,
+            "rank": self.spec.rank, "targets": self.spec.targets.iter().map(|target| target.module()).collect::<Vec<_>>(), "wire": self.wire, "tokenizer_bytes": self.described.tokenizer_bytes,
             "needs": rows.collect::<Vec<_>>(),
         })
     }
@@ -294,6 +296,10 @@ impl Needs {
     /// Tables for a person, with some of the cuts.
     pub fn lines(&self) -> Vec<String> {
         let model = &self.described.model;
+        let targets = match &self.spec.targets {
+            all if all == model.targets() => "all targets".to_owned(),
+            some => some.iter().map(|target| target.module()).collect::<Vec<_>>().join(", "),
+        };
         let mut lines = vec![
             format!(
                 "model      {}: {}, {} blocks of width {}, vocabulary {}",
@@ -304,8 +310,8 @@ impl Needs {
                 model.vocab
             ),
             format!(
-                "training   {} × {} tokens, rank {} on all targets, activations in {}; a program's own memory comes on top",
-                self.extent.batch, self.extent.seq, self.rank, self.wire
+                "training   {} × {} tokens, rank {} on {}, activations in {}; a program's own memory comes on top",
+                self.extent.batch, self.extent.seq, self.spec.rank, targets, self.wire
             ),
         ];
         for (position, (holding, needs)) in self.tables.iter().enumerate() {
@@ -342,17 +348,4 @@ impl Needs {
 fn is_shown(cut: usize, blocks: usize) -> bool {
     let is_step = cut.is_power_of_two() || (cut.is_multiple_of(3) && (cut / 3).is_power_of_two());
     is_step || cut + 1 == blocks
-}
-
-/// Bytes of memory that this machine has, where that can be told.
-pub fn machine_memory() -> Option<u64> {
-    #[cfg(unix)]
-    {
-        // SAFETY: sysconf takes any name and touches no memory of ours.
-        let (pages, page) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
-        let positive = |value: libc::c_long| u64::try_from(value).ok().filter(|&value| value > 0);
-        positive(pages)?.checked_mul(positive(page)?)
-    }
-    #[cfg(not(unix))]
-    None
 }

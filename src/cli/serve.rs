@@ -4,20 +4,22 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use clap::ValueEnum;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::console::{self, Console};
-use super::defaults;
+use super::given::{self, Given, Recording};
+use super::human::bytes;
 use super::interrupt;
-use super::join::bytes;
 use super::options::{BatchOptions, Choice, DeviceOptions, LoraOptions, ModelOptions, OptimizerOptions, OutputOptions};
 use super::scenario::ScenarioOptions;
 use super::secret::{CONTROL_KEY, TOKEN};
 use super::source::{DEMO_TRAIN, Source};
+use super::train::{self, absolute};
+use super::{defaults, desktop};
 use crate::allocation::Method;
 use crate::allocation::scenario::Scenario;
 use crate::client::native;
@@ -27,11 +29,13 @@ use crate::model::adapter::Adapter;
 use crate::model::rounds::RoundsTable;
 use crate::protocol::Deadline;
 use crate::protocol::message::Digest;
+use crate::runs::directory::RunDirectory;
 use crate::server::allocator::{self, Allocator};
 use crate::server::listen::{join_link, link_fragment, qr_code};
 use crate::server::metrics::RoundRecord;
-use crate::server::store::RunDirectory;
-use crate::server::{self, Address, Ending, HostName, Limits, Listen, Report, Role, Run, Server, Settings, Summary};
+use crate::server::{
+    self, Address, Ending, HostName, Interrupted, Limits, Listen, Report, Role, Run, Server, Settings, Summary,
+};
 use crate::split::Training;
 use crate::terms::adapter::Trained;
 use crate::terms::aggregation::Aggregation;
@@ -45,12 +49,16 @@ Examples:
   sflllm serve --clients 2 --rounds 10 --valid valid.txt
       the demo model for everybody on the network; prints a join link and its QR code
   sflllm serve --model path/to/gpt2 --listen https://127.0.0.1:8443 --token secret --clients 3 --out runs/mine
+  sflllm serve --resume runs/mine
+      after a crash, a kill or Ctrl-C: goes on where the last round began
   sflllm serve --role federated --listen https://0.0.0.0:9443
       prints the address to give to the main server, and its control key
   sflllm serve --role main --federated-url 'https://192.168.1.21:9443/#f=FINGERPRINT' --control-key KEY
 
 SFLLLM_TOKEN and SFLLLM_CONTROL_KEY are taken where no option gives the join token or the control key.")]
 pub struct Options {
+    #[command(flatten)]
+    given: Given,
     /// Address to listen on: https://HOST:PORT, or http://HOST:PORT on loopback; may be repeated; port 0 takes a free one
     /// [default: https://0.0.0.0:8443 and http://127.0.0.1:8080]
     #[arg(long, value_name = "ADDR")]
@@ -131,7 +139,8 @@ pub struct Options {
     /// out, and dropped after three times running. auto goes by how long they have taken, from 5 s to 10 minutes
     #[arg(long, value_name = "auto|SECONDS", default_value = "auto")]
     pub deadline: Deadline,
-    /// At the deadline, wait on until this many clients' have come [default: 1]
+    /// At the deadline, wait on until this many clients' have come; and when so many have lost their connection that fewer are left,
+    /// begin the round again once enough are back, or go on with whom there is after --wait [default: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub quorum: Option<u32>,
     /// How clients' adapters become one. mean: of A and of B; what that misses of the mean change is told. trimmed, median: of each
@@ -143,6 +152,10 @@ pub struct Options {
     /// Ranks of the clients, in turn as they join, none above --rank: 4,8,16 for devices that differ (needs --split N)
     #[arg(long, value_name = "N,N,...", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..))]
     pub client_ranks: Vec<u32>,
+    /// Take up the interrupted run in this directory: at the beginning of the round that was open, with the options, the token and the
+    /// addresses it began with, so that its clients find it again. Beside it only --quiet, --json, --open and --device
+    #[arg(long, value_name = "DIR")]
+    pub resume: Option<PathBuf>,
     /// Run directory [default: runs/TIME-MODEL]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
@@ -170,22 +183,137 @@ pub enum RoleName {
     Federated,
 }
 
+/// What this is called by.
+const COMMAND: &str = "serve";
+
 /// Where `--split auto` begins, before anything was measured.
 const FIRST_SPLIT: usize = 1;
 
 /// # Errors
 /// One sentence that says what to do.
 pub fn run(options: Options) -> anyhow::Result<()> {
-    let listen = match &options.listen[..] {
+    match &options.resume {
+        Some(directory) => resume(&directory.clone(), options),
+        None => begin(options, None),
+    }
+}
+
+/// A run to be taken up again, and its directory.
+struct Resumed {
+    directory: RunDirectory,
+    interrupted: Box<Interrupted>,
+}
+
+/// Takes up the run in a directory.
+fn resume(path: &Path, given: Options) -> anyhow::Result<()> {
+    let directory = RunDirectory::resume(path)?;
+    let shown = path.display();
+    let said = |name: &str| directory.run().get(name).and_then(Value::as_str);
+    ensure!(
+        said("command") == Some(COMMAND),
+        "the run in {shown} was not begun by `sflllm serve`, which cannot go on with it"
+    );
+    ensure!(
+        said("role") != Some("federated"),
+        "{shown} is that of a federated server, which keeps nothing: start it again with the same --listen and --control-key, and the \
+         main server tells it all it has to know"
+    );
+    if said("ended") == Some("completed") {
+        if given.output.json {
+            return Ok(console::print_kept(serde_json::to_string(directory.run())?)?);
+        }
+        let adapter = directory.adapter();
+        let text = format!(
+            "the run in {shown} is complete; its adapter is in {}",
+            adapter.display()
+        );
+        return Ok(console::print_kept(text)?);
+    }
+    let mut options: Options = RECORDING.resumed(COMMAND, directory.run(), &given.given, path)?;
+    let interrupted = Box::new(Interrupted::open(&directory)?);
+    (options.output, options.open) = (given.output, given.open);
+    options.token.clone_from(&interrupted.identity.token);
+    options.control_key.clone_from(&interrupted.identity.control_key);
+    options.listen = listen_again(&options, &directory)?;
+    begin(options, Some(Resumed { directory, interrupted }))
+}
+
+/// How the options are kept in `run.json`. Secrets are not: they are in `state/`, which only the owner may look into.
+const RECORDING: Recording = Recording {
+    left_out: &[
+        "resume",
+        "out",
+        "json",
+        "quiet",
+        "open",
+        "token",
+        "token-file",
+        "control-key",
+        "control-key-file",
+    ],
+    may_change: &[
+        ("device", &[]),
+        ("wait", &[]),
+        ("deadline", &[]),
+        ("quorum", &[]),
+        ("host", &[]),
+        ("federated-url", &[]),
+        ("data", &[]),
+        ("valid", &[]),
+    ],
+    placed,
+};
+
+/// What an option's text means in whatever directory it is read.
+fn placed(option: &str, text: &str) -> String {
+    match option {
+        "scenario" if !Path::new(text).exists() => text.to_owned(),
+        "ca" | "scenario" | "calibration" => absolute(text),
+        _ => train::placed(option, text),
+    }
+}
+
+/// The addresses of the run, with the ports that were free when it began.
+fn listen_again(options: &Options, directory: &RunDirectory) -> anyhow::Result<Vec<Listen>> {
+    let bound = directory.run().get("addresses").and_then(Value::as_array);
+    let bound = bound
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+        .map(str::parse::<Listen>);
+    let bound = bound.collect::<Result<Vec<_>, _>>()?;
+    let asked = listened(options)?;
+    Ok(asked
+        .into_iter()
+        .enumerate()
+        .map(|(position, mut asked)| {
+            if let (0, Some(bound)) = (asked.port, bound.get(position)) {
+                asked.port = bound.port;
+            }
+            asked
+        })
+        .collect())
+}
+
+/// Where to listen.
+fn listened(options: &Options) -> anyhow::Result<Vec<Listen>> {
+    Ok(match &options.listen[..] {
         [] if options.role == RoleName::Federated => vec!["https://0.0.0.0:9443".parse()?],
         [] => vec!["https://0.0.0.0:8443".parse()?, "http://127.0.0.1:8080".parse()?],
         given => given.to_vec(),
-    };
+    })
+}
+
+/// Begins a run, or goes on with one.
+fn begin(options: Options, resumed: Option<Resumed>) -> anyhow::Result<()> {
+    let is_resumed = resumed.is_some();
+    let listen = listened(&options)?;
     let asked = TOKEN.read(options.token.as_deref(), options.token_file.as_deref(), None)?;
     let hosting = Hosting {
         token: match options.role {
             // Nobody joins a federated server: clients come with the main server's tickets.
             RoleName::Federated => None,
+            _ if is_resumed => options.token.clone(),
             _ => token(asked.as_deref(), &listen)?,
         },
         hosts: options.host.clone(),
@@ -204,7 +332,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
             bail!("--local-clients and --valid belong to the main server; start this one with --role federated only");
         }
         let mut directory = RunDirectory::create(options.out.as_deref(), "federated")?;
-        directory.note(json!({ "role": "federated", "aggregate": options.aggregate }))?;
+        directory.note(json!({ "command": COMMAND, "role": "federated", "aggregate": options.aggregate }))?;
         let control_key = match control_key.as_deref() {
             None | Some("generate") => server::generate_token(),
             Some(key) => key.to_owned(),
@@ -213,7 +341,7 @@ pub fn run(options: Options) -> anyhow::Result<()> {
             control_key,
             aggregation: options.aggregate,
         };
-        let summary = host(hosting, role, directory, None, Vec::new())?;
+        let summary = host(hosting, role, directory, None, Vec::new(), None)?;
         return conclude(&summary, None, &options.output);
     }
 
@@ -244,10 +372,27 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         }
         None => Role::Both,
     };
-    let mut directory = RunDirectory::create(options.out.as_deref(), &options.model.model.short())?;
+    let (mut directory, interrupted) = match resumed {
+        Some(resumed) => (resumed.directory, Some(resumed.interrupted)),
+        None => (
+            RunDirectory::create(options.out.as_deref(), &options.model.model.short())?,
+            None,
+        ),
+    };
+    let path = directory.path().to_owned();
     let prepared = prepare(&options, &mut directory)?;
     let adapter = directory.adapter();
-    let summary = host(hosting, role, directory, Some(prepared.run), prepared.local)?;
+    let summary = host(
+        hosting,
+        role,
+        directory,
+        Some(prepared.run),
+        prepared.local,
+        interrupted,
+    )?;
+    if matches!(summary.ending, Ending::Stopped(_) | Ending::NoClients) {
+        console::say(format!("go on with: sflllm serve --resume {}", path.display()));
+    }
     conclude(&summary, Some(&adapter), &options.output)
 }
 
@@ -285,27 +430,27 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
         no_shuffle,
         ..
     } = options.batches;
-    let seq = options.batches.seq(source.config.positions)?;
+    let seq = options.batches.seq(source.architecture.positions)?;
     let aggregation = options.aggregate.unwrap_or_default();
     let initial = match &options.lora.init_adapter {
         Some(_) if aggregation.trained() != Trained::Both => bail!(
             "--aggregate {aggregation} freezes the matrices A that the run's seed makes, and --init-adapter brings others; leave one \
              of the two out"
         ),
-        Some(directory) => source.adapter(directory)?.with_one_rank(&source.config)?,
+        Some(directory) => source.adapter(directory)?.with_one_rank(&source.architecture)?,
         None => Adapter::init(
-            &source.config,
-            &options.lora.spec(&source.config)?,
-            0..source.config.blocks,
+            &source.architecture,
+            &options.lora.spec(&source.architecture)?,
+            0..source.architecture.blocks,
             seed,
         )?,
     };
     let steps = u64::from(options.rounds) * u64::from(options.local_steps);
     let optimizer = options
         .optimizer
-        .settings(&source.config, &initial.spec.targets, steps)?;
+        .settings(&source.architecture, &initial.spec.targets, steps)?;
     let said = defaults::said(
-        &source.config,
+        &source.architecture,
         &options.lora,
         &initial.spec,
         &options.optimizer,
@@ -316,7 +461,12 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
     }
     let mut initial = initial;
     initial.spec.trained = aggregation.trained();
-    let initial = Adapter::from_values(&source.config, &initial.spec, 0..source.config.blocks, initial.values)?;
+    let initial = Adapter::from_values(
+        &source.architecture,
+        &initial.spec,
+        0..source.architecture.blocks,
+        initial.values,
+    )?;
     if let Some(rank) = options
         .client_ranks
         .iter()
@@ -359,6 +509,8 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
     let data = options.data.iter().map(read).collect::<anyhow::Result<Vec<_>>>()?;
     let describe = |path: &PathBuf, data: &Dataset| json!({ "file": path, "summary": data.summary });
     directory.note(json!({
+        "command": COMMAND,
+        "options": RECORDING.record(&given::command::<Options>(COMMAND), &options.given),
         "role": if options.role == RoleName::Main { "main" } else { "both" },
         "model_source": options.model.model.recorded(),
         "configuration": {
@@ -384,7 +536,7 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
             .max(1),
     );
     if let Some(scenario) = &scenario {
-        anyhow::ensure!(
+        ensure!(
             clients as usize == places,
             "--scenario has places for {places} clients and the run starts with {clients}; use --clients {places}, or set clients.count \
              in the scenario"
@@ -443,7 +595,7 @@ pub(super) fn model(source: Source) -> server::Model {
     server::Model {
         name: source.name,
         digest: Digest(source.digest),
-        architecture: source.config,
+        architecture: source.architecture,
         weights: source.weights,
         holding: source.holding,
         tokenizer: source.tokenizer.map(|tokenizer| tokenizer.json().to_vec()),
@@ -488,9 +640,10 @@ pub(super) fn host(
     directory: RunDirectory,
     run: Option<Run>,
     local: Vec<Vec<Example>>,
+    interrupted: Option<Box<Interrupted>>,
 ) -> anyhow::Result<Summary> {
     let runtime = runtime()?;
-    let result = runtime.block_on(host_here(hosting, role, directory, run, local));
+    let result = runtime.block_on(host_here(hosting, role, directory, run, local, interrupted));
     // Downloads that still run have no reader any more.
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
@@ -502,6 +655,7 @@ async fn host_here(
     directory: RunDirectory,
     run: Option<Run>,
     local: Vec<Vec<Example>>,
+    interrupted: Option<Box<Interrupted>>,
 ) -> anyhow::Result<Summary> {
     let console = Console::new(hosting.quiet);
     let mut interrupt = interrupt::watch("stopping")?;
@@ -537,6 +691,7 @@ async fn host_here(
         directory,
         demo_data: hosting.demo_data.into(),
         run,
+        interrupted,
     };
     let server = Server::start(settings, Box::new(move |report| shown.report(report))).await?;
     announce(&server, &console, hosting.token.as_deref(), control_key.as_deref());
@@ -550,7 +705,7 @@ async fn host_here(
     if hosting.open
         && let Some(address) = server.addresses().last()
     {
-        open_browser(&join_page(&address.local_url, hosting.token.as_deref(), None));
+        desktop::open(&join_page(&address.local_url, hosting.token.as_deref(), None));
     }
 
     let stopper = server.stopper();
@@ -626,6 +781,9 @@ fn local_client(
             .context("only a main server has local clients")?
             .to_owned(),
         adapter_out: None,
+        // It is in the server's own process.
+        give_up: Duration::from_secs(60),
+        keep: None,
     })
 }
 
@@ -691,25 +849,6 @@ fn announce(server: &Server, console: &Console, token: Option<&str>, control_key
 
 fn plural(count: usize) -> &'static str {
     if count == 1 { "" } else { "s" }
-}
-
-fn open_browser(url: &str) {
-    let (program, arguments): (&str, &[&str]) = match std::env::consts::OS {
-        "macos" => ("open", &[]),
-        "windows" => ("cmd", &["/C", "start", ""]),
-        _ => ("xdg-open", &[]),
-    };
-    let started = std::process::Command::new(program)
-        .args(arguments)
-        .arg(url)
-        .stdout(std::process::Stdio::null())
-        .stderr(std::process::Stdio::null())
-        .spawn();
-    if let Err(error) = started {
-        console::say(format!(
-            "cannot open a browser ({program}: {error}); open {url} yourself"
-        ));
-    }
 }
 
 /// Says how the run ended.
@@ -813,10 +952,19 @@ impl Shown {
                 "before training: validation loss {:.4}, perplexity {:.3}",
                 evaluation.loss, evaluation.perplexity
             )),
+            Report::Resumed { round, awaited } => {
+                let awaited = match awaited {
+                    0 => String::new(),
+                    count => format!("; waiting for {count} client{} to come back", plural(count)),
+                };
+                console.line(format!("the run goes on at the beginning of round {round}{awaited}"));
+            }
             Report::RoundStarted { round, members } => {
                 console.waiting(format!("round {round} with {members} client{}", plural(members)));
             }
-            Report::RoundLost { round } => console.line(format!("round {round} lost all its clients")),
+            Report::RoundLost { round } => console.line(format!(
+                "round {round} has lost its clients, or more than --quorum allows: it is begun again"
+            )),
             Report::RoundRejected { round, reason } => {
                 console.important(format!("round {round} cannot be used and is begun again: {reason}"));
             }

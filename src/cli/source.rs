@@ -210,7 +210,7 @@ pub struct Source {
     pub name: String,
     /// Where it lies.
     pub origin: ModelSource,
-    pub config: Architecture,
+    pub architecture: Architecture,
     pub weights: Weights,
     pub holding: Holding,
     pub tokenizer: Option<Tokenizer>,
@@ -277,16 +277,16 @@ impl Source {
 
     /// The demo model.
     pub fn demo(holding: Holding) -> anyhow::Result<Self> {
-        let config = Architecture::from_json(DEMO_CONFIG)?;
+        let architecture = Architecture::from_json(DEMO_CONFIG)?;
         let mut digest = begin_digest(holding);
         digest.update(DEMO_CONFIG);
         digest.update(DEMO_WEIGHTS);
         Ok(Self {
             name: DEMO.to_owned(),
             origin: ModelSource::Demo,
-            weights: Weights::from_bytes(DEMO_WEIGHTS, &config)?,
-            tokenizer: Some(Tokenizer::from_json(DEMO_TOKENIZER, config.eos)?),
-            config,
+            weights: Weights::from_bytes(DEMO_WEIGHTS, &architecture)?,
+            tokenizer: Some(Tokenizer::from_json(DEMO_TOKENIZER, architecture.eos)?),
+            architecture,
             holding,
             digest: digest.finalize().into(),
         })
@@ -297,7 +297,7 @@ impl Source {
         let gguf = Gguf::open_path(file)?;
         let tokenizer = GgufTokenizer::read(&gguf)?;
         let weights = Weights::from_gguf(GgufModel::new(gguf)?)?;
-        let config = weights.model().clone();
+        let architecture = weights.model().clone();
         if !quiet {
             for notice in &tokenizer.notices {
                 console::say(notice);
@@ -305,15 +305,15 @@ impl Source {
         }
         let mut digest = begin_digest(holding);
         hash_file(&mut digest, file)?;
-        let tokenizer = tokenizer_of(tokenizer, config.eos)?;
-        tokenizer.check_vocabulary(config.vocab)?;
+        let tokenizer = tokenizer_of(tokenizer, architecture.eos)?;
+        tokenizer.check_vocabulary(architecture.vocab)?;
         let name = file.file_stem().unwrap_or(file.as_os_str());
         Ok(Self {
             name: name.to_string_lossy().into_owned(),
             origin: ModelSource::Gguf(file.to_owned()),
             weights,
             tokenizer: Some(tokenizer),
-            config,
+            architecture,
             holding,
             digest: digest.finalize().into(),
         })
@@ -321,14 +321,14 @@ impl Source {
 
     /// A Hugging Face directory; without a `name` it is named after itself.
     fn directory(dir: &Path, name: Option<&str>, holding: Holding) -> anyhow::Result<Self> {
-        let config = Architecture::load(dir)?;
-        let weights = Weights::open(dir, &config)?;
-        let tokenizer = Tokenizer::load(dir, config.eos)?;
+        let architecture = Architecture::load(dir)?;
+        let weights = Weights::open(dir, &architecture)?;
+        let tokenizer = Tokenizer::load(dir, architecture.eos)?;
         if let Some(tokenizer) = &tokenizer {
-            tokenizer.check_vocabulary(config.vocab)?;
+            tokenizer.check_vocabulary(architecture.vocab)?;
         }
         let mut digest = begin_digest(holding);
-        digest.update(config.to_json());
+        digest.update(architecture.to_json());
         let mut files: Vec<PathBuf> = std::fs::read_dir(dir)
             .with_context(|| format!("cannot read {}", dir.display()))?
             .filter_map(|entry| Some(entry.ok()?.path()))
@@ -347,7 +347,7 @@ impl Source {
             origin: ModelSource::Directory(dir.to_owned()),
             weights,
             tokenizer,
-            config,
+            architecture,
             holding,
             digest: digest.finalize().into(),
         })
@@ -377,7 +377,7 @@ impl Source {
         crate::data::Options {
             skip_bad_lines: reading.skip_bad_lines,
             columns: reading.columns.clone().unwrap_or_default(),
-            ..crate::data::Options::new(seq, self.config.vocab)
+            ..crate::data::Options::new(seq, self.architecture.vocab)
         }
     }
 
@@ -408,12 +408,12 @@ impl Source {
 
     /// Uploads all weights.
     pub fn load(&self, engine: &Engine) -> anyhow::Result<StackWeights> {
-        Ok(StackWeights::load(engine, &self.config, &mut self.units())?)
+        Ok(StackWeights::load(engine, &self.architecture, &mut self.units())?)
     }
 
     /// Reads a PEFT adapter of this model. Blocks that it leaves alone are left alone.
     pub fn adapter(&self, dir: &Path) -> anyhow::Result<Adapter> {
-        Ok(Adapter::load(dir, &self.config)?.over_all_blocks(&self.config)?)
+        Ok(Adapter::load(dir, &self.architecture)?.over_all_blocks(&self.architecture)?)
     }
 }
 

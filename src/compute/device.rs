@@ -44,10 +44,15 @@ impl std::fmt::Display for Selection {
 /// What an adapter is and what it offers, in words and numbers.
 #[derive(Clone, Debug)]
 pub struct AdapterSummary {
+    /// As the driver calls it.
     pub name: String,
+    /// The graphics API it is reached by.
     pub backend: String,
+    /// The driver and its version.
     pub driver: String,
+    /// What kind of processor it is.
     pub class: DeviceClass,
+    /// Optional abilities that variants may use, by their names in WebGPU.
     pub features: Vec<&'static str>,
     /// Largest buffer a kernel may bind, in bytes.
     pub max_binding_bytes: u64,
@@ -58,6 +63,7 @@ pub struct AdapterSummary {
 }
 
 impl AdapterSummary {
+    /// Name, backend and class, for people.
     pub fn label(&self) -> String {
         let name = if self.name.is_empty() {
             "WebGPU adapter"

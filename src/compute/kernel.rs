@@ -17,7 +17,9 @@ use bytemuck::{Pod, Zeroable};
 /// Whether a kernel only reads a storage binding or also writes it (`read` / `read_write` in WGSL).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
+    /// `read` in WGSL.
     Read,
+    /// `read_write` in WGSL.
     Write,
 }
 
@@ -26,18 +28,22 @@ pub enum Access {
 pub struct Binding {
     /// The variable's name in WGSL and the parameter's name in the specification.
     pub name: &'static str,
+    /// Whether the kernel writes it.
     pub access: Access,
 }
 
 /// One member of a params struct, for the test that compares it with the WGSL struct.
 #[derive(Clone, Copy, Debug)]
 pub struct Field {
+    /// As both structs have it.
     pub name: &'static str,
+    /// In bytes, from the beginning of the struct.
     pub offset: usize,
 }
 
 /// A uniform params struct: `#[repr(C)]`, four-byte members only.
 pub trait Params: Pod {
+    /// The fields in their order, with their places in bytes.
     const FIELDS: &'static [Field];
 }
 
@@ -52,11 +58,14 @@ impl Params for NoParams {
 
 /// A storage binding as it is handed to a [`Computation`]: 32-bit words, typed by the computation.
 pub enum Operand<'a> {
+    /// Of a binding with [`Access::Read`].
     Read(&'a [u32]),
+    /// Of a binding with [`Access::Write`].
     Write(&'a mut [u32]),
 }
 
 impl Operand<'_> {
+    /// The words, as the computation types them.
     pub fn read<T: Pod>(&self) -> &[T] {
         match self {
             Operand::Read(words) => bytemuck::cast_slice(words),
@@ -64,6 +73,8 @@ impl Operand<'_> {
         }
     }
 
+    /// The words to be written, as the computation types them.
+    ///
     /// # Panics
     /// If the kernel declared the binding as read-only: a bug in the kernel's declaration.
     pub fn write<T: Pod>(&mut self) -> &mut [T] {
@@ -81,8 +92,11 @@ pub type Computation = fn(&[u8], &mut [Operand<'_>]);
 pub struct Contract {
     /// `<family>.<entry>`: the name in tests, benches and profiles.
     pub name: &'static str,
+    /// The storage bindings, in order from 1.
     pub bindings: &'static [Binding],
+    /// The members of the params struct.
     pub fields: &'static [Field],
+    /// Bytes of the params struct.
     pub params_size: usize,
     /// The specification in plain loops. The browser's bundle has no use for it.
     #[cfg(not(target_arch = "wasm32"))]
@@ -121,12 +135,14 @@ impl Contract {
 pub struct Part {
     /// The file's stem.
     pub stem: &'static str,
+    /// The text of the file.
     pub source: &'static str,
 }
 
 /// What a variant asks of a device beyond nothing at all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Needs {
+    /// Abilities it has no replacement for.
     pub features: Features,
     /// Invocations in a workgroup.
     pub invocations: u32,
@@ -177,7 +193,9 @@ pub enum DeviceClass {
 /// What is known of a device when work for it is recorded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Profile {
+    /// What kind of processor it is.
     pub class: DeviceClass,
+    /// Its optional abilities.
     pub features: Features,
     /// Largest workgroup, in invocations.
     pub invocations: u32,
@@ -209,12 +227,15 @@ impl Profile {
 
 /// A way to run a contract on a device: an entry point in some WGSL text, and when and how it is launched.
 pub struct Variant {
+    /// What it computes.
     pub contract: &'static Contract,
     /// What sets it apart from the contract's other variants: `tiled`, `rows`, `vec4`.
     pub name: &'static str,
     /// The WGSL texts, which are concatenated in this order.
     pub parts: &'static [Part],
+    /// The entry point in the WGSL text.
     pub entry: &'static str,
+    /// What the device must have.
     pub needs: Needs,
     /// Whether it is right and reasonable for these params on this device.
     pub fits: fn(&Profile, &[u8]) -> bool,
@@ -240,7 +261,9 @@ impl Variant {
 /// A module-scope WGSL constant set by a dispatch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Constant {
+    /// A `u32`.
     U32(u32),
+    /// A `bool`.
     Bool(bool),
 }
 

@@ -8,7 +8,7 @@
 //! step with one submission; only the contents of its input buffers change. Everything above this module is the same for a
 //! GPU, an emulated adapter, a browser and the CPU engine.
 
-pub mod cpu;
+pub(crate) mod cpu;
 pub mod device;
 mod gpu;
 pub(crate) mod host;
@@ -25,6 +25,7 @@ pub use recording::{Buffer, Command, Cost, Recording, linear_workgroups};
 use recording::{BufferInner, Storage};
 
 /// What can go wrong between this crate and a device.
+#[expect(missing_docs, reason = "the messages say it")]
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error(
@@ -161,6 +162,7 @@ impl Engine {
         self.profile
     }
 
+    /// What kind of device the engine runs on.
     pub fn class(&self) -> DeviceClass {
         self.profile.class
     }

@@ -22,16 +22,24 @@ pub trait Real:
     + Sync
     + 'static
 {
+    /// 0.
     const ZERO: Self;
+    /// 1.
     const ONE: Self;
 
     /// A size or an index, exact up to 2²⁴ in `f32`.
     fn of(count: usize) -> Self;
+    /// The square root.
     fn sqrt(self) -> Self;
+    /// e to this power.
     fn exp(self) -> Self;
+    /// The natural logarithm.
     fn ln(self) -> Self;
+    /// The hyperbolic tangent.
     fn tanh(self) -> Self;
+    /// The larger of two; of a NaN and a number the number.
     fn max(self, other: Self) -> Self;
+    /// The absolute value.
     fn abs(self) -> Self;
 }
 

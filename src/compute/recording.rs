@@ -36,6 +36,7 @@ pub(super) enum Storage {
 }
 
 impl Buffer {
+    /// As it was given when the buffer was made: for error texts.
     pub fn name(&self) -> &str {
         &self.inner.name
     }
@@ -45,6 +46,7 @@ impl Buffer {
         self.inner.words
     }
 
+    /// Whether both are the same memory.
     pub fn is(&self, other: &Buffer) -> bool {
         Arc::ptr_eq(&self.inner, &other.inner)
     }
@@ -68,31 +70,45 @@ pub struct Cost {
 /// One kernel launch.
 #[derive(Clone, Debug)]
 pub struct Dispatch {
+    /// What is computed.
     pub contract: &'static Contract,
     /// How a device runs it; `None` in a recording for the CPU engine.
     pub launch: Option<Launch>,
+    /// The bytes of the params struct.
     pub params: Vec<u8>,
+    /// In the order of the contract's bindings.
     pub buffers: Vec<Buffer>,
+    /// What the launcher says it takes.
     pub cost: Cost,
 }
 
 /// A variant made ready for some params.
 #[derive(Clone, Debug)]
 pub struct Launch {
+    /// The way that was chosen for the device.
     pub variant: &'static Variant,
+    /// WGSL constants set for the params.
     pub constants: Constants,
+    /// In x, y, z.
     pub workgroups: [u32; 3],
 }
 
+/// One entry of a recording, in the order of execution.
 #[derive(Clone, Debug)]
 pub enum Command {
+    /// Launches a kernel.
     Dispatch(Dispatch),
     /// Copies `words` words; source and destination are different buffers.
     Copy {
+        /// Where from.
         source: Buffer,
+        /// The first word there.
         source_offset: usize,
+        /// Where to.
         destination: Buffer,
+        /// The first word there.
         destination_offset: usize,
+        /// How many.
         words: usize,
     },
     /// Sets every word to zero.
@@ -120,6 +136,7 @@ impl Recording {
         &self.profile
     }
 
+    /// What was recorded, in order.
     pub fn commands(&self) -> &[Command] {
         &self.commands
     }
@@ -203,6 +220,7 @@ impl Recording {
         });
     }
 
+    /// Records that a buffer becomes zero.
     pub fn clear(&mut self, buffer: &Buffer) {
         self.commands.push(Command::Clear(buffer.clone()));
     }

@@ -5,14 +5,18 @@
 //! pads, shuffles and remembers where a run stands, `shard` divides examples among clients. Nothing here knows a model
 //! beyond its vocabulary size and longest sequence.
 
-pub mod batch;
+pub(crate) mod batch;
+#[doc(hidden)]
 pub mod chat;
-pub mod json;
+pub(crate) mod json;
+#[doc(hidden)]
 pub mod reader;
-pub mod shard;
+pub(crate) mod shard;
 #[cfg(not(target_arch = "wasm32"))]
+#[doc(hidden)]
 pub mod template;
 #[cfg(not(target_arch = "wasm32"))]
+#[doc(hidden)]
 pub mod tokenizer;
 
 pub use batch::{Batch, Batches, Cursor, pass};
@@ -30,12 +34,19 @@ use crate::terms::tensor::IGNORED_TARGET;
 /// the loss shifts, so `labels[t]` is predicted from `ids[..t]` and `labels[0]` never counts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Example {
+    /// Token ids.
     pub ids: Vec<u32>,
     /// Token ids, or [`IGNORED_TARGET`].
     pub labels: Vec<i32>,
 }
 
 impl Example {
+    /// Text of which every token is learned.
+    pub fn text(ids: Vec<u32>) -> Self {
+        let labels = ids.iter().map(|&id| id.cast_signed()).collect();
+        Self { ids, labels }
+    }
+
     /// Positions that are learned.
     pub fn target_count(&self) -> usize {
         self.labels
@@ -52,12 +63,14 @@ impl Example {
 pub struct Flaw(String);
 
 impl Flaw {
+    /// From words that can follow "line 3 ".
     pub fn new(reason: impl Into<String>) -> Self {
         Self(reason.into())
     }
 }
 
 /// Why data, or the tokenizer for it, was refused.
+#[expect(missing_docs, reason = "the messages say it")]
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
     #[error("cannot read {path}: {source}")]

@@ -24,6 +24,7 @@ const CHUNK: usize = 4096;
 const CLIP_EPSILON: f32 = 1e-6;
 
 params! {
+    /// Sizes for `adamw.norm_partial`.
     pub struct NormParams {
         pub n: u32,
         /// Elements of one partial sum.
@@ -32,6 +33,7 @@ params! {
 }
 
 params! {
+    /// Sizes for `adamw.update`.
     pub struct UpdateParams {
         pub n: u32,
     }
@@ -171,6 +173,7 @@ pub mod spec {
     use super::{CLIP_EPSILON, NormParams, UpdateParams, scalar};
     use crate::compute::real::Real;
 
+    /// The sum of squares of every chunk of the gradient.
     pub fn norm_partial<T: Real>(
         params: &NormParams,
         gradient: &[T],    // (n)
@@ -200,6 +203,7 @@ pub mod spec {
         scalars[scalar::NORM] = scalars[scalar::GRAD_SCALE].abs() * sum.sqrt();
     }
 
+    /// One step of AdamW on every value, with the gradient scaled and clipped as `scalars` say.
     pub fn update<T: Real>(
         params: &UpdateParams,
         gradient: &[T],    // (n)

@@ -62,6 +62,7 @@ pub struct Case {
 }
 
 impl Case {
+    /// Adds the kernel, once, to a recording of the engine it was built on.
     pub fn record(&self, recording: &mut Recording) {
         (self.record)(recording);
     }

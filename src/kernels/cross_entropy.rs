@@ -39,12 +39,14 @@ pub const STATE_WORDS: usize = 3;
 const LOWEST: f32 = -3e38;
 
 params! {
+    /// Sizes for `cross_entropy.reset`.
     pub struct ResetParams {
         pub rows: u32,
     }
 }
 
 params! {
+    /// Sizes for `cross_entropy.forward`.
     pub struct ForwardParams {
         pub rows: u32,
         /// Columns of `logits` in this tile.
@@ -57,12 +59,14 @@ params! {
 }
 
 params! {
+    /// Sizes for `cross_entropy.loss`.
     pub struct LossParams {
         pub rows: u32,
     }
 }
 
 params! {
+    /// Sizes for `cross_entropy.backward_hidden`.
     pub struct BackwardHiddenParams {
         pub rows: u32,
         pub width: u32,
@@ -395,6 +399,8 @@ pub mod spec {
         }
     }
 
+    /// Carries each row's largest logit and sum of exponentials through a part of the vocabulary, and picks up the logit of its
+    /// target. Where the parameters say so, exponentials take the place of the logits.
     pub fn forward<T: Real>(
         params: &ForwardParams,
         targets: &[i32],     // (rows)
@@ -428,6 +434,7 @@ pub mod spec {
         }
     }
 
+    /// The loss of each row: the logarithm of the sum less the target's logit; 0 where the target is ignored.
     pub fn loss<T: Real>(
         params: &LossParams,
         targets: &[i32], // (rows)

@@ -23,6 +23,7 @@ const ROOT: f32 = 0.797_884_6;
 const CUBIC: f32 = 0.044_715;
 
 params! {
+    /// Sizes for gelu's kernels.
     pub struct Params {
         pub n: u32,
     }
@@ -101,6 +102,7 @@ pub mod spec {
         T::from(0.5) * x * (T::ONE + inner.tanh())
     }
 
+    /// The gradient of the input, from that of the output.
     pub fn backward_x<T: Real>(
         params: &Params,
         x: &[T],       // (n)

@@ -19,6 +19,7 @@ const WORKGROUP: u32 = 64;
 const BLOCK: usize = 4096;
 
 params! {
+    /// Sizes for `gradient.add`.
     pub struct Params {
         pub n: u32,
     }
@@ -73,6 +74,7 @@ pub mod spec {
     use super::{Params, scalar};
     use crate::compute::real::Real;
 
+    /// Adds a lane's gradient, by its weight, to the step's.
     pub fn add<T: Real>(
         params: &Params,
         lane: &[T],    // (n)

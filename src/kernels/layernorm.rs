@@ -10,6 +10,7 @@ use crate::{contract, params, variant};
 const WORKGROUP: u32 = 64;
 
 params! {
+    /// Sizes for `layernorm.forward`.
     pub struct ForwardParams {
         pub rows: u32,
         pub width: u32,
@@ -18,6 +19,7 @@ params! {
 }
 
 params! {
+    /// Sizes for `layernorm.backward_x`.
     pub struct BackwardParams {
         pub rows: u32,
         pub width: u32,
@@ -168,6 +170,7 @@ pub mod spec {
     use super::{BackwardParams, ForwardParams};
     use crate::compute::real::Real;
 
+    /// Every row less its mean, over its standard deviation, times gamma plus beta; keeps mean and reciprocal deviation.
     pub fn forward<T: Real>(
         params: &ForwardParams,
         x: &[T],         // (rows, width)
@@ -197,6 +200,7 @@ pub mod spec {
         }
     }
 
+    /// The gradient of the input; what is in `d_x` stays in the sum where the parameters say so.
     pub fn backward_x<T: Real>(
         params: &BackwardParams,
         d_out: &[T],   // (rows, width)

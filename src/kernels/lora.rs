@@ -450,6 +450,7 @@ pub mod spec {
     use super::{PartialParams, SumParams, ThinParams, scalar};
     use crate::compute::real::Real;
 
+    /// The low-rank activations: input times A, transposed.
     pub fn forward_down<T: Real>(
         params: &ThinParams,
         x: &[T],       // (rows, columns), at first and stride
@@ -469,6 +470,7 @@ pub mod spec {
         }
     }
 
+    /// The gradient of the low-rank activations: that of the output times B.
     pub fn backward_up<T: Real>(
         params: &ThinParams,
         d_y: &[T],     // (rows, columns), at first and stride
@@ -488,6 +490,7 @@ pub mod spec {
         }
     }
 
+    /// The products of a part of the rows, for one matrix's gradient.
     pub fn backward_partial<T: Real>(
         params: &PartialParams,
         thin: &[T],        // (rows, rank)
@@ -510,6 +513,7 @@ pub mod spec {
         }
     }
 
+    /// Adds the gradient of B.
     pub fn backward_b<T: Real>(
         params: &SumParams,
         partial: &[T],      // (splits, rank, columns)
@@ -526,6 +530,7 @@ pub mod spec {
         }
     }
 
+    /// Adds the gradient of A.
     pub fn backward_a<T: Real>(
         params: &SumParams,
         partial: &[T],      // (splits, rank, columns)

@@ -10,6 +10,7 @@ pub mod gradient;
 pub mod layernorm;
 pub mod lora;
 pub mod matmul;
+#[doc(hidden)]
 pub mod peak;
 pub mod quantize;
 pub mod rmsnorm;

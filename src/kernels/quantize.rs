@@ -18,6 +18,7 @@ use crate::{contract, params, variant};
 const WORKGROUP: u32 = 64;
 
 params! {
+    /// Sizes for quantize's kernels.
     pub struct Params {
         pub rows: u32,
         pub width: u32,
@@ -269,6 +270,7 @@ pub(crate) static EXAMPLES: &[Example] = &[
 pub mod spec {
     use super::{INFINITY, NAN, Params, SIGN, f16_bits, f32_bits};
 
+    /// Two halves to a word.
     pub fn forward_f16(
         params: &Params,
         x: &[f32],          // (rows, width)
@@ -284,6 +286,7 @@ pub mod spec {
         }
     }
 
+    /// The numbers of halves.
     pub fn inverse_f16(
         params: &Params,
         packed: &[u32],  // (ceil(rows * width / 2))
@@ -294,6 +297,7 @@ pub mod spec {
         }
     }
 
+    /// Codes of a row with its scale, which is its largest absolute value over 127.
     pub fn forward_int8(
         params: &Params,
         x: &[f32],          // (rows, width)
@@ -325,6 +329,7 @@ pub mod spec {
         }
     }
 
+    /// The numbers of codes and scales.
     pub fn inverse_int8(
         params: &Params,
         packed: &[u32],  // (rows, ceil(width / 4))

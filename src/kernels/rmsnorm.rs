@@ -178,6 +178,7 @@ pub mod spec {
     use super::{BackwardLayout, ForwardLayout};
     use crate::compute::real::Real;
 
+    /// Every segment over its root mean square, times the weight; keeps the reciprocal root.
     pub fn forward<T: Real>(
         params: &ForwardLayout,
         x: &[T],         // (rows, groups * width)
@@ -203,6 +204,7 @@ pub mod spec {
         }
     }
 
+    /// The gradient of the input.
     pub fn backward_x<T: Real>(
         params: &BackwardLayout,
         d_out: &[T],   // (rows, groups * width)

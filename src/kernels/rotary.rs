@@ -18,6 +18,7 @@ use crate::{contract, params, variant};
 const WORKGROUP: u32 = 64;
 
 params! {
+    /// Sizes for rotary's kernels.
     pub struct Params {
         /// Rows of `x`: whole sequences.
         pub rows: u32,
@@ -175,6 +176,7 @@ pub mod spec {
     use super::Params;
     use crate::compute::real::Real;
 
+    /// Rotates the pairs of every head by the angles of the row's position.
     pub fn forward<T: Real>(
         params: &Params,
         table: &[T],      // (positions, head_size / 2, 2): cosine, sine
@@ -184,6 +186,7 @@ pub mod spec {
         rotate(params, table, position, x, T::ONE);
     }
 
+    /// Rotates the gradient back.
     pub fn backward_x<T: Real>(
         params: &Params,
         table: &[T],      // (positions, head_size / 2, 2): cosine, sine

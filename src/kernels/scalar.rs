@@ -13,13 +13,17 @@ pub const LR: usize = 2;
 pub const BIAS1: usize = 3;
 /// `1 - β₂ᵗ` likewise: `1 - 0.999` in f32 is 1.3e-5 off, which cancels only in the same β₂.
 pub const BIAS2: usize = 4;
+/// Decoupled weight decay.
 pub const WEIGHT_DECAY: usize = 5;
 /// Largest allowed global norm of the scaled gradient; 0 does not clip.
 pub const CLIP: usize = 6;
 /// Multiplies the accumulated gradient before clipping.
 pub const GRAD_SCALE: usize = 7;
+/// Decay rate of the first moment.
 pub const BETA1: usize = 8;
+/// Decay rate of the second moment.
 pub const BETA2: usize = 9;
+/// Added to the root of the second moment.
 pub const EPSILON: usize = 10;
 /// Global norm of the scaled gradient, before clipping: written by `adamw.norm_total`.
 pub const NORM: usize = 11;

@@ -22,6 +22,7 @@ use crate::{contract, params, variant};
 const WORKGROUP: u32 = 64;
 
 params! {
+    /// Sizes for swiglu's kernels.
     pub struct Params {
         pub rows: u32,
         /// Columns of the gate, and of what it lets through.
@@ -101,6 +102,7 @@ pub mod spec {
         T::ONE / (T::ONE + (-value).exp())
     }
 
+    /// `up · gate · sigmoid(gate)`.
     pub fn forward<T: Real>(
         params: &Params,
         gate_up: &[T], // (rows, 2 * ffn): gate, then up
@@ -116,6 +118,7 @@ pub mod spec {
         }
     }
 
+    /// The gradients of gate and up, from that of the output.
     pub fn backward_x<T: Real>(
         params: &Params,
         gate_up: &[T],       // (rows, 2 * ffn): gate, then up

@@ -187,6 +187,7 @@ impl Architecture {
         Self::from_json(&text)
     }
 
+    /// What the norms subtract and divide by.
     pub fn norm(&self) -> NormKind {
         match self.family {
             Family::Gpt2 => NormKind::Layer,
@@ -194,6 +195,7 @@ impl Architecture {
         }
     }
 
+    /// What stands between a block's feed-forward projections.
     pub fn mlp(&self) -> MlpKind {
         match self.family {
             Family::Gpt2 => MlpKind::Gelu,

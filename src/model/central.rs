@@ -7,6 +7,7 @@ use super::adapter::{Adapter, AdapterError, AdapterLayout};
 use super::architecture::Architecture;
 use super::stack::{Stack, StackWeights};
 use super::workspace::Extent;
+use crate::terms::moments::Moments;
 use crate::terms::optimizer::OptimizerSettings;
 
 /// Summed token losses.
@@ -154,10 +155,43 @@ impl Central {
         Ok(())
     }
 
+    /// The optimiser's moments of the adapter's values, and how many steps it has taken.
+    ///
+    /// # Panics
+    /// If the model was made without an optimiser.
+    pub async fn moments(&self) -> Result<Moments, Error> {
+        assert!(self.optimizer.is_some(), "a trainable model");
+        self.stack.moments().await
+    }
+
+    /// Replaces the adapter's values and their moments: the next step is the one after those that the moments have taken.
+    ///
+    /// # Errors
+    /// [`AdapterError::Length`] when values or moments are not as many as the adapter has; nothing is replaced then.
+    ///
+    /// # Panics
+    /// If the model was made without an optimiser.
+    pub fn restore(&mut self, values: &[f32], moments: &Moments) -> Result<(), AdapterError> {
+        assert!(self.optimizer.is_some(), "a trainable model");
+        for found in [moments.first.len(), moments.second.len()] {
+            if found != values.len() {
+                return Err(AdapterError::Length {
+                    expected: values.len(),
+                    found,
+                });
+            }
+        }
+        self.set_adapter(values)?;
+        self.stack.set_moments(moments);
+        Ok(())
+    }
+
+    /// The shape of what is on the device.
     pub fn model(&self) -> &Architecture {
         self.stack.model()
     }
 
+    /// The largest input it was made for.
     pub fn extent(&self) -> Extent {
         self.stack.extent()
     }

@@ -8,8 +8,9 @@
 
 pub mod adapter;
 pub mod architecture;
+#[doc(hidden)]
 pub mod archive;
-pub mod block;
+pub(crate) mod block;
 pub mod central;
 pub mod cost;
 pub(crate) mod encoded;
@@ -19,14 +20,16 @@ pub mod export;
 pub mod generation;
 #[cfg(not(target_arch = "wasm32"))]
 pub mod gguf;
-pub mod linear;
-pub mod optimizer;
-pub mod part;
+pub(crate) mod linear;
+pub(crate) mod optimizer;
+pub(crate) mod part;
 #[cfg(not(target_arch = "wasm32"))]
-pub mod peft;
+pub(crate) mod peft;
+mod random;
+#[doc(hidden)]
 pub mod rounds;
 pub mod stack;
-pub mod thread;
+pub(crate) mod thread;
 pub mod unit;
 pub mod weights;
 pub mod workspace;

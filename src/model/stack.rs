@@ -79,6 +79,7 @@ struct MomentBuffers {
 }
 
 /// A contiguous run of blocks on one device, with the ends it owns, its adapter, the optimiser's moments and its workspace.
+#[doc(hidden)]
 pub struct Stack {
     engine: Engine,
     model: Architecture,
@@ -172,14 +173,17 @@ impl Stack {
         Ok(())
     }
 
+    /// The engine its buffers are on.
     pub fn engine(&self) -> &Engine {
         &self.engine
     }
 
+    /// The shape of the model it is a part of.
     pub fn model(&self) -> &Architecture {
         &self.model
     }
 
+    /// The largest input it was made for.
     pub fn extent(&self) -> Extent {
         self.workspace.extent
     }

@@ -208,6 +208,7 @@ pub fn layout(shape: &[usize], format: Format) -> Layout {
 }
 
 impl Tensor {
+    /// How its words are laid out.
     pub fn layout(&self) -> Layout {
         layout(&self.shape, self.format)
     }

@@ -22,6 +22,7 @@ pub struct Extent {
 }
 
 impl Extent {
+    /// `batch · seq`.
     pub fn rows(&self) -> usize {
         self.batch * self.seq
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::Transmit;
 use super::client::ClientFailure;
-use super::dial::{Dialer, Heard, Tick};
+use super::dial::{Dialer, Heard, Patience, Tick};
 use super::message::*;
 use super::{Endpoint, MAX_FRAME_BYTES};
 use crate::terms::aggregation::Aggregation;
@@ -55,7 +55,7 @@ impl ControlSession {
     /// A link that asks for its first socket at once.
     pub fn new(config: ControlConfig, now: Duration) -> ControlSession {
         let mut session = ControlSession {
-            dialer: Dialer::new(config.version, config.retries),
+            dialer: Dialer::new(config.version, Patience::Attempts(config.retries), 0),
             theirs: config.version,
             config,
             over: false,
@@ -100,6 +100,7 @@ impl ControlSession {
         }
     }
 
+    /// A frame of the socket opened last.
     pub fn handle_frame(&mut self, now: Duration, bytes: &[u8]) {
         if self.over {
             return;
@@ -138,6 +139,12 @@ impl ControlSession {
         }
     }
 
+    /// Bytes of a frame that is not whole yet have come: the federated server is not silent, the way is slow.
+    pub fn heard(&mut self) {
+        self.dialer.hear_part();
+    }
+
+    /// Tells the session what time it is; at the latest when [`ControlSession::poll_timeout`] says.
     pub fn handle_timeout(&mut self, now: Duration) {
         if self.over {
             return;
@@ -193,10 +200,12 @@ impl ControlSession {
         })
     }
 
+    /// The next thing for the driver to do or know.
     pub fn poll_event(&mut self) -> Option<ControlEvent> {
         self.events.pop_front()
     }
 
+    /// When [`ControlSession::handle_timeout`] is to be called; `None` once the session is over.
     pub fn poll_timeout(&self) -> Option<Duration> {
         if self.over { None } else { self.dialer.poll_timeout() }
     }
@@ -232,7 +241,9 @@ impl ControlSession {
         }
         self.hang_up();
         match self.dialer.retry(now) {
-            Some(retry_at) => self.events.push_back(ControlEvent::ConnectionLost { retry_at }),
+            Some(retry) => self
+                .events
+                .push_back(ControlEvent::ConnectionLost { retry_at: retry.at }),
             None => self.fail(ClientFailure::Unreachable {
                 endpoint: Endpoint::Federated,
             }),

@@ -17,6 +17,23 @@ const GREETINGS: u32 = 6;
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
+/// How long a server that cannot be reached is dialled again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Patience {
+    /// So many times, one after another.
+    Attempts(u32),
+    /// For so long after the first failure.
+    For(Duration),
+}
+
+/// When a connection that failed is tried again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Retry {
+    pub at: Duration,
+    /// The first failure since the connection was last of use.
+    pub since: Duration,
+}
+
 /// What the other side did that ends the connection.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConnectionFault {
@@ -68,27 +85,33 @@ enum State {
 
 pub(super) struct Dialer {
     version: Version,
-    /// Attempts that may fail one after another.
-    retries: u32,
+    patience: Patience,
+    /// Of the pauses' lengths.
+    random: u64,
     failures: u32,
+    failing_since: Option<Duration>,
     state: State,
     outbox: VecDeque<Vec<u8>>,
 }
 
 impl Dialer {
-    pub fn new(version: Version, retries: u32) -> Dialer {
+    /// Dialers of different seeds pause for different times, so that the clients of a server that was away do not all come back
+    /// at once.
+    pub fn new(version: Version, patience: Patience, seed: u64) -> Dialer {
         Dialer {
             version,
-            retries,
+            patience,
+            random: seed,
             failures: 0,
+            failing_since: None,
             state: State::Idle,
             outbox: VecDeque::new(),
         }
     }
 
-    /// Dials at the next timeout, at once.
-    pub fn start(&mut self, now: Duration) {
-        self.state = State::Pausing { until: now };
+    /// Dials at the first timeout from `at` on.
+    pub fn start(&mut self, at: Duration) {
+        self.state = State::Pausing { until: at };
     }
 
     /// Forgets the connection. Returns whether there was a socket to close.
@@ -98,25 +121,33 @@ impl Dialer {
         !matches!(before, State::Idle | State::Pausing { .. })
     }
 
-    /// The connection failed: pauses before the next attempt and returns when that will be, or `None` when the
-    /// attempts are used up.
-    pub fn retry(&mut self, now: Duration) -> Option<Duration> {
+    /// The connection failed: pauses before the next attempt and returns when that will be, or `None` when patience is at
+    /// its end.
+    pub fn retry(&mut self, now: Duration) -> Option<Retry> {
         self.hang_up();
-        if self.failures >= self.retries {
+        let since = *self.failing_since.get_or_insert(now);
+        let is_over = match self.patience {
+            Patience::Attempts(attempts) => self.failures >= attempts,
+            Patience::For(length) => now.saturating_sub(since) >= length,
+        };
+        if is_over {
             return None;
         }
         let pause = FIRST_PAUSE
             .saturating_mul(1 << self.failures.min(16))
             .min(LONGEST_PAUSE);
+        // From half the pause to all of it.
+        let share = (splitmix(&mut self.random) >> 11) as f64 / (1_u64 << 53) as f64;
+        let at = now + pause.mul_f64(0.5 + 0.5 * share);
         self.failures += 1;
-        let until = now + pause;
-        self.state = State::Pausing { until };
-        Some(until)
+        self.state = State::Pausing { until: at };
+        Some(Retry { at, since })
     }
 
     /// The connection has proved useful: failures are counted from zero again.
     pub(crate) fn succeeded(&mut self) {
         self.failures = 0;
+        self.failing_since = None;
     }
 
     /// Whether a socket has been asked for and not yet opened.
@@ -229,5 +260,58 @@ impl Dialer {
             State::Greeting { again_at, .. } => Some(*again_at),
             State::Up(link) => Some(link.poll_timeout()),
         }
+    }
+}
+
+/// The next of a sequence of random numbers (SplitMix64, by Steele, Lea and Flood, 2014).
+fn splitmix(state: &mut u64) -> u64 {
+    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mut word = *state;
+    word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    word ^ (word >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::message::PROTOCOL_VERSION;
+    use super::*;
+
+    fn pauses(patience: Patience, seed: u64) -> Vec<Duration> {
+        let mut dialer = Dialer::new(PROTOCOL_VERSION, patience, seed);
+        let (mut now, mut pauses) = (Duration::from_secs(9), Vec::new());
+        while let Some(retry) = dialer.retry(now) {
+            assert_eq!(retry.since, Duration::from_secs(9));
+            pauses.push(retry.at - now);
+            now = retry.at;
+        }
+        pauses
+    }
+
+    #[test]
+    fn pauses_grow_to_half_a_minute_and_last_as_long_as_patience_does() {
+        let hours = Duration::from_secs(12 * 3600);
+        let found = pauses(Patience::For(hours), 1);
+        for (number, pause) in found.iter().enumerate() {
+            let longest = (FIRST_PAUSE * (1 << number.min(10))).min(LONGEST_PAUSE);
+            assert!((longest / 2..=longest).contains(pause), "{number}: {pause:?}");
+        }
+        let total: Duration = found.iter().sum();
+        assert!((hours..hours + LONGEST_PAUSE).contains(&total), "{total:?}");
+        assert_eq!(pauses(Patience::Attempts(3), 1).len(), 3);
+        assert_eq!(pauses(Patience::Attempts(0), 1).len(), 0);
+        assert_eq!(pauses(Patience::For(Duration::ZERO), 1).len(), 0);
+        assert_ne!(pauses(Patience::Attempts(3), 2), pauses(Patience::Attempts(3), 1));
+    }
+
+    #[test]
+    fn a_connection_that_was_of_use_begins_a_new_count() {
+        let mut dialer = Dialer::new(PROTOCOL_VERSION, Patience::For(Duration::from_secs(5)), 0);
+        dialer.retry(Duration::from_secs(1)).unwrap();
+        assert_eq!(dialer.retry(Duration::from_secs(6)), None);
+        dialer.succeeded();
+        let retry = dialer.retry(Duration::from_secs(100)).unwrap();
+        assert_eq!(retry.since, Duration::from_secs(100));
+        assert!(retry.at <= Duration::from_secs(100) + FIRST_PAUSE);
     }
 }

@@ -18,19 +18,21 @@
 //! | `main_server` | rounds, steps and membership; sees activations, never one client's adapter |
 //! | `federated_server` | adapters of a round to their mean; never sees tokens, labels or activations |
 //! | `control` | the main server's end of its link to a federated server in another process |
+//! | `local` | all of them in one process |
 //!
 //! A frame is one WebSocket binary message.
 
 mod admission;
-pub mod client;
+pub(crate) mod client;
 pub mod codec;
-pub mod control;
+pub(crate) mod control;
 mod dial;
 mod door;
-pub mod federated_server;
+pub(crate) mod federated_server;
 mod frame;
 mod link;
-pub mod main_server;
+mod local;
+pub(crate) mod main_server;
 pub mod message;
 mod pace;
 
@@ -39,19 +41,25 @@ use std::time::Duration;
 pub use admission::{Bearer, Bearers, is_same_secret};
 pub use client::{
     ActivationsInput, AdapterInput, ClientConfig, ClientError, ClientEvent, ClientFailure, ClientSession, FinishReason,
+    Passport,
 };
 pub use control::{ControlConfig, ControlEvent, ControlSession};
 pub use dial::ConnectionFault;
 pub use federated_server::{ControlAccess, FederatedConfig, FederatedEvent, FederatedServerSession};
 pub use frame::MAX_FRAME_BYTES;
 pub use link::{LinkError, MISSED_PINGS, silence_limit};
+pub use local::{LocalEvent, LocalRun};
 pub use main_server::{
-    ClientStatus, CollectTime, Contribution, Deadline, DepartureReason, GradientOutput, LeftOut, MainConfig, MainError,
-    MainEvent, MainServerSession, Occasion, Placement, RoundPlan, RunEnd, RunPhase, RunStatus, StepTimes,
+    Checkpoint, ClientState, ClientStatus, CollectTime, Contribution, Deadline, DepartureReason, GradientOutput,
+    LeftOut, MainConfig, MainError, MainEvent, MainServerSession, Occasion, Placement, RoundPlan, RunEnd, RunPhase,
+    RunState, RunStatus, StepTimes,
 };
 
 /// How often each side of a connection pings, unless configured otherwise.
 pub const PING_INTERVAL: Duration = Duration::from_secs(5);
+
+/// More clients than these are refused, unless configured otherwise.
+pub(crate) const MAX_CLIENTS: u32 = 1024;
 
 /// A server's connection. The driver numbers them and never uses a number again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

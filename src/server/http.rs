@@ -7,7 +7,6 @@
 use std::borrow::Cow;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
 
 use axum::Router;
 use axum::body::Body;
@@ -24,6 +23,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 use tower_http::services::ServeFile;
 
+use super::clock::RunClock;
 use super::gate::Passage;
 use super::host::Hosts;
 use super::limit::GuessLimit;
@@ -59,7 +59,7 @@ pub struct Site {
     pub operator: Option<String>,
     pub guesses: Arc<Mutex<GuessLimit>>,
     /// The zero of the sessions' clock.
-    pub origin: Instant,
+    pub clock: RunClock,
 }
 
 /// The routes.
@@ -126,7 +126,7 @@ fn admit(site: &Site, address: IpAddr, headers: &HeaderMap) -> Result<(), Box<Re
             "this is for the operator: open the link that the server printed\n",
         ));
     };
-    let now = site.origin.elapsed();
+    let now = site.clock.now();
     let bearer = bearer(headers);
     match (bearers.judge(bearer, now), bearer) {
         (Bearer::Admitted, _) => Ok(()),
@@ -344,7 +344,7 @@ mod tests {
             bearers: Some(Bearers::new(RunId([0; 16]), [0; 32], Some("secret".to_owned()))),
             operator: Some("operator".to_owned()),
             guesses: Arc::default(),
-            origin: Instant::now(),
+            clock: RunClock::new(std::time::Duration::ZERO),
         })
     }
 

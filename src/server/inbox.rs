@@ -126,7 +126,7 @@ pub enum Work {
     Contribute { key: StepKey, contribution: Contribution },
     /// Closes the step with these members' gradients.
     CloseStep { key: StepKey, lanes: BTreeSet<ClientId> },
-    /// Back to the adapter with which the round began.
+    /// Back to the beginning of the round.
     Restore,
     /// Asks the planner what is to hold next, and at the start puts it into effect.
     Plan(Box<Facts>),
@@ -146,7 +146,29 @@ pub enum Work {
     Finish,
 }
 
-/// What the worker answers.
+/// The main server's side of a round's beginning.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Side {
+    /// Its adapter, flat.
+    pub values: Vec<f32>,
+    /// And what the optimiser keeps of it.
+    pub moments: Moments,
+    /// What the model's first blocks come to, where that is more than the clients' adapter and this one.
+    pub exact: Option<Exact>,
+}
+
+impl Side {
+    /// Before any step.
+    pub fn new(values: Vec<f32>) -> Self {
+        Self {
+            moments: Moments::zero(values.len()),
+            values,
+            exact: None,
+        }
+    }
+}
+
+/// What the keeper answers.
 #[derive(Debug)]
 pub enum Done {
     /// The model is loaded.
@@ -170,6 +192,8 @@ pub enum Done {
         decision: Option<Decision>,
         /// Where cut or rank are others than before.
         placement: Option<Box<Placement>>,
+        /// What this side then is.
+        side: Arc<Side>,
     },
     Copied {
         round: RoundKey,
@@ -179,12 +203,14 @@ pub enum Done {
         round: RoundKey,
         evaluation: Option<Evaluation>,
         placement: Option<Box<Placement>>,
+        /// What this side begins the next round from.
+        side: Arc<Side>,
         /// Whether the adapter could be written; it is tried again with the next round. Where the validation loss is not finite,
         /// nothing of the round was kept, and nothing written.
         saved: Result<(), Error>,
     },
     Finished,
-    /// The worker cannot go on.
+    /// The keeper cannot go on.
     Failed(Error),
 }
 

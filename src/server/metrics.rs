@@ -5,13 +5,14 @@
 //! before training.
 
 use std::fs::File;
-use std::io::{self, Seek, SeekFrom, Write};
+use std::io::{self, BufRead, BufReader, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use serde::{Serialize, Serializer};
 use serde_json::{Value, json};
 
 use super::planner::ClientPrediction;
+use crate::disk;
 use crate::terms::aggregation::Aggregation;
 use crate::terms::phases::Phases;
 
@@ -139,6 +140,9 @@ pub struct RoundRecord {
 trait Sink: Write + Send {
     /// Takes back what was written beyond `length` bytes.
     fn cut(&mut self, length: u64) -> io::Result<()>;
+
+    /// Brings what was written to the disk.
+    fn sync(&mut self) -> io::Result<()>;
 }
 
 impl Sink for File {
@@ -146,6 +150,20 @@ impl Sink for File {
         self.set_len(length)?;
         self.seek(SeekFrom::Start(length)).map(|_| ())
     }
+
+    fn sync(&mut self) -> io::Result<()> {
+        self.sync_data()
+    }
+}
+
+/// How far a log has come, for whoever goes on with it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Position {
+    /// Of whole lines.
+    pub bytes: u64,
+    /// Lines that could not be written, in all and since the last that was.
+    pub lost: u64,
+    pub missing: u64,
 }
 
 /// Appends to `metrics.jsonl`.
@@ -170,6 +188,47 @@ impl Metrics {
             let file = File::create(&path)?;
             Ok(Box::new(file))
         })
+    }
+
+    /// Goes on with the file in `directory` from `position`: lines beyond it are taken back. Where the file is shorter, all its whole
+    /// lines are kept.
+    ///
+    /// # Errors
+    /// The file cannot be opened or cut.
+    pub fn resume(directory: &Path, position: Position) -> Result<Self, disk::Error> {
+        let path = directory.join("metrics.jsonl");
+        let open = move || {
+            File::options()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .open(&path)
+        };
+        let fail = |error| disk::Error::file("write", &directory.join("metrics.jsonl"), error);
+        let mut file = open().map_err(fail)?;
+        let mut length = position.bytes;
+        if file.metadata().map_err(fail)?.len() < length {
+            length = whole_lines(&mut file).map_err(fail)?;
+        }
+        file.cut(length).map_err(fail)?;
+        let mut metrics = Self::into(move || Ok(Box::new(open()?)));
+        metrics.sink = Some(Box::new(file));
+        (metrics.length, metrics.lost, metrics.missing) = (length, position.lost, position.missing);
+        Ok(metrics)
+    }
+
+    /// How far the file has come, which is on the disk then if the disk takes it.
+    pub fn position(&mut self) -> Position {
+        if let Some(sink) = &mut self.sink {
+            // Whoever goes on finds a shorter file then.
+            let _ = sink.sync();
+        }
+        Position {
+            bytes: self.length,
+            lost: self.lost,
+            missing: self.missing,
+        }
     }
 
     fn into(open: impl FnMut() -> io::Result<Box<dyn Sink>> + Send + 'static) -> Self {
@@ -263,6 +322,20 @@ impl Metrics {
             Err(_) => self.torn = sink.cut(self.length).is_err(),
         }
         written
+    }
+}
+
+/// Bytes of the whole lines that a file begins with.
+fn whole_lines(file: &mut File) -> io::Result<u64> {
+    let mut reader = BufReader::new(file);
+    let (mut whole, mut line) = (0, Vec::new());
+    loop {
+        line.clear();
+        let read = reader.read_until(b'\n', &mut line)?;
+        match line.last() {
+            Some(b'\n') => whole += read as u64,
+            _ => return Ok(whole),
+        }
     }
 }
 
@@ -370,6 +443,10 @@ mod tests {
             self.0.lock().unwrap().1.truncate(length as usize);
             Ok(())
         }
+
+        fn sync(&mut self) -> io::Result<()> {
+            Ok(())
+        }
     }
 
     #[test]
@@ -412,5 +489,60 @@ mod tests {
         let steps: Vec<Value> = held().iter().map(|line| line["step"].clone()).collect();
         assert_eq!(steps, [json!(null), json!(4), json!(5), json!(null), json!(7)]);
         assert_eq!((&held()[0]["lines"], &held()[3]["lines"]), (&json!(3), &json!(1)));
+    }
+
+    #[test]
+    fn whoever_goes_on_doubles_no_line_and_keeps_whole_ones_only() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("metrics.jsonl");
+        let step = |metrics: &mut Metrics, step: u32| metrics.line("step", json!({ "step": step }));
+        let text = || std::fs::read_to_string(&path).unwrap();
+        let mut metrics = Metrics::new(directory.path());
+        step(&mut metrics, 1);
+        step(&mut metrics, 2);
+        let position = metrics.position();
+        let two = text();
+        assert_eq!(position.bytes, two.len() as u64);
+        step(&mut metrics, 3);
+        step(&mut metrics, 4);
+        let four = text();
+        drop(metrics);
+
+        let mut metrics = Metrics::resume(directory.path(), position).unwrap();
+        assert_eq!(text(), two, "before anything is written");
+        step(&mut metrics, 3);
+        step(&mut metrics, 4);
+        assert_eq!((text(), metrics.lost()), (four.clone(), 0));
+
+        // A file that lost its end, in the middle of a line, or all.
+        let ends = [four.len() - 3, two.len(), two.len() - 1, 0];
+        for (end, whole) in ends.into_iter().zip([3, 2, 1, 0]) {
+            std::fs::write(&path, &four[..end]).unwrap();
+            let all = Position {
+                bytes: four.len() as u64,
+                ..position
+            };
+            let mut metrics = Metrics::resume(directory.path(), all).unwrap();
+            step(&mut metrics, 9);
+            assert_eq!(text().lines().count(), whole + 1, "{end}");
+            assert!(text().lines().all(|line| serde_json::from_str::<Value>(line).is_ok()));
+        }
+        // Lines that were missing are told of by the next.
+        let missing = Position {
+            bytes: 0,
+            lost: 5,
+            missing: 2,
+        };
+        let mut metrics = Metrics::resume(directory.path(), missing).unwrap();
+        step(&mut metrics, 1);
+        assert!(
+            text().starts_with("{\"event\":\"lines_lost\"") && text().contains("\"lines\":2"),
+            "{}",
+            text()
+        );
+        assert_eq!(metrics.lost(), 5);
+        std::fs::remove_file(&path).unwrap();
+        std::fs::create_dir(&path).unwrap();
+        assert!(Metrics::resume(directory.path(), position).is_err());
     }
 }

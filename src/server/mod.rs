@@ -1,7 +1,7 @@
 //! The main server and the federated server: sockets, files and threads around their sessions. Native only.
 //!
 //! ```text
-//! browser, native client ── http ── socket ──▶ coordinator ──▶ worker (its side of the model, a thread)
+//! browser, native client ── http ── socket ──▶ coordinator ──▶ worker (a thread; the keeper of its side of the model)
 //!                                                   │
 //!                                  sessions of the protocol; metrics, store
 //! ```
@@ -10,12 +10,15 @@
 //! their state: what passes between them is what would cross the link between two processes.
 
 pub mod allocator;
+mod clock;
 mod coordinator;
 mod descriptors;
 mod gate;
 mod host;
 mod http;
 mod inbox;
+mod keeper;
+mod kept;
 mod limit;
 pub mod listen;
 pub mod metrics;
@@ -26,13 +29,13 @@ mod tls;
 mod worker;
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use axum_server::Handle;
 use axum_server::tls_rustls::{RustlsAcceptor, RustlsConfig};
@@ -48,32 +51,34 @@ use crate::model::architecture::Architecture;
 use crate::model::weights::{HeldUnits, Holding, Weights, WeightsError};
 use crate::protocol::message::{Assignment, Blob, Digest, OwnAlpha, PROTOCOL_VERSION, RunConfig};
 use crate::protocol::{
-    Bearers, ControlAccess, ControlConfig, ControlSession, Deadline, FederatedConfig, FederatedServerSession,
-    MAX_FRAME_BYTES, MainConfig, MainError, MainServerSession, PING_INTERVAL, Placement,
+    Bearers, Checkpoint, ControlAccess, ControlConfig, ControlSession, Deadline, FederatedConfig,
+    FederatedServerSession, MAX_FRAME_BYTES, MainConfig, MainError, MainServerSession, Placement,
 };
+use crate::runs;
+use crate::runs::directory::RunDirectory;
 use crate::split::{self, Training};
 use crate::terms::aggregation::Aggregation;
 use crate::terms::ids::RunId;
 use crate::transport::{self, Dialer, Fingerprint, JoinLink};
 
-use coordinator::{About, Coordinator, MainRun, RemoteLink};
+use clock::RunClock;
+use coordinator::{About, Coordinator, Keeping, MainRun, RemoteLink};
 pub use coordinator::{Ending, Report, Summary};
 pub use gate::Limits;
 use gate::{Gate, GateKeeper};
 pub use host::HostName;
 use host::Hosts;
-use inbox::Input;
+use inbox::{Input, Side};
+use keeper::Beginning;
+use kept::Identity;
+pub use kept::Interrupted;
 use listen::Bound;
 pub use listen::Listen;
 use metrics::Metrics;
 use planner::{LARGEST_RANK, Planner};
 use socket::Door;
-use store::{Blobs, RunDirectory};
+use store::Blobs;
 
-/// More clients than these are refused.
-const MAX_CLIENTS: u32 = 1024;
-/// A client that lost its connection can come back with its ticket for this long.
-const TICKET_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
 /// Inputs waiting for the coordinator; connections wait beyond it.
 const QUEUED_INPUTS: usize = 64;
 /// Failed connections in a row to a federated server elsewhere before a main server gives up: about a minute.
@@ -99,8 +104,12 @@ pub enum Error {
     Certificate(String),
     #[error(transparent)]
     Disk(#[from] disk::Error),
-    #[error("{error}; the adapter is in {place} instead")]
-    Elsewhere { error: Box<Error>, place: String },
+    #[error("the run in {path} cannot be taken up again: {reason}")]
+    NoState { path: String, reason: String },
+    #[error("the run in {path} cannot be taken up again with this model: {reason}")]
+    OtherModel { path: String, reason: String },
+    #[error(transparent)]
+    Directory(#[from] runs::Error),
     #[error("cannot start a thread: {0}")]
     Thread(io::Error),
     #[error("the HTTP server stopped: {0}")]
@@ -216,6 +225,8 @@ pub struct Settings {
     pub demo_data: Cow<'static, [u8]>,
     /// For the main server.
     pub run: Option<Run>,
+    /// The run is one that was interrupted.
+    pub interrupted: Option<Box<Interrupted>>,
 }
 
 /// An address the server listens on.
@@ -279,6 +290,7 @@ impl Server {
             mut directory,
             demo_data,
             run,
+            mut interrupted,
         } = settings;
         let bound = listen.iter().map(Listen::bind).collect::<Result<Vec<_>, _>>()?;
         let identity = match bound.iter().any(|bound| bound.secure) {
@@ -295,7 +307,11 @@ impl Server {
             .collect();
         directory.note(json!({ "addresses": addresses.iter().map(|address| &address.url).collect::<Vec<_>>() }))?;
 
-        let origin = Instant::now();
+        let clock = RunClock::new(
+            interrupted
+                .as_ref()
+                .map_or(Duration::ZERO, |interrupted| interrupted.elapsed()),
+        );
         let (inputs, queue) = mpsc::channel(QUEUED_INPUTS);
         let (status_sender, status) = watch::channel(http::starting());
         let guesses = Arc::new(Mutex::new(limit::GuessLimit::default()));
@@ -303,7 +319,13 @@ impl Server {
         let limits = limits.fit(descriptors::raise());
         let gate = Gate::new(limits.clone(), max_frame_bytes.clone());
         let asks_secret = token.is_some() || matches!(role, Role::Federated { .. });
-        let metrics = Metrics::new(directory.path());
+        let metrics = match &interrupted {
+            Some(interrupted) => Metrics::resume(directory.path(), interrupted.totals.metrics)?,
+            None => Metrics::new(directory.path()),
+        };
+        let before = interrupted
+            .as_mut()
+            .map(|interrupted| (interrupted.totals.clone(), std::mem::take(&mut interrupted.damage)));
         let serves = (
             !matches!(role, Role::Federated { .. }),
             !matches!(role, Role::Main { .. }),
@@ -311,7 +333,12 @@ impl Server {
 
         let (main, blobs, bearers) = match run {
             Some(run) => {
-                let (main, blobs, bearers) = prepare(run, &role, token, &mut directory, inputs.clone())?;
+                let now = clock.now();
+                let history = match interrupted {
+                    Some(interrupted) => History::Interrupted(interrupted),
+                    None => History::New,
+                };
+                let (main, blobs, bearers) = prepare(run, &role, token, &mut directory, inputs.clone(), history, now)?;
                 (Some(main), Some(blobs), Some(bearers))
             }
             None => (None, None, None),
@@ -331,11 +358,9 @@ impl Server {
                 _ => (ControlAccess::Local, None),
             };
             FederatedServerSession::new(FederatedConfig {
-                version: PROTOCOL_VERSION,
                 control,
                 aggregation,
-                max_clients: MAX_CLIENTS,
-                ping_interval: PING_INTERVAL,
+                ..FederatedConfig::default()
             })
         });
         let link = match role {
@@ -351,14 +376,14 @@ impl Server {
                         name: "main server".to_owned(),
                         retries: LINK_RETRIES,
                     },
-                    Duration::ZERO,
+                    clock.now(),
                 );
                 Some(RemoteLink::new(session, dialer, federated.origin))
             }
             _ => None,
         };
         let mut coordinator = Coordinator::new(coordinator::Parts {
-            origin,
+            clock,
             queue,
             main,
             federated,
@@ -372,6 +397,9 @@ impl Server {
             max_frame_bytes: max_frame_bytes.clone(),
             report,
         });
+        if let Some((totals, damage)) = before {
+            coordinator.resume(&totals, &damage);
+        }
         if let Err(error) = coordinator.ready().await {
             // Before the directory is given up, which is empty then.
             if let Some(blobs) = &blobs {
@@ -389,7 +417,7 @@ impl Server {
             bearers,
             operator,
             guesses,
-            origin,
+            clock,
         });
         let mut server = Self {
             addresses,
@@ -503,15 +531,73 @@ fn certificate_names(listen: &[Listen]) -> BTreeSet<String> {
     names
 }
 
+/// Whether a run begins or goes on.
+enum History {
+    New,
+    Interrupted(Box<Interrupted>),
+}
+
+impl Run {
+    /// Makes it the run that was interrupted: with its cut, its rank and its adapter.
+    fn take_up(&mut self, interrupted: &Interrupted, path: &str) -> Result<(), Error> {
+        let Checkpoint {
+            placement,
+            adapter,
+            exact,
+            ..
+        } = &interrupted.checkpoint;
+        let other = |reason: String| Error::OtherModel {
+            path: path.to_owned(),
+            reason,
+        };
+        let architecture = &self.model.architecture;
+        let config = &placement.assignment.config;
+        self.cut = placement.split() as usize;
+        if self.training.spec.rank != config.rank as usize {
+            self.training.spec = LoraSpec {
+                trained: self.training.spec.trained,
+                ..LoraSpec::new(config.rank as usize, config.alpha, self.training.spec.targets.clone())?
+            };
+        }
+        // What is not trained is what the run's seed makes it.
+        let Adapter { layout, mut values, .. } =
+            Adapter::init(architecture, &self.training.spec, 0..self.cut, self.seed)?;
+        let below = (placement.adapter.get(..layout.trained_len())).unwrap_or(&placement.adapter);
+        (layout.scatter(below, &mut values)).map_err(|error| other(error.to_string()))?;
+        values.extend(adapter);
+        let fault = match (exact, &placement.rule) {
+            (Some(exact), Some(rule)) => {
+                // The cut may have been moved since they were made.
+                let blocks = exact.ranks.len() / rule.shape().matrices().len();
+                exact.fault(rule.shape(), blocks.min(architecture.blocks))
+            }
+            (Some(_), None) => Some("products that no rule makes".to_owned()),
+            (None, _) => None,
+        };
+        if let Some(fault) = fault {
+            return Err(other(fault));
+        }
+        self.initial = Adapter::from_values(architecture, &self.training.spec, 0..architecture.blocks, values)
+            .map_err(|error| other(error.to_string()))?;
+        Ok(())
+    }
+}
+
 /// Writes the clients' part of the model, starts loading the server's, and makes the session.
 fn prepare(
-    run: Run,
+    mut run: Run,
     role: &Role,
     secret: Option<String>,
     directory: &mut RunDirectory,
     inputs: mpsc::Sender<Input>,
+    history: History,
+    now: Duration,
 ) -> Result<(MainRun, Arc<Blobs>, Bearers), Error> {
-    let run_config = run_config(&run);
+    let path = directory.path().display().to_string();
+    if let History::Interrupted(interrupted) = &history {
+        run.take_up(interrupted, &path)?;
+    }
+    let mut run_config = run_config(&run);
     let Run {
         model,
         engine,
@@ -545,92 +631,136 @@ fn prepare(
         }
         .into());
     }
+    // Clients' own cuts go further than the smallest.
+    let largest = match &history {
+        History::New => cut,
+        History::Interrupted(interrupted) => interrupted.checkpoint.placement.assignment.config.split as usize,
+    };
     let blobs = Arc::new(Blobs::create(&directory.weights())?);
     let parts = {
         let mut units = HeldUnits {
             weights: &weights,
             holding,
         };
-        worker::parts(&mut units, &blobs, &[], cut)?
+        keeper::parts(&mut units, &blobs, &[], largest)?
     };
     let mut tokenizer_files: Vec<Blob> = Vec::new();
     if let Some(json) = &tokenizer {
         tokenizer_files.push(blobs.add("tokenizer.json", |output| output.write_all(json))?);
     }
 
-    let below = initial.slice(&architecture, 0..cut)?;
-    let initial_adapter = below.layout.gather(&below.values);
+    run_config.split = u32::try_from(largest).unwrap_or(u32::MAX);
+    let below = initial.slice(&architecture, 0..largest)?;
     let rule = rule(aggregation, &below.layout)?;
-    let id = RunId(rand::random());
     let assignment = Assignment {
-        run: id,
+        run: RunId(rand::random()),
         number: 0,
         config: run_config,
         model_config: architecture.to_json(),
         weights: parts.clone(),
         tokenizer: tokenizer_files,
-        adapter_len: initial_adapter.len() as u64,
+        adapter_len: below.layout.trained_len() as u64,
         alphas: alphas(&training.spec),
         trained: training.spec.trained,
     };
-    directory.note(json!({
-        "run": id.to_string(),
-        "plan": { "split": cut, "rank": training.spec.rank, "alpha": training.spec.alpha, "rounds": rounds, "local_steps": local_steps },
-        "device": engine.name(),
-        "model": { "name": name, "sha256": digest.to_string(), "config": serde_json::from_str::<Value>(&assignment.model_config).unwrap_or_default() },
-    }))?;
-    let ticket_key: [u8; 32] = rand::random();
-    let bearers = Bearers::new(id, ticket_key, secret.clone());
-    let session = MainServerSession::new(
-        MainConfig {
-            version: PROTOCOL_VERSION,
-            run: id,
-            ticket_key,
-            ticket_lifetime: TICKET_LIFETIME,
-            secret,
-            clients,
-            max_clients: MAX_CLIENTS,
-            placement: Placement {
-                assignment: assignment.clone(),
-                adapter: initial_adapter,
-                moments: None,
-                cuts: BTreeMap::new(),
+    let (identity, placement, side, resumed) = match history {
+        History::New => {
+            let identity = Identity {
+                run: assignment.run,
+                ticket_key: rand::random(),
+                token: secret.clone(),
+                control_key: match role {
+                    Role::Main { control_key, .. } => Some(control_key.clone()),
+                    _ => None,
+                },
+            };
+            let placement = Placement {
                 rule,
                 ranks: ranks.clone(),
-            },
-            largest_update: match planner {
-                Some(_) => largest_update(&architecture, &training.spec),
-                None => assignment.adapter_len,
-            },
-            plans: planner.is_some(),
-            model: digest,
-            tokenizer: Digest::of(tokenizer.as_deref().unwrap_or_default()),
-            federated_url: match role {
-                Role::Main { federated, .. } => Some(listen::join_link(
-                    &federated.origin.to_string(),
-                    None,
-                    federated.fingerprint,
-                )),
-                _ => None,
-            },
-            ping_interval: PING_INTERVAL,
-            wait_for_client: wait,
-            deadline,
-            quorum,
+                ..Placement::new(assignment, below.layout.gather(&below.values))
+            };
+            let side = Side::new(initial.slice(&architecture, cut..architecture.blocks)?.values);
+            (identity, placement, side, None)
+        }
+        History::Interrupted(interrupted) => {
+            let identity = interrupted.identity.clone();
+            let Checkpoint {
+                round,
+                placement,
+                adapter,
+                moments,
+                exact,
+            } = interrupted.checkpoint.clone();
+            let before = &placement.assignment;
+            let same = Assignment {
+                run: before.run,
+                number: before.number,
+                ..assignment
+            };
+            let is_same = same == *before && (&placement.rule, &placement.ranks) == (&rule, &ranks);
+            if !is_same || identity.run != before.run {
+                return Err(Error::OtherModel {
+                    path,
+                    reason: "the model, its tokenizer, the way its weights are held or an option is not what the run began with".to_owned(),
+                });
+            }
+            let side = Side {
+                values: adapter,
+                moments,
+                exact,
+            };
+            (identity, placement, side, Some((round, interrupted)))
+        }
+    };
+    let RunConfig { rank, alpha, .. } = placement.assignment.config;
+    directory.note(json!({
+        "run": identity.run.to_string(),
+        "plan": { "split": cut, "rank": rank, "alpha": alpha, "rounds": rounds, "local_steps": local_steps },
+        "device": engine.name(),
+        "model": { "name": name, "sha256": digest.to_string(), "config": serde_json::from_str::<Value>(&placement.assignment.model_config).unwrap_or_default() },
+    }))?;
+    let bearers = Bearers::new(identity.run, identity.ticket_key, secret.clone());
+    let config = MainConfig {
+        secret,
+        largest_update: match planner {
+            Some(_) => largest_update(&architecture, &training.spec),
+            None => placement.assignment.adapter_len,
         },
-        Duration::ZERO,
-    )?;
+        plans: planner.is_some(),
+        model: digest,
+        federated_url: match role {
+            Role::Main { federated, .. } => Some(listen::join_link(
+                &federated.origin.to_string(),
+                None,
+                federated.fingerprint,
+            )),
+            _ => None,
+        },
+        wait_for_client: wait,
+        deadline,
+        quorum,
+        ..MainConfig::new(placement.clone(), identity.ticket_key, clients)
+    };
+    let (session, keeping) = match resumed {
+        None => (MainServerSession::new(config, now)?, Keeping::Begins(identity)),
+        Some((round, interrupted)) => {
+            let session = MainServerSession::resume(config, &interrupted.state, round, now)?;
+            (session, Keeping::Kept(interrupted.into_kept()))
+        }
+    };
     let about = About {
         model: name.clone(),
         architecture: architecture.clone(),
         training: training.clone(),
         aggregation,
+        weights: weights.format(holding),
         rounds,
         local_steps,
         validates: validation.is_some(),
     };
+    let side = Arc::new(side);
     let work = worker::start(
-        worker::WorkerSettings {
+        keeper::KeeperSettings {
             engine,
             architecture,
             weights,
@@ -638,7 +768,14 @@ fn prepare(
             cut,
             training,
             initial,
-            assignment,
+            beginning: Beginning {
+                side: side.clone(),
+                client_values: below.values,
+                cuts: (placement.cuts.into_iter())
+                    .map(|(client, cut)| (client, cut as usize))
+                    .collect(),
+            },
+            assignment: placement.assignment,
             parts,
             blobs: blobs.clone(),
             planner,
@@ -650,7 +787,7 @@ fn prepare(
         },
         inputs,
     )?;
-    Ok((MainRun::new(session, work, about, cut), blobs, bearers))
+    Ok((MainRun::new(session, work, about, side, keeping), blobs, bearers))
 }
 
 /// How adapters of this layout are aggregated. Adapters whose blocks differ have a mean, and nothing else.

@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use crate::model::architecture::Architecture;
 use crate::protocol::message::LinkRates;
 use crate::split::Training;
+use crate::terms::format::Format;
 use crate::terms::ids::ClientId;
 use crate::terms::phases::Phases;
 use crate::terms::speed::Speed;
@@ -52,11 +53,17 @@ pub struct StartFacts {
     pub server_flops_per_s: Option<f64>,
     /// Blocks of the client, as configured.
     pub cut: usize,
+    /// Clients' own cuts, where they differ already.
+    pub cuts: BTreeMap<ClientId, usize>,
     pub rank: usize,
     pub architecture: Architecture,
     pub training: Training,
+    /// How matrices of blocks are held.
+    pub weights: Format,
     pub rounds: u32,
     pub local_steps: u32,
+    /// The run was taken up again: cuts and rank stay as they are, only what is not kept of a plan is made anew.
+    pub is_resumed: bool,
 }
 
 /// What was measured of a member in a round: means over its steps, in seconds and bits.
@@ -137,7 +144,7 @@ pub struct ClientPrediction {
 /// What a planner is asked.
 #[derive(Clone, Debug)]
 pub enum Facts {
-    Start(StartFacts),
+    Start(Box<StartFacts>),
     Round(RoundFacts),
 }
 

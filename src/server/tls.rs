@@ -170,7 +170,7 @@ fn write_private(path: &Path, contents: &[u8]) -> Result<(), Error> {
 /// Every name and address by which this machine may be called: `localhost`, its host name, its interfaces' addresses.
 pub fn local_names() -> BTreeSet<String> {
     let mut names = BTreeSet::from(["localhost", "127.0.0.1", "::1"].map(str::to_owned));
-    if let Some(host) = crate::transport::host_name() {
+    if let Some(host) = crate::machine::host_name() {
         if !host.contains('.') {
             names.insert(format!("{host}.local"));
         }

@@ -5,9 +5,10 @@
 use std::time::Duration;
 
 use super::network::Traffic;
+use crate::federated::Exact;
 use crate::protocol::message::ExclusionReason;
 use crate::protocol::{ClientFailure, CollectTime, FinishReason, RunEnd, StepTimes};
-use crate::terms::ids::{RoundKey, StepKey};
+use crate::terms::ids::{ClientId, RoundKey, StepKey};
 use crate::terms::moments::Moments;
 
 /// A round as the main server saw it close.
@@ -23,6 +24,8 @@ pub struct RoundRecord {
     pub average: Vec<f32>,
     /// Of the blocks that left the clients.
     pub moments: Option<Moments>,
+    /// What is saved instead of the average, where that is more.
+    pub exact: Option<Exact>,
     pub collected: Vec<CollectTime>,
 }
 
@@ -40,6 +43,8 @@ pub struct ClientOutcome {
     pub backwards: u64,
     /// Assignments it had to load.
     pub assigned: u64,
+    /// The numbers it was given by the main server, in their order: one, unless it came as somebody new.
+    pub identities: Vec<ClientId>,
 }
 
 /// When a run stood where.
@@ -50,6 +55,9 @@ pub enum Phase {
     Lost(RoundKey),
     Rejected(RoundKey),
     Waiting,
+    /// The main server's process.
+    Killed,
+    Revived,
 }
 
 /// What became of a run.

@@ -28,6 +28,9 @@ pub enum Fault {
     Cut(usize, Endpoint),
     /// The link between the two servers closes, if they are two processes.
     CutControl,
+    /// The main server's process dies, with the federated server's where they are one, and is started again after so long. What it has
+    /// kept is on its disk.
+    KillServer(Duration),
     /// The main server is told to stop.
     Stop,
 }
@@ -61,6 +64,14 @@ pub struct Scenario {
     /// Of every client's emulated uplinks, where there is a plan.
     pub rates: Option<LinkRates>,
     pub faults: Vec<(Duration, Fault)>,
+    /// The main server's process dies right after it has kept something for the nth time, before anything that came of it is sent, and is
+    /// started again after so long.
+    pub kept_and_killed: Vec<(u32, Duration)>,
+    /// Whether clients keep what it takes to come back as themselves when their process has died.
+    pub keeps: bool,
+    /// Processes that die instead of carrying out an output of their client, by its number among all of that client's, and start
+    /// again a second later.
+    pub deaths: Vec<(usize, u64)>,
     /// When to give up on the run.
     pub time_limit: Duration,
 }
@@ -86,6 +97,9 @@ impl Scenario {
             aggregation: Aggregation::Mean,
             rates: None,
             faults: Vec::new(),
+            kept_and_killed: Vec::new(),
+            keeps: true,
+            deaths: Vec::new(),
             time_limit: Duration::from_secs(24 * 3600),
         }
     }

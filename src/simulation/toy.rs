@@ -9,10 +9,9 @@ use crate::protocol::message::{Assignment, RunConfig};
 use crate::terms;
 use crate::terms::adapter::{AdapterShape, MatrixShape};
 use crate::terms::aggregation::Aggregation;
-use crate::terms::format::Format;
 use crate::terms::ids::RunId;
 use crate::terms::moments::Moments;
-use crate::terms::optimizer::{OptimizerSettings, Schedule};
+use crate::terms::optimizer::OptimizerSettings;
 use crate::terms::tensor::{WireForm, WireLayout, WireTensor};
 
 pub(super) const BATCH: u32 = 2;
@@ -92,40 +91,26 @@ pub(super) fn initial_adapter() -> Vec<f32> {
 }
 
 pub(super) fn assignment(scenario: &Scenario, split: u32) -> Assignment {
-    Assignment {
-        run: RunId([3; 16]),
-        number: 0,
-        config: RunConfig {
-            split,
-            rank: 1,
-            alpha: 8.0,
-            targets: vec!["c_attn".to_owned()],
-            weights: Format::F32,
-            wire: WireForm::F32,
-            batch: BATCH,
-            seq: SEQ,
-            width: WIDTH,
-            vocab: VOCAB,
-            seed: scenario.seed,
-            shuffle: true,
-            local_steps: scenario.local_steps,
-            rounds: scenario.rounds,
-            optimizer: OptimizerSettings {
-                lr: 0.1,
-                weight_decay: 0.0,
-                schedule: Schedule::Constant,
-                warmup: 0,
-                total_steps: u64::from(scenario.rounds * scenario.local_steps),
-                clip: None,
-            },
-            moments: scenario.aggregation.moments(),
+    let config = RunConfig {
+        rank: 1,
+        alpha: 8.0,
+        wire: WireForm::F32,
+        seed: scenario.seed,
+        local_steps: scenario.local_steps,
+        rounds: scenario.rounds,
+        optimizer: OptimizerSettings {
+            lr: 0.1,
+            weight_decay: 0.0,
+            total_steps: u64::from(scenario.rounds * scenario.local_steps),
+            ..OptimizerSettings::default()
         },
-        model_config: "{}".to_owned(),
-        weights: Vec::new(),
-        tokenizer: Vec::new(),
+        moments: scenario.aggregation.moments(),
+        ..RunConfig::new(split, (BATCH, SEQ), (WIDTH, VOCAB), ["c_attn"])
+    };
+    Assignment {
         adapter_len: u64::from(split) * NUMBERS as u64,
-        alphas: Vec::new(),
         trained: scenario.aggregation.trained(),
+        ..Assignment::new(RunId([3; 16]), config, "{}".to_owned())
     }
 }
 

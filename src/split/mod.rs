@@ -41,6 +41,7 @@ use crate::terms::optimizer::OptimizerSettings;
 use crate::terms::tensor::{IGNORED_TARGET, WireForm, WireTensorError};
 
 /// What a side of the cut was given that it cannot use, or what its device could not do.
+#[expect(missing_docs, reason = "the messages say it")]
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error(transparent)]
@@ -87,8 +88,10 @@ pub enum LaneError {
     /// It is not what was agreed.
     #[error(transparent)]
     Refused(Error),
+    /// It is not finite.
     #[error("its loss is {0}")]
     Loss(f64),
+    /// It would spoil the adapter that it is added to.
     #[error("its gradient has a value that is not finite")]
     Gradient,
     /// It has a lane already.
@@ -108,12 +111,15 @@ impl From<compute::Error> for LaneError {
 /// What both sides of a run agree on.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Training {
+    /// Rank, scale and targets of the adapter, the same on both sides.
     pub spec: LoraSpec,
+    /// Settings of both sides' optimisers.
     pub optimizer: OptimizerSettings,
     /// Rows of a client's batch.
     pub batch: usize,
     /// Longest sequence.
     pub seq: usize,
+    /// How activations and gradients travel.
     pub wire: WireForm,
 }
 

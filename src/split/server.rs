@@ -24,6 +24,7 @@ pub struct Contribution<'a> {
     /// Blocks the client ran; no fewer than are below this part. The contribution enters at that block, and its gradient leaves
     /// there.
     pub cut: usize,
+    /// (batch, seq, width): the output of block `cut - 1`.
     pub activations: &'a WireTensor,
     /// (batch, seq), [`IGNORED_TARGET`] where there is nothing to predict.
     pub targets: &'a [i32],
@@ -70,7 +71,9 @@ struct Lanes {
 pub struct Evaluation {
     /// Mean over targets.
     pub loss: f64,
+    /// e to the loss.
     pub perplexity: f64,
+    /// Targets.
     pub tokens: usize,
 }
 
@@ -463,6 +466,23 @@ impl ServerPart {
         let layout = self.stack.layout().expect("a server part has an adapter");
         check_adapter(layout, values)?;
         self.stack.set_adapter(values);
+        Ok(())
+    }
+
+    /// The optimiser's moments of the adapter's values, and the steps it has taken.
+    pub async fn moments(&self) -> Result<Moments, Error> {
+        Ok(self.stack.moments().await?)
+    }
+
+    /// Replaces the optimiser's moments and its number of steps.
+    ///
+    /// # Errors
+    /// [`Error`] for moments of another number of values.
+    pub fn set_moments(&mut self, moments: &Moments) -> Result<(), Error> {
+        let layout = self.stack.layout().expect("a server part has an adapter");
+        check_length("the first moment", moments.first.len(), layout.len())?;
+        check_length("the second moment", moments.second.len(), layout.len())?;
+        self.stack.set_moments(moments);
         Ok(())
     }
 

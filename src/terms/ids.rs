@@ -6,7 +6,10 @@ use std::fmt;
 
 /// A client, for the whole run. The number survives a reconnection made with a ticket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ClientId(pub u64);
+pub struct ClientId(
+    /// From 1, in the order of joining.
+    pub u64,
+);
 
 impl fmt::Display for ClientId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -16,7 +19,10 @@ impl fmt::Display for ClientId {
 
 /// A run: sixteen random bytes chosen by the main server's driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct RunId(pub [u8; 16]);
+pub struct RunId(
+    /// Random.
+    pub [u8; 16],
+);
 
 impl fmt::Display for RunId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -28,7 +34,9 @@ impl fmt::Display for RunId {
 /// so that a frame of the lost attempt can never be taken for one of the new.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RoundKey {
+    /// From 0.
     pub round: u32,
+    /// From 0, for each round.
     pub attempt: u32,
 }
 
@@ -48,7 +56,9 @@ impl fmt::Display for RoundKey {
 /// A local step of a round; `step` counts from 0 within the round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct StepKey {
+    /// The round it is of.
     pub round: RoundKey,
+    /// From 0, for each round.
     pub step: u32,
 }
 

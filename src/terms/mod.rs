@@ -28,7 +28,9 @@ pub mod tensor;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("`{text}` is none of {}", .values.join(", "))]
 pub struct UnknownWord {
+    /// What was given.
     pub text: String,
+    /// What would do.
     pub values: &'static [&'static str],
 }
 

@@ -8,7 +8,9 @@ use super::words;
 /// What becomes of a client's optimiser moments when the averaged adapter replaces its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum MomentPolicy {
+    /// They stay, whatever was averaged.
     Keep,
+    /// They begin anew with every round.
     Reset,
 }
 
@@ -21,8 +23,11 @@ words!(MomentPolicy {
 /// that what the bias correction makes of them stays the same.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Moments {
+    /// Steps that led to them.
     pub steps: u64,
+    /// Decaying means of the gradient, one for each value.
     pub first: Vec<f32>,
+    /// Decaying means of its square, one for each value.
     pub second: Vec<f32>,
 }
 
@@ -41,6 +46,7 @@ impl Moments {
         self.first.len()
     }
 
+    /// Whether they are of no value.
     pub fn is_empty(&self) -> bool {
         self.first.is_empty()
     }

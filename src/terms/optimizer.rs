@@ -10,6 +10,7 @@ use super::words;
 /// `get_linear_schedule_with_warmup`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Schedule {
+    /// The rate stays where the warm-up led.
     #[default]
     Constant,
     /// Falls to zero at the last step.
@@ -25,8 +26,11 @@ words!(Schedule {
 /// and the step's number in the run.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct OptimizerSettings {
+    /// The highest learning rate.
     pub lr: f32,
+    /// What a value loses in a step, over the learning rate.
     pub weight_decay: f32,
+    /// What becomes of the rate after the warm-up.
     pub schedule: Schedule,
     /// Steps over which the learning rate rises from zero.
     pub warmup: u64,

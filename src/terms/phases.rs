@@ -36,6 +36,7 @@ impl<T> Phases<T> {
         }
     }
 
+    /// The phases by reference.
     pub fn as_ref(&self) -> Phases<&T> {
         Phases {
             forward: &self.forward,
@@ -56,6 +57,7 @@ impl<T: AddAssign> AddAssign for Phases<T> {
 }
 
 impl Phases<Duration> {
+    /// The phases in seconds.
     pub fn as_secs_f64(self) -> Phases<f64> {
         self.map(|time| time.as_secs_f64())
     }

@@ -3,7 +3,9 @@
 /// Speed of a device on its part of the model, measured with the run's own kernels and shapes, in FLOP/s.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Speed {
+    /// Of the forward pass.
     pub forward_flops_per_s: f64,
+    /// Of the backward pass, with the optimiser step.
     pub backward_flops_per_s: f64,
 }
 

@@ -21,9 +21,12 @@ pub const IGNORED_TARGET: i32 = -100;
 /// All words are little-endian.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum WireForm {
+    /// Single precision.
     F32,
+    /// Half precision.
     #[default]
     F16,
+    /// Codes of 8 bits with a scale for every row.
     Int8,
 }
 
@@ -63,9 +66,13 @@ impl WireForm {
 /// A tensor's form and shape (batch, seq, width).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct WireLayout {
+    /// How a value is written.
     pub form: WireForm,
+    /// Sequences.
     pub batch: u32,
+    /// Tokens of each sequence.
     pub seq: u32,
+    /// Values of each token.
     pub width: u32,
 }
 
@@ -99,7 +106,9 @@ impl fmt::Display for WireLayout {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a tensor of {layout} has {} bytes, not {found}", .layout.bytes().map_or("too many".to_owned(), |bytes| bytes.to_string()))]
 pub struct WireTensorError {
+    /// What was said.
     pub layout: WireLayout,
+    /// Bytes that came.
     pub found: usize,
 }
 
@@ -123,18 +132,22 @@ impl WireTensor {
         Ok(Self { layout, bytes })
     }
 
+    /// Form and shape.
     pub fn layout(&self) -> WireLayout {
         self.layout
     }
 
+    /// How many sequences.
     pub fn batch(&self) -> usize {
         self.layout.batch as usize
     }
 
+    /// Tokens of each sequence.
     pub fn seq(&self) -> usize {
         self.layout.seq as usize
     }
 
+    /// Values of each token.
     pub fn width(&self) -> usize {
         self.layout.width as usize
     }
@@ -144,6 +157,7 @@ impl WireTensor {
         self.batch() * self.seq()
     }
 
+    /// As they cross the network.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }

@@ -22,6 +22,8 @@ use super::{ByteStream, CONNECT_TIMEOUT, Error, JoinLink, Origin, SERVER_HEADER,
 
 /// Frames waiting to be sent or to be handled. The protocol answers before it asks again.
 const QUEUED_FRAMES: usize = 64;
+/// How often it is looked whether bytes have come.
+const PART_INTERVAL: Duration = Duration::from_secs(1);
 /// How long it is looked into what else answers at an address.
 pub(super) const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -39,6 +41,8 @@ pub enum SocketEvent {
     /// It is open; frames go into the sender, and dropping that closes it.
     Opened(mpsc::Sender<Vec<u8>>),
     Frame(Vec<u8>),
+    /// Bytes of a frame that is not whole yet have come. Said every second in which there were any.
+    Part,
     /// It could not be opened, or is closed: the last event.
     Closed(Option<Error>),
 }
@@ -76,16 +80,25 @@ impl Dialer {
         }
     }
 
-    /// Starts to GET `path` (from `/`) as the bearer of a credential, and gives the answer if it is a success; the body is
-    /// still to be read.
+    /// Starts to GET `path` (from `/`) from its byte `from` on, as the bearer of a credential, and gives the answer if it is a
+    /// success; the body is still to be read. A server may begin at the first byte all the same: it then answers 200, not 206.
     ///
     /// # Errors
     /// [`Error`] names the address.
-    pub async fn get(&self, origin: &Origin, path: &str, bearer: Option<&str>) -> Result<reqwest::Response, Error> {
+    pub async fn get(
+        &self,
+        origin: &Origin,
+        path: &str,
+        bearer: Option<&str>,
+        from: u64,
+    ) -> Result<reqwest::Response, Error> {
         let url = format!("{origin}{path}");
         let mut request = self.http.get(&url);
         if let Some(bearer) = bearer {
             request = request.bearer_auth(bearer);
+        }
+        if from > 0 {
+            request = request.header("range", format!("bytes={from}-"));
         }
         let response = request.send().await.map_err(|error| http_error(&url, &error))?;
         let status = response.status();
@@ -235,6 +248,7 @@ async fn carry<T: Copy>(tag: T, socket: WebSocketStream<ByteStream>, events: &mp
     if events.send((tag, SocketEvent::Opened(outgoing))).await.is_err() {
         return;
     }
+    let received = socket.get_ref().received();
     let (mut sink, mut stream) = socket.split();
     let writing = async {
         while let Some(bytes) = queue.recv().await {
@@ -257,8 +271,63 @@ async fn carry<T: Copy>(tag: T, socket: WebSocketStream<ByteStream>, events: &mp
             }
         }
     };
+    let feeling = async {
+        let mut known = 0;
+        loop {
+            tokio::time::sleep(PART_INTERVAL).await;
+            let count = received.load(std::sync::atomic::Ordering::Relaxed);
+            if std::mem::replace(&mut known, count) != count && events.send((tag, SocketEvent::Part)).await.is_err() {
+                return;
+            }
+        }
+    };
     tokio::select! {
         () = writing => {}
         () = reading => {}
+        () = feeling => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt;
+    use tokio::net::TcpListener;
+    use tokio_tungstenite::tungstenite::handshake::server::{Request, Response};
+    use tokio_tungstenite::tungstenite::http;
+
+    use super::super::JoinLink;
+    use super::*;
+
+    #[tokio::test]
+    async fn a_frame_that_comes_slowly_is_felt_before_it_is_whole() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let link: JoinLink = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
+        let (events, mut heard) = mpsc::channel(8);
+        let dialer = Dialer::new(&Trust::Known).unwrap();
+        dialer.open((), &link.origin, "/main", 1 << 20, events);
+        let (stream, _) = listener.accept().await.unwrap();
+        #[expect(clippy::result_large_err, reason = "the library's own signature")]
+        let greet = |_: &Request, mut response: Response| {
+            let headers = response.headers_mut();
+            headers.insert(SERVER_HEADER, http::HeaderValue::from_static("test"));
+            Ok(response)
+        };
+        let socket = tokio_tungstenite::accept_hdr_async(stream, greet).await.unwrap();
+        let Some(((), SocketEvent::Opened(_outgoing))) = heard.recv().await else {
+            panic!("the socket did not open")
+        };
+        let mut stream = socket.into_inner();
+        // A binary frame of 4 bytes, the half of it.
+        stream.write_all(&[0x82, 4, 1, 2]).await.unwrap();
+        assert!(matches!(heard.recv().await, Some(((), SocketEvent::Part))));
+        stream.write_all(&[3, 4]).await.unwrap();
+        let frame = loop {
+            match heard.recv().await {
+                Some(((), SocketEvent::Part)) => {}
+                Some(((), SocketEvent::Frame(bytes))) => break bytes,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(frame, [1, 2, 3, 4]);
     }
 }

@@ -1,4 +1,4 @@
-//! This machine: where the program keeps what outlives a run, and what it is called in its network.
+//! Where the program keeps what outlives a run.
 //!
 //! Separate because nothing here opens a connection.
 
@@ -31,22 +31,4 @@ pub fn data_directory() -> Result<PathBuf, Error> {
 /// [`Error::NoHome`] when the environment names no place.
 pub fn cache_directory() -> Result<PathBuf, Error> {
     Ok(data_directory()?.join("weights"))
-}
-
-/// This machine's name in its network, in lower case.
-pub fn host_name() -> Option<String> {
-    let name = std::fs::read_to_string("/proc/sys/kernel/hostname")
-        .ok()
-        .or_else(|| std::env::var("COMPUTERNAME").ok());
-    let name = name.or_else(|| {
-        let output = std::process::Command::new("hostname").output().ok()?;
-        String::from_utf8(output.stdout).ok()
-    })?;
-    let name = name.trim().to_lowercase();
-    let valid = !name.is_empty()
-        && name.len() <= 253
-        && name.split('.').all(|label| {
-            (1..=63).contains(&label.len()) && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
-        });
-    valid.then_some(name)
 }

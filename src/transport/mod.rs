@@ -23,7 +23,7 @@ use std::time::Duration;
 pub use dialer::{Dialer, SocketEvent};
 pub use fingerprint::Fingerprint;
 pub use link::{JoinLink, Origin};
-pub use machine::{cache_directory, data_directory, host_name};
+pub use machine::{cache_directory, data_directory};
 pub use stream::ByteStream;
 pub use trust::Trust;
 

@@ -14,17 +14,29 @@ const MODULES: &[(&str, &[&str])] = &[
     ("data", &["terms"]),
     ("federated", &["terms"]),
     ("transport", &[]),
-    ("disk", &[]),
+    ("machine", &[]),
+    ("disk", &["machine"]),
+    ("runs", &["terms", "model", "transport", "disk"]),
     ("hub", &[]),
     ("protocol", &["terms", "federated"]),
     ("kernels", &["terms", "compute"]),
     ("model", &["terms", "kernels", "compute", "disk"]),
     ("split", &["terms", "model", "kernels", "compute"]),
     ("allocation", &["terms", "model"]),
-    ("simulation", &["terms", "protocol", "federated"]),
+    ("simulation", &["terms", "protocol", "federated", "client", "data"]),
     (
         "client",
-        &["terms", "split", "model", "protocol", "data", "compute", "transport"],
+        &[
+            "terms",
+            "split",
+            "model",
+            "protocol",
+            "data",
+            "compute",
+            "transport",
+            "machine",
+            "disk",
+        ],
     ),
     (
         "server",
@@ -38,7 +50,9 @@ const MODULES: &[(&str, &[&str])] = &[
             "federated",
             "allocation",
             "transport",
+            "machine",
             "disk",
+            "runs",
         ],
     ),
 ];
@@ -71,7 +85,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("plotters", &["cli/charts.rs"]),
     (
         "libc",
-        &["cli/interrupt.rs", "cli/needs.rs", "main.rs", "server/descriptors.rs"],
+        &["cli/interrupt.rs", "machine.rs", "main.rs", "server/descriptors.rs"],
     ),
 ];
 

@@ -22,6 +22,7 @@ mod kernels_llama;
 mod kernels_matmul;
 mod lanes;
 mod layering;
+mod local;
 mod model_files;
 mod planned_run;
 mod protocol;

@@ -8,27 +8,25 @@ use std::time::Duration;
 
 use pollster::block_on;
 use serde_json::Value;
-use sflllm::client::{self, Loader, Plan, native};
+use sflllm::client::{self, Loader, Plan, local, native};
 use sflllm::compute::Engine;
 use sflllm::data::{Batches, Dataset, Example, Options};
-use sflllm::model::adapter::{Adapter, AdapterLayout, LoraSpec, Target};
+use sflllm::model::adapter::{Adapter, LoraSpec, Target};
 use sflllm::model::architecture::Architecture;
 use sflllm::model::central::Central;
 use sflllm::model::stack::StackWeights;
-use sflllm::model::unit::Unit;
 use sflllm::model::weights::{HeldUnits, Holding, Weights};
 use sflllm::model::workspace::Extent;
-use sflllm::protocol::message::{Assignment, Blob, Digest, LinkRates, OwnAlpha, RunConfig};
+use sflllm::protocol::message::{Assignment, Digest, LinkRates, OwnAlpha, RunConfig};
 use sflllm::protocol::{Deadline, FinishReason};
+use sflllm::runs::directory::RunDirectory;
 use sflllm::server::planner::{ClientPrediction, Decision, Planner, RoundFacts, RoundPrediction, StartFacts};
-use sflllm::server::store::RunDirectory;
 use sflllm::server::{Limits, Model, Role, Run, Server, Settings, Summary};
 use sflllm::split::Training;
 use sflllm::terms::adapter::Trained;
 use sflllm::terms::aggregation::Aggregation;
 use sflllm::terms::format::Format;
 use sflllm::terms::ids::{RoundKey, RunId, StepKey};
-use sflllm::terms::moments::MomentPolicy;
 use sflllm::terms::optimizer::{OptimizerSettings, Schedule};
 use sflllm::terms::phases::Phases;
 use sflllm::terms::tensor::WireForm;
@@ -276,6 +274,7 @@ fn run_by(
         directory,
         demo_data: b"".into(),
         run: Some(run),
+        interrupted: None,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -298,6 +297,8 @@ fn run_by(
                 source: native::Source::Examples(examples),
                 cache: home.path().join(format!("cache-{number}")),
                 adapter_out: Some(home.path().join(format!("kept-{number}"))),
+                give_up: Duration::from_secs(60),
+                keep: None,
             };
             let fetched = fetched.clone();
             let note = move |report| {
@@ -487,60 +488,28 @@ fn run_to_error(planner: Fixed) -> String {
 fn assign(cut: usize) -> (Assignment, Vec<Vec<u8>>) {
     let config = config();
     let spec = adapter(&config).spec;
-    let source = weights(&config);
-    let units = std::iter::once(Unit::Embedding).chain((0..cut).map(Unit::Block));
-    let (blobs, files) = units
-        .map(|unit| {
-            let mut bytes = Vec::new();
-            source
-                .unit(unit, Holding::As(Format::F32))
-                .unwrap()
-                .encode(&mut bytes)
-                .unwrap();
-            let blob = Blob {
-                name: unit.to_string(),
-                sha256: Digest::of(&bytes),
-                bytes: bytes.len() as u64,
-            };
-            (blob, bytes)
-        })
-        .unzip();
-    let assignment = Assignment {
-        run: RunId([1; 16]),
-        number: 1,
-        config: RunConfig {
-            split: cut as u32,
-            rank: spec.rank as u32,
-            alpha: spec.alpha,
-            targets: spec.targets.iter().map(|target| target.module().to_owned()).collect(),
-            weights: Format::F32,
-            wire: WireForm::F32,
-            batch: 2,
-            seq: 8,
-            width: config.width as u32,
-            vocab: config.vocab as u32,
-            seed: SEED,
-            shuffle: false,
-            local_steps: LOCAL_STEPS,
-            rounds: 2,
-            optimizer: OptimizerSettings {
-                lr: 1e-3,
-                weight_decay: 0.0,
-                schedule: Schedule::Constant,
-                warmup: 0,
-                total_steps: 6,
-                clip: None,
-            },
-            moments: MomentPolicy::Keep,
+    let run = RunConfig {
+        rank: spec.rank as u32,
+        alpha: spec.alpha,
+        wire: WireForm::F32,
+        seed: SEED,
+        shuffle: false,
+        local_steps: LOCAL_STEPS,
+        rounds: 2,
+        optimizer: OptimizerSettings {
+            lr: 1e-3,
+            weight_decay: 0.0,
+            total_steps: 6,
+            ..OptimizerSettings::default()
         },
-        model_config: config.to_json(),
-        weights: blobs,
-        tokenizer: Vec::new(),
-        adapter_len: AdapterLayout::new(&config, &spec, 0..cut).unwrap().len() as u64,
-        alphas: Vec::new(),
-        trained: Trained::Both,
+        ..RunConfig::new(
+            cut as u32,
+            (2, 8),
+            (config.width as u32, config.vocab as u32),
+            spec.targets.iter().map(|target| target.module()),
+        )
     };
-    (assignment, files)
+    local::assign(RunId([1; 16]), run, &weights(&config), Holding::As(Format::F32)).unwrap()
 }
 
 /// What a client is asked to do, as far as its driver checks it.

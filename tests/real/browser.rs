@@ -5,6 +5,7 @@
 #[path = "../../xtask/src/browser.rs"]
 mod chromium;
 
+use std::error::Error;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -23,8 +24,8 @@ use sflllm::model::unit::Unit;
 use sflllm::model::weights::{Holding, Weights};
 use sflllm::protocol::Deadline;
 use sflllm::protocol::message::{Digest, LinkRates};
+use sflllm::runs::directory::RunDirectory;
 use sflllm::server::planner::{Decision, Planner, RoundFacts, StartFacts};
-use sflllm::server::store::RunDirectory;
 use sflllm::server::{self, Model, Role, Run, Settings};
 use sflllm::split::Training;
 use sflllm::terms::aggregation::Aggregation;
@@ -115,6 +116,25 @@ fn a_browser_without_webgpu_says_so_and_trains_a_local_file_on_its_cpu() {
     );
     server.finish();
     check_steps(run.path(), 1, 4);
+}
+
+/// Told by /proc.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_test_that_fails_leaves_no_browser_running() {
+    let Some(programs) = programs() else { return };
+    let browser = Mutex::new(None);
+    let failed = std::panic::catch_unwind(|| {
+        let chromium = Chromium::start(&programs, NO_GPU);
+        *browser.lock().unwrap() = chromium.browser;
+        panic!("as a test that fails does; this is no failure");
+    });
+    assert!(failed.is_err());
+    let process = PathBuf::from(format!(
+        "/proc/{}",
+        browser.into_inner().unwrap_or_else(|held| held.into_inner()).unwrap()
+    ));
+    assert!(!process.exists(), "{}", process.display());
 }
 
 #[test]
@@ -395,6 +415,7 @@ fn a_tab_whose_blocks_come_and_go_trains_to_the_end() {
         directory: RunDirectory::create(Some(&home.path().join("out")), "demo").unwrap(),
         demo_data: include_bytes!("../../assets/demo/train.txt").into(),
         run: Some(run),
+        interrupted: None,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -425,6 +446,101 @@ fn a_tab_whose_blocks_come_and_go_trains_to_the_end() {
     for entry in trained.layout.entries() {
         let moved = trained.values[entry.range_b()].iter().any(|&value| value != 0.0);
         assert!(moved, "block {} was not trained", entry.block);
+    }
+}
+
+#[test]
+fn a_tab_that_is_loaded_again_in_mid_run_goes_on_as_the_same_client_from_where_its_round_began() {
+    let Some(programs) = programs() else { return };
+    let run = tempfile::tempdir().unwrap();
+    let (rounds, local_steps) = (3, 40);
+    let text = run.path().join("diary.txt");
+    let lines = (0..400).map(|day| format!("Day {day}.{}\n", " The river was high.".repeat(1 + day * 7 % 11)));
+    fs::write(&text, lines.collect::<String>()).unwrap();
+    let server = Server::start_with(run.path(), 1, rounds, local_steps, |serve| {
+        serve
+            .args(["--model", "demo", "--device", "cpu", "--no-shuffle", "--batch", "2"])
+            .args(["--lr", "3e-3", "--split", "1", "--rank", "4", "--seq", "64"]);
+    });
+    let chromium = Chromium::start(&programs, NO_GPU);
+    chromium.open(&format!("{}/?device=cpu#t={TOKEN}", server.origin));
+    chromium.wait_for_state(&["idle", "unsupported"], &server.said);
+    chromium.choose_file("#file", &text);
+    chromium.script("document.querySelector('input[value=file]').checked = true", json!([]));
+    chromium.script("document.getElementById('join-button').click()", json!([]));
+    let reach = |step: u64| {
+        let start = Instant::now();
+        let shown = || chromium.root_data();
+        while shown()["step"].as_str().and_then(|step| step.parse::<u64>().ok()) < Some(step) {
+            assert!(
+                start.elapsed() < PATIENCE,
+                "{}\n{}",
+                shown(),
+                server.said.lock().unwrap()
+            );
+            thread::sleep(Duration::from_millis(20));
+        }
+        shown()
+    };
+    let before = reach(local_steps + 10);
+    chromium.command("POST", "refresh", Some(&json!({})));
+    // The join code has left the address; a person has only to say yes, and chooses no file.
+    let label = loop {
+        let label = chromium.script(
+            "const button = document.getElementById('continue'); return button.hidden ? '' : button.innerText",
+            json!([]),
+        );
+        match label.as_str() {
+            Some(label) if !label.is_empty() => break label.to_owned(),
+            _ => thread::sleep(Duration::from_millis(100)),
+        }
+    };
+    assert!(label.contains("as client 1, from round 2"), "{label}");
+    chromium.script("document.getElementById('continue').click()", json!([]));
+    let between = reach(local_steps + 1);
+    assert_eq!((&before["client"], &between["client"]), (&json!("1"), &json!("1")));
+    // Asked for by the address, it goes on by itself.
+    reach(2 * local_steps + 10);
+    chromium.script("history.replaceState(null, '', '/?device=cpu&join=1')", json!([]));
+    chromium.command("POST", "refresh", Some(&json!({})));
+    chromium.wait_for_state(&["done"], &server.said);
+    assert_eq!(chromium.root_data()["client"], "1");
+    let kept = chromium.asynchronous_script(
+        "const [done] = arguments;
+         (async () => {
+           const root = await navigator.storage.getDirectory();
+           for (let tries = 0; tries < 50; tries += 1) {
+             const names = [];
+             for await (const name of (await root.getDirectoryHandle('sflllm-clients')).keys()) names.push(name);
+             if (!names.length) return [];
+             await new Promise((resolve) => setTimeout(resolve, 100));
+           }
+           return 'still there';
+         })().then(done, (error) => done(String(error)));",
+        json!([]),
+    );
+    assert_eq!(kept, json!([]), "a run that is complete is forgotten");
+    server.finish();
+
+    let metrics = read_metrics(&run.path().join("out/metrics.jsonl"));
+    let events = |name: &str| -> Vec<&Value> { metrics.iter().filter(|line| line["event"] == name).collect() };
+    assert!(
+        events("joined").iter().all(|joined| joined["client"] == 1),
+        "{:?}",
+        events("joined")
+    );
+    assert_eq!(events("round_lost").len(), 2);
+    // Whatever was begun again was begun at the same batch, and nothing was left out between rounds.
+    let mut batches = vec![Vec::new(); (rounds * local_steps) as usize];
+    for step in metrics.iter().filter(|line| line["kind"] == "step") {
+        batches[step["step"].as_u64().unwrap() as usize - 1].push(step["tokens"].as_u64().unwrap());
+    }
+    assert!(batches.iter().filter(|attempts| attempts.len() > 1).count() >= 20);
+    for (step, attempts) in batches.iter().enumerate() {
+        assert!(
+            attempts.windows(2).all(|pair| pair[0] == pair[1]),
+            "step {step}: {attempts:?}"
+        );
     }
 }
 
@@ -735,6 +851,8 @@ struct Chromium {
     driver: Child,
     port: u16,
     session: String,
+    /// The process of Chromium itself, which outlives a driver that is killed.
+    browser: Option<u64>,
     _profile: tempfile::TempDir,
 }
 
@@ -764,6 +882,7 @@ impl Chromium {
             driver,
             port: port.expect("chromedriver names its port"),
             session: String::new(),
+            browser: None,
             _profile: profile,
         };
 
@@ -794,6 +913,8 @@ impl Chromium {
             .as_str()
             .expect("chromedriver names its session")
             .to_owned();
+        chromium.browser = session["capabilities"]["goog:processID"].as_u64();
+        assert!(chromium.browser.is_some(), "chromedriver names its browser's process");
         chromium
     }
 
@@ -904,37 +1025,8 @@ impl Chromium {
         self.request(method, &format!("/session/{}/{path}", self.session), body)
     }
 
-    /// One WebDriver command over one HTTP connection.
     fn request(&self, method: &str, path: &str, body: Option<&Value>) -> Value {
-        let body = body.map(Value::to_string).unwrap_or_default();
-        let mut stream = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        write!(
-            stream,
-            "{method} {path} HTTP/1.1\r\nHost: 127.0.0.1:{}\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
-            self.port,
-            body.len()
-        )
-        .unwrap();
-        let mut reader = BufReader::new(stream);
-        let mut status = String::new();
-        reader.read_line(&mut status).unwrap();
-        let mut length = 0;
-        loop {
-            let mut header = String::new();
-            reader.read_line(&mut header).unwrap();
-            if header.trim().is_empty() {
-                break;
-            }
-            if let Some((name, value)) = header.split_once(':')
-                && name.eq_ignore_ascii_case("content-length")
-            {
-                length = value.trim().parse().unwrap();
-            }
-        }
-        let mut answer = vec![0; length];
-        reader.read_exact(&mut answer).unwrap();
-        let answer: Value = serde_json::from_slice(&answer).unwrap();
+        let (status, answer) = self.ask(method, path, body, PATIENCE).unwrap();
         assert!(
             status.contains(" 200 "),
             "{method} {path}: {}",
@@ -942,12 +1034,55 @@ impl Chromium {
         );
         answer["value"].clone()
     }
+
+    /// One WebDriver command over one HTTP connection: the line with the status, and the answer.
+    fn ask(
+        &self,
+        method: &str,
+        path: &str,
+        body: Option<&Value>,
+        patience: Duration,
+    ) -> Result<(String, Value), Box<dyn Error>> {
+        let body = body.map(Value::to_string).unwrap_or_default();
+        let mut stream = TcpStream::connect(("127.0.0.1", self.port))?;
+        stream.set_read_timeout(Some(patience))?;
+        write!(
+            stream,
+            "{method} {path} HTTP/1.1\r\nHost: 127.0.0.1:{}\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            self.port,
+            body.len()
+        )?;
+        let mut reader = BufReader::new(stream);
+        let mut status = String::new();
+        reader.read_line(&mut status)?;
+        let mut length = 0;
+        loop {
+            let mut header = String::new();
+            reader.read_line(&mut header)?;
+            if header.trim().is_empty() {
+                break;
+            }
+            if let Some((name, value)) = header.split_once(':')
+                && name.eq_ignore_ascii_case("content-length")
+            {
+                length = value.trim().parse()?;
+            }
+        }
+        let mut answer = vec![0; length];
+        reader.read_exact(&mut answer)?;
+        Ok((status, serde_json::from_slice(&answer)?))
+    }
 }
 
 impl Drop for Chromium {
+    /// When a test fails, too: a driver that is killed leaves its browser running.
     fn drop(&mut self) {
-        if !self.session.is_empty() && !thread::panicking() {
-            self.request("DELETE", &format!("/session/{}", self.session), None);
+        let path = format!("/session/{}", self.session);
+        let closed = !self.session.is_empty()
+            && (self.ask("DELETE", &path, None, Duration::from_secs(20)))
+                .is_ok_and(|(status, _)| status.contains(" 200 "));
+        if let (false, Some(browser)) = (closed, self.browser) {
+            let _ = Command::new("kill").args(["-KILL", &browser.to_string()]).status();
         }
         let _ = self.driver.kill();
         let _ = self.driver.wait();

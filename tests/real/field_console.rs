@@ -2,186 +2,19 @@
 //! place, wrong addresses. Real processes of this program. Each claim holds off a fault that users of other programs met.
 #![cfg(unix)]
 
-use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
+use std::time::Duration;
 
-use serde_json::Value;
 use sflllm::data::Tokenizer;
-use sflllm::model::adapter::Adapter;
 use sflllm::model::architecture::Architecture;
 use sflllm::model::rounds::RoundsTable;
 
-/// Generous: a machine may be slow. Nothing is asserted about time but where a process must end at once.
-const LIMIT: Duration = Duration::from_secs(120);
-
-/// A directory with a small data file, and the program with its home there.
-struct Place(tempfile::TempDir);
-
-impl Place {
-    fn new() -> Self {
-        let place = Self(tempfile::tempdir().unwrap());
-        let line = "{\"input_ids\":[1,2,3,4,5,6,7,8,9,10,11,12]}\n";
-        std::fs::write(place.path("data.jsonl"), line.repeat(8)).unwrap();
-        place
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    /// Words that begin with `@` are paths in this directory.
-    fn program(&self, words: &str) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_sflllm"));
-        self.arguments(&mut command, words);
-        command
-    }
-
-    fn arguments(&self, command: &mut Command, words: &str) {
-        for word in words.split_whitespace() {
-            match word.strip_prefix('@') {
-                Some(name) => command.arg(self.path(name)),
-                None => command.arg(word),
-            };
-        }
-        command
-            .env("SFLLLM_HOME", self.path("home"))
-            .env_remove("RUST_BACKTRACE")
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-    }
-
-    /// Runs to the end: status, stdout, stderr.
-    fn run(&self, words: &str) -> (Option<i32>, String, String) {
-        told(self.program(words).output().unwrap())
-    }
-
-    fn serve(&self, rounds: u32, out: &str) -> Serving {
-        let words = format!("serve --device cpu --listen http://127.0.0.1:0 {SMALL_RUN} --rounds {rounds} --out {out}");
-        Serving::start(self.program(&words))
-    }
-}
-
-const TRAIN: &str = "train --device cpu --data @data.jsonl --batch 1 --seq 12 --rank 1 --out @run";
-const SMALL_RUN: &str = "--clients 1 --local-steps 3 --batch 2 --seq 12 --split 1 --rank 1 --wait 5";
-
-fn told(output: Output) -> (Option<i32>, String, String) {
-    let text = |bytes| String::from_utf8(bytes).unwrap();
-    (output.status.code(), text(output.stdout), text(output.stderr))
-}
-
-/// A pipe that nobody reads from.
-fn gone() -> Stdio {
-    std::io::pipe().unwrap().1.into()
-}
-
-/// A process that is ended with its test.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // It has ended by itself unless the test failed.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-impl Running {
-    fn signal(&self, name: &str) {
-        let status = Command::new("kill")
-            .args(["-s", name, &self.0.id().to_string()])
-            .status();
-        assert!(status.unwrap().success());
-    }
-
-    /// Waits for the end, which std cannot with a limit: so it asks again and again.
-    fn end(&mut self) -> ExitStatus {
-        let start = Instant::now();
-        loop {
-            if let Some(status) = self.0.try_wait().unwrap() {
-                return status;
-            }
-            assert!(start.elapsed() < LIMIT, "the process does not end");
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    }
-}
-
-/// A server, its address, and what it says.
-struct Serving {
-    process: Running,
-    url: String,
-    stderr: BufReader<std::process::ChildStderr>,
-}
-
-impl Serving {
-    fn start(mut command: Command) -> Self {
-        let mut process = Running(command.spawn().unwrap());
-        let mut stderr = BufReader::new(process.0.stderr.take().unwrap());
-        let mut said = String::new();
-        loop {
-            let mut line = String::new();
-            assert!(stderr.read_line(&mut line).unwrap() > 0, "it does not listen: {said}");
-            if let Some(url) = line.strip_prefix("listening on ") {
-                let url = url.trim().to_owned();
-                return Self { process, url, stderr };
-            }
-            said += &line;
-        }
-    }
-
-    fn port(&self) -> &str {
-        self.url.rsplit(':').next().unwrap()
-    }
-
-    fn end(mut self) -> (Option<i32>, String) {
-        let mut said = String::new();
-        self.stderr.read_to_string(&mut said).unwrap();
-        (self.process.end().code(), said)
-    }
-}
-
-/// Asks again and again, since a file that another process writes tells nobody; a test that hangs fails after [`LIMIT`].
-fn until(what: &str, is_so: impl Fn() -> bool) {
-    let start = Instant::now();
-    while !is_so() {
-        assert!(start.elapsed() < LIMIT, "{what} does not come about");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
-fn lines(path: &Path) -> Vec<Value> {
-    let text = std::fs::read_to_string(path).unwrap_or_default();
-    text.lines()
-        .map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("half a line: {line}")))
-        .collect()
-}
-
-fn object(path: &Path) -> Value {
-    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
-}
-
-fn has_adapter(run: &Path) -> bool {
-    let config = Architecture::from_json(include_str!("../../assets/demo/config.json")).unwrap();
-    Adapter::load(&run.join("adapter"), &config).is_ok()
-}
-
-/// All files below a directory and what they hold.
-fn contents(directory: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
-    let mut found = BTreeMap::new();
-    for entry in std::fs::read_dir(directory).unwrap() {
-        let path = entry.unwrap().path();
-        match path.is_dir() {
-            true => found.extend(contents(&path)),
-            false => drop(found.insert(path.clone(), std::fs::read(&path).unwrap())),
-        }
-    }
-    found
-}
+use super::place::{
+    Place, Running, SMALL_RUN, Serving, TRAIN, contents, gone, has_adapter, lines, object, told, until,
+};
 
 // rigelminer/rigel#33, andrewchambers/bupstash#65: a message that cannot be written ends the program.
 
@@ -401,7 +234,8 @@ fn a_run_that_goes_on_has_its_directory_to_itself() {
     ] {
         let (code, _, said) = place.run(&words);
         assert_eq!(code, Some(1), "{said}");
-        assert!(said.contains("another sflllm is writing to"), "{said}");
+        let named = format!("another sflllm (process {}", serving.process.0.id());
+        assert!(said.contains(&named) && said.contains("is writing to"), "{said}");
     }
     let join = format!("join {} --device cpu --data @data.jsonl --quiet", serving.url);
     assert_eq!(place.run(&join).0, Some(0));
@@ -507,7 +341,8 @@ fn a_calibration_that_is_asked_to_end_keeps_its_finished_runs() {
     // While it goes on, nobody else writes there.
     let (code, _, said) = place.run(words);
     assert_eq!(code, Some(1), "{said}");
-    assert!(said.contains("another sflllm is writing to"), "{said}");
+    let named = format!("another sflllm (process {}", process.0.id());
+    assert!(said.contains(&named), "{said}");
     process.signal("TERM");
     assert_eq!(process.end().code(), Some(0));
     assert!(runs() > 0 && !RoundsTable::load(&out).unwrap().complete);

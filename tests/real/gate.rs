@@ -22,7 +22,7 @@ use sflllm::protocol::message::{
     Ticket, Welcome,
 };
 use sflllm::protocol::{Deadline, PING_INTERVAL};
-use sflllm::server::store::RunDirectory;
+use sflllm::runs::directory::RunDirectory;
 use sflllm::server::{Ending, Limits, Model, Report, Role, Run, Server, Settings, Stopper, Summary};
 use sflllm::split::Training;
 use sflllm::terms::aggregation::Aggregation;
@@ -106,6 +106,7 @@ impl Serving {
             directory: RunDirectory::create(Some(&home.path().join("run")), "gate").unwrap(),
             demo_data: b"".into(),
             run,
+            interrupted: None,
         };
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)

@@ -61,11 +61,35 @@ fn a_smaller_batch_and_window_need_less() {
 }
 
 #[test]
+fn a_lower_rank_on_fewer_targets_needs_less() {
+    let training = |words: &[&str]| {
+        let found = needs(&[&["--model", "demo"], words].concat());
+        ["client_bytes", "server_bytes"].map(|side| found["needs"][0][side]["training"].as_u64().unwrap())
+    };
+    let (usual, given) = (training(&[]), training(&["--rank", "8", "--targets", "all"]));
+    assert_eq!(usual, given, "what serve takes for the demo");
+    let (low, few) = (training(&["--rank", "2"]), training(&["--targets", "attn.c_proj"]));
+    for side in [0, 1] {
+        assert!(
+            low[side] < usual[side] && few[side] < usual[side],
+            "{low:?}, {few:?}, {usual:?}"
+        );
+    }
+    let found = needs(&["--model", "demo", "--targets", "c_attn,mlp.c_proj", "--rank", "3"]);
+    assert_eq!(found["rank"], 3);
+    assert_eq!(found["targets"], serde_json::json!(["attn.c_attn", "mlp.c_proj"]));
+}
+
+#[test]
 fn what_cannot_be_is_refused_in_a_sentence() {
     for (words, says) in [
         (&["--model", "demo", "--seq", "100000"][..], "256 positions"),
         (&["--batch", "2"], "--model"),
         (&["--model", "demo", "--batch", "0"], "--batch"),
+        (&["--model", "demo", "--rank", "0"], "--rank"),
+        (&["--model", "demo", "--rank", "100000"], "rank"),
+        (&["--model", "demo", "--targets", "q_proj"], "q_proj"),
+        (&["--targets", "all"], "--model"),
         (&["--model", "/nowhere"], "/nowhere"),
     ] {
         let output = doctor(words);

@@ -83,7 +83,15 @@ fn assert_close(found: f64, expected: f64, relative: f64, what: &str) {
 fn central(source: &Source, seq: usize) -> Central {
     let engine = Engine::cpu();
     let weights = source.load(&engine).unwrap();
-    Central::new(&engine, &source.config, weights, None, Extent { batch: 1, seq }, None).unwrap()
+    Central::new(
+        &engine,
+        &source.architecture,
+        weights,
+        None,
+        Extent { batch: 1, seq },
+        None,
+    )
+    .unwrap()
 }
 
 #[test]
@@ -129,7 +137,7 @@ fn a_conversation_has_transformers_tokens_labels_and_loss() {
     for (name, expected) in expected {
         let line = json!({ "messages": conversations[name] }).to_string();
         let seq = expected["ids"].as_array().unwrap().len();
-        let options = Options::new(seq, source.config.vocab);
+        let options = Options::new(seq, source.architecture.vocab);
         let data = Dataset::read(line.as_bytes(), "chat.jsonl", source.tokenize(), &options).unwrap();
         let [Example { ids, labels }] = &data.examples[..] else {
             panic!("{name}: one conversation is one example");
@@ -178,10 +186,10 @@ fn ten_lora_steps_have_pefts_losses() {
     let targets = [Target::QProj, Target::VProj];
     assert_eq!(real.expected["lora"]["targets"], json!(["q_proj", "v_proj"]));
     let spec = LoraSpec::new(rank, number("alpha") as f32, targets).unwrap();
-    let mut adapter = Adapter::init(&source.config, &spec, 0..source.config.blocks, 0).unwrap();
+    let mut adapter = Adapter::init(&source.architecture, &spec, 0..source.architecture.blocks, 0).unwrap();
     // B stays zero; A is what the fixture's script drew, in the order of blocks and targets.
     let mut place = 0;
-    for block in 0..source.config.blocks {
+    for block in 0..source.architecture.blocks {
         for target in targets {
             let range = adapter.layout.entry(block, target).unwrap().range_a();
             for value in &mut adapter.values[range] {
@@ -205,7 +213,7 @@ fn ten_lora_steps_have_pefts_losses() {
     let extent = Extent { batch, seq };
     let mut model = Central::new(
         &engine,
-        &source.config,
+        &source.architecture,
         weights,
         Some(&adapter),
         extent,
@@ -244,7 +252,7 @@ fn tensors_have_the_values_that_the_gguf_package_reads() {
     let unit = source.weights.unit(Unit::Block(0), Holding::As(Format::F32)).unwrap();
     let found = unit.tensor("self_attn.q_proj.weight").unwrap().to_f32();
     for (row, expected) in [(1, "row_1"), (32, "row_32"), (65, "row_65")] {
-        let start: Vec<f32> = found[row * source.config.width..][..4].to_vec();
+        let start: Vec<f32> = found[row * source.architecture.width..][..4].to_vec();
         let expected: Vec<f32> = serde_json::from_value(query[expected].clone()).unwrap();
         assert_eq!(start, expected, "row {row}");
     }

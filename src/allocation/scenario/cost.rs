@@ -12,6 +12,7 @@ use crate::terms::tensor::WireForm;
 pub struct Speeds {
     /// `[client]`, in FLOP/s.
     pub client_forward: Vec<f64>,
+    /// `[client]`, in FLOP/s.
     pub client_backward: Vec<f64>,
     /// In FLOP/s, over forward and backward.
     pub server: f64,
@@ -19,9 +20,13 @@ pub struct Speeds {
 
 /// What one local step takes on given devices, for the cells of a problem.
 pub struct CellCosts<'a> {
+    /// The arithmetic and the bytes of a step.
     pub workload: &'a Workload,
+    /// What the devices do in a second.
     pub speeds: &'a Speeds,
+    /// How activations travel.
     pub wire: WireForm,
+    /// How frozen weights are held, which counts for memory.
     pub weights: Format,
     /// `[client]`: joules for a floating-point operation.
     pub joules_per_flop: Vec<f64>,

@@ -7,6 +7,7 @@ use crate::model::architecture::ArchitectureError;
 use crate::model::rounds::RoundsError;
 
 /// Why a scenario cannot be read.
+#[expect(missing_docs, reason = "the messages say it")]
 #[derive(Debug, thiserror::Error)]
 pub enum ScenarioError {
     #[error("not valid JSON: {0}")]

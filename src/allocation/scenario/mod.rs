@@ -25,6 +25,7 @@ pub use file::{PRESETS, value_of};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 
+use crate::terms::format::Format;
 use crate::terms::tensor::WireForm;
 
 /// A scenario, complete: presets fill in what a file leaves out.
@@ -35,15 +36,23 @@ pub struct Scenario {
     pub preset: String,
     /// Of everything drawn.
     pub seed: u64,
+    /// The devices.
     pub clients: Clients,
+    /// The main server.
     pub server: Processor,
+    /// How signals arrive.
     pub channel: Propagation,
+    /// The link to the main server.
     pub main: Radio,
+    /// The link to the federated server.
     pub federated: Radio,
     /// The gradients' link; absent it costs nothing, as in the paper. `power_total_dbm` is the base station's.
     pub download: Option<Radio>,
+    /// The model's shape.
     pub model: Model,
+    /// A step's shape, and what is to be chosen.
     pub training: TrainingShape,
+    /// What counts beside the delay.
     pub objective: Objective,
 }
 
@@ -51,6 +60,7 @@ pub struct Scenario {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Clients {
+    /// How many.
     pub count: usize,
     /// Clock rates are drawn between these.
     pub compute_hz: [f64; 2],
@@ -60,9 +70,11 @@ pub struct Clients {
     pub cycles_per_flop: f64,
     /// Places are drawn uniformly from a disc of this radius around each server, no nearer than `distance_min_m`.
     pub radius_m: f64,
+    /// Nobody is nearer to a server than this.
     pub distance_min_m: f64,
     /// Distances to the main and the federated server, one for each client, instead.
     pub main_distance_m: Option<Vec<f64>>,
+    /// To the federated server, one for each client.
     pub federated_distance_m: Option<Vec<f64>>,
     /// The most a client may send with, on each link.
     pub power_max_dbm: f64,
@@ -78,6 +90,7 @@ pub struct Clients {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Processor {
+    /// Clock rate.
     pub compute_hz: f64,
     /// Clock cycles for a floating-point operation.
     pub cycles_per_flop: f64,
@@ -87,14 +100,18 @@ pub struct Processor {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Propagation {
+    /// Noise density.
     pub noise_dbm_per_hz: f64,
     /// Path loss at 1 km, and what a decade of distance adds.
     pub path_loss_intercept_db: f64,
+    /// What a decade of distance adds.
     pub path_loss_slope_db: f64,
+    /// What differs between subchannels.
     pub fading: Fading,
     /// `[client][subchannel]`, or `[client]` of one entry for all subchannels: signal-to-noise ratios per watt, in 1/W, instead
     /// of geometry.
     pub main_snr_per_watt: Option<Vec<Vec<f64>>>,
+    /// The same of the federated link.
     pub federated_snr_per_watt: Option<Vec<Vec<f64>>>,
 }
 
@@ -112,6 +129,7 @@ pub enum Fading {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Radio {
+    /// How many it is divided into.
     pub subchannels: usize,
     /// Of the whole link, divided equally.
     pub bandwidth_hz: f64,
@@ -123,12 +141,17 @@ pub struct Radio {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Model {
+    /// Transformer blocks.
     pub blocks: usize,
+    /// Values of a token between blocks.
     pub width: usize,
+    /// Attention heads.
     pub heads: usize,
     /// Of the feed-forward layer; absent, four times the width.
     pub ffn: Option<usize>,
+    /// Tokens of the vocabulary.
     pub vocab: usize,
+    /// The longest sequence.
     pub positions: usize,
 }
 
@@ -136,13 +159,17 @@ pub struct Model {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrainingShape {
+    /// Sequences of a client's step.
     pub batch: usize,
+    /// Tokens of a sequence.
     pub seq: usize,
     /// Local steps in a round.
     pub local_steps: u32,
     /// How activations and gradients travel: `f32`, `f16` or `int8`.
     #[serde(deserialize_with = "named_wire")]
     pub wire: WireForm,
+    /// How frozen weights are held: `f32`, `f16`, `q8` or `q4`; absent, `f16`. A client's memory is counted by it.
+    pub weights: Option<Format>,
     /// Adapted matrices.
     pub targets: Vec<String>,
     /// Candidate cuts; absent, all.

@@ -41,7 +41,7 @@ impl Scenario {
     ///
     /// # Errors
     /// [`ScenarioError::Model`] names the field.
-    pub fn config(&self) -> Result<Architecture, ScenarioError> {
+    pub fn architecture(&self) -> Result<Architecture, ScenarioError> {
         let model = &self.model;
         Ok(Architecture::from_json(
             &json!({
@@ -57,22 +57,22 @@ impl Scenario {
     /// # Errors
     /// [`ScenarioError`] names the field.
     pub fn workload(&self) -> Result<Workload, ScenarioError> {
-        let config = self.config()?;
+        let model = self.architecture()?;
         let TrainingShape { batch, seq, .. } = self.training;
         let tokens = batch.saturating_mul(seq);
-        if tokens == 0 || tokens > MAX_TOKENS || seq > config.positions {
+        if tokens == 0 || tokens > MAX_TOKENS || seq > model.positions {
             return Err(field(
                 "training.batch, training.seq",
                 format!(
                     "{batch} × {seq} is not a batch for a model of {} positions",
-                    config.positions
+                    model.positions
                 ),
             ));
         }
-        let targets = LoraSpec::parse_targets(&config, &self.training.targets.join(","))
+        let targets = LoraSpec::parse_targets(&model, &self.training.targets.join(","))
             .map_err(|error| field("training.targets", error.to_string()))?;
         Ok(Workload::new(
-            &config,
+            &model,
             &targets,
             Extent { batch, seq },
             Convention::Dense,
@@ -84,7 +84,7 @@ impl Scenario {
     /// # Errors
     /// [`ScenarioError::Field`] for one that leaves a side without a block.
     pub fn splits(&self) -> Result<Vec<u32>, ScenarioError> {
-        let blocks = u32::try_from(self.config()?.blocks).unwrap_or(u32::MAX);
+        let blocks = u32::try_from(self.architecture()?.blocks).unwrap_or(u32::MAX);
         let splits = match &self.training.splits {
             Some(splits) => splits.clone(),
             None => (1..blocks).collect(),
@@ -384,7 +384,7 @@ impl Scenario {
             workload,
             speeds,
             wire: self.training.wire,
-            weights: Format::F16,
+            weights: self.training.weights.unwrap_or(Format::F16),
             joules_per_flop,
         };
         let problem = Problem {

@@ -1,29 +1,36 @@
-//! The session between its sockets, the compute thread and the files.
+//! The machine's outputs carried out: sockets, downloads, the compute thread and files.
 //!
-//! Separate from what a caller sees: whoever joins a run gives settings and gets reports.
+//! Separate from what a caller sees: whoever joins a run gives settings and gets reports. Nothing is decided here.
 
-use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::mpsc as thread_mpsc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
 
-use super::super::{self as client, Plan, capabilities};
-use super::fetch::Fetcher;
-use super::thread::{Reply, Task, start_thread};
-use super::{Error, Report, Settings, Source, Summary};
-use crate::protocol::message::{Assignment, Blob, PROTOCOL_VERSION};
-use crate::protocol::{
-    ClientConfig, ClientEvent, ClientFailure, ClientSession, Endpoint, FinishReason, MAX_FRAME_BYTES, Transmit,
-};
-use crate::transport::{self, JoinLink, SocketEvent};
+use super::super::capabilities;
+use super::super::edge::{Config, Done, Edge, Failure, Fetch, Output, Report};
+use super::adapter::AdapterOut;
+use super::fetch::{Fetcher, Files};
+use super::thread::{Command, start_thread};
+use super::{Error, Keep, Settings, StateDirectory, Summary};
+use crate::compute::DeviceClass;
+use crate::machine;
+use crate::protocol::{ClientConfig, Endpoint, FinishReason, MAX_FRAME_BYTES};
+use crate::transport::{Dialer, JoinLink, Origin, SocketEvent};
 
-/// Failed connections in a row before a client gives up; the pauses between them grow.
-const RETRIES: u32 = 8;
-/// How long the very first connection is tried: the server may be about to start.
-const FIRST_CONNECTION: Duration = Duration::from_secs(6);
 /// How long to wait at the end for the last frames to be sent.
 const CLOSE_LIMIT: Duration = Duration::from_secs(2);
+
+/// What of the machine's memory a server may count on, in bytes; 0 for a GPU with memory of its own, which tells nobody how much it has.
+fn memory(device: DeviceClass) -> u64 {
+    match device {
+        DeviceClass::Gpu => 0,
+        // A computer has other things to do as well.
+        DeviceClass::CpuAdapter | DeviceClass::CpuEngine => machine::memory().unwrap_or(0) / 2,
+    }
+}
 
 /// Takes part until the run is over, or until `stop` becomes true.
 ///
@@ -34,45 +41,59 @@ pub async fn join(
     stop: watch::Receiver<bool>,
     report: impl Fn(Report) + Send + Sync + 'static,
 ) -> Result<Summary, Error> {
-    let (tasks, replies) = start_thread(settings.engine.clone(), settings.source.clone())?;
-    let session = ClientSession::new(
-        ClientConfig {
-            version: PROTOCOL_VERSION,
-            name: settings.name.clone(),
-            capabilities: capabilities(settings.engine.name(), 0),
-            model: None,
-            tokenizer: None,
-            secret: settings.token.clone(),
-            retries: RETRIES,
+    let report: Arc<dyn Fn(Report) + Send + Sync> = Arc::new(report);
+    let adapter_out = Arc::new(AdapterOut::new(settings.adapter_out, report.clone()));
+    let (commands, done) = start_thread(settings.engine.clone(), settings.source, adapter_out.clone())?;
+    let (state, resume) = match settings.keep {
+        Some(Keep { directory, resume }) => (Some(Arc::new(directory)), resume),
+        None => (None, None),
+    };
+    let config = Config {
+        client: ClientConfig {
+            secret: settings.token,
+            give_up: settings.give_up,
+            seed: any_number(),
+            ..ClientConfig::new(
+                settings.name,
+                capabilities(settings.engine.name(), memory(settings.engine.class())),
+            )
         },
-        Duration::ZERO,
+        server: settings.server.to_string(),
+        keeps: state.is_some(),
+        resume,
+    };
+    let (socket_sender, sockets) = mpsc::channel(64);
+    let (fetch_sender, fetched) = mpsc::channel(1);
+    let fetcher = Fetcher::new(
+        settings.dialer.clone(),
+        settings.server.clone(),
+        settings.cache,
+        report.clone(),
     );
-    let (socket_sender, socket_events) = mpsc::channel(64);
     let driver = Driver {
-        session,
+        edge: Edge::new(config, Duration::ZERO),
         origin: Instant::now(),
-        settings,
-        report: std::sync::Arc::new(report),
+        server: settings.server,
+        dialer: settings.dialer,
+        state,
+        adapter_out,
+        report,
         sockets: [Socket::default(), Socket::default()],
         socket_sender,
-        tasks,
-        plan: None,
-        generation: 0,
-        loaded: (0, Vec::new()),
-        has_connected: false,
-        last_error: None,
-        unsaved: None,
-        summary: Summary {
-            reason: FinishReason::Left,
-            steps: 0,
-            tokens: 0,
-            bytes_up: 0,
-            bytes_down: 0,
-            seconds: 0.0,
-        },
-        outcome: None,
+        commands,
+        fetcher: Arc::new(fetcher),
+        fetch_sender,
+        download: None,
+        bytes: (0, 0),
+        end: None,
     };
-    driver.run(socket_events, replies, stop).await
+    driver.run(sockets, done, fetched, stop).await
+}
+
+/// By which clients that were started at the same time differ.
+fn any_number() -> u64 {
+    use std::hash::{BuildHasher, Hasher};
+    std::hash::RandomState::new().build_hasher().finish()
 }
 
 #[derive(Default)]
@@ -85,327 +106,117 @@ struct Socket {
 }
 
 type Tag = (Endpoint, u64);
-type Fetched = (u64, Result<(Vec<PathBuf>, Option<PathBuf>), Error>);
+type Fetched = (u64, Result<Files, Error>);
 
 struct Driver {
-    session: ClientSession,
+    edge: Edge<Error>,
     origin: Instant,
-    settings: Settings,
-    report: std::sync::Arc<dyn Fn(Report) + Send + Sync>,
+    server: Origin,
+    dialer: Dialer,
+    state: Option<Arc<StateDirectory>>,
+    adapter_out: Arc<AdapterOut>,
+    report: Arc<dyn Fn(Report) + Send + Sync>,
     sockets: [Socket; 2],
     socket_sender: mpsc::Sender<(Tag, SocketEvent)>,
-    tasks: thread_mpsc::Sender<Task>,
-    plan: Option<Plan>,
-    /// Counts the assignments.
-    generation: u64,
-    /// The generation that was loaded last, and its parts.
-    loaded: (u64, Vec<Blob>),
-    has_connected: bool,
-    last_error: Option<transport::Error>,
-    /// The last adapter, where it could not be saved.
-    unsaved: Option<Vec<f32>>,
-    summary: Summary,
-    outcome: Option<Result<FinishReason, Error>>,
+    commands: thread_mpsc::Sender<Command>,
+    fetcher: Arc<Fetcher>,
+    fetch_sender: mpsc::Sender<Fetched>,
+    download: Option<JoinHandle<()>>,
+    /// Sent and received.
+    bytes: (u64, u64),
+    end: Option<Result<FinishReason, Failure<Error>>>,
 }
 
 impl Driver {
     async fn run(
         mut self,
-        mut socket_events: mpsc::Receiver<(Tag, SocketEvent)>,
-        mut replies: mpsc::Receiver<Reply>,
+        mut sockets: mpsc::Receiver<(Tag, SocketEvent)>,
+        mut done: mpsc::Receiver<Result<Done, Error>>,
+        mut fetched: mpsc::Receiver<Fetched>,
         mut stop: watch::Receiver<bool>,
     ) -> Result<Summary, Error> {
-        let (fetch_sender, mut fetched) = mpsc::channel::<Fetched>(1);
         let mut stoppable = true;
-        loop {
-            if let Err(error) = self.settle(&fetch_sender) {
-                self.fail(error);
+        let end = loop {
+            self.settle().await;
+            if let Some(end) = self.end.take() {
+                break end;
             }
-            if self.outcome.is_some() {
-                break;
-            }
-            let deadline = self.session.poll_timeout().map(|timeout| self.origin + timeout);
-            let handled = tokio::select! {
-                Some((tag, event)) = socket_events.recv() => self.socket_event(tag, event),
-                reply = replies.recv() => match reply {
-                    Some(reply) => self.reply(reply),
-                    None => Err(Error::ThreadGone),
+            let deadline = self.edge.poll_timeout().map(|timeout| self.origin + timeout);
+            tokio::select! {
+                Some((tag, event)) = sockets.recv() => self.socket_event(tag, event),
+                result = done.recv() => match result {
+                    Some(result) => self.edge.done(self.now(), result),
+                    None => self.edge.give_up(self.now(), Error::ThreadGone),
                 },
-                Some((generation, files)) = fetched.recv() => self.fetched(generation, files),
+                Some((number, files)) = fetched.recv() => self.fetched(number, files),
                 changed = stop.wait_for(|stop| *stop), if stoppable => {
+                    stoppable = false;
                     // Without a sender nobody will ever stop this client.
-                    stoppable = changed.is_ok();
-                    if stoppable {
-                        let now = self.now();
-                        self.session.leave(now);
+                    if changed.is_ok() {
+                        self.edge.leave(self.now());
                     }
-                    Ok(())
                 }
-                () = sleep_until(deadline) => {
-                    let now = self.now();
-                    self.session.handle_timeout(now);
-                    Ok(())
-                }
-            };
-            if let Err(error) = handled {
-                self.fail(error);
+                () = sleep_until(deadline) => self.edge.timeout(self.now()),
             }
+        };
+        if let Some(download) = &self.download {
+            download.abort();
         }
-        self.close(socket_events).await;
-        self.summary.seconds = self.origin.elapsed().as_secs_f64();
-        if let (Some(values), Some(Ok(_))) = (self.unsaved.take(), &self.outcome) {
-            self.save(&values)?;
-        }
-        match self.outcome {
-            Some(Ok(reason)) => Ok(Summary { reason, ..self.summary }),
-            Some(Err(error)) => Err(error),
-            None => Err(Error::ThreadGone),
-        }
+        self.close(sockets).await;
+        let tally = self.edge.tally();
+        let summary = |reason| Summary {
+            reason,
+            steps: tally.steps,
+            tokens: tally.tokens,
+            bytes_up: self.bytes.0,
+            bytes_down: self.bytes.1,
+            seconds: self.origin.elapsed().as_secs_f64(),
+        };
+        let reason = end.map_err(Error::from)?;
+        self.adapter_out.finish()?;
+        Ok(summary(reason))
     }
 
     fn now(&self) -> Duration {
         self.origin.elapsed()
     }
 
-    /// Takes leave, with this error as the reason.
-    fn fail(&mut self, error: Error) {
-        let now = self.now();
-        self.session.leave(now);
-        while let Some(transmit) = self.session.poll_transmit() {
-            self.transmit(transmit);
-        }
-        if !matches!(self.outcome, Some(Err(_))) {
-            self.outcome = Some(Err(error));
-        }
-    }
-
-    /// Lets the last frames out.
-    async fn close(&mut self, mut socket_events: mpsc::Receiver<(Tag, SocketEvent)>) {
-        for socket in &mut self.sockets {
-            socket.outgoing = None;
-        }
-        let drained = async {
-            while self.sockets.iter().any(|socket| socket.live) {
-                match socket_events.recv().await {
-                    Some(((endpoint, number), SocketEvent::Closed(_))) => {
-                        let socket = &mut self.sockets[index(endpoint)];
-                        socket.live &= socket.number != number;
+    /// Carries out all that the machine asks for.
+    async fn settle(&mut self) {
+        while let Some(output) = self.edge.poll() {
+            match output {
+                Output::Connect { endpoint, url } => {
+                    if let Err(error) = self.connect(endpoint, url.as_deref()) {
+                        self.edge.disconnected(endpoint, self.now(), Some(error));
                     }
-                    Some(_) => {}
-                    None => break,
                 }
-            }
-        };
-        // What has not gone out by then is lost; the server finds out by itself.
-        let _ = tokio::time::timeout(CLOSE_LIMIT, drained).await;
-    }
-
-    fn task(&self, task: Task) -> Result<(), Error> {
-        self.tasks.send(task).map_err(|_| Error::ThreadGone)
-    }
-
-    fn socket_event(&mut self, (endpoint, number): Tag, event: SocketEvent) -> Result<(), Error> {
-        let now = self.now();
-        let socket = &mut self.sockets[index(endpoint)];
-        if socket.number != number {
-            return Ok(());
-        }
-        match event {
-            SocketEvent::Opened(outgoing) => {
-                socket.outgoing = Some(outgoing);
-                self.last_error = None;
-                if !self.has_connected {
-                    (self.report)(Report::Connected);
+                Output::Transmit { endpoint, bytes } => self.transmit(endpoint, bytes),
+                // The task behind it writes what it has, and ends.
+                Output::Close { endpoint } => self.sockets[index(endpoint)].outgoing = None,
+                Output::Fetch(fetch) => self.fetch(fetch),
+                Output::Compute(task) => self.command(Command::Run(task)),
+                Output::Store(bytes) => {
+                    let stored = self.store(bytes).await;
+                    self.edge.stored(self.now(), stored);
                 }
-                self.has_connected = true;
-                self.session.connected(endpoint, now);
-            }
-            SocketEvent::Frame(bytes) => {
-                self.summary.bytes_down += bytes.len() as u64;
-                self.session.handle_frame(endpoint, now, &bytes);
-            }
-            SocketEvent::Closed(error) => {
-                socket.outgoing = None;
-                socket.live = false;
-                if let Some(error) = error {
-                    let late = !self.has_connected && self.origin.elapsed() > FIRST_CONNECTION;
-                    if !error.is_transient() || late {
-                        return Err(error.into());
+                Output::Forget => {
+                    if let Some(state) = &self.state {
+                        state.forget();
                     }
-                    self.last_error = Some(error);
                 }
-                self.session.disconnected(endpoint, now);
+                Output::Show(report) => (self.report)(report),
+                Output::End(end) => self.end = Some(end),
             }
         }
-        Ok(())
-    }
-
-    fn reply(&mut self, reply: Reply) -> Result<(), Error> {
-        let now = self.now();
-        match reply {
-            Reply::Loaded {
-                generation,
-                data,
-                speed,
-            } if generation == self.generation => {
-                if let Some(plan) = &self.plan {
-                    self.loaded = (generation, plan.units().to_vec());
-                    let done = u32::try_from(self.summary.steps).unwrap_or(u32::MAX);
-                    let steps = plan.rounds.saturating_mul(plan.local_steps).saturating_sub(done);
-                    (self.report)(Report::Loaded {
-                        data,
-                        blocks: plan.cut,
-                        rounds: plan.rounds,
-                        steps,
-                    });
-                }
-                self.session.ready(now, speed);
-            }
-            Reply::Loaded { .. } => {}
-            Reply::Activations(input) => self.session.activations(now, input)?,
-            Reply::StepDone { key, took } => {
-                self.summary.steps += 1;
-                self.session.step_done(now, key, took);
-            }
-            Reply::Adapter(input) => self.session.adapter(now, input)?,
-            Reply::Failed(error) => return Err(error),
-        }
-        Ok(())
-    }
-
-    fn fetched(&mut self, generation: u64, files: Result<(Vec<PathBuf>, Option<PathBuf>), Error>) -> Result<(), Error> {
-        if generation != self.generation {
-            return Ok(());
-        }
-        let (units, tokenizer) = files?;
-        match &self.plan {
-            Some(plan) => self.task(Task::Load {
-                generation,
-                plan: Box::new(plan.clone()),
-                units,
-                tokenizer,
-            }),
-            None => Ok(()),
-        }
-    }
-
-    /// Carries out everything the session asks for.
-    fn settle(&mut self, fetch: &mpsc::Sender<Fetched>) -> Result<(), Error> {
-        loop {
-            let mut quiet = true;
-            while let Some(transmit) = self.session.poll_transmit() {
-                quiet = false;
-                self.transmit(transmit);
-            }
-            while let Some(event) = self.session.poll_event() {
-                quiet = false;
-                self.event(event, fetch)?;
-            }
-            if quiet {
-                return Ok(());
-            }
-        }
-    }
-
-    fn transmit(&mut self, transmit: Transmit<Endpoint>) {
-        let now = self.now();
-        let (endpoint, frame) = match transmit {
-            Transmit::Frame { to, bytes } => (to, Some(bytes)),
-            Transmit::Close { to } => (to, None),
-        };
-        let socket = &mut self.sockets[index(endpoint)];
-        let Some(outgoing) = &socket.outgoing else { return };
-        match frame {
-            Some(bytes) => {
-                self.summary.bytes_up += bytes.len() as u64;
-                if outgoing.try_send(bytes).is_err() {
-                    // A full queue means a server that does not read.
-                    socket.outgoing = None;
-                    socket.number += 1;
-                    self.session.disconnected(endpoint, now);
-                }
-            }
-            // The task behind it writes what it has, and ends.
-            None => socket.outgoing = None,
-        }
-    }
-
-    fn event(&mut self, event: ClientEvent, fetch: &mpsc::Sender<Fetched>) -> Result<(), Error> {
-        match event {
-            ClientEvent::Connect { endpoint, url } => self.connect(endpoint, url.as_deref())?,
-            ClientEvent::ConnectionLost { endpoint, .. } => {
-                if self.has_connected {
-                    let reason = self.last_error.as_ref().map(ToString::to_string);
-                    (self.report)(Report::ConnectionLost { endpoint, reason });
-                }
-            }
-            ClientEvent::Assigned(assignment) => self.assigned(&assignment, fetch)?,
-            ClientEvent::RoundStarted { round, members } => {
-                let rounds = self.plan.as_ref().map_or(0, |plan| plan.rounds);
-                (self.report)(Report::RoundStarted {
-                    round: round.round + 1,
-                    rounds,
-                    members,
-                });
-                self.task(Task::BeginRound)?;
-            }
-            ClientEvent::InstallAdapter { values, moments, .. } => {
-                self.keep(&values);
-                self.task(Task::Install { values, moments })?;
-            }
-            ClientEvent::ComputeForward { key } => self.task(Task::Forward(key))?,
-            ClientEvent::ComputeBackward { key, gradient } => {
-                let (local_steps, rounds) = self
-                    .plan
-                    .as_ref()
-                    .map_or((0, 0), |plan| (plan.local_steps, plan.rounds));
-                self.summary.tokens += gradient.tokens;
-                (self.report)(Report::Step {
-                    step: key.round.round.saturating_mul(local_steps).saturating_add(key.step + 1),
-                    steps: rounds.saturating_mul(local_steps),
-                    loss: gradient.loss,
-                    mean_loss: gradient.mean_loss,
-                    tokens: gradient.tokens,
-                });
-                self.task(Task::Backward {
-                    key,
-                    gradient: Box::new(gradient),
-                })?;
-            }
-            ClientEvent::UploadAdapter { round, split, steps } => self.task(Task::Collect { round, split, steps })?,
-            ClientEvent::RoundResult(result) => (self.report)(Report::Round(result)),
-            // Taking leave because of an error ends well for the session only.
-            ClientEvent::Finished(reason) => {
-                self.outcome.get_or_insert(Ok(reason));
-            }
-            ClientEvent::Failed(failure) => {
-                // Why the last connection failed says more than that it did.
-                let unreachable = matches!(failure, ClientFailure::Unreachable { .. });
-                return Err(match (self.last_error.take().filter(|_| unreachable), failure) {
-                    (Some(error), _) => error.into(),
-                    (None, ClientFailure::Refused { refused, .. }) => {
-                        let reason = refused.reason.to_string();
-                        let more = if refused.detail == reason {
-                            String::new()
-                        } else {
-                            format!(" ({})", refused.detail)
-                        };
-                        Error::Refused(reason + &more)
-                    }
-                    (None, failure) => failure.into(),
-                });
-            }
-        }
-        Ok(())
     }
 
     fn connect(&mut self, endpoint: Endpoint, url: Option<&str>) -> Result<(), Error> {
         let (origin, dialer) = match url {
             Some(url) => {
                 let link: JoinLink = url.parse()?;
-                (link.origin.clone(), self.settings.dialer.toward(&link)?)
+                (link.origin.clone(), self.dialer.toward(&link)?)
             }
-            None => (self.settings.server.clone(), self.settings.dialer.clone()),
+            None => (self.server.clone(), self.dialer.clone()),
         };
         let path = match endpoint {
             Endpoint::Main => "/main",
@@ -420,62 +231,97 @@ impl Driver {
         Ok(())
     }
 
-    fn assigned(&mut self, assignment: &Assignment, fetch: &mpsc::Sender<Fetched>) -> Result<(), Error> {
-        let plan = Plan::new(assignment)?;
-        // What the thread surely has need not be fetched.
-        let there = match &self.loaded {
-            (generation, units) if *generation == self.generation => {
-                let same = units.iter().zip(plan.units()).take_while(|(old, new)| old == new);
-                same.count()
-            }
-            _ => 0,
-        };
-        self.generation += 1;
-        let (generation, fetch) = (self.generation, fetch.clone());
-        let fetcher = Fetcher {
-            dialer: self.settings.dialer.clone(),
-            server: self.settings.server.clone(),
-            bearer: self.session.bearer(),
-            cache: self.settings.cache.clone(),
-            report: self.report.clone(),
-        };
-        // Who has examples already needs no tokenizer.
-        let tokenizer = match self.settings.source {
-            Source::File { .. } => plan.tokenizer().cloned(),
-            Source::Examples(_) => None,
-        };
-        let units = plan.units().iter().skip(there).cloned().collect::<Vec<_>>();
-        self.plan = Some(plan);
-        tokio::spawn(async move {
-            let files = fetcher.fetch_all(&units, tokenizer.as_ref()).await;
-            // The driver may have ended meanwhile.
-            let _ = fetch.send((generation, files)).await;
-        });
-        Ok(())
+    fn transmit(&mut self, endpoint: Endpoint, bytes: Vec<u8>) {
+        let socket = &mut self.sockets[index(endpoint)];
+        let Some(outgoing) = &socket.outgoing else { return };
+        self.bytes.0 += bytes.len() as u64;
+        if outgoing.try_send(bytes).is_err() {
+            // A full queue means a server that does not read.
+            socket.outgoing = None;
+            socket.number += 1;
+            self.edge.disconnected(endpoint, self.now(), None);
+        }
     }
 
-    /// Saves a round's adapter, for which there will be another time.
-    fn keep(&mut self, values: &[f32]) {
-        match self.save(values) {
-            Ok(()) => self.unsaved = None,
-            Err(error) => {
-                if self.unsaved.is_none() {
-                    let detail = error.to_string();
-                    (self.report)(Report::Unsaved { detail });
-                }
-                self.unsaved = Some(values.to_vec());
+    fn socket_event(&mut self, (endpoint, number): Tag, event: SocketEvent) {
+        let now = self.now();
+        let socket = &mut self.sockets[index(endpoint)];
+        if socket.number != number {
+            return;
+        }
+        match event {
+            SocketEvent::Opened(outgoing) => {
+                socket.outgoing = Some(outgoing);
+                self.edge.connected(endpoint, now);
+            }
+            SocketEvent::Frame(bytes) => {
+                self.bytes.1 += bytes.len() as u64;
+                self.edge.frame(endpoint, now, &bytes);
+            }
+            SocketEvent::Part => self.edge.heard(endpoint),
+            SocketEvent::Closed(error) => {
+                socket.outgoing = None;
+                socket.live = false;
+                self.edge.disconnected(endpoint, now, error.map(Error::from));
             }
         }
     }
 
-    /// Saves the client's side of the adapter, if asked to.
-    fn save(&self, values: &[f32]) -> Result<(), Error> {
-        let (Some(directory), Some(plan)) = (&self.settings.adapter_out, &self.plan) else {
-            return Ok(());
+    fn fetch(&mut self, Fetch { number, wanted }: Fetch) {
+        if let Some(before) = self.download.take() {
+            before.abort();
+        }
+        let (fetcher, bearer, sender) = (self.fetcher.clone(), self.edge.bearer(), self.fetch_sender.clone());
+        self.download = Some(tokio::spawn(async move {
+            let files = fetcher.fetch_all(&wanted, bearer.as_deref()).await;
+            // The driver may have ended meanwhile.
+            let _ = sender.send((number, files)).await;
+        }));
+    }
+
+    fn fetched(&mut self, number: u64, files: Result<Files, Error>) {
+        let result = files.map(|files| {
+            if self.edge.is_fetching(number) {
+                self.command(Command::Files(files));
+            }
+        });
+        self.edge.fetched(self.now(), number, result);
+    }
+
+    fn command(&mut self, command: Command) {
+        if self.commands.send(command).is_err() {
+            self.edge.give_up(self.now(), Error::ThreadGone);
+        }
+    }
+
+    async fn store(&self, bytes: Vec<u8>) -> Result<(), String> {
+        let Some(state) = self.state.clone() else { return Ok(()) };
+        let saved = tokio::task::spawn_blocking(move || state.save(&bytes)).await;
+        match saved {
+            Ok(result) => result.map_err(|error| error.to_string()),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    /// Lets the last frames out.
+    async fn close(&mut self, mut sockets: mpsc::Receiver<(Tag, SocketEvent)>) {
+        for socket in &mut self.sockets {
+            socket.outgoing = None;
+        }
+        let drained = async {
+            while self.sockets.iter().any(|socket| socket.live) {
+                match sockets.recv().await {
+                    Some(((endpoint, number), SocketEvent::Closed(_))) => {
+                        let socket = &mut self.sockets[index(endpoint)];
+                        socket.live &= socket.number != number;
+                    }
+                    Some(_) => {}
+                    None => break,
+                }
+            }
         };
-        plan.adapter(values)
-            .and_then(|adapter| adapter.save(directory, &plan.config, ""))
-            .map_err(|error| client::Error::from(error).into())
+        // What has not gone out by then is lost; the server finds out by itself.
+        let _ = tokio::time::timeout(CLOSE_LIMIT, drained).await;
     }
 }
 

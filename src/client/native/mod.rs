@@ -1,21 +1,26 @@
-//! A client in a native process: sockets, files and a compute thread around the session.
+//! A client in a native process: sockets, files and a compute thread around the machine.
 //!
-//! The session runs in the caller's async task and answers pings at once; forward and backward passes run in a thread of
+//! The machine runs in the caller's async task and answers pings at once; forward and backward passes run in a thread of
 //! their own and may take as long as they take.
 
+mod adapter;
 mod driver;
 mod fetch;
+mod state;
 mod thread;
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 pub use driver::join;
+pub use state::{Found, StateDirectory};
 
+pub use super::edge::{Awaited, Report};
+use super::edge::{Cause, Failure, State};
 use crate::compute::Engine;
-use crate::data::{Columns, Example, Summary as DataSummary};
-use crate::protocol::message::RoundResult;
-use crate::protocol::{ClientError, ClientFailure, Endpoint, FinishReason};
+use crate::data::{Columns, Example};
+use crate::protocol::{ClientError, ClientFailure, FinishReason};
 use crate::transport::{self, Dialer, Origin};
 
 /// Why a native client stopped.
@@ -37,8 +42,10 @@ pub enum Error {
         path: String,
         r#source: io::Error,
     },
-    #[error("{name} could not be fetched from {url}: {reason}")]
-    Download { name: String, url: String, reason: String },
+    #[error("{name} could not be fetched: {reason}")]
+    Broken { name: String, reason: String },
+    #[error("{name} could not be fetched from {url}: it is longer than the {bytes} bytes announced")]
+    Oversized { name: String, url: String, bytes: u64 },
     #[error("the compute thread ended without a reason")]
     ThreadGone,
 }
@@ -49,6 +56,35 @@ impl Error {
             action,
             path: path.display().to_string(),
             source,
+        }
+    }
+}
+
+impl Cause for Error {
+    fn may_pass(&self) -> bool {
+        match self {
+            Error::Transport(error) => error.is_transient(),
+            Error::Broken { .. } => true,
+            _ => false,
+        }
+    }
+}
+
+impl From<Failure<Error>> for Error {
+    fn from(failure: Failure<Error>) -> Self {
+        match failure {
+            Failure::Session(ClientFailure::Refused { refused, .. }) => {
+                let reason = refused.reason.to_string();
+                let more = if refused.detail == reason {
+                    String::new()
+                } else {
+                    format!(" ({})", refused.detail)
+                };
+                Error::Refused(reason + &more)
+            }
+            Failure::Session(failure) => failure.into(),
+            Failure::Answer(error) => error.into(),
+            Failure::Driver(error) => error,
         }
     }
 }
@@ -80,46 +116,18 @@ pub struct Settings {
     pub cache: PathBuf,
     /// Where the client's side of the adapter is saved, if wanted.
     pub adapter_out: Option<PathBuf>,
+    /// How long a server that cannot be reached is tried again.
+    pub give_up: Duration,
+    /// Where what it takes to come back is kept, if it is.
+    pub keep: Option<Keep>,
 }
 
-/// What happens, for people. Rounds and steps count from 1.
-#[derive(Clone, Debug)]
-pub enum Report {
-    Connected,
-    ConnectionLost {
-        endpoint: Endpoint,
-        reason: Option<String>,
-    },
-    /// A part of the model is being fetched; `done` of `bytes` are there.
-    Fetching {
-        name: String,
-        done: u64,
-        bytes: u64,
-    },
-    Loaded {
-        data: Option<DataSummary>,
-        blocks: usize,
-        rounds: u32,
-        /// Still to go.
-        steps: u32,
-    },
-    RoundStarted {
-        round: u32,
-        rounds: u32,
-        members: u32,
-    },
-    Step {
-        step: u32,
-        steps: u32,
-        loss: f32,
-        mean_loss: f32,
-        tokens: u64,
-    },
-    Round(RoundResult),
-    /// The adapter could not be saved; the next is tried again.
-    Unsaved {
-        detail: String,
-    },
+/// What a client keeps of a run, and where.
+#[derive(Debug)]
+pub struct Keep {
+    pub directory: StateDirectory,
+    /// What is gone on with.
+    pub resume: Option<State>,
 }
 
 /// A finished session in numbers.

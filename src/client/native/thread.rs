@@ -1,75 +1,53 @@
-//! The compute thread: the learner, and the files it is loaded from.
+//! The compute thread: the trainer, and the files it is loaded from.
 //!
 //! Separate from the driver because a pass may take as long as it takes, and a ping is answered at once.
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
-use std::sync::{LazyLock, mpsc as thread_mpsc};
+use std::path::Path;
+use std::sync::{Arc, LazyLock, mpsc as thread_mpsc};
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
-use super::super::{self as client, Held, Learner, Loader, Plan};
+use super::super::edge::{Done, Task};
+use super::super::{self as client, Trainer};
+use super::adapter::AdapterOut;
+use super::fetch::Files;
 use super::{Error, Source};
 use crate::compute::Engine;
 use crate::data::{self, Dataset, Summary as DataSummary, Tokenize, Tokenizer};
-use crate::protocol::message::Gradient;
-use crate::protocol::{ActivationsInput, AdapterInput};
-use crate::terms::ids::{RoundKey, StepKey};
-use crate::terms::moments::Moments;
-use crate::terms::speed::Speed;
 
 /// Asked of the compute thread.
-pub(super) enum Task {
-    Load {
-        generation: u64,
-        plan: Box<Plan>,
-        units: Vec<PathBuf>,
-        tokenizer: Option<PathBuf>,
-    },
-    BeginRound,
-    Install {
-        values: Vec<f32>,
-        moments: Option<Moments>,
-    },
-    Forward(StepKey),
-    Backward {
-        key: StepKey,
-        gradient: Box<Gradient>,
-    },
-    Collect {
-        round: RoundKey,
-        split: u32,
-        steps: u64,
-    },
+pub(super) enum Command {
+    /// For the `Load` that follows.
+    Files(Files),
+    Run(Task),
 }
 
-/// Answered by the compute thread.
-pub(super) enum Reply {
-    Loaded {
-        generation: u64,
-        data: Option<DataSummary>,
-        speed: Option<Speed>,
-    },
-    Activations(ActivationsInput),
-    StepDone {
-        key: StepKey,
-        took: Duration,
-    },
-    Adapter(AdapterInput),
-    Failed(Error),
-}
+/// The thread's ends: what it is asked, and what it answers.
+pub(super) type Ends = (thread_mpsc::Sender<Command>, mpsc::Receiver<Result<Done, Error>>);
 
-pub(super) fn start_thread(
-    engine: Engine,
-    source: Source,
-) -> Result<(thread_mpsc::Sender<Task>, mpsc::Receiver<Reply>), Error> {
-    let (tasks, receiver) = thread_mpsc::channel();
-    let (sender, replies) = mpsc::channel(16);
+pub(super) fn start_thread(engine: Engine, source: Source, adapter_out: Arc<AdapterOut>) -> Result<Ends, Error> {
+    let (commands, receiver) = thread_mpsc::channel();
+    let (sender, done) = mpsc::channel(1);
     let compute = move || {
-        if let Err(error) = pollster::block_on(compute(engine, source, &receiver, &sender)) {
-            // Without a driver there is nobody to tell.
-            let _ = sender.blocking_send(Reply::Failed(error));
+        let mut worker = Worker {
+            trainer: Trainer::new(&engine, clock),
+            source,
+            adapter_out,
+            files: Files::default(),
+        };
+        while let Ok(command) = receiver.recv() {
+            match command {
+                Command::Files(files) => worker.files = files,
+                Command::Run(task) => {
+                    let result = pollster::block_on(worker.run(task));
+                    if sender.blocking_send(result).is_err() {
+                        // Without a driver there is nobody to tell.
+                        break;
+                    }
+                }
+            }
         }
     };
     std::thread::Builder::new()
@@ -80,66 +58,66 @@ pub(super) fn start_thread(
             path: "a thread".to_owned(),
             source,
         })?;
-    Ok((tasks, replies))
+    Ok((commands, done))
 }
 
-async fn compute(
-    engine: Engine,
+struct Worker {
+    trainer: Trainer,
     source: Source,
-    tasks: &thread_mpsc::Receiver<Task>,
-    replies: &mpsc::Sender<Reply>,
-) -> Result<(), Error> {
-    let mut learner: Option<Learner> = None;
-    while let Ok(task) = tasks.recv() {
-        let reply = match (task, &mut learner) {
-            (
-                Task::Load {
-                    generation,
-                    plan,
-                    units,
-                    tokenizer,
-                },
-                current,
-            ) => {
-                // Within one process the data goes on where it stood, whatever is loaded again.
-                let held = match current.take() {
-                    Some(learner) => Some(learner.release().await?),
-                    None => None,
-                };
-                let (mut loaded, data) = load(&engine, &plan, &source, held, &units, tokenizer.as_deref())?;
-                let speed = loaded.speed().await?;
-                *current = Some(loaded);
-                Some(Reply::Loaded {
-                    generation,
-                    data,
-                    speed,
-                })
+    adapter_out: Arc<AdapterOut>,
+    files: Files,
+}
+
+impl Worker {
+    async fn run(&mut self, task: Task) -> Result<Done, Error> {
+        let mut read = None;
+        match &task {
+            Task::Load => read = self.load()?,
+            Task::Install { values, .. } => {
+                if let Some(plan) = self.trainer.plan() {
+                    self.adapter_out.keep(plan, values);
+                }
             }
-            (_, None) => None,
-            (Task::BeginRound, Some(learner)) => {
-                learner.begin_round();
-                None
-            }
-            (Task::Install { values, moments }, Some(learner)) => {
-                learner.install(&values, moments).await?;
-                None
-            }
-            (Task::Forward(key), Some(learner)) => Some(Reply::Activations(learner.forward(key).await?)),
-            (Task::Backward { key, gradient }, Some(learner)) => {
-                let took = learner.backward(*gradient).await?;
-                Some(Reply::StepDone { key, took })
-            }
-            (Task::Collect { round, split, steps }, Some(learner)) => {
-                Some(Reply::Adapter(learner.adapter(round, split, steps).await?))
-            }
-        };
-        if let Some(reply) = reply
-            && replies.blocking_send(reply).is_err()
-        {
-            break;
+            _ => {}
         }
+        let mut done = self.trainer.run(task).await?;
+        match &mut done {
+            // Who has examples already needs no tokenizer.
+            Done::Assigned(wanted) => {
+                if let (Source::Examples(examples), Some(loader)) = (&self.source, self.trainer.loader())
+                    && loader.needs_data()
+                {
+                    loader.set_data(examples.clone());
+                    wanted.tokenizer = None;
+                }
+            }
+            Done::Loaded { summary, .. } => *summary = read,
+            _ => {}
+        }
+        Ok(done)
     }
-    Ok(())
+
+    /// Gives the trainer what it lacks. Returns what the data is like, if it had to be read.
+    fn load(&mut self) -> Result<Option<DataSummary>, Error> {
+        let Some(loader) = self.trainer.loader() else {
+            return Ok(None);
+        };
+        let summary = match (&self.source, loader.needs_data()) {
+            (Source::File { .. }, true) => {
+                let data = read_data(loader.plan(), &self.source, self.files.tokenizer.as_deref())?;
+                loader.set_data(data.examples);
+                Some(data.summary)
+            }
+            _ => None,
+        };
+        // The files are those of the last parts.
+        let there = self.files.weights.len().saturating_sub(loader.missing().len());
+        for path in self.files.weights.iter().skip(there) {
+            let file = File::open(path).map_err(|error| Error::file("open", path, error))?;
+            loader.add_stored(file)?;
+        }
+        Ok(summary)
+    }
 }
 
 /// What the client measures itself by.
@@ -148,57 +126,36 @@ fn clock() -> Duration {
     ORIGIN.elapsed()
 }
 
-/// `units` has the files of the plan's last parts, of all that are not on the device at least.
-fn load(
-    engine: &Engine,
-    plan: &Plan,
-    source: &Source,
-    held: Option<Held>,
-    units: &[PathBuf],
-    tokenizer: Option<&Path>,
-) -> Result<(Learner, Option<DataSummary>), Error> {
+fn read_data(plan: &client::Plan, source: &Source, tokenizer: Option<&Path>) -> Result<Dataset, Error> {
     let read = |path: &Path| std::fs::read(path).map_err(|error| Error::file("read", path, error));
-    let mut loader = Loader::new(engine, plan, clock, held)?;
-    let (examples, summary) = match (loader.take_data(), source) {
-        (Some(examples), _) => (examples, None),
-        (None, Source::Examples(examples)) => (examples.clone(), None),
-        (
-            None,
-            Source::File {
-                path,
-                skip_bad_lines,
-                columns,
-                chat_template,
-            },
-        ) => {
-            let tokenizer = match tokenizer {
-                Some(tokenizer) => {
-                    let mut tokenizer =
-                        Tokenizer::from_json(&read(tokenizer)?, plan.config.eos).map_err(client::Error::from)?;
-                    if let Some(template) = chat_template {
-                        tokenizer = tokenizer.with_chat_template(template).map_err(client::Error::from)?;
-                    }
-                    tokenizer
-                        .check_vocabulary(plan.config.vocab)
-                        .map_err(client::Error::from)?;
-                    Some(tokenizer)
-                }
-                None => None,
-            };
-            let tokenize = tokenizer.as_ref().map(|tokenizer| tokenizer as &dyn Tokenize);
-            let options = data::Options {
-                skip_bad_lines: *skip_bad_lines,
-                columns: columns.clone(),
-                ..plan.data_options()
-            };
-            let data = Dataset::load(path, tokenize, &options).map_err(client::Error::from)?;
-            (data.examples, Some(data.summary))
-        }
+    let Source::File {
+        path,
+        skip_bad_lines,
+        columns,
+        chat_template,
+    } = source
+    else {
+        unreachable!("examples need not be read")
     };
-    let there = units.len().saturating_sub(loader.missing().len());
-    for path in units.iter().skip(there) {
-        let file = File::open(path).map_err(|error| Error::file("open", path, error))?;
-        loader.add_stored(file)?;
-    }
-    Ok((loader.finish(examples)?, summary))
+    let tokenizer = match tokenizer {
+        Some(tokenizer) => {
+            let mut tokenizer =
+                Tokenizer::from_json(&read(tokenizer)?, plan.architecture.eos).map_err(client::Error::from)?;
+            if let Some(template) = chat_template {
+                tokenizer = tokenizer.with_chat_template(template).map_err(client::Error::from)?;
+            }
+            tokenizer
+                .check_vocabulary(plan.architecture.vocab)
+                .map_err(client::Error::from)?;
+            Some(tokenizer)
+        }
+        None => None,
+    };
+    let tokenize = tokenizer.as_ref().map(|tokenizer| tokenizer as &dyn Tokenize);
+    let options = data::Options {
+        skip_bad_lines: *skip_bad_lines,
+        columns: columns.clone(),
+        ..plan.data_options()
+    };
+    Ok(Dataset::load(path, tokenize, &options).map_err(client::Error::from)?)
 }

@@ -1,9 +1,8 @@
-//! The session between JavaScript and the learner: actions out, work done piece by piece.
+//! The machine's outputs carried out: actions for JavaScript, and tasks for the trainer.
 //!
-//! Separate from `EdgeClient`, whose methods JavaScript calls: here nothing is called from outside.
+//! Separate from `EdgeClient`, whose methods JavaScript calls: here nothing is called from outside, and nothing is decided.
 
 use std::cell::RefCell;
-use std::collections::VecDeque;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -11,58 +10,32 @@ use js_sys::{Function, Reflect, Uint8Array};
 use wasm_bindgen::prelude::*;
 use wasm_bindgen_futures::spawn_local;
 
-use super::super::{Error, Learner, Loader, Plan};
-use super::action::{blobs, explain, number_of, object};
+use super::super::Trainer;
+use super::super::edge::{Edge, Failure, Fetch, Output, Report, Task};
+use super::action::{Trouble, blobs, explain, number_of, object, waiting};
 use super::now;
-use crate::compute::{self, Engine};
-use crate::data::Example;
-use crate::protocol::message::{Assignment, Blob, Gradient, RoundResult};
-use crate::protocol::{ActivationsInput, AdapterInput, ClientEvent, ClientSession, Endpoint, FinishReason, Transmit};
-use crate::split;
-use crate::terms::ids::{RoundKey, StepKey};
-use crate::terms::moments::Moments;
-use crate::terms::speed::Speed;
-
-/// What the session wants computed, in order.
-pub(super) enum Work {
-    Measure,
-    BeginRound,
-    Install { values: Vec<f32>, moments: Option<Moments> },
-    Forward(StepKey),
-    Backward(Gradient),
-    Upload { round: RoundKey, split: u32, steps: u64 },
-}
-
-/// What was computed.
-enum Done {
-    Nothing,
-    Measure(Option<Speed>),
-    Forward(ActivationsInput),
-    Backward {
-        key: StepKey,
-        loss: f32,
-        tokens: u64,
-        took: Duration,
-    },
-    Upload(AdapterInput),
-}
+use crate::compute::Engine;
+use crate::protocol::message::RoundResult;
+use crate::protocol::{ClientFailure, FinishReason};
 
 pub(super) struct State {
-    pub session: ClientSession,
-    /// Grows with every assignment, so that work for an old one is recognised when it ends.
-    pub generation: u64,
-    pub plan: Option<Plan>,
-    /// With the generation it is for.
-    pub loader: Option<(u64, Loader)>,
-    pub examples: Option<Vec<Example>>,
-    pub learner: Option<Learner>,
-    pub work: VecDeque<Work>,
-    pub working: bool,
-    /// Waits for the learner to be free.
-    pub next_assignment: Option<Box<Plan>>,
+    pub edge: Edge<Trouble>,
+    /// Taken out while it works.
+    pub trainer: Option<Trainer>,
+    /// The number of what JavaScript was last told to fetch.
+    pub fetch: u64,
     /// The timeout JavaScript was last told.
     pub timer: Option<Duration>,
-    pub over: bool,
+}
+
+impl State {
+    /// The trainer, if what JavaScript was told to fetch is still wanted.
+    pub fn loading(&mut self) -> Option<&mut Trainer> {
+        match self.edge.is_fetching(self.fetch) {
+            true => self.trainer.as_mut(),
+            false => None,
+        }
+    }
 }
 
 pub(super) struct Shared {
@@ -72,37 +45,34 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    fn perform(&self, action: &str, fields: &[(&str, JsValue)]) {
+    /// What JavaScript has to say to it.
+    fn perform(&self, action: &str, fields: &[(&str, JsValue)]) -> JsValue {
         let object = object(fields);
         let _ = Reflect::set(&object, &"type".into(), &action.into());
-        if let Err(error) = self.perform.call1(&JsValue::NULL, &object) {
-            wasm_bindgen::throw_val(error);
+        match self.perform.call1(&JsValue::NULL, &object) {
+            Ok(answer) => answer,
+            Err(error) => wasm_bindgen::throw_val(error),
         }
     }
 
-    pub fn with_session(self: &Rc<Self>, call: impl FnOnce(&mut ClientSession, Duration)) {
-        call(&mut self.state.borrow_mut().session, now());
+    pub fn tell(self: &Rc<Self>, call: impl FnOnce(&mut Edge<Trouble>, Duration)) {
+        call(&mut self.state.borrow_mut().edge, now());
         self.pump();
     }
 
-    /// Drains what the session gives out, then sees to the timer and the work.
+    /// Carries out all that the machine asks for, then sees to the timer.
     pub fn pump(self: &Rc<Self>) {
         loop {
             // Two statements: the borrow must end before JavaScript is called.
-            let transmit = self.state.borrow_mut().session.poll_transmit();
-            if let Some(transmit) = transmit {
-                self.transmit(transmit);
-                continue;
-            }
-            let event = self.state.borrow_mut().session.poll_event();
-            match event {
-                Some(event) => self.handle(event),
+            let output = self.state.borrow_mut().edge.poll();
+            match output {
+                Some(output) => self.carry_out(output),
                 None => break,
             }
         }
         let timer = {
             let mut state = self.state.borrow_mut();
-            let due = state.session.poll_timeout().filter(|_| !state.over);
+            let due = state.edge.poll_timeout();
             let changed = due != state.timer;
             state.timer = due;
             due.filter(|_| changed)
@@ -111,104 +81,137 @@ impl Shared {
             let wait = due.saturating_sub(now()).as_secs_f64() * 1000.0;
             self.perform("timer", &[("milliseconds", wait.ceil().into())]);
         }
-        self.work();
     }
 
-    fn transmit(&self, transmit: Transmit<Endpoint>) {
-        match transmit {
-            Transmit::Frame { to, bytes } => {
+    fn carry_out(self: &Rc<Self>, output: Output<Trouble>) {
+        match output {
+            Output::Connect { endpoint, url } => {
+                let url = url.map_or(JsValue::NULL, |url| url.into());
+                self.perform("connect", &[("endpoint", number_of(endpoint)), ("url", url)]);
+            }
+            Output::Transmit { endpoint, bytes } => {
                 let bytes = Uint8Array::from(&bytes[..]);
-                self.perform("send", &[("endpoint", number_of(to)), ("bytes", bytes.into())]);
+                self.perform("send", &[("endpoint", number_of(endpoint)), ("bytes", bytes.into())]);
             }
-            Transmit::Close { to } => self.perform("close", &[("endpoint", number_of(to))]),
+            Output::Close { endpoint } => {
+                self.perform("close", &[("endpoint", number_of(endpoint))]);
+            }
+            Output::Fetch(fetch) => self.fetch(&fetch),
+            Output::Compute(task) => self.compute(task),
+            Output::Store(bytes) => {
+                let bytes = Uint8Array::from(&bytes[..]);
+                let fault = self.perform("store", &[("bytes", bytes.into())]).as_string();
+                let stored = fault.map_or(Ok(()), Err);
+                self.state.borrow_mut().edge.stored(now(), stored);
+            }
+            Output::Forget => {
+                self.perform("forget", &[]);
+            }
+            Output::Show(report) => self.show(&report),
+            Output::End(Ok(reason)) => self.finish(&reason),
+            Output::End(Err(failure)) => self.fail(&failure),
         }
     }
 
-    fn handle(self: &Rc<Self>, event: ClientEvent) {
-        match event {
-            ClientEvent::Connect { endpoint, url } => self.perform(
-                "connect",
-                &[
-                    ("endpoint", number_of(endpoint)),
-                    ("url", url.map_or(JsValue::NULL, |url| url.into())),
-                ],
-            ),
-            ClientEvent::ConnectionLost { endpoint, retry_at, .. } => {
-                let wait = retry_at.saturating_sub(now()).as_secs_f64() * 1000.0;
-                self.perform(
-                    "lost",
-                    &[("endpoint", number_of(endpoint)), ("milliseconds", wait.into())],
-                );
-            }
-            ClientEvent::Assigned(assignment) => self.assigned(&assignment),
-            ClientEvent::InstallAdapter { values, moments, .. } => self.queue(Work::Install { values, moments }),
-            ClientEvent::RoundStarted { round, members } => {
-                self.queue(Work::BeginRound);
-                self.perform(
-                    "round",
-                    &[("round", (round.round + 1).into()), ("members", members.into())],
-                );
-            }
-            ClientEvent::ComputeForward { key } => self.queue(Work::Forward(key)),
-            ClientEvent::ComputeBackward { gradient, .. } => self.queue(Work::Backward(gradient)),
-            ClientEvent::UploadAdapter { round, split, steps } => self.queue(Work::Upload { round, split, steps }),
-            ClientEvent::RoundResult(result) => self.result(&result),
-            ClientEvent::Finished(reason) => self.finish(&reason),
-            ClientEvent::Failed(failure) => {
-                let (title, remedy) = explain(&failure);
-                self.fail(&title, &remedy);
-            }
-        }
-    }
-
-    fn assigned(self: &Rc<Self>, assignment: &Assignment) {
-        match Plan::new(assignment) {
-            Ok(plan) => {
-                let mut state = self.state.borrow_mut();
-                // What is being loaded goes on until `assigned` is performed, and is then of no use.
-                state.generation += 1;
-                state.work.clear();
-                state.next_assignment = Some(Box::new(plan));
-            }
-            Err(error) => self.fail("This run needs something this page cannot do", &error.to_string()),
-        }
-    }
-
-    /// Begins to load an assignment. What the learner of the last one leaves on the device is used again.
-    async fn assign(self: &Rc<Self>, plan: Plan, learner: Option<Learner>) -> Result<(), Error> {
-        let generation = self.state.borrow().generation;
-        let held = match learner {
-            Some(learner) => Some(learner.release().await?),
-            None => None,
-        };
-        let mut loader = Loader::new(&self.engine, &plan, now, held)?;
-        let examples = loader.take_data();
-        let tokenizer: Vec<Blob> = plan
-            .tokenizer()
-            .filter(|_| examples.is_none())
-            .into_iter()
-            .cloned()
-            .collect();
-        let fields = [
-            ("weights", blobs(loader.missing())),
-            ("tokenizer", blobs(&tokenizer)),
-            ("needsText", examples.is_none().into()),
-            ("endToken", plan.config.eos.map_or(JsValue::UNDEFINED, JsValue::from)),
-            ("rounds", plan.rounds.into()),
-            ("localSteps", plan.local_steps.into()),
-        ];
-        {
+    fn fetch(&self, fetch: &Fetch) {
+        let (needs_data, missing, end_token) = {
             let mut state = self.state.borrow_mut();
-            if state.generation != generation {
-                // Yet another one came; everything is loaded afresh for that.
-                return Ok(());
+            state.fetch = fetch.number;
+            let Some(loader) = state.trainer.as_mut().and_then(Trainer::loader) else {
+                return;
+            };
+            // Of a fetch that broke off a part may be there.
+            let missing = blobs(loader.missing());
+            (loader.needs_data(), missing, loader.plan().architecture.eos)
+        };
+        let tokenizer = fetch.wanted.tokenizer.as_slice();
+        self.perform(
+            "fetch",
+            &[
+                ("weights", missing),
+                ("tokenizer", blobs(if needs_data { tokenizer } else { &[] })),
+                ("needsText", needs_data.into()),
+                ("endToken", end_token.map_or(JsValue::UNDEFINED, JsValue::from)),
+            ],
+        );
+    }
+
+    fn compute(self: &Rc<Self>, task: Task) {
+        let shared = Rc::clone(self);
+        spawn_local(async move {
+            // Frames are handled meanwhile.
+            let trainer = shared.state.borrow_mut().trainer.take();
+            // There is one task at a time.
+            let Some(mut trainer) = trainer else { return };
+            let done = trainer.run(task).await.map_err(Trouble::from);
+            shared.state.borrow_mut().trainer = Some(trainer);
+            shared.tell(|edge, now| edge.done(now, done));
+        });
+    }
+
+    fn show(&self, report: &Report) {
+        match report {
+            Report::Connected | Report::Fetching { .. } => {}
+            Report::Admitted { client, again } => {
+                let client = client.0 as f64;
+                self.perform("admitted", &[("client", client.into()), ("again", (*again).into())]);
             }
-            state.loader = Some((generation, loader));
-            state.examples = examples;
-            state.plan = Some(plan);
+            Report::OtherRun => {
+                self.perform("otherRun", &[]);
+            }
+            Report::Unknown => self.note("The server does not know this page any more; it joins as a new one"),
+            Report::OtherData => self.note("The text is not what it was; it begins anew"),
+            Report::Waiting {
+                what,
+                reason,
+                again_in,
+                passed,
+                ..
+            } => {
+                let message = waiting(*what, reason.as_deref(), *again_in, *passed);
+                self.perform("lost", &[("message", message.into())]);
+            }
+            Report::Assigned { rounds, local_steps } => {
+                self.perform(
+                    "plan",
+                    &[("rounds", (*rounds).into()), ("localSteps", (*local_steps).into())],
+                );
+            }
+            Report::Loaded { .. } => {
+                self.perform("waiting", &[]);
+            }
+            Report::RoundStarted { round, members, .. } => {
+                self.perform("round", &[("round", (*round).into()), ("members", (*members).into())]);
+            }
+            Report::Step {
+                round,
+                step,
+                loss,
+                tokens,
+                ..
+            } => {
+                self.perform(
+                    "step",
+                    &[
+                        ("round", (*round).into()),
+                        ("step", (*step).into()),
+                        ("loss", (*loss).into()),
+                        ("tokens", (*tokens as f64).into()),
+                    ],
+                );
+            }
+            Report::Round(result) => self.result(result),
+            Report::Unsaved { detail } => {
+                self.note(&format!(
+                    "This page would not find its way back after a reload: {detail}"
+                ));
+            }
+            Report::Saved => self.note(""),
         }
-        self.perform("assigned", &fields);
-        Ok(())
+    }
+
+    fn note(&self, message: &str) {
+        self.perform("note", &[("message", message.into())]);
     }
 
     fn result(&self, result: &RoundResult) {
@@ -226,15 +229,12 @@ impl Shared {
     }
 
     fn finish(&self, reason: &FinishReason) {
-        self.state.borrow_mut().over = true;
         let (completed, message) = match reason {
-            FinishReason::Completed => (true, "The run is complete; the server has the adapter.".to_owned()),
-            FinishReason::Left => (false, "You left the run; it goes on without this device.".to_owned()),
-            FinishReason::Stopped { detail, .. } => {
-                return self.fail(
-                    "The server ended the run early",
-                    &format!("{detail}. It keeps what was learned up to the last full round."),
-                );
+            FinishReason::Completed => (true, "The run is complete; the server has the adapter."),
+            FinishReason::Left => (false, "You left the run; it goes on without this device."),
+            FinishReason::Stopped { detail } => {
+                let remedy = format!("{detail}. It keeps what was learned up to the last full round.");
+                return self.failed("The server ended the run early", &remedy, true);
             }
         };
         self.perform(
@@ -243,161 +243,33 @@ impl Shared {
         );
     }
 
-    fn fail(&self, title: &str, remedy: &str) {
-        self.state.borrow_mut().over = true;
-        self.perform("failed", &[("title", title.into()), ("remedy", remedy.into())]);
-    }
-
-    fn queue(&self, work: Work) {
-        self.state.borrow_mut().work.push_back(work);
-    }
-
-    /// Starts the work that waits, one piece after the other, unless that is under way.
-    pub fn work(self: &Rc<Self>) {
-        {
-            let mut state = self.state.borrow_mut();
-            let idle = state.next_assignment.is_none() && (state.learner.is_none() || state.work.is_empty());
-            if state.working || state.over || idle {
+    fn fail(&self, failure: &Failure<Trouble>) {
+        let keeps = matches!(
+            failure,
+            Failure::Session(ClientFailure::Unreachable { .. }) | Failure::Driver(_)
+        );
+        let (title, remedy) = match failure {
+            Failure::Session(failure) => explain(failure),
+            Failure::Answer(error) => ("This page and the server do not agree".to_owned(), error.to_string()),
+            Failure::Driver(Trouble::DeviceLost(message)) => {
+                self.perform("deviceLost", &[("message", message.into())]);
                 return;
             }
-            state.working = true;
-        }
-        let shared = Rc::clone(self);
-        spawn_local(async move {
-            shared.work_off().await;
-            shared.state.borrow_mut().working = false;
-            // Another assignment's work may have come meanwhile.
-            shared.work();
-        });
-    }
-
-    async fn work_off(self: &Rc<Self>) {
-        loop {
-            // The learner is taken out for the time of the work: frames are handled meanwhile.
-            let (plan, learner) = {
-                let mut state = self.state.borrow_mut();
-                if state.over {
-                    return;
-                }
-                (state.next_assignment.take(), state.learner.take())
-            };
-            if let Some(plan) = plan {
-                if let Err(error) = self.assign(*plan, learner).await {
-                    return self.give_up(&error);
-                }
-                continue;
-            }
-            let Some(mut learner) = learner else { return };
-            let work = self.state.borrow_mut().work.pop_front();
-            let Some(work) = work else {
-                self.state.borrow_mut().learner = Some(learner);
-                return;
-            };
-            let generation = self.state.borrow().generation;
-            let done = run(&mut learner, work).await;
-            let outdated = {
-                let mut state = self.state.borrow_mut();
-                // Kept in any case: the next assignment goes on from it.
-                state.learner = Some(learner);
-                state.generation != generation
-            };
-            match done {
-                Ok(_) if outdated => {}
-                Ok(done) => self.answer(done),
-                Err(error) => return self.give_up(&error),
-            }
-        }
-    }
-
-    fn answer(self: &Rc<Self>, done: Done) {
-        if matches!(done, Done::Measure(_)) {
-            self.perform("waiting", &[]);
-        }
-        let refused = {
-            let mut state = self.state.borrow_mut();
-            let local_steps = state.plan.as_ref().map_or(0, |plan| plan.local_steps);
-            let session = &mut state.session;
-            match done {
-                Done::Nothing => Ok(None),
-                Done::Measure(speed) => {
-                    session.ready(now(), speed);
-                    Ok(None)
-                }
-                Done::Forward(input) => session.activations(now(), input).map(|()| None),
-                Done::Backward {
-                    key,
-                    loss,
-                    tokens,
-                    took,
-                } => {
-                    session.step_done(now(), key, took);
-                    let step = key.round.round * local_steps + key.step + 1;
-                    Ok(Some((key, step, loss, tokens)))
-                }
-                Done::Upload(input) => session.adapter(now(), input).map(|()| None),
+            Failure::Driver(Trouble::Device(reason)) => ("Training stopped on this device".to_owned(), reason.clone()),
+            Failure::Driver(Trouble::Fetch { reason, .. }) => {
+                ("The model or the text could not be loaded".to_owned(), reason.clone())
             }
         };
-        match refused {
-            Ok(Some((key, step, loss, tokens))) => self.perform(
-                "step",
-                &[
-                    ("round", (key.round.round + 1).into()),
-                    ("step", step.into()),
-                    ("loss", loss.into()),
-                    ("tokens", (tokens as f64).into()),
-                ],
-            ),
-            Ok(None) => {}
-            Err(error) => self.fail("This page and the server do not agree", &error.to_string()),
-        }
-        self.pump();
+        self.failed(&title, &remedy, keeps);
     }
 
-    /// Leaves the run because the device or the server's data failed.
-    fn give_up(self: &Rc<Self>, error: &Error) {
-        self.state.borrow_mut().session.leave(now());
-        loop {
-            let transmit = self.state.borrow_mut().session.poll_transmit();
-            match transmit {
-                Some(transmit) => self.transmit(transmit),
-                None => break,
-            }
-        }
-        self.state.borrow_mut().over = true;
-        let lost = matches!(
-            error,
-            Error::Split(split::Error::Compute(compute::Error::DeviceLost(_)))
-        );
-        if lost {
-            self.perform("deviceLost", &[("message", error.to_string().into())]);
-        } else {
-            self.fail("Training stopped on this device", &error.to_string());
-        }
+    /// `keeps` is whether what is kept may be of use again.
+    fn failed(&self, title: &str, remedy: &str, keeps: bool) {
+        let fields = [
+            ("title", title.into()),
+            ("remedy", remedy.into()),
+            ("keeps", keeps.into()),
+        ];
+        self.perform("failed", &fields);
     }
-}
-
-async fn run(learner: &mut Learner, work: Work) -> Result<Done, Error> {
-    Ok(match work {
-        Work::BeginRound => {
-            learner.begin_round();
-            Done::Nothing
-        }
-        Work::Measure => Done::Measure(learner.speed().await?),
-        Work::Install { values, moments } => {
-            learner.install(&values, moments).await?;
-            Done::Nothing
-        }
-        Work::Forward(key) => Done::Forward(learner.forward(key).await?),
-        Work::Backward(gradient) => {
-            let (key, loss, tokens) = (gradient.key, gradient.loss, gradient.tokens);
-            let took = learner.backward(gradient).await?;
-            Done::Backward {
-                key,
-                loss,
-                tokens,
-                took,
-            }
-        }
-        Work::Upload { round, split, steps } => Done::Upload(learner.adapter(round, split, steps).await?),
-    })
 }

@@ -34,6 +34,7 @@ const ROWS_WORKGROUP: u32 = 8;
 const MAX_HEAD_SIZE: u32 = 4 * WORKGROUP;
 
 params! {
+    /// Sizes for the cache's kernels.
     pub struct CacheParams {
         /// New tokens.
         pub rows: u32,
@@ -188,6 +189,7 @@ pub mod spec {
     use crate::compute::real::Real;
     use crate::kernels::attention::spec::dot;
 
+    /// Puts the keys and values of new rows behind those that are kept.
     pub fn append<T: Real>(
         params: &CacheParams,
         qkv: &[T],        // (rows, (heads + 2 * kv_heads) * head_size)
@@ -210,6 +212,7 @@ pub mod spec {
         }
     }
 
+    /// Attention of new queries to everything that is kept, and causally among themselves.
     pub fn cached<T: Real>(
         params: &CacheParams,
         qkv: &[T],        // (rows, (heads + 2 * kv_heads) * head_size)

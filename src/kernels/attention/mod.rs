@@ -34,6 +34,7 @@ use variants::{
 };
 
 params! {
+    /// Sizes for attention's kernels.
     pub struct Params {
         pub batch: u32,
         pub seq: u32,

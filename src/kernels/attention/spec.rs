@@ -35,6 +35,7 @@ pub(super) fn dot<T: Real>(a: &[T], b: &[T]) -> T {
     sum
 }
 
+/// Causal attention, a query head with its group's keys and values; keeps the logarithm of each row's denominator.
 pub fn forward<T: Real>(
     params: &Params,
     qkv: &[T],     // (batch * seq, (heads + 2 * kv_heads) * head_size)
@@ -72,6 +73,7 @@ pub fn forward<T: Real>(
     }
 }
 
+/// The dot product of output and its gradient, for every head and row.
 pub fn backward_dot<T: Real>(
     params: &Params,
     out: &[T],         // (batch * seq, heads * head_size)
@@ -89,6 +91,7 @@ pub fn backward_dot<T: Real>(
     }
 }
 
+/// The gradient of the queries.
 pub fn backward_q<T: Real>(
     params: &Params,
     qkv: &[T],       // (batch * seq, (heads + 2 * kv_heads) * head_size)
@@ -123,6 +126,7 @@ pub fn backward_q<T: Real>(
     }
 }
 
+/// The gradients of keys and values, summed over the heads of a group.
 pub fn backward_kv<T: Real>(
     params: &Params,
     qkv: &[T],       // (batch * seq, (heads + 2 * kv_heads) * head_size)

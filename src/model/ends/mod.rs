@@ -2,4 +2,5 @@
 //! on the device.
 
 pub mod embedding;
+#[doc(hidden)]
 pub mod head;

@@ -4,7 +4,8 @@
 //! safetensors directory and `gguf` as a GGUF file. `lora` writes the adapter alone as GGUF, `card` a model card. PEFT's
 //! own files are `peft`'s. It is separate from the readers because it decides what is written, and is native only.
 
-pub mod card;
+pub(crate) mod card;
+#[doc(hidden)]
 pub mod checkpoint;
 pub mod gguf;
 pub mod lora;
@@ -28,8 +29,10 @@ pub enum Storage {
 }
 
 impl Storage {
+    /// Every one.
     pub const ALL: [Storage; 4] = [Storage::F32, Storage::F16, Storage::Bf16, Storage::Q8_0];
 
+    /// As the command line spells it.
     pub fn name(self) -> &'static str {
         match self {
             Storage::F32 => "f32",

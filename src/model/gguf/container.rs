@@ -240,6 +240,7 @@ impl Gguf {
         &self.file
     }
 
+    /// What the file says of itself.
     pub fn metadata(&self) -> &Metadata {
         &self.metadata
     }

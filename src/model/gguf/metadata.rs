@@ -60,6 +60,7 @@ macro_rules! numbers {
                 }
             }
 
+            /// How many elements it has.
             pub fn len(&self) -> usize {
                 match self {
                     $(Array::$kind(values) => values.len(),)*
@@ -150,6 +151,7 @@ numbers! {
 }
 
 impl Array {
+    /// Whether it has no element.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -198,6 +200,7 @@ impl Value {
         }
     }
 
+    /// The text, if it is one.
     pub fn string(&self) -> Option<&str> {
         match self {
             Value::String(value) => Some(value),
@@ -205,6 +208,7 @@ impl Value {
         }
     }
 
+    /// Whether it holds, if it is a truth value.
     pub fn bool(&self) -> Option<bool> {
         match *self {
             Value::Bool(value) => Some(value),
@@ -271,6 +275,7 @@ pub struct Metadata {
 }
 
 impl Metadata {
+    /// The value of a key.
     pub fn get(&self, key: &str) -> Option<&Value> {
         self.index.get(key).map(|&i| &self.entries[i].1)
     }
@@ -286,14 +291,17 @@ impl Metadata {
         }
     }
 
+    /// How many elements it has.
     pub fn len(&self) -> usize {
         self.entries.len()
     }
 
+    /// Whether it has no element.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
+    /// Keys and values in the file's order.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Value)> {
         self.entries.iter().map(|(key, value)| (key.as_str(), value))
     }

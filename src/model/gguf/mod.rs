@@ -7,15 +7,20 @@
 //! inside, and `vocabulary` puts one into a file. It is separate from `weights` because nothing here knows how a model is run, and it takes every length in a
 //! file as a claim: nothing is allocated before the claim is compared with the bytes that are left.
 
+#[doc(hidden)]
 pub mod blocks;
 pub mod container;
+#[doc(hidden)]
 pub mod header;
+#[doc(hidden)]
 pub mod metadata;
 pub mod model;
+#[doc(hidden)]
 pub mod names;
 mod parser;
 pub mod tokenizer;
 mod vocabulary;
+#[doc(hidden)]
 pub mod writer;
 
 use crate::terms::format::FormatError;

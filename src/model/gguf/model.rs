@@ -52,10 +52,12 @@ impl GgufModel {
         Ok(Self { gguf, header })
     }
 
+    /// The model's shape.
     pub fn header(&self) -> &ModelHeader {
         &self.header
     }
 
+    /// The file behind it.
     pub fn gguf(&self) -> &Gguf {
         &self.gguf
     }

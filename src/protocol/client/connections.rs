@@ -5,17 +5,15 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::super::dial::Dialer;
+use super::super::dial::{Dialer, Patience, Retry};
 use super::super::message::{LinkRates, Message, Ready, RefusalReason, Refused, Ticket, Welcome};
 use super::super::{Endpoint, Transmit, earlier};
 use super::ClientSession;
-use super::event::{ClientConfig, ClientEvent, ClientFailure, FinishReason};
+use super::event::{ClientConfig, ClientEvent, ClientFailure, FinishReason, Passport};
 use super::round::Work;
-use crate::terms::ids::ClientId;
 
 pub(super) struct Identity {
-    pub client: ClientId,
-    pub main_ticket: Ticket,
+    pub passport: Passport,
     pub federated_ticket: Ticket,
     pub federated_url: Option<String>,
     pub ping_interval: Duration,
@@ -32,8 +30,8 @@ pub(super) struct Connections {
 impl Connections {
     pub fn new(config: &ClientConfig) -> Connections {
         Connections {
-            main: Dialer::new(config.version, config.retries),
-            federated: Dialer::new(config.version, config.retries),
+            main: Dialer::new(config.version, Patience::For(config.give_up), config.seed),
+            federated: Dialer::new(config.version, Patience::For(config.give_up), !config.seed),
             closes: VecDeque::new(),
         }
     }
@@ -133,12 +131,33 @@ impl ClientSession {
             self.leave_round();
         }
         match self.connections.dialer(endpoint).retry(now) {
-            Some(retry_at) => self
-                .events
-                .push_back(ClientEvent::ConnectionLost { endpoint, retry_at }),
+            Some(retry) => self.lost(endpoint, now, retry),
             None if self.ending.is_some() => self.finish(FinishReason::Completed),
             None => self.fail(ClientFailure::Unreachable { endpoint }),
         }
+    }
+
+    fn lost(&mut self, endpoint: Endpoint, now: Duration, retry: Retry) {
+        self.events.push_back(ClientEvent::ConnectionLost {
+            endpoint,
+            at: now,
+            retry_at: retry.at,
+            since: retry.since,
+        });
+    }
+
+    /// A server goes away and is back after so long.
+    pub(super) fn await_return(&mut self, endpoint: Endpoint, now: Duration, detail: String, after: Duration) {
+        // Nobody is waited for longer than one who says nothing.
+        let until = now + after.min(self.config.give_up);
+        self.connections.hang_up(endpoint);
+        if endpoint == Endpoint::Main {
+            self.connections.hang_up(Endpoint::Federated);
+            self.leave_round();
+        }
+        self.connections.dialer(endpoint).start(until);
+        self.events
+            .push_back(ClientEvent::ServerAway { detail, at: now, until });
     }
 
     pub(super) fn handle_welcome(&mut self, endpoint: Endpoint, now: Duration, welcome: Welcome) {
@@ -153,8 +172,11 @@ impl ClientSession {
                 };
                 let same = self.client() == Some(welcome.client);
                 self.identity = Some(Identity {
-                    client: welcome.client,
-                    main_ticket: welcome.ticket,
+                    passport: Passport {
+                        run: welcome.run,
+                        client: welcome.client,
+                        ticket: welcome.ticket,
+                    },
                     federated_ticket,
                     federated_url: welcome.federated_url,
                     ping_interval: welcome.ping_interval,
@@ -181,10 +203,11 @@ impl ClientSession {
     pub(super) fn handle_refusal(&mut self, endpoint: Endpoint, now: Duration, refused: Refused) {
         self.connections.hang_up(endpoint);
         let by_ticket = endpoint == Endpoint::Federated || self.came_by_ticket;
-        let retry_at = match refused.reason {
+        let retry = match refused.reason {
             reason if by_ticket && reason.is_authorisation_failure() => {
                 // Both connections begin again, with the secret.
                 self.identity = None;
+                self.config.passport = None;
                 self.connections.hang_up(Endpoint::Main);
                 self.connections.hang_up(Endpoint::Federated);
                 self.leave_round();
@@ -193,21 +216,18 @@ impl ClientSession {
             // The run ended while this client was away from it.
             RefusalReason::NoRun if by_ticket && endpoint == Endpoint::Main => {
                 let detail = refused.detail;
-                return self.finish(FinishReason::Stopped {
-                    detail,
-                    return_after: None,
-                });
+                return self.finish(FinishReason::Stopped { detail });
             }
+            // Others have taken the place of one who was away; some of them will leave.
+            RefusalReason::Full if by_ticket => self.connections.dialer(endpoint).retry(now),
             // The federated server may not have heard of the run yet.
             RefusalReason::NoRun if endpoint == Endpoint::Federated => {
                 self.connections.dialer(Endpoint::Federated).retry(now)
             }
             _ => None,
         };
-        match retry_at {
-            Some(retry_at) => self
-                .events
-                .push_back(ClientEvent::ConnectionLost { endpoint, retry_at }),
+        match retry {
+            Some(retry) => self.lost(endpoint, now, retry),
             None if self.ending.is_some() => self.finish(FinishReason::Completed),
             None => self.fail(ClientFailure::Refused { endpoint, refused }),
         }

@@ -4,11 +4,16 @@
 
 use std::time::Duration;
 
-use super::super::message::{Assignment, Capabilities, Digest, Gradient, Refused, RoundResult, Stop, Version};
+use super::super::message::{
+    Assignment, Capabilities, Digest, Gradient, PROTOCOL_VERSION, Refused, RoundResult, Stop, Ticket, Version,
+};
 use super::super::{ConnectionFault, Endpoint};
-use crate::terms::ids::{RoundKey, StepKey};
+use crate::terms::ids::{ClientId, RoundKey, RunId, StepKey};
 use crate::terms::moments::Moments;
 use crate::terms::tensor::{WireLayout, WireTensor};
+
+/// How long a server that cannot be reached is tried again, unless configured otherwise.
+const GIVE_UP: Duration = Duration::from_secs(12 * 3600);
 
 /// Who a client is.
 #[derive(Clone, Debug)]
@@ -23,8 +28,39 @@ pub struct ClientConfig {
     pub tokenizer: Option<Digest>,
     /// The join secret.
     pub secret: Option<String>,
-    /// Connections that may fail one after another before the session gives up.
-    pub retries: u32,
+    /// As whom to come, if this client has been in a run before. Where it is not known any more, it comes with the secret.
+    pub passport: Option<Passport>,
+    /// How long a server that cannot be reached is tried again.
+    pub give_up: Duration,
+    /// Any number: clients of different ones pause for different times before they try again.
+    pub seed: u64,
+}
+
+/// By what a client is known again in a run that it has been in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Passport {
+    pub run: RunId,
+    pub client: ClientId,
+    /// For the main service's next connection.
+    pub ticket: Ticket,
+}
+
+impl ClientConfig {
+    /// A client that is new, takes whatever model the server has, comes without a secret, and tries for twelve hours to reach a
+    /// server that is away. `name` is shown to people. Where several may lose a server at once, they need seeds of their own.
+    pub fn new(name: impl Into<String>, capabilities: Capabilities) -> ClientConfig {
+        ClientConfig {
+            version: PROTOCOL_VERSION,
+            name: name.into(),
+            capabilities,
+            model: None,
+            tokenizer: None,
+            secret: None,
+            passport: None,
+            give_up: GIVE_UP,
+            seed: 0,
+        }
+    }
 }
 
 /// The driver's answer to `ComputeForward`.
@@ -73,10 +109,7 @@ pub enum FinishReason {
     /// `leave` was called.
     Left,
     /// The server stopped the run.
-    Stopped {
-        detail: String,
-        return_after: Option<Duration>,
-    },
+    Stopped { detail: String },
 }
 
 /// How a session ended badly.
@@ -102,10 +135,19 @@ pub enum ClientEvent {
         endpoint: Endpoint,
         url: Option<String>,
     },
-    /// The connection is gone; the next attempt is at `retry_at`.
+    /// The connection is gone at `at`; the next attempt is at `retry_at`. `since` is when the first of the attempts that failed in
+    /// a row did.
     ConnectionLost {
         endpoint: Endpoint,
+        at: Duration,
         retry_at: Duration,
+        since: Duration,
+    },
+    /// The server goes away and has said when it will be back: that is when it is tried again.
+    ServerAway {
+        detail: String,
+        at: Duration,
+        until: Duration,
     },
     /// Load what it names and answer with `ready`. Not repeated after a reconnection that brings the same. Where another has
     /// been loaded before, the adapter state of the blocks that both have is kept.

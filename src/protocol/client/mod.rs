@@ -2,8 +2,8 @@
 //!
 //! It asks its driver for sockets, weights, forward and backward passes and the adapter, one at a time, and turns the
 //! answers into messages. A gradient is handed on only if it names the very activations it was asked for. When a
-//! connection fails the session asks for another, after growing pauses; after losing the main server it joins again, by
-//! its ticket, from the next round. Between rounds the main server may assign another cut, which is loaded as the first one
+//! connection fails the session asks for another, after growing pauses, for hours; after losing the main server it joins again, by
+//! its ticket, from the next round, also in another process that has its passport. Between rounds the main server may assign another cut, which is loaded as the first one
 //! was. Activations and adapters leave no faster than the rates of the round.
 //!
 //! A client that is too late is told the next step, the round's end or the next round instead of what it waits for: it gives up what
@@ -23,7 +23,9 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use connections::{Connections, Identity};
-pub use event::{ActivationsInput, AdapterInput, ClientConfig, ClientError, ClientEvent, ClientFailure, FinishReason};
+pub use event::{
+    ActivationsInput, AdapterInput, ClientConfig, ClientError, ClientEvent, ClientFailure, FinishReason, Passport,
+};
 use round::{Assigned, Work};
 
 use super::dial::{Heard, Tick};
@@ -89,12 +91,21 @@ impl ClientSession {
 
     /// The client's number in the run, once it is in.
     pub fn client(&self) -> Option<ClientId> {
-        self.identity.as_ref().map(|identity| identity.client)
+        self.passport().map(|passport| passport.client)
+    }
+
+    /// By what it is known again. Every time the main server lets it in, it is another: the one before is of no use as soon as the
+    /// next frame is sent.
+    pub fn passport(&self) -> Option<&Passport> {
+        let admitted = self.identity.as_ref().map(|identity| &identity.passport);
+        admitted.or(self.config.passport.as_ref())
     }
 
     /// What the main server gives weights for, once the client is in: for `Authorization: Bearer`.
     pub fn bearer(&self) -> Option<String> {
-        self.identity.as_ref().map(|identity| identity.main_ticket.to_bearer())
+        self.identity
+            .as_ref()
+            .map(|identity| identity.passport.ticket.to_bearer())
     }
 
     /// The largest frame the servers may send: what a socket need not read past.
@@ -116,14 +127,17 @@ impl ClientSession {
         if !self.connections.dialer(endpoint).is_opening() {
             return;
         }
-        let credential = match (endpoint, &self.identity, &self.config.secret) {
-            (Endpoint::Federated, Some(identity), _) => Credential::Ticket(identity.federated_ticket.clone()),
-            (Endpoint::Main, Some(identity), _) => Credential::Ticket(identity.main_ticket.clone()),
-            (_, None, Some(secret)) => Credential::Secret(secret.clone()),
-            (_, None, None) => Credential::None,
+        let ticket = match endpoint {
+            Endpoint::Main => self.passport().map(|passport| &passport.ticket),
+            Endpoint::Federated => self.identity.as_ref().map(|identity| &identity.federated_ticket),
+        };
+        let credential = match (ticket, &self.config.secret) {
+            (Some(ticket), _) => Credential::Ticket(ticket.clone()),
+            (None, Some(secret)) => Credential::Secret(secret.clone()),
+            (None, None) => Credential::None,
         };
         if endpoint == Endpoint::Main {
-            self.came_by_ticket = self.identity.is_some();
+            self.came_by_ticket = matches!(credential, Credential::Ticket(_));
         }
         let hello = Hello {
             version: self.config.version,
@@ -168,6 +182,7 @@ impl ClientSession {
         self.connections.dialer(endpoint).hear_part();
     }
 
+    /// Tells the session what time it is; at the latest when [`ClientSession::poll_timeout`] says.
     pub fn handle_timeout(&mut self, now: Duration) {
         if self.over {
             return;
@@ -326,14 +341,17 @@ impl ClientSession {
         self.finish(FinishReason::Left);
     }
 
+    /// The next thing to do with a socket.
     pub fn poll_transmit(&mut self) -> Option<Transmit<Endpoint>> {
         self.connections.poll_transmit()
     }
 
+    /// The next thing for the driver to do or know.
     pub fn poll_event(&mut self) -> Option<ClientEvent> {
         self.events.pop_front()
     }
 
+    /// When [`ClientSession::handle_timeout`] is to be called; `None` once the session is over.
     pub fn poll_timeout(&self) -> Option<Duration> {
         if self.over {
             return None;
@@ -353,12 +371,10 @@ impl ClientSession {
                 self.ending = Some(now + silence_limit(limit));
                 self.end_if_due();
             }
-            StopReason::Shutdown => {
-                self.finish(FinishReason::Stopped {
-                    detail: stop.detail,
-                    return_after: stop.return_after,
-                });
-            }
+            StopReason::Shutdown => match stop.return_after {
+                Some(after) => self.await_return(endpoint, now, stop.detail, after),
+                None => self.finish(FinishReason::Stopped { detail: stop.detail }),
+            },
             StopReason::Excluded => self.lose(endpoint, now),
             StopReason::Unexpected | StopReason::BadUpdate | StopReason::Superseded | StopReason::Late => {
                 self.fail(ClientFailure::Stopped { endpoint, stop });

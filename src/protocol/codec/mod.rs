@@ -15,12 +15,14 @@
 //! | `greeting` | the beginning of a connection |
 //! | `frame` | what follows, with the kinds of messages |
 //! | `training`, `control` | the messages' bodies |
+//! | `state` | what a main server keeps on disk |
 
 mod control;
 mod frame;
 mod greeting;
+mod state;
 mod training;
-mod wire;
+pub(crate) mod wire;
 mod word;
 
 pub(super) use frame::set_acknowledged;
@@ -28,6 +30,7 @@ pub use frame::{
     Frame, decode_frame, decode_message, encode_checked_frame, encode_frame, encode_message, encode_message_frame,
 };
 pub use greeting::{Answer, GreetingError, decode_answer, decode_hello, encode_answer, encode_hello, is_greeting};
+pub(super) use state::{decode_checkpoint, decode_run_state, encode_checkpoint, encode_run_state};
 
 use crate::terms::tensor::WireTensorError;
 

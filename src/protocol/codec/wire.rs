@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::DecodeError;
 
 /// The bytes still to be read.
-pub(super) struct Reader<'a> {
+pub(crate) struct Reader<'a> {
     pub bytes: &'a [u8],
 }
 
@@ -46,7 +46,7 @@ impl<'a> Reader<'a> {
 }
 
 /// A value with a place in a frame.
-pub(super) trait Wire: Sized {
+pub(crate) trait Wire: Sized {
     /// The fewest bytes one value can take.
     const MIN_BYTES: usize;
 
@@ -118,12 +118,12 @@ impl Wire for Duration {
 }
 
 /// Lengths are 32 bits: a frame is bounded far below that long before it is encoded.
-pub(super) fn put_length(length: usize, out: &mut Vec<u8>) {
+pub(crate) fn put_length(length: usize, out: &mut Vec<u8>) {
     let length = u32::try_from(length).expect("a field of a frame is shorter than 4 GiB");
     length.put(out);
 }
 
-pub(super) fn put_bytes(bytes: &[u8], out: &mut Vec<u8>) {
+pub(crate) fn put_bytes(bytes: &[u8], out: &mut Vec<u8>) {
     put_length(bytes.len(), out);
     out.extend_from_slice(bytes);
 }
@@ -213,7 +213,7 @@ macro_rules! wire_struct {
         }
     };
 }
-pub(super) use wire_struct;
+pub(crate) use wire_struct;
 
 /// Implements `Wire` for enums without data, one byte each.
 macro_rules! wire_enum {
@@ -254,7 +254,7 @@ macro_rules! wire_list {
         }
     )*};
 }
-pub(super) use wire_list;
+pub(crate) use wire_list;
 
 /// Implements `Wire` for a pair of numbers that only their constructor can put together.
 macro_rules! wire_checked {

@@ -4,8 +4,8 @@
 
 use std::time::Duration;
 
-use super::super::message::{Exclusion, ExclusionReason, Inclusion, RefusalReason, Version};
-use super::super::{ConnectionId, DepartureReason};
+use super::super::message::{Exclusion, ExclusionReason, Inclusion, PROTOCOL_VERSION, RefusalReason, Version};
+use super::super::{ConnectionId, DepartureReason, MAX_CLIENTS, PING_INTERVAL};
 use crate::terms::aggregation::Aggregation;
 use crate::terms::ids::{ClientId, RoundKey};
 
@@ -28,6 +28,19 @@ pub struct FederatedConfig {
     /// More clients than these are refused.
     pub max_clients: u32,
     pub ping_interval: Duration,
+}
+
+impl Default for FederatedConfig {
+    /// For a main server in this process, and 1024 clients.
+    fn default() -> FederatedConfig {
+        FederatedConfig {
+            version: PROTOCOL_VERSION,
+            control: ControlAccess::Local,
+            aggregation: None,
+            max_clients: MAX_CLIENTS,
+            ping_interval: PING_INTERVAL,
+        }
+    }
 }
 
 /// What the driver should know.

@@ -105,10 +105,12 @@ impl FederatedServerSession {
             .count()
     }
 
+    /// A socket was accepted. Its number is one that was never used before.
     pub fn connected(&mut self, connection: ConnectionId, now: Duration) {
         self.door.open(connection, now);
     }
 
+    /// A socket is closed, from whichever side; its client has some time to come back with its adapter.
     pub fn disconnected(&mut self, connection: ConnectionId, now: Duration) {
         if let Some(guest) = self.door.remove(connection) {
             self.depart(guest, DepartureReason::Disconnected, now);
@@ -124,6 +126,7 @@ impl FederatedServerSession {
         self.retest(now);
     }
 
+    /// A frame came, whole. What a peer may not say ends its own connection and nothing else.
     pub fn handle_frame(&mut self, connection: ConnectionId, now: Duration, bytes: &[u8]) {
         match self.door.hear(connection, bytes) {
             Heard::Nothing => {}
@@ -161,6 +164,7 @@ impl FederatedServerSession {
         self.door.hear_part(connection);
     }
 
+    /// Tells the session what time it is; at the latest when [`FederatedServerSession::poll_timeout`] says.
     pub fn handle_timeout(&mut self, now: Duration) {
         for (_, guest) in self.door.handle_timeout(now) {
             if let Some(guest) = guest {
@@ -285,10 +289,12 @@ impl FederatedServerSession {
         self.retest(now);
     }
 
+    /// The next thing to do with a socket.
     pub fn poll_transmit(&mut self) -> Option<Transmit<ConnectionId>> {
         self.door.poll_transmit()
     }
 
+    /// The next thing for the driver to know.
     pub fn poll_event(&mut self) -> Option<FederatedEvent> {
         self.events.pop_front()
     }
@@ -298,6 +304,7 @@ impl FederatedServerSession {
         self.replies.pop_front()
     }
 
+    /// When [`FederatedServerSession::handle_timeout`] is to be called; `None` while nothing is waited for.
     pub fn poll_timeout(&self) -> Option<Duration> {
         earlier(
             self.door.poll_timeout(),

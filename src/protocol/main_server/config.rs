@@ -6,12 +6,16 @@ use std::time::Duration;
 
 use super::super::codec::MAX_HANDSHAKE_BYTES;
 use super::super::frame::{adapter_frame_bytes, step_frame_bytes};
-use super::super::message::{Assignment, Digest, RunConfig, Version};
+use super::super::message::{Assignment, Digest, PROTOCOL_VERSION, RunConfig, Version};
+use super::super::{MAX_CLIENTS, PING_INTERVAL};
 use super::lateness::Deadline;
 use super::placement::Placement;
 use crate::terms::ids::{ClientId, RunId};
 use crate::terms::moments::Moments;
 use crate::terms::tensor::WireLayout;
+
+/// How long a ticket opens a server, unless configured otherwise.
+const TICKET_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// What a run is.
 pub struct MainConfig {
@@ -89,6 +93,36 @@ pub enum MainError {
 }
 
 impl MainConfig {
+    /// A run that begins with this placement when `clients` are ready; at most 1024 are let in, and everybody is. Tickets are good
+    /// for a day, and when everybody has left the run waits a minute. No placement follows the first.
+    ///
+    /// `ticket_key` is thirty-two random bytes, from a generator fit for keys.
+    pub fn new(placement: Placement, ticket_key: [u8; 32], clients: u32) -> MainConfig {
+        let assignment = &placement.assignment;
+        MainConfig {
+            version: PROTOCOL_VERSION,
+            run: assignment.run,
+            ticket_key,
+            ticket_lifetime: TICKET_LIFETIME,
+            secret: None,
+            clients,
+            max_clients: MAX_CLIENTS,
+            largest_update: assignment.adapter_len,
+            plans: false,
+            model: Digest::of(assignment.model_config.as_bytes()),
+            tokenizer: match assignment.tokenizer.first() {
+                Some(tokenizer) => tokenizer.sha256,
+                None => Digest::of(&[]),
+            },
+            federated_url: None,
+            ping_interval: PING_INTERVAL,
+            wait_for_client: Duration::from_secs(60),
+            deadline: Deadline::Auto,
+            quorum: None,
+            placement,
+        }
+    }
+
     /// Checks the run as it is to begin. Returns the bytes of the largest frame that a client may send.
     pub(super) fn frame_limit(&self) -> Result<usize, MainError> {
         let run = &self.placement.assignment.config;

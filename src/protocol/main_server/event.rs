@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::super::ConnectionId;
 use super::super::message::{Exclusion, ExclusionReason, Inclusion, LinkRates, RefusalReason};
 use super::lateness::MISSES;
+use super::placement::Placement;
 use crate::federated::{Errors, Exact};
 use crate::terms::ids::{ClientId, RoundKey, StepKey};
 use crate::terms::moments::Moments;
@@ -31,6 +32,8 @@ pub enum Occasion {
     Start,
     /// The steps of this round are done: the split may change.
     Boundary(RoundKey),
+    /// The run goes on after an interruption: cut and rank stay, and what was planned beside them is not known any more.
+    Resumption,
     /// Clients are ready whom the last plan did not know.
     Membership,
 }
@@ -216,13 +219,19 @@ pub enum MainEvent {
         excluded: Vec<Exclusion>,
         collected: Vec<CollectTime>,
     },
-    /// Every member left. The round starts again, under another attempt, when somebody is ready; the server's adapter
-    /// should go back to where the round began.
+    /// This is what the next round begins from, which has no attempt yet: it is to be kept, with the main server's side of it, before
+    /// anything else is sent.
+    Keep {
+        round: u32,
+        placement: Box<Placement>,
+    },
+    /// Every member left, or so many that the quorum is not. The round starts again, under another attempt, when enough are ready; the server's adapter, its moments
+    /// and steps go back to where the round began.
     RoundLost {
         round: RoundKey,
     },
-    /// The round came to nothing that can be used. It starts again, under another attempt; the server's adapter should go back
-    /// to where the round began.
+    /// The round came to nothing that can be used. It starts again, under another attempt; the server's side goes back to
+    /// where the round began.
     RoundRejected {
         round: RoundKey,
         reason: String,

@@ -52,7 +52,8 @@ impl MainServerSession {
                 Admission::New
             }
         };
-        if matches!(self.phase, Phase::Finished { .. }) {
+        let has_missed_the_end = self.is_returning && matches!(admission, Admission::Known(_));
+        if matches!(self.phase, Phase::Finished { .. }) && !has_missed_the_end {
             return Err((RefusalReason::NoRun, "the run is over".to_owned()));
         }
         let differs = |theirs: Option<Digest>, ours: Digest| theirs.is_some_and(|theirs| theirs != ours);
@@ -95,6 +96,7 @@ impl MainServerSession {
 
     fn welcome(&mut self, connection: ConnectionId, now: Duration, hello: &Hello, admission: Admission) {
         let entry = self.roster.identify(admission);
+        self.reserve();
         let Pass { client: id, serial } = entry;
         if let Some(old) = self.roster.connection(id) {
             self.door.stop(
@@ -126,6 +128,18 @@ impl MainServerSession {
             tokenizer: self.config.tokenizer,
         };
         self.door.welcome(connection, id, welcome, now, self.frame_limit);
+        if matches!(self.phase, Phase::Finished { .. }) {
+            self.roster.expect_no_more(id);
+            let stop = stop(StopReason::Completed, "all rounds are done", None);
+            self.door.send(connection, &Message::Stop(stop));
+            self.events.push_back(MainEvent::ClientJoined {
+                connection,
+                client: id,
+                name,
+                device,
+            });
+            return;
+        }
         self.door.send(
             connection,
             &Message::Assignment(Box::new(self.placement.assignment_of(id))),
@@ -153,6 +167,9 @@ impl MainServerSession {
             return;
         };
         self.timing.forget(id);
+        if reason == DepartureReason::Left {
+            self.roster.let_go(id);
+        }
         let round = self.round;
         if self.phase.remove(id, &reason.to_string()) {
             self.controls.push_back(Control::Departed { round, client: id });
@@ -178,6 +195,7 @@ impl MainServerSession {
             };
             if wire != StopReason::Excluded {
                 self.roster.ban(id);
+                self.revision += 1;
             }
             self.door
                 .stop(connection, stop(wire, &reason.to_string(), return_after));

@@ -27,6 +27,7 @@
 //! | `round`, `step` | what the members do together, as a whole and one by one |
 //! | `lateness` | how long they are waited for |
 //! | `plan` | what is to hold next |
+//! | `state` | what is kept of it over a restart |
 //! | `timing` | how long the phases of a step took |
 
 mod config;
@@ -37,6 +38,7 @@ mod placement;
 mod plan;
 mod roster;
 mod round;
+mod state;
 mod status;
 mod step;
 mod timing;
@@ -56,6 +58,7 @@ pub use placement::Placement;
 use plan::Planning;
 use roster::{Readiness, Roster};
 use round::Phase;
+pub use state::{Checkpoint, ClientState, RunState};
 pub use status::{ClientStatus, RunPhase, RunStatus};
 use step::Awaited;
 use timing::Timing;
@@ -75,6 +78,14 @@ pub struct MainServerSession {
     door: Door<ClientId>,
     roster: Roster,
     has_started: bool,
+    /// Fewer than the quorum take part, because nobody came back in time who would have made it full.
+    is_short: bool,
+    /// The run was taken up again, and those who were there are waited for.
+    is_returning: bool,
+    /// Counts what has to be kept before it is acted on.
+    revision: u64,
+    /// Client numbers below this one are kept as given.
+    reserved: u64,
     round: RoundKey,
     phase: Phase,
     /// The client side of the model as it is now; its adapter is the base of the next round.
@@ -118,6 +129,10 @@ impl MainServerSession {
             door: Door::new(config.version, config.ping_interval),
             roster: Roster::new(),
             has_started: false,
+            is_short: false,
+            is_returning: false,
+            revision: 0,
+            reserved: 0,
             round: RoundKey { round: 0, attempt: 0 },
             phase: Phase::Waiting { until: None },
             placement: placement::Current::new(config.placement.clone()),
@@ -137,6 +152,7 @@ impl MainServerSession {
             controls: VecDeque::new(),
             config,
         };
+        session.reserve();
         session.open_run(now);
         Ok(session)
     }
@@ -151,10 +167,12 @@ impl MainServerSession {
         &self.placement.assignment.config
     }
 
+    /// A socket was accepted. Its number is one that was never used before.
     pub fn connected(&mut self, connection: ConnectionId, now: Duration) {
         self.door.open(connection, now);
     }
 
+    /// A socket is closed, from whichever side; whoever was behind it leaves the round.
     pub fn disconnected(&mut self, connection: ConnectionId, now: Duration) {
         if let Some(client) = self.door.remove(connection) {
             self.depart(client, DepartureReason::Disconnected);
@@ -170,6 +188,7 @@ impl MainServerSession {
         self.retest(now);
     }
 
+    /// A frame came, whole. What a peer may not say ends its own connection and nothing else.
     pub fn handle_frame(&mut self, connection: ConnectionId, now: Duration, bytes: &[u8]) {
         match self.door.hear(connection, bytes) {
             Heard::Nothing => {}
@@ -198,6 +217,7 @@ impl MainServerSession {
         self.door.hear_part(connection);
     }
 
+    /// Tells the session what time it is; at the latest when [`MainServerSession::poll_timeout`] says.
     pub fn handle_timeout(&mut self, now: Duration) {
         for (_, client) in self.door.handle_timeout(now) {
             if let Some(client) = client {
@@ -208,10 +228,16 @@ impl MainServerSession {
         match self.phase {
             Phase::Waiting { until: Some(until) } if until <= now => {
                 if !self.has_started || self.roster.is_anybody_ready() {
-                    // Who is still loading has had long enough.
+                    // Who is still loading, or away, has had long enough.
+                    self.is_short = true;
                     self.roster.stop_expecting();
                     self.phase = Phase::Waiting { until: None };
                     self.retest(now);
+                } else if self.is_returning && !self.roster.expected().is_empty() {
+                    // Nobody can know when the server is there again.
+                    self.phase = Phase::Waiting {
+                        until: Some(now + self.config.wait_for_client),
+                    };
                 } else {
                     self.finish(RunEnd::NoClients, now);
                 }
@@ -290,18 +316,22 @@ impl MainServerSession {
         self.retest(now);
     }
 
+    /// The next thing to do with a socket.
     pub fn poll_transmit(&mut self) -> Option<Transmit<ConnectionId>> {
         self.door.poll_transmit()
     }
 
+    /// The next thing for the driver to do or know.
     pub fn poll_event(&mut self) -> Option<MainEvent> {
         self.events.pop_front()
     }
 
+    /// The next word for the federated server, whichever process it is in.
     pub fn poll_control(&mut self) -> Option<Control> {
         self.controls.pop_front()
     }
 
+    /// When [`MainServerSession::handle_timeout`] is to be called; `None` while nothing is waited for.
     pub fn poll_timeout(&self) -> Option<Duration> {
         let own = match self.phase {
             Phase::Waiting { until } => until,
@@ -381,9 +411,10 @@ impl MainServerSession {
         while let Some((key, clients)) = self.timing.take_finished() {
             self.events.push_back(MainEvent::StepMeasured { key, clients });
         }
+        let enough = self.enough();
         match &mut self.phase {
             Phase::Waiting { .. } => self.start_round(now),
-            phase if phase.is_deserted() => self.lose_round(now),
+            phase if phase.has_fewer_than(enough) => self.lose_round(now),
             Phase::Step(_) => self.retest_step(now),
             Phase::Boundary { members, .. } if !self.timing.is_finishing() && !self.planning.is_open() => {
                 let members = members.clone();
@@ -393,7 +424,11 @@ impl MainServerSession {
                     self.ask_for_adapters(members, self.placement.split(), now);
                 }
             }
-            Phase::Finished { drained, .. } if !*drained && !self.door.has_guests() => {
+            Phase::Finished { drain_by, drained }
+                if !*drained
+                    && !self.door.has_guests()
+                    && (*drain_by <= now || !self.is_returning || self.roster.expected().is_empty()) =>
+            {
                 *drained = true;
                 self.events.push_back(MainEvent::Drained);
             }

@@ -35,6 +35,21 @@ pub(super) struct Part {
 }
 
 impl Placement {
+    /// One cut for everybody and the mean, from the beginning: the assignment's, whose `adapter_len` becomes the length of `adapter`.
+    pub fn new(assignment: Assignment, adapter: Vec<f32>) -> Placement {
+        Placement {
+            assignment: Assignment {
+                adapter_len: adapter.len() as u64,
+                ..assignment
+            },
+            adapter,
+            moments: None,
+            cuts: BTreeMap::new(),
+            rule: None,
+            ranks: Vec::new(),
+        }
+    }
+
     /// Blocks below the main server's: the smallest cut.
     pub fn split(&self) -> u32 {
         self.cuts

@@ -72,6 +72,7 @@ impl MainServerSession {
         }
         self.config.check(&placement)?;
         self.adopt(placement);
+        self.keep(self.round.round);
         self.phase = Phase::Waiting {
             until: Some(now + self.config.wait_for_client),
         };

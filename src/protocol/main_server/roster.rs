@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::super::admission::{Admission, Pass};
 use super::super::message::{DEADLINES_SINCE, Digest, Hello, Ready, Version};
 use super::super::{ConnectionId, display_name};
+use super::state::{ClientState, RunState};
 use super::step::Awaited;
 use crate::terms::ids::{ClientId, StepKey};
 use crate::terms::speed::Speed;
@@ -31,6 +32,8 @@ pub(super) struct Client {
     version: Version,
     /// Its tickets are good for nothing any more.
     banned: bool,
+    /// It said goodbye, or is out of the run for good: nobody counts on its return.
+    is_gone: bool,
     /// How often in a row it was waited for in vain.
     misses: BTreeMap<Awaited, u32>,
     /// The last step that a round went on from without it; what it sends up to that is late.
@@ -38,6 +41,26 @@ pub(super) struct Client {
 }
 
 impl Client {
+    /// Of whom nothing is known.
+    fn unseen() -> Client {
+        Client {
+            name: String::new(),
+            device: String::new(),
+            memory_bytes: 0,
+            speed: None,
+            connection: None,
+            ready: false,
+            carries: false,
+            holds: None,
+            next_serial: 0,
+            version: Version { major: 0, minor: 0 },
+            banned: false,
+            is_gone: false,
+            misses: BTreeMap::new(),
+            left_out: None,
+        }
+    }
+
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -100,9 +123,13 @@ impl Roster {
 
     // Coming in and going out.
 
-    /// Whether this ticket's serial has not been spent.
+    /// Whether this ticket's serial has not been spent. Of clients that came after what was kept of an interrupted run, only their
+    /// tickets tell.
     pub fn knows(&self, pass: Pass) -> bool {
-        (self.clients.get(&pass.client)).is_some_and(|client| client.next_serial <= pass.serial)
+        match self.clients.get(&pass.client) {
+            Some(client) => client.next_serial <= pass.serial,
+            None => pass.client.0 < self.next,
+        }
     }
 
     /// Who this is: a number of its own for whoever is new, with serial 0.
@@ -126,7 +153,20 @@ impl Roster {
     pub(crate) fn ban(&mut self, id: ClientId) {
         if let Some(client) = self.clients.get_mut(&id) {
             client.banned = true;
+            client.is_gone = true;
         }
+    }
+
+    /// A client has said goodbye.
+    pub(crate) fn let_go(&mut self, id: ClientId) {
+        if let Some(client) = self.clients.get_mut(&id) {
+            client.is_gone = true;
+        }
+    }
+
+    /// Clients who are there or may come back.
+    pub(crate) fn counted_on(&self) -> usize {
+        self.clients.values().filter(|client| !client.is_gone).count()
     }
 
     /// Lets a client in, or in again. Whatever was known of it but its number, and how often it was late, is as it says now.
@@ -144,6 +184,7 @@ impl Roster {
             next_serial: pass.serial,
             version: hello.version,
             banned: false,
+            is_gone: false,
             misses: before
                 .map(|client| std::mem::take(&mut client.misses))
                 .unwrap_or_default(),
@@ -168,6 +209,50 @@ impl Roster {
         client.holds = None;
         self.expected.remove(&id);
         Some(client.name.clone())
+    }
+
+    // Being kept.
+
+    /// No client has this number yet, or a greater one.
+    pub(crate) fn next_client(&self) -> u64 {
+        self.next
+    }
+
+    pub(crate) fn state(&self) -> Vec<ClientState> {
+        let state = |(&client, known): (&ClientId, &Client)| ClientState {
+            client,
+            next_serial: known.next_serial,
+            banned: known.banned,
+            present: known.connection.is_some() || self.expected.contains(&client),
+        };
+        self.clients.iter().map(state).collect()
+    }
+
+    /// Clients as they were kept: none of them is there, and those that were are waited for.
+    pub(crate) fn restore(&mut self, state: &RunState) {
+        self.next = self.next.max(state.next_client);
+        for kept in &state.clients {
+            let client = Client {
+                next_serial: kept.next_serial,
+                banned: kept.banned,
+                is_gone: kept.banned || !kept.present,
+                ..Client::unseen()
+            };
+            self.clients.insert(kept.client, client);
+            if kept.present && !kept.banned {
+                self.expected.insert(kept.client);
+            }
+        }
+    }
+
+    /// Nobody waits for this client any more.
+    pub(crate) fn expect_no_more(&mut self, id: ClientId) {
+        self.expected.remove(&id);
+    }
+
+    /// Clients whom the next round waits for.
+    pub(crate) fn expected(&self) -> &BTreeSet<ClientId> {
+        &self.expected
     }
 
     // Who is there.

@@ -112,11 +112,11 @@ impl Phase {
         }
     }
 
-    /// Whether everybody has left the open round.
-    pub(crate) fn is_deserted(&self) -> bool {
+    /// Whether so many have left the open round that fewer than these are in it.
+    pub(crate) fn has_fewer_than(&self, enough: usize) -> bool {
         match self {
-            Phase::Step(step) => step.is_empty(),
-            Phase::Boundary { members, .. } | Phase::Averaging(Averaging { members, .. }) => members.is_empty(),
+            Phase::Step(step) => step.members_left() < enough,
+            Phase::Boundary { members, .. } | Phase::Averaging(Averaging { members, .. }) => members.len() < enough,
             Phase::Waiting { .. } | Phase::Validating(_) | Phase::Finished { .. } => false,
         }
     }
@@ -171,8 +171,11 @@ impl MainServerSession {
     /// everybody who was there.
     pub(super) fn start_round(&mut self, now: Duration) {
         let ready = self.roster.ready();
+        if Some(ready.len()) >= self.config.quorum.map(|quorum| quorum as usize) {
+            self.is_short = false;
+        }
         let needed = if self.has_started {
-            1
+            self.enough()
         } else {
             self.config.clients as usize
         };
@@ -180,13 +183,14 @@ impl MainServerSession {
             return;
         }
         if self.planning.lacks(&ready) {
-            return self.want_plan(if self.planning.is_first() && !self.has_started {
-                Occasion::Start
-            } else {
-                Occasion::Membership
+            return self.want_plan(match (self.planning.is_first(), self.has_started) {
+                (true, false) => Occasion::Start,
+                (true, true) => Occasion::Resumption,
+                (false, _) => Occasion::Membership,
             });
         }
         self.has_started = true;
+        self.is_returning = false;
         let round = self.round;
         let count = ready.len() as u32;
         self.open_round(ready.clone());
@@ -285,7 +289,7 @@ impl MainServerSession {
             wait: Wait::new(now, self.adapter_patience.limits()),
             collected: Vec::new(),
         });
-        if self.phase.is_deserted() {
+        if self.phase.has_fewer_than(self.enough()) {
             return self.lose_round(now);
         }
         if is_mixed {
@@ -394,12 +398,6 @@ impl MainServerSession {
     pub(super) fn reject_round(&mut self, reason: String, now: Duration) {
         let round = self.round;
         self.rejected += 1;
-        let members = self.phase.members();
-        let everybody: Vec<ClientId> = self.roster.connected().map(|(client, _)| client).collect();
-        for client in everybody {
-            self.roster.leave_out(client, round.step(u32::MAX));
-            self.roster.forget_adapter(client);
-        }
         self.events.push_back(MainEvent::RoundRejected {
             round,
             reason: reason.clone(),
@@ -411,26 +409,52 @@ impl MainServerSession {
             );
             return self.finish(RunEnd::Diverged(detail), now);
         }
+        self.begin_again(now);
+    }
+
+    /// What clients do for this attempt is worth nothing any more; who cannot be told has to come again.
+    fn abandon_attempt(&mut self) {
+        let round = self.round;
+        let members = self.phase.members();
+        let everybody: Vec<ClientId> = self.roster.connected().map(|(client, _)| client).collect();
+        for client in everybody {
+            self.roster.leave_out(client, round.step(u32::MAX));
+            self.roster.forget_adapter(client);
+        }
+        // Nobody is in the round any more.
+        self.phase = Phase::Waiting { until: None };
         for client in members {
             if !self.roster.can_be_left_out(client) {
                 self.expel(client, DepartureReason::Excluded(ExclusionReason::Late));
             }
         }
-        self.begin_again(now);
     }
 
     fn begin_again(&mut self, now: Duration) {
+        self.abandon_attempt();
         self.round.attempt += 1;
+        self.steps = self.steps_before(self.round.round);
+        self.revision += 1;
         self.timing.clear();
         self.wait(now);
         self.retest(now);
     }
 
-    /// The round boundary. If nobody is ready the run waits, for so long.
+    /// Clients without whom no round goes on, as long as they may come back.
+    pub(super) fn enough(&self) -> usize {
+        match self.config.quorum {
+            Some(quorum) if !self.is_short => (quorum.min(self.config.clients) as usize)
+                .min(self.roster.counted_on())
+                .max(1),
+            _ => 1,
+        }
+    }
+
+    /// The round boundary. If too few are ready the run waits, for so long.
     fn wait(&mut self, now: Duration) {
         let until = now + self.config.wait_for_client;
         self.phase = Phase::Waiting { until: Some(until) };
-        if !self.roster.is_reloading() && !self.roster.is_anybody_ready() {
+        if !self.roster.is_reloading() && self.roster.ready().len() < self.enough() {
             self.events.push_back(MainEvent::Waiting { until });
         }
     }
@@ -574,6 +598,8 @@ impl MainServerSession {
             self.door.send(connection, &result);
         }
         if done >= rounds {
+            // That it is complete is kept before anybody hears of it.
+            self.keep(done);
             self.finish(RunEnd::Completed, now);
         } else {
             self.round = RoundKey {
@@ -583,6 +609,7 @@ impl MainServerSession {
             if let Some(placement) = placement {
                 self.adopt(placement);
             }
+            self.keep(done);
             self.wait(now);
         }
         self.retest(now);

@@ -70,8 +70,9 @@ impl Step {
         self.lanes.keys().chain(&self.late).copied().collect()
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.lanes.is_empty() && self.late.is_empty()
+    /// Members of the round that have not left it.
+    pub fn members_left(&self) -> usize {
+        self.lanes.len() + self.late.len()
     }
 
     /// Whether this member's activations have not come, and are waited for.

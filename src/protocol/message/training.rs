@@ -40,6 +40,35 @@ pub struct RunConfig {
 }
 
 impl RunConfig {
+    /// A run with `split` blocks at the clients, on batches of `batch` sequences of at most `seq` tokens, of a model of that `width`
+    /// and `vocab`. Rank 8 and alpha 16 of these targets, on f32 weights; 10 rounds of 10 steps; data in the order of seed 0; all
+    /// else is the types' own default.
+    pub fn new<'a>(
+        split: u32,
+        (batch, seq): (u32, u32),
+        (width, vocab): (u32, u32),
+        targets: impl IntoIterator<Item = &'a str>,
+    ) -> RunConfig {
+        RunConfig {
+            split,
+            rank: 8,
+            alpha: 16.0,
+            targets: targets.into_iter().map(str::to_owned).collect(),
+            weights: Format::F32,
+            wire: WireForm::default(),
+            batch,
+            seq,
+            width,
+            vocab,
+            seed: 0,
+            shuffle: true,
+            local_steps: 10,
+            rounds: 10,
+            optimizer: OptimizerSettings::default(),
+            moments: MomentPolicy::Keep,
+        }
+    }
+
     /// The largest tensor of a step.
     pub(crate) fn largest_tensor(&self) -> WireLayout {
         WireLayout {
@@ -66,6 +95,17 @@ pub struct Blob {
     pub bytes: u64,
 }
 
+impl Blob {
+    /// The blob of these bytes.
+    pub fn of(name: impl Into<String>, bytes: &[u8]) -> Blob {
+        Blob {
+            name: name.into(),
+            sha256: Digest::of(bytes),
+            bytes: bytes.len() as u64,
+        }
+    }
+}
+
 /// What a client needs in order to take part: when it joins, and again whenever the run's cut or rank changes. Its adapter
 /// comes later, with the round it starts in.
 #[derive(Clone, Debug, PartialEq)]
@@ -87,6 +127,23 @@ pub struct Assignment {
     /// Which matrices the client trains and sends: all flat adapters of the run are of these. The others are what the run's seed makes
     /// them. Where they are not all, a client speaks [`AGGREGATION_SINCE`](super::AGGREGATION_SINCE).
     pub trained: Trained,
+}
+
+impl Assignment {
+    /// Of a model without files: no parts, no tokenizer, an adapter of no values, and the run's alpha everywhere.
+    pub fn new(run: RunId, config: RunConfig, model_config: String) -> Assignment {
+        Assignment {
+            run,
+            number: 0,
+            config,
+            model_config,
+            weights: Vec::new(),
+            tokenizer: Vec::new(),
+            adapter_len: 0,
+            alphas: Vec::new(),
+            trained: Trained::Both,
+        }
+    }
 }
 
 /// A projection of one block with another alpha than the run's. Its rank is the run's.

@@ -28,6 +28,8 @@ const SUPPOSED_BITS_PER_S: f64 = 20e6;
 pub(super) struct Shape {
     pub architecture: Architecture,
     pub training: Training,
+    /// How matrices of blocks are held.
+    pub weights: Format,
     pub local_steps: u32,
 }
 
@@ -113,6 +115,7 @@ impl Allocator {
         scenario.model.blocks = run.architecture.blocks;
         scenario.training.local_steps = run.local_steps;
         scenario.training.wire = run.training.wire;
+        scenario.training.weights = Some(run.weights);
         scenario.training.splits = Some(splits.to_vec());
         scenario.training.ranks = Some(ranks.iter().map(|&(rank, _)| rank).collect());
         scenario.training.rounds = ranks.iter().copied().collect();
@@ -140,7 +143,7 @@ impl Allocator {
             workload: &workload,
             speeds: &self.speeds(&ids),
             wire: run.training.wire,
-            weights: Format::F16,
+            weights: run.weights,
             joules_per_flop: vec![0.0; ids.len()],
         };
         let distinct: BTreeSet<usize> = cuts.iter().copied().collect();

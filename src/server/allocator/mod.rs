@@ -207,11 +207,32 @@ impl Allocator {
     }
 }
 
+impl Allocator {
+    /// A run that goes on after an interruption: with the cuts and the rank it has. Links are as the plan makes them for those, once
+    /// somebody is at every place.
+    fn start_again(&mut self, facts: &StartFacts) -> Result<Option<Decision>, String> {
+        let cuts: Vec<usize> = (facts.clients.iter())
+            .map(|client| facts.cuts.get(&client.id).copied().unwrap_or(facts.cut))
+            .collect();
+        if let Some(scenario) = &self.settings.scenario
+            && facts.clients.len() == scenario.clients.count
+        {
+            let ids: Vec<ClientId> = facts.clients.iter().map(|facts| facts.id).collect();
+            let (problem, plan) = self.solve(&ids, &[number(facts.cut)], &[(number(facts.rank), 1.0)], false)?;
+            self.take_rates(&problem, &plan)?;
+            self.settle(&facts.clients);
+        }
+        let reason = "as before the interruption".to_owned();
+        self.decision(&facts.clients, (facts.cut, &cuts), facts.rank, reason)
+    }
+}
+
 impl Planner for Allocator {
     fn start(&mut self, facts: &StartFacts) -> Result<Option<Decision>, String> {
         self.run = Some(Shape {
             architecture: facts.architecture.clone(),
             training: facts.training.clone(),
+            weights: facts.weights,
             local_steps: facts.local_steps,
         });
         if let Some(speed) = facts
@@ -221,6 +242,9 @@ impl Planner for Allocator {
             self.server_flops_per_s = speed;
         }
         self.settle(&facts.clients);
+        if facts.is_resumed {
+            return self.start_again(facts);
+        }
         let ranks = self.ranks(facts.rank)?;
         let blocks = u32::try_from(facts.architecture.blocks).unwrap_or(u32::MAX);
         let Some(scenario) = &self.settings.scenario else {

@@ -6,7 +6,6 @@ use std::collections::BTreeMap;
 
 use super::super::planner::ClientFacts;
 use super::{Allocator, number};
-use crate::terms::format::Format;
 
 /// Moves of single clients' cuts at most, and the relative difference below which two totals are the same.
 const MOVES: usize = 1000;
@@ -25,7 +24,7 @@ impl Allocator {
         let run = self.run()?;
         let workload = run.workload();
         let fits = |split: &usize| {
-            let needed = workload.client_memory_bytes(*split, rank, Format::F16, run.training.wire);
+            let needed = workload.client_memory_bytes(*split, rank, run.weights, run.training.wire);
             client.memory_bytes == 0 || needed <= client.memory_bytes as f64
         };
         let mut splits: Vec<usize> = (self.splits(run.blocks()).into_iter())

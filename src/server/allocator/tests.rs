@@ -47,12 +47,15 @@ fn client(id: u64, flops_per_s: f64) -> ClientFacts {
 
 fn start(clients: Vec<ClientFacts>, server_flops_per_s: f64) -> StartFacts {
     StartFacts {
+        cuts: BTreeMap::new(),
+        is_resumed: false,
         clients,
         server_flops_per_s: Some(server_flops_per_s),
         cut: 1,
         rank: 4,
         architecture: architecture(),
         training: training(),
+        weights: Format::F16,
         rounds: 10,
         local_steps: 5,
     }
@@ -190,6 +193,7 @@ fn a_device_without_the_memory_keeps_the_cut_shallow() {
     let run = Shape {
         architecture: architecture(),
         training: training(),
+        weights: Format::F16,
         local_steps: 5,
     };
     let needed = |cut| run.workload().client_memory_bytes(cut, 4, Format::F16, WireForm::F16) as u64;
@@ -200,8 +204,12 @@ fn a_device_without_the_memory_keeps_the_cut_shallow() {
         2
     );
     small.memory_bytes = needed(1) - 1;
-    let error = Allocator::new(settings()).start(&start(vec![client(1, 1e9), small], 1e8));
+    let error = Allocator::new(settings()).start(&start(vec![client(1, 1e9), small.clone()], 1e8));
     assert!(error.unwrap_err().contains("memory"));
+    // Weights in 4 bits leave it more room.
+    let mut packed = start(vec![client(1, 1e9), small], 1e8);
+    packed.weights = Format::Q4;
+    assert!(decided(Allocator::new(settings()).start(&packed)).cut >= 1);
 }
 
 #[test]

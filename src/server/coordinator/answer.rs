@@ -83,7 +83,12 @@ impl Coordinator {
                 }
                 (self.parts.report)(Report::Step(record));
             }
-            Done::Planned { decision, placement } => {
+            Done::Planned {
+                decision,
+                placement,
+                side,
+            } => {
+                main.side = side;
                 self.planned(now, decision, placement.map(|placement| *placement))?
             }
             Done::Copied { round, values } => main.session.copy(now, round, values)?,
@@ -91,8 +96,10 @@ impl Coordinator {
                 round,
                 evaluation,
                 placement,
+                side,
                 saved,
             } => {
+                main.side = side;
                 self.unwritten.note("the adapter", saved, &self.parts.report);
                 if let Some(placement) = &placement {
                     main.cut = placement.split() as usize;
@@ -112,11 +119,6 @@ impl Coordinator {
                     self.parts.metrics.round(&record);
                     (self.parts.report)(Report::Round(record));
                 }
-                let state = json!({
-                    "rounds": self.summary.rounds, "steps": self.summary.steps, "tokens": self.summary.tokens,
-                });
-                let written = (self.parts.directory).write_state("progress.json", state.to_string().as_bytes());
-                self.unwritten.note("its state", written, &self.parts.report);
             }
             Done::Finished => main.saved = true,
             Done::Failed(error) => return Err(error),

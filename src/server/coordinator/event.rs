@@ -11,6 +11,7 @@ use serde_json::json;
 use super::super::Error;
 use super::super::inbox::Work;
 use super::super::metrics::{Completeness, RoundRecord, ServerPhase, StepRecord};
+use super::main_run::Keeping;
 use super::measure::phases;
 use super::report::Report;
 use super::{Connection, Coordinator, DRAIN_LIMIT};
@@ -22,7 +23,7 @@ impl Coordinator {
         if let MainEvent::ClientJoined { connection, .. } = event {
             self.admitted(connection);
         }
-        let at = self.parts.origin.elapsed().as_secs_f64();
+        let at = self.parts.clock.now().as_secs_f64();
         let address = |connections: &HashMap<ConnectionId, Connection>, connection: &ConnectionId| {
             connections
                 .get(connection)
@@ -64,7 +65,11 @@ impl Coordinator {
                     reason,
                 });
             }
+            MainEvent::Keep { round, placement } => self.keep_round(round, *placement),
             MainEvent::RoundStarted { round, members } => {
+                if let Keeping::Kept(kept) = &mut main.keeping {
+                    kept.forget();
+                }
                 (main.round_started, main.step_started) = (Instant::now(), Instant::now());
                 main.planning = Duration::ZERO;
                 main.prediction.clone_from(&main.next_prediction);
@@ -193,7 +198,7 @@ impl Coordinator {
             }
             MainEvent::CopyWanted { round } => main.compute(Work::Copy { round })?,
             MainEvent::Waiting { until } => {
-                let limit = until.saturating_sub(self.parts.origin.elapsed());
+                let limit = until.saturating_sub(self.parts.clock.now());
                 metrics.event(at, "waiting", json!({ "seconds": limit.as_secs_f64() }));
                 report(Report::Waiting { limit });
             }
@@ -218,7 +223,7 @@ impl Coordinator {
         {
             self.admitted(connection);
         }
-        let at = self.parts.origin.elapsed().as_secs_f64();
+        let at = self.parts.clock.now().as_secs_f64();
         // In one process the main server's side tells the same.
         let alone = self.parts.main.is_none();
         let (metrics, report) = (&mut self.parts.metrics, &self.parts.report);

@@ -54,7 +54,7 @@ impl RemoteLink {
 impl Coordinator {
     /// Hands control messages between the two sessions, or to and from the link. Returns whether there were any.
     pub(super) fn exchange_control(&mut self) -> bool {
-        let now = self.parts.origin.elapsed();
+        let now = self.parts.clock.now();
         let mut any = false;
         let Parts {
             main, federated, link, ..
@@ -150,6 +150,7 @@ impl Coordinator {
                 link.session.connected(now);
             }
             SocketEvent::Frame(bytes) => link.session.handle_frame(now, &bytes),
+            SocketEvent::Part => link.session.heard(),
             SocketEvent::Closed(error) => {
                 link.outgoing = None;
                 link.session.disconnected(now);
@@ -176,7 +177,7 @@ impl Coordinator {
         let mut any = false;
         while let Some(transmit) = self.parts.link.as_mut().and_then(|link| link.session.poll_transmit()) {
             any = true;
-            let now = self.parts.origin.elapsed();
+            let now = self.parts.clock.now();
             let Some(link) = &mut self.parts.link else { break };
             let sent = match transmit {
                 Transmit::Frame { bytes, .. } => link

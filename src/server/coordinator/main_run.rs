@@ -3,12 +3,14 @@
 //! Separate because only a main server has one: the coordinator of a federated server does without.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use super::super::Error;
-use super::super::inbox::Work;
+use super::super::inbox::{Side, Work};
+use super::super::kept::{Identity, Kept};
 use super::super::metrics::{RoundRecord, StepPhases, StepRecord};
 use super::super::planner::{ClientFacts, Facts, RoundFacts, RoundPrediction, StartFacts};
 use super::Traffic;
@@ -17,6 +19,7 @@ use crate::model::architecture::Architecture;
 use crate::protocol::{LeftOut, MainServerSession, Occasion, RunEnd};
 use crate::split::Training;
 use crate::terms::aggregation::Aggregation;
+use crate::terms::format::Format;
 use crate::terms::ids::{ClientId, StepKey};
 
 /// The main server's session with what it computes and counts.
@@ -48,6 +51,11 @@ pub struct MainRun {
     pub(super) prediction: Option<RoundPrediction>,
     pub(super) next_prediction: Option<RoundPrediction>,
     pub(super) pending_round: Option<RoundRecord>,
+    /// The run was interrupted, and goes on.
+    pub(super) is_resumed: bool,
+    /// What the main server's side began the round from, and what is kept of the session.
+    pub(super) side: Arc<Side>,
+    pub(super) keeping: Keeping,
     pub(super) names: HashMap<u64, String>,
     pub(super) outcome: Option<RunEnd>,
     pub(super) drained: bool,
@@ -55,13 +63,20 @@ pub struct MainRun {
 }
 
 impl MainRun {
-    pub fn new(session: MainServerSession, work: std::sync::mpsc::Sender<Work>, about: About, cut: usize) -> Self {
+    pub fn new(
+        session: MainServerSession,
+        work: std::sync::mpsc::Sender<Work>,
+        about: About,
+        side: Arc<Side>,
+        keeping: Keeping,
+    ) -> Self {
         let now = Instant::now();
         Self {
-            session,
             work,
-            cut,
-            cuts: BTreeMap::new(),
+            cut: session.placement().split() as usize,
+            cuts: (session.placement().cuts.iter())
+                .map(|(client, cut)| (*client, *cut as usize))
+                .collect(),
             rank: about.training.spec.rank,
             about,
             round_started: now,
@@ -74,6 +89,10 @@ impl MainRun {
             measured: RoundMeasure::default(),
             planning_since: None,
             planning: Duration::ZERO,
+            is_resumed: matches!(keeping, Keeping::Kept(_)),
+            side,
+            keeping,
+            session,
             prediction: None,
             next_prediction: None,
             pending_round: None,
@@ -103,21 +122,25 @@ impl MainRun {
         let About {
             architecture,
             training,
+            weights,
             rounds,
             local_steps,
             ..
         } = &self.about;
         match occasion {
-            Occasion::Start => Facts::Start(StartFacts {
+            Occasion::Start | Occasion::Resumption => Facts::Start(Box::new(StartFacts {
                 clients,
                 server_flops_per_s: None,
                 cut: self.cut,
+                cuts: self.cuts.clone(),
+                is_resumed: occasion == Occasion::Resumption,
                 rank: self.rank,
                 architecture: architecture.clone(),
                 training: training.clone(),
+                weights: *weights,
                 rounds: *rounds,
                 local_steps: *local_steps,
-            }),
+            })),
             Occasion::Boundary(_) | Occasion::Membership => Facts::Round(RoundFacts {
                 round: self.measured.round,
                 rounds: *rounds,
@@ -144,12 +167,21 @@ impl MainRun {
     }
 }
 
+/// The run's state on disk.
+pub enum Keeping {
+    /// It begins with the run.
+    Begins(Identity),
+    Kept(Kept),
+}
+
 /// What a run is about, for records and planners.
 pub struct About {
     pub model: String,
     pub architecture: Architecture,
     pub training: Training,
     pub aggregation: Aggregation,
+    /// How matrices of blocks are held.
+    pub weights: Format,
     pub rounds: u32,
     pub local_steps: u32,
     pub validates: bool,

@@ -10,16 +10,19 @@
 //! | `event`, `answer` | what the sessions ask for, and what the compute thread has done |
 //! | `link` | the way to the federated server |
 //! | `report`, `status` | what people are told |
-//! | `tally` | who was refused, in numbers |
+//! | `keep` | what is written down before it is acted on |
+//! | `tally`, `totals` | who was refused, and what the run has come to, in numbers |
 
 mod answer;
 mod event;
+mod keep;
 mod link;
 mod main_run;
 mod measure;
 mod report;
 mod status;
 mod tally;
+mod totals;
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -32,20 +35,22 @@ use tokio::sync::{mpsc, watch};
 
 pub use link::RemoteLink;
 use link::link_event;
-pub use main_run::{About, MainRun};
+pub use main_run::{About, Keeping, MainRun};
 use report::Unwritten;
 pub use report::{Ending, Report, Summary};
 use tally::Tally;
+pub use totals::Totals;
 
 use super::Error;
+use super::clock::RunClock;
 use super::gate::{Gate, Passage};
 use super::inbox::{Done, Input, Outbox, Work};
 use super::limit::GuessLimit;
 use super::metrics::Metrics;
-use super::store::RunDirectory;
 use crate::protocol::codec::decode_hello;
 use crate::protocol::message::{Credential, PROTOCOL_VERSION};
 use crate::protocol::{ConnectionId, Endpoint, FederatedServerSession, RunEnd, Transmit};
+use crate::runs::directory::RunDirectory;
 use crate::split::Evaluation;
 
 /// How long to wait, when the run is over, for clients that do not take their leave.
@@ -68,8 +73,7 @@ struct Connection {
 
 /// What a coordinator is made of.
 pub struct Parts {
-    /// The zero of the sessions' clock.
-    pub origin: Instant,
+    pub clock: RunClock,
     pub queue: mpsc::Receiver<Input>,
     pub main: Option<MainRun>,
     pub federated: Option<FederatedServerSession>,
@@ -129,13 +133,6 @@ impl Coordinator {
         }
     }
 
-    /// From here on the directory holds a run.
-    pub fn begin(&mut self) -> Result<(), Error> {
-        self.parts.directory.begin()?;
-        self.parts.metrics.open();
-        Ok(())
-    }
-
     /// Waits until the model is loaded.
     pub async fn ready(&mut self) -> Result<(), Error> {
         if let Some(main) = &mut self.parts.main {
@@ -146,7 +143,7 @@ impl Coordinator {
             }
             // The model may have taken long to load.
             (main.round_started, main.step_started) = (Instant::now(), Instant::now());
-            if main.about.validates {
+            if main.about.validates && self.summary.baseline.is_none() {
                 main.compute(Work::Baseline)?;
             }
         }
@@ -155,7 +152,7 @@ impl Coordinator {
     }
 
     fn now(&self) -> Duration {
-        self.parts.origin.elapsed()
+        self.parts.clock.now()
     }
 
     /// Runs until the run is over and everybody has been told.
@@ -187,7 +184,7 @@ impl Coordinator {
 
     fn finish(mut self) -> Result<Summary, Error> {
         self.tell_refusals(true);
-        self.summary.seconds = self.parts.origin.elapsed().as_secs_f64();
+        self.summary.seconds = self.parts.clock.now().as_secs_f64();
         (self.summary.bytes_up, self.summary.bytes_down) = (self.total.up, self.total.down);
         let (ending, text) = match self.parts.main.as_mut().and_then(|main| main.outcome.take()) {
             Some(RunEnd::Completed) => (Ending::Completed, "completed".to_owned()),
@@ -216,7 +213,7 @@ impl Coordinator {
         let written = self.parts.directory.end(&reason, totals);
         match self.failure {
             Some(failure) => Err(failure),
-            None => written.map(|()| self.summary),
+            None => Ok(written.map(|()| self.summary)?),
         }
     }
 
@@ -252,7 +249,7 @@ impl Coordinator {
             .into_iter()
             .flatten()
             .min()
-            .map(|timeout| self.parts.origin + timeout);
+            .map(|timeout| self.parts.clock.at(timeout));
         earliest.into_iter().chain(self.end_by).min()
     }
 
@@ -399,6 +396,7 @@ impl Coordinator {
                 quiet = false;
                 self.federated_event(event);
             }
+            self.keep_members();
             quiet &= !self.exchange_control();
             quiet &= !self.transmit();
             if quiet {

@@ -3,10 +3,10 @@
 //! Separate because whoever shows a run needs these and nothing else of the coordinator.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Display;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use super::super::Error;
 use super::super::metrics::{RoundRecord, StepRecord};
 use crate::split::Evaluation;
 
@@ -34,6 +34,11 @@ pub enum Report {
     },
     /// Validation before training.
     Baseline(Evaluation),
+    /// The run goes on after an interruption, once so many are back or were waited for in vain.
+    Resumed {
+        round: u32,
+        awaited: usize,
+    },
     RoundStarted {
         round: u32,
         members: usize,
@@ -112,7 +117,7 @@ pub(super) struct Unwritten(BTreeSet<&'static str>);
 
 impl Unwritten {
     /// Notes how writing `what` went, which is tried again with the next round, and reports a failure that is new.
-    pub(super) fn note(&mut self, what: &'static str, written: Result<(), Error>, report: &dyn Fn(Report)) {
+    pub(super) fn note(&mut self, what: &'static str, written: Result<(), impl Display>, report: &dyn Fn(Report)) {
         match written {
             Ok(()) => {
                 self.0.remove(what);

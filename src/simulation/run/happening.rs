@@ -2,12 +2,15 @@
 //!
 //! Separate from what they answer: here is what the network and the clock do to them.
 
+use std::time::Duration;
+
 use super::super::network::{Arrival, End, SocketId};
 use super::super::scenario::Fault;
 use super::super::toy::Trained;
 use super::{Node, Own, World};
-use crate::protocol::message::{Capabilities, PROTOCOL_VERSION};
-use crate::protocol::{ClientConfig, ClientSession, ConnectionId, Endpoint};
+use crate::client::edge::{Config, Edge, State};
+use crate::protocol::message::Capabilities;
+use crate::protocol::{ClientConfig, ConnectionId, Endpoint};
 use crate::terms::tensor::WireForm;
 
 impl World {
@@ -19,6 +22,14 @@ impl World {
         };
         let now = self.now(node);
         let connection = ConnectionId(socket.0 as u64);
+        let is_of_server = match node {
+            Node::Main | Node::Control => true,
+            Node::Federated => !self.scenario.remote_control,
+            Node::Client(_) => false,
+        };
+        if self.is_down && is_of_server {
+            return self.network.close(socket, end);
+        }
         match node {
             Node::Main => match arrival {
                 Arrival::Opened => self.main.connected(connection, now),
@@ -47,13 +58,13 @@ impl World {
                     socket if toy.federated == Some(socket) => Endpoint::Federated,
                     _ => return,
                 };
-                let Some(session) = &mut toy.session else {
+                let Some(edge) = &mut toy.edge else {
                     return;
                 };
                 match arrival {
-                    Arrival::Opened => session.connected(endpoint, now),
-                    Arrival::Frame(bytes) => session.handle_frame(endpoint, now, &bytes),
-                    Arrival::Closed => session.disconnected(endpoint, now),
+                    Arrival::Opened => edge.connected(endpoint, now),
+                    Arrival::Frame(bytes) => edge.frame(endpoint, now, &bytes),
+                    Arrival::Closed => edge.disconnected(endpoint, now, None),
                 }
             }
             Node::Control => {}
@@ -62,34 +73,27 @@ impl World {
 
     pub(super) fn handle(&mut self, own: Own) {
         match own {
+            Own::OfServer { process, own } if process == self.process => self.handle(*own),
+            Own::OfServer { .. } => {}
+            Own::Revive => self.revive(),
             Own::Timer(node) => self.time_out(node),
             Own::Fault(fault) => self.strike(fault),
-            Own::Loaded { client, process } => {
+            Own::Fetched {
+                client,
+                process,
+                number,
+            } => {
                 let now = self.now(Node::Client(client));
-                if let Some(session) = self.process(client, process) {
-                    session.ready(now, None);
+                if let Some(edge) = self.process(client, process) {
+                    edge.fetched(now, number, Ok(()));
                 }
             }
-            Own::Forwarded {
+            Own::Computed {
                 client,
                 process,
-                key,
+                task,
                 took,
-            } => self.forward(client, process, key, took),
-            Own::Backwarded {
-                client,
-                process,
-                key,
-                took,
-                gradient,
-            } => self.backward(client, process, key, took, &gradient),
-            Own::Collected {
-                client,
-                process,
-                round,
-                split,
-                steps,
-            } => self.collect(client, process, round, (split, steps)),
+            } => self.compute(client, process, *task, took),
             Own::Planned(occasion) => self.plan(occasion),
             Own::Copied { round, values } => {
                 let now = self.now(Node::Main);
@@ -124,6 +128,9 @@ impl World {
             Node::Control => self.timers[2] = None,
             Node::Client(client) => self.toys[client].timer = None,
         }
+        if self.is_down && node == Node::Main {
+            return;
+        }
         match node {
             Node::Main => self.main.handle_timeout(now),
             Node::Federated => self.federated.handle_timeout(now),
@@ -133,8 +140,8 @@ impl World {
                 }
             }
             Node::Client(client) => {
-                if let Some(session) = &mut self.toys[client].session {
-                    session.handle_timeout(now);
+                if let Some(edge) = &mut self.toys[client].edge {
+                    edge.timeout(now);
                 }
             }
         }
@@ -145,20 +152,18 @@ impl World {
             Fault::Start(client) => self.start(client),
             Fault::Leave(client) => {
                 let now = self.now(Node::Client(client));
-                if let Some(session) = &mut self.toys[client].session {
-                    session.leave(now);
+                if let Some(edge) = &mut self.toys[client].edge {
+                    edge.leave(now);
                 }
             }
-            Fault::Crash(client) | Fault::Kill(client) => {
+            Fault::Crash(client) => {
                 let toy = &mut self.toys[client];
-                toy.session = None;
+                toy.edge = None;
                 for socket in [toy.main.take(), toy.federated.take()].into_iter().flatten() {
-                    match fault {
-                        Fault::Kill(_) => self.network.close(socket, End::Dialler),
-                        _ => self.network.vanish(socket, End::Dialler),
-                    }
+                    self.network.vanish(socket, End::Dialler);
                 }
             }
+            Fault::Kill(client) => self.kill(client),
             Fault::Partition(client, length) => {
                 let until = self.network.now + length;
                 let toy = &mut self.toys[client];
@@ -187,10 +192,21 @@ impl World {
                     self.cut(socket);
                 }
             }
+            Fault::KillServer(length) => self.kill_server(length),
+            Fault::Stop if self.is_down => {}
             Fault::Stop => {
                 let now = self.now(Node::Main);
                 self.main.stop(now, "stopped".to_owned());
             }
+        }
+    }
+
+    /// A client's process dies; its connections close.
+    pub(super) fn kill(&mut self, client: usize) {
+        let toy = &mut self.toys[client];
+        toy.edge = None;
+        for socket in [toy.main.take(), toy.federated.take()].into_iter().flatten() {
+            self.network.close(socket, End::Dialler);
         }
     }
 
@@ -205,28 +221,34 @@ impl World {
     fn start(&mut self, client: usize) {
         let now = self.now(Node::Client(client));
         let toy = &mut self.toys[client];
-        if toy.session.is_some() && toy.outcome.finished.is_none() && toy.outcome.failed.is_none() {
+        if toy.edge.is_some() && toy.outcome.finished.is_none() && toy.outcome.failed.is_none() {
             return;
         }
         toy.process += 1;
         toy.trained = Trained::default();
+        toy.cursor = 0;
         toy.outcome.finished = None;
         toy.outcome.failed = None;
-        toy.session = Some(ClientSession::new(
-            ClientConfig {
-                version: PROTOCOL_VERSION,
-                name: format!("{client}"),
-                capabilities: Capabilities {
-                    forms: vec![WireForm::F32],
-                    memory_bytes: 0,
-                    device: "toy".to_owned(),
-                },
-                model: None,
-                tokenizer: None,
+        let resume = toy.kept.as_deref().map(State::decode).transpose();
+        let capabilities = Capabilities {
+            forms: vec![WireForm::F32],
+            memory_bytes: 0,
+            device: "toy".to_owned(),
+        };
+        let config = Config {
+            client: ClientConfig {
                 secret: Some("open sesame".to_owned()),
-                retries: 20,
+                give_up: Duration::from_secs(600),
+                seed: self.scenario.seed ^ (u64::from(toy.process) << 32 | client as u64),
+                ..ClientConfig::new(client.to_string(), capabilities)
             },
-            now,
-        ));
+            server: "the toy server".to_owned(),
+            keeps: self.scenario.keeps,
+            resume: resume.clone().ok().flatten(),
+        };
+        toy.edge = Some(Edge::new(config, now));
+        if let Err(error) = resume {
+            self.violation(format!("what client {client} has kept cannot be read: {error}"));
+        }
     }
 }

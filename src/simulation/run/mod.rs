@@ -6,28 +6,34 @@
 //! | file | holds |
 //! |---|---|
 //! | `happening` | what the network and the clock do to the processes |
+//! | `disk` | what the main server keeps, and its death and return |
 //! | `client`, `server` | what they compute, and what must hold |
 //! | `settle` | what they say |
 
 mod client;
+mod disk;
 mod happening;
 mod server;
 mod settle;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::convert::Infallible;
 use std::time::Duration;
 
-use super::network::{Happening, Network, SocketId, Traffic};
+use disk::Disk;
+
+use super::network::{End, Happening, Network, SocketId, Traffic};
 use super::outcome::{ClientOutcome, Outcome};
 use super::scenario::{Fault, Scenario};
 use super::toy::{BLOCKS, NUMBERS, Trained, assignment, initial_adapter, rule};
-use crate::protocol::message::{Digest, PROTOCOL_VERSION};
+use crate::client::edge::{Edge, Task};
+use crate::federated::Exact;
+use crate::protocol::message::PROTOCOL_VERSION;
 use crate::protocol::{
-    AdapterInput, ClientSession, ControlAccess, ControlConfig, ControlSession, FederatedConfig, FederatedServerSession,
+    AdapterInput, ControlAccess, ControlConfig, ControlSession, FederatedConfig, FederatedServerSession,
     GradientOutput, MainConfig, MainServerSession, Occasion, Placement,
 };
-use crate::terms::ids::{ClientId, RoundKey, RunId, StepKey};
-use crate::terms::tensor::WireTensor;
+use crate::terms::ids::{ClientId, RoundKey, StepKey};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Node {
@@ -40,29 +46,16 @@ enum Node {
 enum Own {
     Timer(Node),
     Fault(Fault),
-    Loaded {
+    Fetched {
         client: usize,
         process: u32,
+        number: u64,
     },
-    Forwarded {
+    Computed {
         client: usize,
         process: u32,
-        key: StepKey,
+        task: Box<Task>,
         took: Duration,
-    },
-    Backwarded {
-        client: usize,
-        process: u32,
-        key: StepKey,
-        took: Duration,
-        gradient: WireTensor,
-    },
-    Collected {
-        client: usize,
-        process: u32,
-        round: RoundKey,
-        split: u32,
-        steps: u64,
     },
     Contributed {
         key: StepKey,
@@ -77,6 +70,13 @@ enum Own {
         round: RoundKey,
         placement: Option<Box<Placement>>,
     },
+    /// Something of the main server's process with this number.
+    OfServer {
+        process: u32,
+        own: Box<Own>,
+    },
+    /// The main server is started again.
+    Revive,
 }
 
 /// What a contribution comes to at the main server.
@@ -89,7 +89,7 @@ struct Lane {
 }
 
 struct Toy {
-    session: Option<ClientSession>,
+    edge: Option<Edge<Infallible>>,
     process: u32,
     main: Option<SocketId>,
     federated: Option<SocketId>,
@@ -99,6 +99,10 @@ struct Toy {
     cursor: u64,
     examples: u64,
     trained: Trained,
+    /// What outlives the process.
+    kept: Option<Vec<u8>>,
+    /// What its machines have asked for.
+    outputs: u64,
     outcome: ClientOutcome,
 }
 
@@ -131,6 +135,10 @@ struct World {
     lanes: BTreeMap<ClientId, Lane>,
     /// When the main server has computed what it was given so far.
     busy_until: Duration,
+    /// Which process of the main server this is, and whether it is running.
+    process: u32,
+    is_down: bool,
+    disk: Disk,
     uploads: BTreeMap<(RoundKey, usize), AdapterInput>,
     /// What the main server gave to the averages.
     copies: BTreeMap<RoundKey, Vec<f32>>,
@@ -140,9 +148,13 @@ struct World {
     cuts: BTreeMap<ClientId, u32>,
     /// Of the blocks that some client has.
     average: Vec<f32>,
+    /// What is saved instead of it, where that is more.
+    exact: Option<Exact>,
     /// The main server's blocks.
     blocks: Trained,
     server: f64,
+    /// Both as they were when the round began.
+    before: (Trained, f64),
     outcome: Outcome,
 }
 
@@ -176,64 +188,57 @@ fn skew(node: Node) -> Duration {
     }
 }
 
+fn secret() -> Option<String> {
+    Some("open sesame".to_owned())
+}
+
+fn main_config(scenario: &Scenario, placement: Placement) -> MainConfig {
+    MainConfig {
+        secret: secret(),
+        largest_update: (3 * BLOCKS * NUMBERS) as u64,
+        plans: !(scenario.splits.is_empty() && scenario.cuts.is_empty()),
+        wait_for_client: scenario.wait_for_client,
+        deadline: scenario.deadline,
+        quorum: scenario.quorum,
+        ..MainConfig::new(placement, [5; 32], scenario.needed)
+    }
+}
+
+fn federated_server(scenario: &Scenario) -> FederatedServerSession {
+    FederatedServerSession::new(FederatedConfig {
+        control: match scenario.remote_control {
+            true => ControlAccess::Remote { secret: secret() },
+            false => ControlAccess::Local,
+        },
+        ..FederatedConfig::default()
+    })
+}
+
+fn control(scenario: &Scenario, now: Duration) -> Option<ControlSession> {
+    scenario.remote_control.then(|| {
+        let config = ControlConfig {
+            version: PROTOCOL_VERSION,
+            name: "main".to_owned(),
+            secret: secret(),
+            retries: 1000,
+        };
+        ControlSession::new(config, now)
+    })
+}
+
 impl World {
     fn new(scenario: Scenario) -> World {
-        let secret = Some("open sesame".to_owned());
-        let digest = |text: &str| Digest::of(text.as_bytes());
-        let main = MainServerSession::new(
-            MainConfig {
-                version: PROTOCOL_VERSION,
-                run: RunId([3; 16]),
-                ticket_key: [5; 32],
-                ticket_lifetime: Duration::from_secs(12 * 3600),
-                secret: secret.clone(),
-                clients: scenario.needed,
-                max_clients: 1000,
-                placement: Placement {
-                    assignment: assignment(&scenario, 1),
-                    adapter: initial_adapter()[..NUMBERS].to_vec(),
-                    moments: None,
-                    cuts: BTreeMap::new(),
-                    rule: Some(rule(scenario.aggregation)),
-                    ranks: Vec::new(),
-                },
-                largest_update: (3 * BLOCKS * NUMBERS) as u64,
-                plans: !(scenario.splits.is_empty() && scenario.cuts.is_empty()),
-                model: digest("model"),
-                tokenizer: digest("tokenizer"),
-                federated_url: None,
-                ping_interval: crate::protocol::PING_INTERVAL,
-                wait_for_client: scenario.wait_for_client,
-                deadline: scenario.deadline,
-                quorum: scenario.quorum,
-            },
-            skew(Node::Main),
-        )
-        .expect("the toy run is well configured");
-        let control_access = if scenario.remote_control {
-            ControlAccess::Remote { secret: secret.clone() }
-        } else {
-            ControlAccess::Local
+        let placement = Placement {
+            rule: Some(rule(scenario.aggregation)),
+            ..Placement::new(assignment(&scenario, 1), initial_adapter()[..NUMBERS].to_vec())
         };
-        let federated = FederatedServerSession::new(FederatedConfig {
-            version: PROTOCOL_VERSION,
-            control: control_access,
-            aggregation: None,
-            max_clients: 1000,
-            ping_interval: crate::protocol::PING_INTERVAL,
-        });
-        let control = scenario.remote_control.then(|| {
-            let config = ControlConfig {
-                version: PROTOCOL_VERSION,
-                name: "main".to_owned(),
-                secret,
-                retries: 1000,
-            };
-            ControlSession::new(config, skew(Node::Control))
-        });
+        let main = MainServerSession::new(main_config(&scenario, placement), skew(Node::Main))
+            .expect("the toy run is well configured");
+        let federated = federated_server(&scenario);
+        let control = control(&scenario, skew(Node::Control));
         let toys = (0..scenario.clients)
             .map(|_| Toy {
-                session: None,
+                edge: None,
                 process: 0,
                 main: None,
                 federated: None,
@@ -243,6 +248,8 @@ impl World {
                 cursor: 0,
                 examples: 0,
                 trained: Trained::default(),
+                kept: None,
+                outputs: 0,
                 outcome: ClientOutcome {
                     finished: None,
                     failed: None,
@@ -251,6 +258,7 @@ impl World {
                     forwards: 0,
                     backwards: 0,
                     assigned: 0,
+                    identities: Vec::new(),
                 },
             })
             .collect();
@@ -280,6 +288,9 @@ impl World {
             step: None,
             lanes: BTreeMap::new(),
             busy_until: Duration::ZERO,
+            process: 0,
+            is_down: false,
+            disk: Disk::default(),
             uploads: BTreeMap::new(),
             copies: BTreeMap::new(),
             split: 1,
@@ -287,6 +298,8 @@ impl World {
             average: initial_adapter()[..NUMBERS].to_vec(),
             blocks: Trained::new(initial_adapter()[NUMBERS..].to_vec()),
             server: 1.0,
+            before: (Trained::default(), 0.0),
+            exact: None,
             outcome: Outcome {
                 end: None,
                 drained: false,
@@ -308,6 +321,7 @@ impl World {
     }
 
     fn run(&mut self) {
+        self.keep_round(0, self.main.placement().clone());
         self.settle();
         while !self.is_over()
             && let Some(happening) = self.network.next()
@@ -324,7 +338,7 @@ impl World {
     /// The servers are done, and so is every client that still runs.
     fn is_over(&self) -> bool {
         let client_over =
-            |toy: &Toy| toy.session.is_none() || toy.outcome.finished.is_some() || toy.outcome.failed.is_some();
+            |toy: &Toy| toy.edge.is_none() || toy.outcome.finished.is_some() || toy.outcome.failed.is_some();
         self.outcome.drained && self.toys.iter().all(client_over)
     }
 

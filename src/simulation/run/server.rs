@@ -31,7 +31,7 @@ impl World {
                 None
             }
             Occasion::Boundary(round) if self.scenario.cuts.is_empty() => Some(self.scenario.split(round.round + 1)),
-            Occasion::Boundary(_) | Occasion::Membership => None,
+            Occasion::Boundary(_) | Occasion::Membership | Occasion::Resumption => None,
         };
         let status = self.main.status();
         let rates = status
@@ -123,31 +123,34 @@ impl World {
                     self.violation(format!("{round} began with {absent}, who has left"));
                 }
                 self.members = members;
+                self.forget_members();
                 self.departed.clear();
+                self.before = (self.blocks.clone(), self.server);
             }
             MainEvent::Contribution { key, contribution } => self.contribute(key, &contribution),
             MainEvent::CloseStep { key, lanes, left_out } => self.close_step(key, &lanes, &left_out),
             MainEvent::StepMeasured { key, clients } => self.outcome.measured.push((key, clients)),
             MainEvent::PlanWanted { occasion } => {
                 let at = at + self.network.pause(self.scenario.compute);
-                self.network.schedule(at, Own::Planned(occasion));
+                self.schedule_of_server(at, Own::Planned(occasion));
             }
             MainEvent::CopyWanted { round } => {
                 let shared = self.average.len() - self.split as usize * NUMBERS;
                 let values = self.blocks.values[..shared].to_vec();
                 self.copies.insert(round, values.clone());
                 let at = at + self.network.pause(self.scenario.compute);
-                self.network.schedule(at, Own::Copied { round, values });
+                self.schedule_of_server(at, Own::Copied { round, values });
             }
             MainEvent::RoundClosed {
                 round,
                 average,
                 moments,
+                exact,
+                errors: _,
                 split,
                 included,
                 excluded,
                 collected,
-                ..
             } => {
                 let record = RoundRecord {
                     round,
@@ -157,23 +160,39 @@ impl World {
                     excluded: Vec::new(),
                     average: average.clone(),
                     moments: moments.clone(),
+                    exact: exact.clone(),
                     collected,
                 };
                 self.check_round(record, &included, &excluded);
                 let shared = &average[self.split as usize * NUMBERS..];
                 self.blocks.values[..shared.len()].copy_from_slice(shared);
                 self.average = average;
+                self.exact = exact;
                 let placement = self.recut(split, moments).map(Box::new);
                 let at = at + self.network.pause(self.scenario.compute);
-                self.network.schedule(at, Own::Validated { round, placement });
+                self.schedule_of_server(at, Own::Validated { round, placement });
             }
-            MainEvent::RoundRejected { round, .. } => self.outcome.history.push((at, Phase::Rejected(round))),
-            MainEvent::RoundLost { round } => self.outcome.history.push((at, Phase::Lost(round))),
+            MainEvent::Keep { round, placement } => self.keep_round(round, *placement),
+            MainEvent::RoundRejected { round, .. } => {
+                self.undo_round();
+                self.outcome.history.push((at, Phase::Rejected(round)));
+            }
+            MainEvent::RoundLost { round } => {
+                self.undo_round();
+                self.outcome.history.push((at, Phase::Lost(round)));
+            }
             MainEvent::Waiting { .. } => self.outcome.history.push((at, Phase::Waiting)),
             MainEvent::Finished { reason } => self.outcome.end = Some(reason),
             MainEvent::Drained => self.outcome.drained = true,
             MainEvent::ClientRefused { .. } | MainEvent::ClientReady { .. } => {}
         }
+    }
+
+    /// The round will begin again.
+    fn undo_round(&mut self) {
+        (self.blocks, self.server) = self.before.clone();
+        self.step = None;
+        self.lanes.clear();
     }
 
     fn contribute(&mut self, key: StepKey, contribution: &Contribution) {
@@ -213,7 +232,7 @@ impl World {
         }
         // One after the other, as they come.
         self.busy_until = self.busy_until.max(self.network.now) + self.network.pause(self.scenario.compute);
-        self.network.schedule(self.busy_until, Own::Contributed { key, output });
+        self.schedule_of_server(self.busy_until, Own::Contributed { key, output });
     }
 
     fn close_step(&mut self, key: StepKey, lanes: &BTreeSet<ClientId>, left_out: &[LeftOut]) {
@@ -257,6 +276,7 @@ impl World {
             round,
             average,
             moments,
+            exact,
             ..
         } = &record;
         let round = *round;
@@ -304,11 +324,15 @@ impl World {
                         .collect();
                     rule.moments(&weighted).ok()
                 };
+                let blocks = self.average.len() / NUMBERS;
+                let aggregate = rule.aggregate(blocks, &[], &contributions, copy).ok();
+                if aggregate.as_ref().is_none_or(|aggregate| aggregate.exact != *exact) {
+                    found.push(format!(
+                        "the products of {round} are {exact:?}, not those of {aggregate:?}"
+                    ));
+                }
                 let expected = [
-                    (rule
-                        .aggregate(self.average.len() / NUMBERS, &[], &contributions, copy)
-                        .ok())
-                    .map(|aggregate| aggregate.values),
+                    aggregate.map(|aggregate| aggregate.values),
                     mean(&|input| Some(input.moments.as_ref()?.first.clone())),
                     mean(&|input| Some(input.moments.as_ref()?.second.clone())),
                 ];

@@ -2,9 +2,13 @@
 //!
 //! Separate because it is done after every happening, and knows none.
 
+use std::time::Duration;
+
 use super::super::network::{End, SocketId};
+use super::super::scenario::Fault;
 use super::{Node, Own, Route, World, skew};
-use crate::protocol::{ClientSession, ConnectionId, ControlEvent, ControlSession, Endpoint, Transmit};
+use crate::client::edge::Edge;
+use crate::protocol::{ConnectionId, ControlEvent, ControlSession, Transmit};
 
 impl World {
     pub(super) fn settle(&mut self) {
@@ -22,21 +26,23 @@ impl World {
 
     fn settle_servers(&mut self) -> bool {
         let mut moved = false;
+        while !self.is_down
+            && let Some(event) = self.main.poll_event()
+        {
+            moved = true;
+            self.handle_main_event(event);
+        }
+        if !self.is_down {
+            self.keep_members();
+        }
+        if self.is_down {
+            return moved | self.settle_federated();
+        }
         while let Some(transmit) = self.main.poll_transmit() {
             moved = true;
             self.transmit_from_server(transmit);
         }
-        while let Some(transmit) = self.federated.poll_transmit() {
-            moved = true;
-            self.transmit_from_server(transmit);
-        }
-        while let Some(event) = self.main.poll_event() {
-            moved = true;
-            self.handle_main_event(event);
-        }
-        while self.federated.poll_event().is_some() {
-            moved = true;
-        }
+        moved |= self.settle_federated();
         while let Some(control) = self.main.poll_control() {
             moved = true;
             let now = self.now(Node::Federated);
@@ -51,6 +57,18 @@ impl World {
             self.main.handle_control(now, reply);
         }
         moved | self.settle_control()
+    }
+
+    fn settle_federated(&mut self) -> bool {
+        let mut moved = false;
+        while let Some(transmit) = self.federated.poll_transmit() {
+            moved = true;
+            self.transmit_from_server(transmit);
+        }
+        while self.federated.poll_event().is_some() {
+            moved = true;
+        }
+        moved
     }
 
     fn settle_control(&mut self) -> bool {
@@ -109,34 +127,18 @@ impl World {
     fn settle_client(&mut self, client: usize) -> bool {
         let mut moved = false;
         loop {
-            let Some(session) = &mut self.toys[client].session else {
+            let toy = &mut self.toys[client];
+            let Some(output) = toy.edge.as_mut().and_then(Edge::poll) else {
                 return moved;
             };
-            if let Some(transmit) = session.poll_transmit() {
-                moved = true;
-                self.transmit_from_client(client, transmit);
-            } else if let Some(event) = session.poll_event() {
-                moved = true;
-                self.handle_client_event(client, event);
+            moved = true;
+            toy.outputs += 1;
+            if self.scenario.deaths.contains(&(client, toy.outputs)) {
+                self.kill(client);
+                let at = self.network.now + Duration::from_secs(1);
+                self.network.schedule(at, Own::Fault(Fault::Start(client)));
             } else {
-                return moved;
-            }
-        }
-    }
-
-    fn transmit_from_client(&mut self, client: usize, transmit: Transmit<Endpoint>) {
-        let toy = &mut self.toys[client];
-        let (Transmit::Frame { to, .. } | Transmit::Close { to }) = &transmit;
-        let slot = match to {
-            Endpoint::Main => &mut toy.main,
-            Endpoint::Federated => &mut toy.federated,
-        };
-        let Some(socket) = *slot else { return };
-        match transmit {
-            Transmit::Frame { bytes, .. } => self.network.send(socket, End::Dialler, bytes),
-            Transmit::Close { .. } => {
-                *slot = None;
-                self.network.close(socket, End::Dialler);
+                self.carry_out(client, output);
             }
         }
     }
@@ -144,19 +146,19 @@ impl World {
     /// Wakes every session when it asks to be woken. An earlier alarm still rings; a session wakes for nothing, then.
     fn set_timers(&mut self) {
         let mut due = vec![
-            (Node::Main, self.main.poll_timeout()),
+            (Node::Main, (!self.is_down).then(|| self.main.poll_timeout()).flatten()),
             (Node::Federated, self.federated.poll_timeout()),
             (
                 Node::Control,
                 self.control.as_ref().and_then(ControlSession::poll_timeout),
             ),
         ];
-        due.extend(self.toys.iter().enumerate().map(|(client, toy)| {
-            (
-                Node::Client(client),
-                toy.session.as_ref().and_then(ClientSession::poll_timeout),
-            )
-        }));
+        due.extend(
+            self.toys
+                .iter()
+                .enumerate()
+                .map(|(client, toy)| (Node::Client(client), toy.edge.as_ref().and_then(Edge::poll_timeout))),
+        );
         for (node, deadline) in due {
             let Some(deadline) = deadline else { continue };
             let at = deadline.saturating_sub(skew(node)).max(self.network.now);

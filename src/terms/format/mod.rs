@@ -44,7 +44,9 @@ pub(crate) const Q4_CODE_WORDS: usize = GROUP / 8;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Format {
+    /// Single precision.
     F32,
+    /// Half precision.
     F16,
     /// 8-bit codes with a scale for every 32 columns.
     Q8,
@@ -53,6 +55,7 @@ pub enum Format {
 }
 
 /// Why values have no encoding, or words are none.
+#[expect(missing_docs, reason = "the messages say it")]
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum FormatError {
     #[error("`{found}` is no weight format: f32, f16, q8 and q4 are")]
@@ -82,8 +85,10 @@ pub enum FormatError {
 }
 
 impl Format {
+    /// Every format, the most precise first.
     pub const ALL: [Format; 4] = [Format::F32, Format::F16, Format::Q8, Format::Q4];
 
+    /// As it is spelled in options and files.
     pub fn name(self) -> &'static str {
         match self {
             Format::F32 => "f32",
@@ -162,8 +167,11 @@ impl FromStr for Format {
 /// Where the values of a row-major matrix lie in its words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Layout {
+    /// How a value is held.
     pub format: Format,
+    /// Rows of the matrix.
     pub rows: usize,
+    /// Values of a row.
     pub columns: usize,
 }
 
@@ -449,6 +457,7 @@ impl Layout {
 /// One or two rows of a matrix, which are a matrix too.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Window {
+    /// Of what is in the window, as a matrix of its own.
     pub layout: Layout,
     /// The row asked for, counted within the window.
     pub row: usize,

@@ -30,14 +30,17 @@ impl Packed {
         Ok(Self { layout, words })
     }
 
+    /// How the words are laid out.
     pub fn layout(&self) -> Layout {
         self.layout
     }
 
+    /// The words, as a device has them.
     pub fn words(&self) -> &[u32] {
         &self.words
     }
 
+    /// Gives the words away.
     pub fn into_words(self) -> Vec<u32> {
         self.words
     }

@@ -215,6 +215,55 @@ fn a_quorum_is_waited_for_until_those_who_are_missing_are_out_of_the_run() {
 }
 
 #[test]
+fn a_round_that_lost_its_quorum_is_begun_again_by_all_of_it_or_after_the_wait_by_who_is_there() {
+    let lost = |found: &[MainEvent]| found.iter().any(|event| matches!(event, MainEvent::RoundLost { .. }));
+    let begun = |found: &[MainEvent]| {
+        found.iter().find_map(|event| match event {
+            MainEvent::RoundStarted { round, members } => Some((round.attempt, members.len())),
+            _ => None,
+        })
+    };
+    let interrupted = || {
+        let mut run = Run::new(3, |config| config.quorum = Some(3));
+        run.contribute(1, key(0));
+        let connection = run.peers[2].connection;
+        run.main.disconnected(connection, run.now);
+        let found = run.events();
+        assert!(lost(&found) && begun(&found).is_none(), "{found:?}");
+        // What the others still send of it is nothing any more.
+        run.send(2, &Message::Activations(good_activations()));
+        assert_eq!(run.events(), []);
+        run
+    };
+    let mut run = interrupted();
+    run.pass(seconds(30));
+    let again = hello(Service::Main, Credential::Ticket(run.tickets[2].clone()));
+    let said = greet(&mut run.main, 13, run.now, &again);
+    let mut back = Peer {
+        connection: ConnectionId(13),
+        sent: 0,
+        received: said.messages.len() as u32,
+    };
+    back.send_at(&mut run.main, run.now, &READY);
+    assert_eq!(begun(&run.events()), Some((1, 3)));
+
+    let mut run = interrupted();
+    run.pass(seconds(59));
+    assert_eq!(run.events(), []);
+    run.pass(seconds(61));
+    assert_eq!(begun(&run.events()), Some((1, 2)));
+
+    // Nobody waits for who has said goodbye.
+    let mut run = Run::new(3, |config| config.quorum = Some(3));
+    run.contribute(1, key(0));
+    run.send(3, &Message::Leave);
+    let found = run.events();
+    assert!(!lost(&found), "{found:?}");
+    run.contribute(2, key(0));
+    assert_eq!(closed(&run.events()), Some((key(0), vec![1, 2], vec![3])));
+}
+
+#[test]
 fn a_liar_among_slow_members_does_not_close_a_step_in_their_place() {
     let mut run = Run::new(2, |_| {});
     run.send(2, &Message::Activations(good_activations()));

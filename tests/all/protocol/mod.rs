@@ -6,6 +6,7 @@
 mod aggregation;
 mod cut;
 mod deadline;
+mod edge;
 mod federated;
 mod handshake;
 mod misbehaviour;
@@ -13,4 +14,5 @@ mod pairing;
 mod peer;
 mod placement;
 mod random;
+mod resume;
 mod run;

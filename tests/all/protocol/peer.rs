@@ -11,7 +11,6 @@ use sflllm::protocol::*;
 use sflllm::terms::adapter::Trained;
 use sflllm::terms::format::Format;
 use sflllm::terms::ids::{RoundKey, RunId, StepKey};
-use sflllm::terms::moments::MomentPolicy;
 use sflllm::terms::optimizer::{OptimizerSettings, Schedule};
 use sflllm::terms::tensor::{IGNORED_TARGET, WireForm, WireLayout, WireTensor};
 
@@ -37,40 +36,27 @@ pub fn capabilities() -> Capabilities {
 
 /// Batch 2, sequence 3, width 2, vocabulary 10; two rounds of two steps.
 pub fn assignment(run: RunId) -> Assignment {
-    Assignment {
-        run,
-        number: 0,
-        config: RunConfig {
-            split: 1,
-            rank: 1,
-            alpha: 2.0,
-            targets: vec!["c_attn".to_owned()],
-            weights: Format::F16,
-            wire: WireForm::F32,
-            batch: 2,
-            seq: 3,
-            width: 2,
-            vocab: 10,
-            seed: 1,
-            shuffle: true,
-            local_steps: 2,
-            rounds: 2,
-            optimizer: OptimizerSettings {
-                lr: 1e-3,
-                weight_decay: 0.01,
-                schedule: Schedule::Linear,
-                warmup: 1,
-                total_steps: 4,
-                clip: Some(1.0),
-            },
-            moments: MomentPolicy::Keep,
+    let config = RunConfig {
+        rank: 1,
+        alpha: 2.0,
+        weights: Format::F16,
+        wire: WireForm::F32,
+        seed: 1,
+        local_steps: 2,
+        rounds: 2,
+        optimizer: OptimizerSettings {
+            lr: 1e-3,
+            schedule: Schedule::Linear,
+            warmup: 1,
+            total_steps: 4,
+            clip: Some(1.0),
+            ..OptimizerSettings::default()
         },
-        model_config: "{}".to_owned(),
-        weights: Vec::new(),
-        tokenizer: Vec::new(),
+        ..RunConfig::new(1, (2, 3), (2, 10), ["c_attn"])
+    };
+    Assignment {
         adapter_len: ADAPTER.len() as u64,
-        alphas: Vec::new(),
-        trained: Trained::Both,
+        ..Assignment::new(run, config, "{}".to_owned())
     }
 }
 
@@ -89,54 +75,30 @@ pub fn reassignment() -> Assignment {
 }
 
 pub fn main_config(clients: u32) -> MainConfig {
-    let run = RunId([1; 16]);
+    let placement = Placement::new(assignment(RunId([1; 16])), ADAPTER.to_vec());
     MainConfig {
-        version: PROTOCOL_VERSION,
-        run,
-        ticket_key: [2; 32],
         ticket_lifetime: seconds(3600),
         secret: Some(SECRET.to_owned()),
-        clients,
         max_clients: 100,
-        placement: Placement {
-            assignment: assignment(run),
-            adapter: ADAPTER.to_vec(),
-            moments: None,
-            cuts: BTreeMap::new(),
-            rule: None,
-            ranks: Vec::new(),
-        },
-        largest_update: ADAPTER.len() as u64,
-        plans: false,
         model: Digest::of(b"model"),
         tokenizer: Digest::of(b"tokenizer"),
-        federated_url: None,
-        ping_interval: PING_INTERVAL,
-        wait_for_client: seconds(60),
-        deadline: Deadline::Auto,
-        quorum: None,
+        ..MainConfig::new(placement, [2; 32], clients)
     }
 }
 
 pub fn federated_config() -> FederatedConfig {
     FederatedConfig {
-        version: PROTOCOL_VERSION,
-        control: ControlAccess::Local,
-        aggregation: None,
         max_clients: 100,
-        ping_interval: PING_INTERVAL,
+        ..FederatedConfig::default()
     }
 }
 
 pub fn client_config() -> ClientConfig {
     ClientConfig {
-        version: PROTOCOL_VERSION,
-        name: "Ada".to_owned(),
-        capabilities: capabilities(),
-        model: None,
-        tokenizer: None,
         secret: Some(SECRET.to_owned()),
-        retries: 3,
+        give_up: seconds(3600),
+        seed: 1,
+        ..ClientConfig::new("Ada", capabilities())
     }
 }
 

@@ -22,6 +22,7 @@ fn fault(clients: usize) -> impl Strategy<Value = Fault> {
         1 => (client.clone(), 1_u64..40).prop_map(|(client, length)| Fault::Partition(client, seconds(length))),
         1 => (client, endpoint).prop_map(|(client, endpoint)| Fault::Cut(client, endpoint)),
         1 => Just(Fault::CutControl),
+        1 => (1_u64..40).prop_map(|length| Fault::KillServer(seconds(length))),
     ]
 }
 
@@ -31,7 +32,10 @@ fn scenario() -> impl Strategy<Value = Scenario> {
         prop::collection::vec(1_u32..4, 0..4),
         prop_oneof![2 => Just(Vec::new()), 1 => prop::collection::vec(1_u32..4, 1..5)],
         prop::option::of((1e4..1e7_f64, 1e4..1e7_f64)),
-        prop::sample::select(Aggregation::ALL),
+        (
+            prop::sample::select(Aggregation::ALL),
+            prop::collection::vec((3_u32..12, (1_u64..40).prop_map(seconds)), 0..3),
+        ),
     );
     (
         any::<u64>(),
@@ -43,7 +47,8 @@ fn scenario() -> impl Strategy<Value = Scenario> {
         plan,
     )
         .prop_flat_map(
-            |(seed, weather, clients, rounds, local_steps, remote_control, (splits, cuts, rates, aggregation))| {
+            |(seed, weather, clients, rounds, local_steps, remote_control, (splits, cuts, rates, last))| {
+                let (aggregation, kept_and_killed) = last;
                 let moment = (0_u64..60_000).prop_map(Duration::from_millis);
                 (
                     1..=clients as u32,
@@ -64,6 +69,7 @@ fn scenario() -> impl Strategy<Value = Scenario> {
                             splits: splits.clone(),
                             cuts: cuts.clone(),
                             aggregation,
+                            kept_and_killed: kept_and_killed.clone(),
                             rates: rates.and_then(|(main, federated)| LinkRates::new(main, federated)),
                             wait_for_client: seconds(400),
                             time_limit: seconds(3600),
