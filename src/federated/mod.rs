@@ -38,6 +38,7 @@ use crate::terms::adapter::{AdapterShape, MatrixPlace};
 use crate::terms::aggregation::Aggregation;
 
 /// Why adapters cannot be averaged. `index` is the place in the list given.
+#[expect(missing_docs, reason = "the messages say it")]
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AverageError {
     #[error("there is no adapter to average")]
@@ -76,8 +77,11 @@ pub enum AverageError {
 pub struct ClientAdapter<'a> {
     /// Its examples.
     pub weight: u64,
+    /// How many of the first blocks it has.
     pub blocks: usize,
+    /// Its own rank, up to the run's.
     pub rank: usize,
+    /// The trained values, flat.
     pub values: &'a [f32],
 }
 
@@ -229,10 +233,12 @@ impl Rule {
         (shape.trained() == aggregation.trained()).then_some(Self { aggregation, shape })
     }
 
+    /// By what name.
     pub fn aggregation(&self) -> Aggregation {
         self.aggregation
     }
 
+    /// What the adapters look like.
     pub fn shape(&self) -> &AdapterShape {
         &self.shape
     }

@@ -9,6 +9,7 @@ use super::words;
 /// Which of an adapter's matrices are trained, averaged and sent. The others are what the run's seed makes them, on every device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Trained {
+    /// A and B.
     #[default]
     Both,
     /// A is frozen (FFA-LoRA, arXiv 2403.12313).
@@ -40,12 +41,17 @@ pub struct AdapterShape {
 /// Where one matrix lies in a flat adapter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MatrixPlace {
+    /// Of which block.
     pub block: usize,
+    /// Columns of A.
     pub inputs: usize,
+    /// Rows of B.
     pub outputs: usize,
+    /// Rows of A and columns of B.
     pub rank: usize,
     /// Start of A; where A is not in the adapter, the same as that of B.
     pub a: usize,
+    /// Start of B.
     pub b: usize,
 }
 
@@ -82,10 +88,12 @@ impl AdapterShape {
         (1..=Self::MOST_VALUES).contains(&values).then_some(shape)
     }
 
+    /// Of the run.
     pub fn rank(&self) -> usize {
         self.rank
     }
 
+    /// Which matrices are trained.
     pub fn trained(&self) -> Trained {
         self.trained
     }

@@ -8,7 +8,6 @@ use sflllm::protocol::codec::{
 };
 use sflllm::protocol::message::*;
 use sflllm::protocol::*;
-use sflllm::terms::adapter::Trained;
 use sflllm::terms::format::Format;
 use sflllm::terms::ids::{RoundKey, RunId, StepKey};
 use sflllm::terms::optimizer::{OptimizerSettings, Schedule};
