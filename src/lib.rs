@@ -2,7 +2,7 @@
 //! (SflLLM, arXiv 2504.14667).
 //!
 //! The model is cut at a block. Edge clients, browser tabs and native processes, run the embedding and the blocks below the cut
-//! with LoRA adapters; the main server runs the rest, the head and the loss; the federated server averages the clients' adapters.
+//! with LoRA adapters; the main server runs the rest, the head and the loss; the federated server aggregates the clients' adapters.
 //! Every kernel is hand-written WGSL, run by wgpu natively and by WebGPU in a browser, and specified by plain loops that the variants
 //! for devices and the functions of the CPU engine are held against.
 //!
@@ -56,13 +56,13 @@
 //! cli (native)                         all of them
 //! ```
 //!
-//! * [`terms`]: the words that all layers share: wire form, weight format, optimiser settings, moments, speed, phases, ids.
+//! * [`terms`]: the words that all layers share: adapter shapes, wire form, weight format, optimiser settings, moments, speed, phases, ids.
 //! * [`compute`]: buffers, recordings, and the GPU and CPU engines that replay them; the only module that names wgpu.
 //! * [`kernels`]: contracts with their specifications, the variants that run them, launchers.
 //! * [`model`]: architectures, files (safetensors, GGUF, PEFT) in and out, LoRA, the recording of a transformer's passes, the
 //!   optimiser, generation; what a step costs, and how many rounds a rank was measured to need.
 //! * [`split`]: the client's and the server's side of the cut, and what crosses it.
-//! * [`federated`]: the weighted mean of adapters.
+//! * [`federated`]: clients' adapters to one: means, trimmed means, medians, exact products.
 //! * [`protocol`]: messages and state machines of client, main server and federated server, without sockets or clocks.
 //! * [`allocation`]: who gets which subchannels, power, cut and rank, so that training takes the least time; certified.
 //! * [`simulation`]: a seeded network in virtual time around the state machines, the clients' ([`client::edge`]) among them.
@@ -80,7 +80,7 @@
 //! 3. The session sends them; the main server's session collects the contributions of the step's members.
 //! 4. [`split::ServerPart`] runs blocks, head, loss and the way back for each of them, and takes its optimiser step.
 //! 5. Each client gets the gradient of its own loss, replays its backward recording and takes its own optimiser step.
-//! 6. At the end of a round the clients' adapters go to the federated session, which averages and broadcasts.
+//! 6. At the end of a round the clients' adapters go to the federated session, which aggregates and broadcasts.
 //!
 //! Between rounds a planner (`server::planner`) may move the cut: blocks change sides with their adapter and the optimiser's
 //! moments, and the clients load what they lack. Before the first round it may give every client a cut of its own, for the whole run:

@@ -23,6 +23,7 @@ use crate::protocol::Deadline;
 use crate::runs::directory::RunDirectory;
 use crate::server::{self, Ending, Listen, Role, Run};
 use crate::split::Training;
+use crate::terms::aggregation::Aggregation;
 use crate::terms::optimizer::{OptimizerSettings, Schedule};
 use crate::terms::tensor::WireForm;
 
@@ -264,6 +265,8 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         wait: Duration::from_secs(10),
         deadline: Deadline::Auto,
         quorum: None,
+        aggregation: Aggregation::Mean,
+        ranks: Vec::new(),
         planner: None,
     };
     let hosting = Hosting {

@@ -32,10 +32,13 @@ use crate::protocol::message::Digest;
 use crate::runs::directory::RunDirectory;
 use crate::server::allocator::{self, Allocator};
 use crate::server::listen::{join_link, link_fragment, qr_code};
+use crate::server::metrics::RoundRecord;
 use crate::server::{
     self, Address, Ending, HostName, Interrupted, Limits, Listen, Report, Role, Run, Server, Settings, Summary,
 };
 use crate::split::Training;
+use crate::terms::adapter::Trained;
+use crate::terms::aggregation::Aggregation;
 use crate::terms::tensor::WireForm;
 use crate::transport::{self, Dialer, Fingerprint, JoinLink, Trust};
 
@@ -140,6 +143,15 @@ pub struct Options {
     /// begin the round again once enough are back, or go on with whom there is after --wait [default: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub quorum: Option<u32>,
+    /// How clients' adapters become one. mean: of A and of B; what that misses of the mean change is told. trimmed, median: of each
+    /// value, without its extremes or in its middle, whatever few clients send. flora, fedex: what is validated and saved is the
+    /// mean change itself, at a larger rank; clients go on with its nearest of their rank, or with the means. ffa: A is frozen, only B
+    /// is trained and sent. With --role federated, main servers that do otherwise are refused [default: mean]
+    #[arg(long, value_name = "mean|trimmed|median|flora|fedex|ffa")]
+    pub aggregate: Option<Aggregation>,
+    /// Ranks of the clients, in turn as they join, none above --rank: 4,8,16 for devices that differ (needs --split N)
+    #[arg(long, value_name = "N,N,...", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..))]
+    pub client_ranks: Vec<u32>,
     /// Take up the interrupted run in this directory: at the beginning of the round that was open, with the options, the token and the
     /// addresses it began with, so that its clients find it again. Beside it only --quiet, --json, --open and --device
     #[arg(long, value_name = "DIR")]
@@ -320,19 +332,16 @@ fn begin(options: Options, resumed: Option<Resumed>) -> anyhow::Result<()> {
             bail!("--local-clients and --valid belong to the main server; start this one with --role federated only");
         }
         let mut directory = RunDirectory::create(options.out.as_deref(), "federated")?;
-        directory.note(json!({ "command": COMMAND, "role": "federated" }))?;
+        directory.note(json!({ "command": COMMAND, "role": "federated", "aggregate": options.aggregate }))?;
         let control_key = match control_key.as_deref() {
             None | Some("generate") => server::generate_token(),
             Some(key) => key.to_owned(),
         };
-        let summary = host(
-            hosting,
-            Role::Federated { control_key },
-            directory,
-            None,
-            Vec::new(),
-            None,
-        )?;
+        let role = Role::Federated {
+            control_key,
+            aggregation: options.aggregate,
+        };
+        let summary = host(hosting, role, directory, None, Vec::new(), None)?;
         return conclude(&summary, None, &options.output);
     }
 
@@ -422,7 +431,12 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
         ..
     } = options.batches;
     let seq = options.batches.seq(source.architecture.positions)?;
+    let aggregation = options.aggregate.unwrap_or_default();
     let initial = match &options.lora.init_adapter {
+        Some(_) if aggregation.trained() != Trained::Both => bail!(
+            "--aggregate {aggregation} freezes the matrices A that the run's seed makes, and --init-adapter brings others; leave one \
+             of the two out"
+        ),
         Some(directory) => source.adapter(directory)?.with_one_rank(&source.architecture)?,
         None => Adapter::init(
             &source.architecture,
@@ -444,6 +458,34 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
     );
     if !options.output.quiet {
         console::say(&said);
+    }
+    let mut initial = initial;
+    initial.spec.trained = aggregation.trained();
+    let initial = Adapter::from_values(
+        &source.architecture,
+        &initial.spec,
+        0..source.architecture.blocks,
+        initial.values,
+    )?;
+    if let Some(rank) = options
+        .client_ranks
+        .iter()
+        .find(|rank| **rank as usize > initial.spec.rank)
+    {
+        bail!(
+            "--client-ranks {rank}: the run's rank is {}, and clients can have smaller ones only; give a larger --rank",
+            initial.spec.rank
+        );
+    }
+    let has_ranks = !options.client_ranks.is_empty();
+    if has_ranks && options.split == Choice::Auto {
+        bail!("--client-ranks needs --split N: with ranks of their own, clients keep their blocks");
+    }
+    if options.per_client_split && aggregation == Aggregation::Flora {
+        bail!(
+            "--aggregate flora puts adapters in other coordinates in every round, which the server's optimiser of blocks that \
+             some clients have too cannot follow; take --aggregate fedex, or leave out --per-client-split"
+        );
     }
     let training = Training {
         spec: initial.spec.clone(),
@@ -476,6 +518,7 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
             "local_clients": options.local_clients, "split": cut, "spec": training.spec,
             "optimizer": training.optimizer, "batch": batch, "seq": seq, "wire": training.wire,
             "seed": seed, "shuffle": !no_shuffle, "wait": options.wait, "deadline_s": options.deadline.seconds(), "quorum": options.quorum,
+            "aggregate": aggregation, "client_ranks": options.client_ranks,
         },
         "settings": said,
         "valid": options.valid.as_ref().zip(valid.as_ref()).map(|(path, data)| describe(path, data)),
@@ -511,6 +554,7 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
         per_client_split: options.per_client_split,
         rank: match options.lora.init_adapter {
             Some(_) => Some(training.spec.rank),
+            None if has_ranks => Some(training.spec.rank),
             None => options.lora.rank.value(),
         },
         rounds,
@@ -529,6 +573,8 @@ fn prepare(options: &Options, directory: &mut RunDirectory) -> anyhow::Result<Pr
         wait: Duration::from_secs(options.wait.into()),
         deadline: options.deadline,
         quorum: options.quorum,
+        aggregation,
+        ranks: options.client_ranks.clone(),
         planner: Some(Box::new(planner)),
         model: model(source),
     };
@@ -629,7 +675,7 @@ async fn host_here(
         plan: Mutex::new(String::new()),
     };
     let control_key = match &role {
-        Role::Federated { control_key } => Some(control_key.clone()),
+        Role::Federated { control_key, .. } => Some(control_key.clone()),
         _ => None,
     };
     let is_page = control_key.is_none();
@@ -843,6 +889,32 @@ pub(super) fn conclude(summary: &Summary, adapter: Option<&Path>, output: &Outpu
     Ok(printed?)
 }
 
+/// What plain averaging misses of the mean change, and what the round's own way does.
+fn missed(round: &RoundRecord) -> String {
+    let (Some(averaging), Some(start), Some(aggregation)) =
+        (round.averaging_error, round.start_error, round.aggregation)
+    else {
+        return String::new();
+    };
+    let percent = |error: f64| format!("{:.2} %", 100.0 * error);
+    let own = match aggregation {
+        Aggregation::Mean | Aggregation::Ffa => String::new(),
+        Aggregation::Trimmed | Aggregation::Median | Aggregation::Flora => {
+            format!(
+                ", {aggregation} {}{}",
+                percent(start),
+                if aggregation == Aggregation::Flora {
+                    " at the clients"
+                } else {
+                    ""
+                }
+            )
+        }
+        Aggregation::Fedex => String::from(", fedex none in what is saved"),
+    };
+    format!(", averaging error {}{own}", percent(averaging))
+}
+
 struct Shown {
     console: Console,
     steps: u64,
@@ -947,8 +1019,9 @@ impl Shown {
                     0 => String::new(),
                     count => format!(", without {count}"),
                 };
+                let missed = missed(&round);
                 console.line(format!(
-                    "round {}: {} adapter{} averaged in {:.1} s{predicted}{partial}{validation}",
+                    "round {}: {} adapter{} averaged in {:.1} s{predicted}{partial}{missed}{validation}",
                     round.round,
                     round.adapters,
                     plural(round.adapters),

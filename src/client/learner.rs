@@ -9,16 +9,19 @@ use super::edge::Standing;
 use super::loader::Held;
 use super::plan::Plan;
 use crate::data::{Batches, Example};
+use crate::model::adapter::Adapter;
 use crate::protocol::message::Gradient;
 use crate::protocol::{ActivationsInput, AdapterInput};
 use crate::split::{ClientPart, Clock};
 use crate::terms::ids::{RoundKey, StepKey};
-use crate::terms::moments::Moments;
+use crate::terms::moments::{MomentPolicy, Moments};
 use crate::terms::speed::Speed;
 
 /// Computes what the session asks for.
 pub struct Learner {
     part: ClientPart,
+    /// As it was installed; what of it is not trained is what it was from the beginning.
+    installed: Adapter,
     plan: Plan,
     clock: Clock,
     batches: Batches,
@@ -38,6 +41,7 @@ pub struct Learner {
 impl Learner {
     pub(super) fn new(
         part: ClientPart,
+        installed: Adapter,
         plan: Plan,
         clock: Clock,
         batches: Batches,
@@ -46,6 +50,7 @@ impl Learner {
     ) -> Self {
         Self {
             part,
+            installed,
             plan,
             clock,
             batches,
@@ -101,6 +106,9 @@ impl Learner {
             return Ok(());
         };
         self.batches.restore(*cursor)?;
+        if self.plan.moments == MomentPolicy::Reset {
+            return Ok(self.part.set_moments(&Moments::zero(self.installed.layout.len()))?);
+        }
         let own = self.part.moments().await?;
         // Of blocks that have come since then nothing is known but what came with them.
         if moments.len() >= own.len() || self.gained {
@@ -122,23 +130,31 @@ impl Learner {
         })
     }
 
-    /// `InstallAdapter`: takes the flat values of the client's side, and the moments of blocks that are new to it. Where those
-    /// do not come, because the blocks were moved while this client was away, its optimiser begins anew.
+    /// `InstallAdapter`: takes the trained values of the client's side, and the moments of blocks that are new to it. Where
+    /// those do not come, because the blocks were moved while this client was away, or where the run's moments are of no use with
+    /// other values, its optimiser begins anew.
     ///
     /// # Errors
     /// [`Error::Assignment`] for moments of other blocks, [`Error::Split`] for another length.
     pub async fn install(&mut self, values: &[f32], moments: Option<Moments>) -> Result<(), Error> {
-        self.part.set_adapter(values)?;
+        let Adapter {
+            layout, values: all, ..
+        } = &mut self.installed;
+        layout.scatter(values, all)?;
+        self.part.set_adapter(all)?;
+        let none = Moments::zero(layout.len());
         self.gained = moments.is_some();
         match moments {
+            _ if self.plan.moments == MomentPolicy::Reset => self.part.set_moments(&none)?,
             Some(gained) => {
-                let own = self.part.moments().await?;
+                let own = layout.gather_moments(&self.part.moments().await?);
                 let Some(kept) = own.len().checked_sub(gained.len()) else {
                     return Err(Error::Assignment("moments of more blocks than there are".to_owned()));
                 };
-                self.part.set_moments(&own.slice(0..kept).followed_by(gained))?;
+                let moments = own.slice(0..kept).followed_by(gained);
+                self.part.set_moments(&layout.scatter_moments(&moments)?)?;
             }
-            None if self.unfilled > 0 => self.part.set_moments(&Moments::zero(values.len()))?,
+            None if self.unfilled > 0 => self.part.set_moments(&none)?,
             None => {}
         }
         self.unfilled = 0;
@@ -177,16 +193,22 @@ impl Learner {
         Ok((self.clock)().saturating_sub(start))
     }
 
-    /// `UploadAdapter`: the flat adapter, the examples it was trained on in this round, and the moments of the blocks from `split`
+    /// `UploadAdapter`: the adapter's trained values, flat, the examples it was trained on in this round, and the moments of the blocks from `split`
     /// on as after `steps` optimiser steps. With it, where training stands.
     ///
     /// # Errors
     /// [`Error::Split`].
     pub async fn adapter(&self, round: RoundKey, split: u32, steps: u64) -> Result<(AdapterInput, Standing), Error> {
-        let values = self.part.adapter().await?;
+        let layout = &self.installed.layout;
+        let values = layout.gather(&self.part.adapter().await?);
         let standing = self.standing().await?;
         let stays = values.len() / self.plan.cut * (split as usize).min(self.plan.cut);
-        let leaving = || standing.moments.slice(stays..values.len()).at(steps);
+        let leaving = || {
+            layout
+                .gather_moments(&standing.moments)
+                .slice(stays..values.len())
+                .at(steps)
+        };
         let moments = (stays < values.len()).then(leaving);
         let input = AdapterInput {
             round,

@@ -173,7 +173,7 @@ impl Loader {
         Ok(())
     }
 
-    /// The loaded model with its data, which goes on where an earlier assignment stood. The adapter is zero until
+    /// The loaded model with its data, which goes on where an earlier assignment stood. What is trained of the adapter is zero until
     /// [`Learner::install`].
     ///
     /// # Errors
@@ -200,10 +200,11 @@ impl Loader {
             first_block: 0,
             head: None,
         };
-        let len = AdapterLayout::new(&plan.architecture, &plan.training.spec, 0..plan.cut)?.len();
-        let mut part = ClientPart::with_weights(&engine, &plan.architecture, weights, &plan.training, &vec![0.0; len])?;
-        let unfilled = len - moments.len();
+        let layout = AdapterLayout::new(&plan.architecture, &plan.training.spec, 0..plan.cut)?;
+        let adapter = plan.adapter(&vec![0.0; layout.trained_len()])?;
+        let mut part = ClientPart::with_weights(&engine, &plan.architecture, weights, &plan.training, &adapter.values)?;
+        let unfilled = layout.len() - moments.len();
         part.set_moments(&moments.followed_by(Moments::zero(unfilled)))?;
-        Ok(Learner::new(part, plan, clock, batches, speed, unfilled))
+        Ok(Learner::new(part, adapter, plan, clock, batches, speed, unfilled))
     }
 }

@@ -29,7 +29,7 @@ pub fn assign(
     let cut = config.split as usize;
     let mut assignment = Assignment::new(run, config, model.to_json());
     let spec = training(model, &assignment)?.spec;
-    assignment.adapter_len = AdapterLayout::new(model, &spec, 0..cut)?.len() as u64;
+    assignment.adapter_len = AdapterLayout::new(model, &spec, 0..cut)?.trained_len() as u64;
     let mut parts = Vec::new();
     for unit in units(cut) {
         let data = weights.unit(unit, holding)?;

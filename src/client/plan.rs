@@ -8,12 +8,14 @@ use sha2::{Digest as _, Sha256};
 
 use super::Error;
 use crate::data::{self, Batches, Cursor, DataError, Example};
-use crate::model::adapter::{AdapterLayout, Exception, LoraSpec};
+use crate::model::adapter::{Adapter, AdapterError, AdapterLayout, Exception, LoraSpec};
 use crate::model::architecture::Architecture;
 use crate::model::unit::Unit;
 use crate::protocol::message::{Assignment, Blob, OwnAlpha};
 use crate::split::{self, Training};
+use crate::terms::adapter::Trained;
 use crate::terms::ids::RunId;
+use crate::terms::moments::MomentPolicy;
 
 /// The largest `tokenizer.json` that is fetched.
 const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
@@ -36,6 +38,7 @@ pub struct Plan {
     pub local_steps: u32,
     seed: u64,
     shuffle: bool,
+    pub(super) moments: MomentPolicy,
     pub(super) units: Vec<Blob>,
     tokenizer: Option<Blob>,
 }
@@ -69,11 +72,11 @@ impl Plan {
         }
         let training = training(&architecture, assignment)?;
         let layout = AdapterLayout::new(&architecture, &training.spec, 0..cut)?;
-        if layout.len() as u64 != assignment.adapter_len {
+        if layout.trained_len() as u64 != assignment.adapter_len {
             return fail(format!(
                 "an adapter of {} values, expected {}",
                 assignment.adapter_len,
-                layout.len()
+                layout.trained_len()
             ));
         }
         let names: Vec<&str> = assignment.weights.iter().map(|blob| blob.name.as_str()).collect();
@@ -109,6 +112,7 @@ impl Plan {
             local_steps: run.local_steps,
             seed: run.seed,
             shuffle: run.shuffle,
+            moments: run.moments,
             units: assignment.weights.clone(),
             tokenizer,
         })
@@ -133,6 +137,22 @@ impl Plan {
     pub(super) fn shares_data(&self, other: &Plan) -> bool {
         let same = |plan: &Plan| (plan.run, plan.training.seq, plan.architecture.vocab);
         same(self) == same(other) && self.tokenizer == other.tokenizer
+    }
+
+    /// The client side's adapter with these trained values; what is not trained is what the run's seed makes it.
+    ///
+    /// # Errors
+    /// As [`Adapter::from_values`].
+    pub fn adapter(&self, trained: &[f32]) -> Result<Adapter, AdapterError> {
+        let (spec, blocks) = (&self.training.spec, 0..self.cut);
+        match spec.trained {
+            Trained::Both => Adapter::from_values(&self.architecture, spec, blocks, trained.to_vec()),
+            Trained::B => {
+                let mut adapter = Adapter::init(&self.architecture, spec, blocks, self.seed)?;
+                adapter.layout.scatter(trained, &mut adapter.values)?;
+                Ok(adapter)
+            }
+        }
     }
 
     /// The endless batches of this client, from its first example or from `cursor`.
@@ -175,8 +195,10 @@ pub(super) fn training(model: &Architecture, assignment: &Assignment) -> Result<
         })
     };
     let exceptions = assignment.alphas.iter().map(exception).collect::<Result<_, _>>()?;
+    let mut spec = LoraSpec::new(rank, run.alpha, targets)?.with_exceptions(exceptions)?;
+    spec.trained = assignment.trained;
     Ok(Training {
-        spec: LoraSpec::new(rank, run.alpha, targets)?.with_exceptions(exceptions)?,
+        spec,
         optimizer: run.optimizer,
         batch: run.batch as usize,
         seq: run.seq as usize,

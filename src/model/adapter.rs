@@ -15,6 +15,8 @@ use serde::{Deserialize, Serialize};
 
 use super::architecture::Architecture;
 use super::archive::ArchiveError;
+use crate::terms::adapter::{AdapterShape, MatrixShape, Trained};
+use crate::terms::moments::Moments;
 
 /// The largest rank accepted.
 pub(crate) const MAX_RANK: usize = 1 << 14;
@@ -155,6 +157,13 @@ pub struct LoraSpec {
     /// Projections whose rank or α is another; ordered by block and target, each at most once.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub exceptions: Vec<Exception>,
+    /// Which matrices are trained; the others keep what [`Adapter::init`] gave them, or what a file has.
+    #[serde(skip_serializing_if = "is_both")]
+    pub trained: Trained,
+}
+
+fn is_both(trained: &Trained) -> bool {
+    *trained == Trained::Both
 }
 
 /// A projection of one block whose adapter differs from what the spec says of its target.
@@ -177,6 +186,8 @@ struct LoraSpecFields {
     rank_stabilised: bool,
     #[serde(default)]
     exceptions: Vec<Exception>,
+    #[serde(default)]
+    trained: Trained,
 }
 
 impl TryFrom<LoraSpecFields> for LoraSpec {
@@ -185,6 +196,7 @@ impl TryFrom<LoraSpecFields> for LoraSpec {
     fn try_from(fields: LoraSpecFields) -> Result<Self, AdapterError> {
         let mut spec = Self::new(fields.rank, fields.alpha, fields.targets)?.with_exceptions(fields.exceptions)?;
         spec.rank_stabilised = fields.rank_stabilised;
+        spec.trained = fields.trained;
         Ok(spec)
     }
 }
@@ -255,6 +267,7 @@ impl LoraSpec {
             targets,
             rank_stabilised: false,
             exceptions: Vec::new(),
+            trained: Trained::Both,
         })
     }
 
@@ -391,6 +404,7 @@ pub struct AdapterLayout {
     blocks: Range<usize>,
     entries: Vec<AdapterEntry>,
     len: usize,
+    trained: Trained,
 }
 
 impl AdapterLayout {
@@ -441,7 +455,12 @@ impl AdapterLayout {
             });
             len = offset_b + outputs * rank;
         }
-        Ok(Self { blocks, entries, len })
+        Ok(Self {
+            blocks,
+            entries,
+            len,
+            trained: spec.trained,
+        })
     }
 
     /// The blocks covered.
@@ -476,6 +495,102 @@ impl AdapterLayout {
             entry.map_or(self.len, |entry| entry.offset_a)
         };
         start(blocks.start)..start(blocks.end)
+    }
+
+    /// Which matrices are trained.
+    pub fn trained(&self) -> Trained {
+        self.trained
+    }
+
+    /// Values of the trained matrices: what of an adapter travels.
+    pub fn trained_len(&self) -> usize {
+        self.trained_ranges().map(|range| range.len()).sum()
+    }
+
+    /// Where they lie.
+    fn trained_ranges(&self) -> impl Iterator<Item = Range<usize>> + '_ {
+        self.entries.iter().map(|entry| match self.trained {
+            Trained::Both => entry.offset_a..entry.range_b().end,
+            Trained::B => entry.range_b(),
+        })
+    }
+
+    /// Takes the trained values out of a whole adapter's.
+    ///
+    /// # Panics
+    /// If `whole` is not of this layout.
+    pub fn gather(&self, whole: &[f32]) -> Vec<f32> {
+        assert_eq!(whole.len(), self.len, "adapter values");
+        self.trained_ranges().flat_map(|range| &whole[range]).copied().collect()
+    }
+
+    /// Puts trained values where they belong in a whole adapter's, whose others stay.
+    ///
+    /// # Errors
+    /// [`AdapterError::Length`] when they are not as many as there are.
+    pub fn scatter(&self, trained: &[f32], whole: &mut [f32]) -> Result<(), AdapterError> {
+        let fail = |expected, found| Err(AdapterError::Length { expected, found });
+        if whole.len() != self.len {
+            return fail(self.len, whole.len());
+        }
+        if trained.len() != self.trained_len() {
+            return fail(self.trained_len(), trained.len());
+        }
+        let mut rest = trained;
+        for range in self.trained_ranges() {
+            let (own, further) = rest.split_at(range.len());
+            whole[range].copy_from_slice(own);
+            rest = further;
+        }
+        Ok(())
+    }
+
+    /// The moments of the trained values.
+    ///
+    /// # Panics
+    /// If they are not of this layout.
+    pub fn gather_moments(&self, moments: &Moments) -> Moments {
+        Moments {
+            steps: moments.steps,
+            first: self.gather(&moments.first),
+            second: self.gather(&moments.second),
+        }
+    }
+
+    /// The moments of a whole adapter whose trained values have these: the others, which have no gradient, have none.
+    ///
+    /// # Errors
+    /// As [`AdapterLayout::scatter`].
+    pub fn scatter_moments(&self, moments: &Moments) -> Result<Moments, AdapterError> {
+        let mut whole = Moments {
+            steps: moments.steps,
+            ..Moments::zero(self.len)
+        };
+        self.scatter(&moments.first, &mut whole.first)?;
+        self.scatter(&moments.second, &mut whole.second)?;
+        Ok(whole)
+    }
+
+    /// The matrices of a block as who aggregates adapters knows them; `None` where the blocks or the ranks differ, or there are none.
+    pub fn shape(&self) -> Option<AdapterShape> {
+        let first = self.entries.first()?;
+        let of_block = self
+            .entries
+            .iter()
+            .take_while(|entry| entry.block == first.block)
+            .count();
+        let sides = |entry: &AdapterEntry| (entry.inputs, entry.outputs, entry.rank);
+        let is_even = self.entries.len() == of_block * self.blocks.len()
+            && (self.entries.iter().zip(self.entries.iter().take(of_block).cycle()))
+                .all(|(entry, of_first)| sides(entry) == sides(of_first) && entry.rank == first.rank);
+        let matrix = |entry: &AdapterEntry| {
+            Some(MatrixShape {
+                inputs: u32::try_from(entry.inputs).ok()?,
+                outputs: u32::try_from(entry.outputs).ok()?,
+            })
+        };
+        let matrices = self.entries[..of_block].iter().map(matrix).collect::<Option<_>>()?;
+        AdapterShape::new(first.rank, self.trained, matrices).filter(|_| is_even)
     }
 
     /// Values in all.
@@ -654,6 +769,43 @@ impl Adapter {
             }
         }
         Ok(Self { spec, layout, values })
+    }
+
+    /// This adapter with other products in its first blocks: `ranks` of their matrices, in the order of the layout, and the matrices,
+    /// which are scaled as this adapter's are. A matrix of rank 0 is not adapted.
+    ///
+    /// # Errors
+    /// As [`AdapterLayout::new`]; [`AdapterError::Length`] when there are more ranks than matrices, or the values are not as many.
+    pub fn with_products(&self, model: &Architecture, ranks: &[u32], values: &[f32]) -> Result<Self, AdapterError> {
+        let entries = self.layout.entries();
+        let (Some(replaced), Some(kept)) = (entries.get(..ranks.len()), entries.get(ranks.len()..)) else {
+            return Err(AdapterError::Length {
+                expected: entries.len(),
+                found: ranks.len(),
+            });
+        };
+        let mut exceptions: Vec<Exception> = (replaced.iter().zip(ranks))
+            .map(|(entry, &rank)| Exception {
+                block: entry.block,
+                target: entry.target,
+                rank: rank as usize,
+                alpha: match (rank, self.spec.rank_stabilised) {
+                    (0, _) => self.spec.alpha,
+                    (rank, false) => entry.scale * rank as f32,
+                    (rank, true) => entry.scale * (rank as f32).sqrt(),
+                },
+            })
+            .collect();
+        let is_replaced = |exception: &&Exception| {
+            let same = |entry: &AdapterEntry| (entry.block, entry.target) == (exception.block, exception.target);
+            replaced.iter().any(same)
+        };
+        exceptions.extend(self.spec.exceptions.iter().filter(|exception| !is_replaced(exception)));
+        exceptions.sort_by_key(|exception| (exception.block, exception.target));
+        let spec = self.spec.clone().with_exceptions(exceptions)?;
+        let start = kept.first().map_or(self.values.len(), |entry| entry.offset_a);
+        let whole = [values, &self.values[start..]].concat();
+        Self::from_values(model, &spec, self.layout.blocks(), whole)
     }
 
     /// This adapter and the one of the blocks that follow, as one: the client's part and the server's.

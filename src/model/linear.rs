@@ -11,6 +11,7 @@ use crate::kernels::{lora, matmul};
 use super::adapter::{AdapterEntry, AdapterLayout, Target};
 use super::architecture::Architecture;
 use super::unit::{Tensor, UnitData};
+use crate::terms::adapter::Trained;
 
 /// An adapter on the device with what its training needs. Flat, in the order of [`AdapterLayout`].
 pub struct Lora {
@@ -18,6 +19,8 @@ pub struct Lora {
     pub(super) values: Buffer,
     pub(super) gradient: Buffer,
     pub(super) scalars: Buffer,
+    /// The values as they were set, where some of them are not trained: weight decay is not to move those.
+    pub(super) frozen: Option<Buffer>,
 }
 
 /// Scratch of the adapters' gradients, shared by all projections. rows = batch·seq.
@@ -248,15 +251,17 @@ impl Linear {
                 scale,
             };
             let x = Columns::all(x, inputs);
-            lora::backward_a(
-                recording,
-                of_a,
-                &scratch.v,
-                x,
-                &lora.scalars,
-                &scratch.partial,
-                &lora.gradient,
-            );
+            if lora.layout.trained() == Trained::Both {
+                lora::backward_a(
+                    recording,
+                    of_a,
+                    &scratch.v,
+                    x,
+                    &lora.scalars,
+                    &scratch.partial,
+                    &lora.gradient,
+                );
+            }
             matmul::Lora {
                 u: &scratch.v,
                 adapter: &lora.values,

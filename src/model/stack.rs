@@ -21,6 +21,7 @@ use super::part::attention::{Cache, Over};
 use super::unit::Unit;
 use super::weights::UnitSource;
 use super::workspace::{BackwardTo, Extent, Workspace};
+use crate::terms::adapter::Trained;
 use crate::terms::moments::Moments;
 use crate::terms::optimizer::OptimizerSettings;
 
@@ -118,6 +119,10 @@ impl Stack {
                     values: engine.buffer_from("adapter", values)?,
                     gradient: engine.buffer("adapter.gradient", if training { values.len() } else { 1 })?,
                     scalars: scalars.clone(),
+                    frozen: match layout.trained() {
+                        Trained::B if training => Some(engine.buffer_from("adapter.frozen", values)?),
+                        _ => None,
+                    },
                 })
             })
             .transpose()?;
@@ -321,6 +326,13 @@ impl Stack {
             &self.scalars,
             (&lora.values, &moments.first, &moments.second),
         );
+        if let Some(frozen) = &lora.frozen {
+            // Without a gradient it is only the decay that moved them.
+            for entry in lora.layout.entries() {
+                let (start, len) = (entry.offset_a, entry.range_a().len());
+                recording.copy((frozen, start), (&lora.values, start), len);
+            }
+        }
         recording.clear(&lora.gradient);
     }
 
@@ -476,6 +488,9 @@ impl Stack {
         let lora = self.lora.as_ref().expect("a stack with an adapter");
         assert_eq!(values.len(), lora.layout.len(), "adapter values");
         self.engine.upload(&lora.values, 0, values);
+        if let Some(frozen) = &lora.frozen {
+            self.engine.upload(frozen, 0, values);
+        }
     }
 
     /// The optimiser's moments of the adapter's values.

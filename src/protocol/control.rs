@@ -11,6 +11,7 @@ use super::client::ClientFailure;
 use super::dial::{Dialer, Heard, Patience, Tick};
 use super::message::*;
 use super::{Endpoint, MAX_FRAME_BYTES};
+use crate::terms::aggregation::Aggregation;
 
 /// Who the main server is to the federated one.
 #[derive(Clone, Debug)]
@@ -159,6 +160,22 @@ impl ControlSession {
     pub fn send(&mut self, control: Control) {
         if matches!(control, Control::Base { .. }) && self.theirs < DEADLINES_SINCE {
             // It compares adapters with each other only.
+            return;
+        }
+        if let Control::Rule(rule) = &control
+            && self.theirs < AGGREGATION_SINCE
+        {
+            // The mean is all that it knows, and all members have one rank then.
+            if rule.aggregation() != Aggregation::Mean {
+                self.fail(ClientFailure::Protocol {
+                    endpoint: Endpoint::Federated,
+                    detail: format!(
+                        "it speaks protocol {}, and this run aggregates by `{}`, which needs {AGGREGATION_SINCE}",
+                        self.theirs,
+                        rule.aggregation()
+                    ),
+                });
+            }
             return;
         }
         if let Some(link) = self.dialer.link() {

@@ -14,6 +14,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use super::Error;
 use super::gate::{Limits, Passage, SMALL_FRAME_BYTES};
 use super::planner::{Decision, Facts};
+use crate::federated::Exact;
 use crate::protocol::{ConnectionId, Contribution, Endpoint, GradientOutput, Placement};
 use crate::split::{Evaluation, LaneError};
 use crate::terms::ids::{ClientId, RoundKey, StepKey};
@@ -136,6 +137,8 @@ pub enum Work {
     Close {
         round: RoundKey,
         average: Vec<f32>,
+        /// What is validated and saved instead of it, where that is more.
+        exact: Option<Exact>,
         moments: Option<Moments>,
         split: usize,
     },
@@ -150,6 +153,8 @@ pub struct Side {
     pub values: Vec<f32>,
     /// And what the optimiser keeps of it.
     pub moments: Moments,
+    /// What the model's first blocks come to, where that is more than the clients' adapter and this one.
+    pub exact: Option<Exact>,
 }
 
 impl Side {
@@ -158,6 +163,7 @@ impl Side {
         Self {
             moments: Moments::zero(values.len()),
             values,
+            exact: None,
         }
     }
 }

@@ -5,6 +5,7 @@
 //! drive the same.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
@@ -15,6 +16,7 @@ use super::planner::{Decision, Facts, Planner};
 use super::store::Blobs;
 use crate::compute::Engine;
 use crate::data::{self, Example};
+use crate::federated::Exact;
 use crate::model::adapter::{Adapter, AdapterLayout, LoraSpec};
 use crate::model::architecture::Architecture;
 use crate::model::unit::Unit;
@@ -23,6 +25,7 @@ use crate::protocol::message::{Assignment, Blob, RunConfig};
 use crate::protocol::{Contribution, GradientOutput, Placement};
 use crate::runs::directory;
 use crate::split::{self, Evaluation, LaneError, Moved, ServerPart, Training};
+use crate::terms::aggregation::Aggregation;
 use crate::terms::ids::{ClientId, StepKey};
 use crate::terms::moments::Moments;
 
@@ -44,6 +47,9 @@ pub struct KeeperSettings {
     pub parts: Vec<Blob>,
     pub blobs: Arc<Blobs>,
     pub planner: Option<Box<dyn Planner>>,
+    pub aggregation: Aggregation,
+    /// Clients' own ranks, in turn.
+    pub ranks: Vec<u32>,
     pub validation: Option<Vec<Example>>,
     /// Where the whole model's adapter is saved, and what it says it belongs to.
     pub adapter_directory: PathBuf,
@@ -53,7 +59,7 @@ pub struct KeeperSettings {
 /// This side of a round's beginning, and what of the other side it has to know.
 pub struct Beginning {
     pub side: Arc<Side>,
-    /// The client side's adapter, as far as the largest cut, and clients' own cuts where they differ.
+    /// The client side's whole adapter, what is not trained as well, as far as the largest cut, and clients' own cuts where they differ.
     pub client_values: Vec<f32>,
     pub cuts: BTreeMap<ClientId, usize>,
 }
@@ -152,7 +158,7 @@ impl Keeper {
     /// [`Error`]; the keeper is gone then.
     pub async fn handle(mut self, work: Work) -> Result<(Self, Option<Done>), Error> {
         let done = match work {
-            Work::Baseline => Done::Baseline(self.evaluate().await?),
+            Work::Baseline => Done::Baseline(self.evaluate(&self.side.values, self.side.exact.as_ref()).await?),
             Work::Contribute { key, contribution } => self.contribute(key, contribution).await?,
             Work::CloseStep { key, lanes } => self.close_step(key, &lanes)?,
             Work::Restore => {
@@ -167,15 +173,17 @@ impl Keeper {
             Work::Copy { round } => {
                 let mut values = self.part.adapter().await?;
                 values.truncate(self.shared);
+                let values = self.layout(self.part.cut()..self.largest())?.gather(&values);
                 Done::Copied { round, values }
             }
             Work::Close {
                 round,
                 average,
+                exact,
                 moments,
                 split,
             } => {
-                let (saved, evaluation) = self.close(average).await?;
+                let (saved, evaluation) = self.close(&average, exact).await?;
                 let mut placement = None;
                 if evaluation.is_none_or(|evaluation| evaluation.loss.is_finite()) {
                     (self, placement) = self.recut(split, moments).await?;
@@ -243,26 +251,43 @@ impl Keeper {
         Ok(self.part.set_moments(&self.side.moments)?)
     }
 
+    /// Blocks of the client that holds the most.
+    fn largest(&self) -> usize {
+        self.cuts.values().copied().max().unwrap_or_else(|| self.part.cut())
+    }
+
+    fn layout(&self, blocks: Range<usize>) -> Result<AdapterLayout, Error> {
+        let KeeperSettings {
+            architecture, training, ..
+        } = &self.settings;
+        Ok(AdapterLayout::new(architecture, &training.spec, blocks)?)
+    }
+
     /// Takes a round's average in; whether it could be saved, and its validation. A round whose validation loss is not finite is
     /// as if it had not been.
-    async fn close(&mut self, mut average: Vec<f32>) -> Result<(Result<(), Error>, Option<Evaluation>), Error> {
+    async fn close(
+        &mut self,
+        average: &[f32],
+        exact: Option<Exact>,
+    ) -> Result<(Result<(), Error>, Option<Evaluation>), Error> {
         let mut values = self.part.adapter().await?;
+        let mut whole = self.client_values.clone();
+        whole.extend_from_slice(&values[..self.shared]);
+        self.layout(0..self.largest())?.scatter(average, &mut whole)?;
+        let above = whole.split_off(self.client_values.len());
         if self.shared > 0 {
-            let above = average.split_off(self.client_values.len().min(average.len()));
-            for (own, averaged) in values.iter_mut().zip(above) {
-                *own = averaged;
-            }
+            values[..self.shared].copy_from_slice(&above);
             self.part.set_adapter(&values)?;
         }
-        let client_values = std::mem::replace(&mut self.client_values, average);
-        let evaluation = self.evaluate().await?;
+        let client_values = std::mem::replace(&mut self.client_values, whole);
+        let evaluation = self.evaluate(&values, exact.as_ref()).await?;
         if evaluation.is_some_and(|evaluation| !evaluation.loss.is_finite()) {
             self.client_values = client_values;
             self.restore()?;
             return Ok((Ok(()), evaluation));
         }
         let moments = self.part.moments().await?;
-        self.side = Arc::new(Side { values, moments });
+        self.side = Arc::new(Side { values, moments, exact });
         self.saved = false;
         Ok((self.save(), evaluation))
     }
@@ -328,7 +353,10 @@ impl Keeper {
                 )));
             }
             let spec = &training.spec;
-            training.spec = LoraSpec::new(rank, spec.alpha / spec.rank as f32 * rank as f32, spec.targets.clone())?;
+            training.spec = LoraSpec {
+                trained: spec.trained,
+                ..LoraSpec::new(rank, spec.alpha / spec.rank as f32 * rank as f32, spec.targets.clone())?
+            };
             *initial = fresh(&training.spec)?;
         }
         self.client_values = initial.slice(architecture, 0..cut)?.values;
@@ -350,6 +378,11 @@ impl Keeper {
         if cut == self.part.cut() {
             return Ok((self, None));
         }
+        let old = self.part.cut();
+        let moments = match moments {
+            Some(moments) => Some(self.layout(cut.min(old)..old)?.scatter_moments(&moments)?),
+            None => None,
+        };
         let mut units = self.settings.units();
         let moved;
         (self.part, moved) = self.part.recut(&mut units, cut, &self.client_values, moments).await?;
@@ -358,17 +391,25 @@ impl Keeper {
         self.side = Arc::new(Side {
             values: self.part.adapter().await?,
             moments: self.part.moments().await?,
+            exact: self.side.exact.clone(),
         });
+        let moments = match moments {
+            Some(moments) => Some(self.layout(old..cut)?.gather_moments(&moments)),
+            None => None,
+        };
         let placement = self.placement(moments)?;
         Ok((self, Some(placement)))
     }
 
     /// What clients get of the model as it is now cut.
     fn placement(&mut self, moments: Option<Moments>) -> Result<Placement, Error> {
-        let largest = self.cuts.values().copied().max().unwrap_or_else(|| self.part.cut());
+        let largest = self.largest();
+        let layout = self.layout(0..largest)?;
+        let rule = super::rule(self.settings.aggregation, &layout)?;
         let KeeperSettings {
             training,
             assignment,
+            ranks,
             blobs,
             weights,
             holding,
@@ -384,6 +425,7 @@ impl Keeper {
         let size = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
         let shared = self.side.values.iter().take(self.shared);
         let adapter: Vec<f32> = self.client_values.iter().chain(shared).copied().collect();
+        let adapter = layout.gather(&adapter);
         Ok(Placement {
             assignment: Assignment {
                 config: RunConfig {
@@ -399,6 +441,8 @@ impl Keeper {
             adapter,
             moments,
             cuts: self.cuts.iter().map(|(client, cut)| (*client, size(*cut))).collect(),
+            rule,
+            ranks: ranks.clone(),
         })
     }
 
@@ -435,31 +479,32 @@ impl Keeper {
 
     /// The whole model's adapter at the end of the last closed round.
     fn adapter(&self) -> Result<Adapter, Error> {
+        self.adapter_with(&self.side.values, self.side.exact.as_ref())
+    }
+
+    /// The same with these values on this side, and these products.
+    fn adapter_with(&self, values: &[f32], exact: Option<&Exact>) -> Result<Adapter, Error> {
         let cut = self.part.cut();
         let KeeperSettings {
             architecture, training, ..
         } = &self.settings;
         let client = Adapter::from_values(architecture, &training.spec, 0..cut, self.client_values.clone())?;
-        let server = Adapter::from_values(
-            architecture,
-            &training.spec,
-            cut..architecture.blocks,
-            self.side.values.clone(),
-        )?;
-        Ok(client.merge(architecture, &server)?)
+        let server = Adapter::from_values(architecture, &training.spec, cut..architecture.blocks, values.to_vec())?;
+        let adapter = client.merge(architecture, &server)?;
+        match exact {
+            Some(Exact { ranks, values }) => Ok(adapter.with_products(architecture, ranks, values)?),
+            None => Ok(adapter),
+        }
     }
 
-    async fn evaluate(&mut self) -> Result<Option<Evaluation>, Error> {
+    async fn evaluate(&self, values: &[f32], exact: Option<&Exact>) -> Result<Option<Evaluation>, Error> {
         let Some(examples) = &self.settings.validation else {
             return Ok(None);
         };
         let Training { batch, seq, .. } = self.settings.training;
         let mut batches = data::pass(examples, batch, seq)?.map(|batch| (batch.tokens, batch.targets, batch.seq));
+        let adapter = self.adapter_with(values, exact)?;
         let mut units = self.settings.units();
-        Ok(Some(
-            self.part
-                .evaluate(&mut units, &self.client_values, &mut batches)
-                .await?,
-        ))
+        Ok(Some(self.part.evaluate_with(&mut units, &adapter, &mut batches).await?))
     }
 }

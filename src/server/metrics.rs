@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use super::planner::ClientPrediction;
 use crate::disk;
+use crate::terms::aggregation::Aggregation;
 use crate::terms::phases::Phases;
 
 /// A member's step. The upload is from when the client was free to start until its activations had come, less the forward pass; the
@@ -125,6 +126,14 @@ pub struct RoundRecord {
     pub measured_s: f64,
     pub phases: Vec<RoundPhases>,
     pub server: ServerPhase,
+    /// How its adapters became one.
+    pub aggregation: Option<Aggregation>,
+    /// `‖mean(B)·mean(A) − mean(B·A)‖ / ‖mean(B·A)‖` over all adapted matrices; nothing where it takes too long to tell.
+    pub averaging_error: Option<f64>,
+    /// The same of what clients go on with.
+    pub start_error: Option<f64>,
+    /// In the frames with the members' adapters.
+    pub adapter_bytes: u64,
 }
 
 /// Where lines go.
@@ -380,6 +389,10 @@ mod tests {
             measured_s: 1.5,
             phases: vec![RoundPhases::default()],
             server: ServerPhase::default(),
+            aggregation: Some(Aggregation::Mean),
+            averaging_error: Some(0.25),
+            start_error: None,
+            adapter_bytes: 7,
         };
         metrics.round(&round);
         metrics.event(0.5, "joined", json!({ "client": 1 }));

@@ -45,6 +45,7 @@ use tokio::sync::{mpsc, watch};
 use crate::compute::Engine;
 use crate::data::{DataError, Example};
 use crate::disk;
+use crate::federated::Rule;
 use crate::model::adapter::{Adapter, AdapterError, AdapterLayout, LoraSpec, Target};
 use crate::model::architecture::Architecture;
 use crate::model::weights::{HeldUnits, Holding, Weights, WeightsError};
@@ -56,8 +57,8 @@ use crate::protocol::{
 use crate::runs;
 use crate::runs::directory::RunDirectory;
 use crate::split::{self, Training};
+use crate::terms::aggregation::Aggregation;
 use crate::terms::ids::RunId;
-use crate::terms::moments::MomentPolicy;
 use crate::transport::{self, Dialer, Fingerprint, JoinLink};
 
 use clock::RunClock;
@@ -123,6 +124,8 @@ pub enum Error {
     Data(#[from] DataError),
     #[error(transparent)]
     Run(#[from] MainError),
+    #[error("--aggregate {0} does not go with this run's adapter, whose blocks differ; take --aggregate mean")]
+    Aggregation(Aggregation),
     #[error("no plan for the run: {0}")]
     Planner(String),
     #[error(
@@ -157,6 +160,8 @@ pub enum Role {
     },
     Federated {
         control_key: String,
+        /// Main servers that aggregate otherwise are refused.
+        aggregation: Option<Aggregation>,
     },
 }
 
@@ -193,6 +198,10 @@ pub struct Run {
     /// How long members are waited for, and how many of them a step or a round goes on with then.
     pub deadline: Deadline,
     pub quorum: Option<u32>,
+    /// How clients' adapters become one. What it says of the trained matrices is what `training` says.
+    pub aggregation: Aggregation,
+    /// Clients' own ranks, up to the run's, in turn by the order in which they join; none: that of the run.
+    pub ranks: Vec<u32>,
     /// Chooses cut, rank and link rates as the run goes; without one they stay.
     pub planner: Option<Box<dyn Planner>>,
 }
@@ -336,14 +345,21 @@ impl Server {
         };
         let blob_directory = blobs.as_ref().map(|_| directory.weights());
         let federated = serves.1.then(|| {
-            let control = match &role {
-                Role::Federated { control_key } => ControlAccess::Remote {
-                    secret: Some(control_key.clone()),
-                },
-                _ => ControlAccess::Local,
+            let (control, aggregation) = match &role {
+                Role::Federated {
+                    control_key,
+                    aggregation,
+                } => (
+                    ControlAccess::Remote {
+                        secret: Some(control_key.clone()),
+                    },
+                    *aggregation,
+                ),
+                _ => (ControlAccess::Local, None),
             };
             FederatedServerSession::new(FederatedConfig {
                 control,
+                aggregation,
                 ..FederatedConfig::default()
             })
         });
@@ -524,7 +540,12 @@ enum History {
 impl Run {
     /// Makes it the run that was interrupted: with its cut, its rank and its adapter.
     fn take_up(&mut self, interrupted: &Interrupted, path: &str) -> Result<(), Error> {
-        let Checkpoint { placement, adapter, .. } = &interrupted.checkpoint;
+        let Checkpoint {
+            placement,
+            adapter,
+            exact,
+            ..
+        } = &interrupted.checkpoint;
         let other = |reason: String| Error::OtherModel {
             path: path.to_owned(),
             reason,
@@ -533,10 +554,29 @@ impl Run {
         let config = &placement.assignment.config;
         self.cut = placement.split() as usize;
         if self.training.spec.rank != config.rank as usize {
-            self.training.spec = LoraSpec::new(config.rank as usize, config.alpha, self.training.spec.targets.clone())?;
+            self.training.spec = LoraSpec {
+                trained: self.training.spec.trained,
+                ..LoraSpec::new(config.rank as usize, config.alpha, self.training.spec.targets.clone())?
+            };
         }
-        let below = AdapterLayout::new(architecture, &self.training.spec, 0..self.cut)?.len();
-        let values = (placement.adapter.iter().take(below)).chain(adapter).copied().collect();
+        // What is not trained is what the run's seed makes it.
+        let Adapter { layout, mut values, .. } =
+            Adapter::init(architecture, &self.training.spec, 0..self.cut, self.seed)?;
+        let below = (placement.adapter.get(..layout.trained_len())).unwrap_or(&placement.adapter);
+        (layout.scatter(below, &mut values)).map_err(|error| other(error.to_string()))?;
+        values.extend(adapter);
+        let fault = match (exact, &placement.rule) {
+            (Some(exact), Some(rule)) => {
+                // The cut may have been moved since they were made.
+                let blocks = exact.ranks.len() / rule.shape().matrices().len();
+                exact.fault(rule.shape(), blocks.min(architecture.blocks))
+            }
+            (Some(_), None) => Some("products that no rule makes".to_owned()),
+            (None, _) => None,
+        };
+        if let Some(fault) = fault {
+            return Err(other(fault));
+        }
         self.initial = Adapter::from_values(architecture, &self.training.spec, 0..architecture.blocks, values)
             .map_err(|error| other(error.to_string()))?;
         Ok(())
@@ -571,6 +611,8 @@ fn prepare(
         wait,
         deadline,
         quorum,
+        aggregation,
+        ranks,
         planner,
         ..
     } = run;
@@ -608,6 +650,8 @@ fn prepare(
     }
 
     run_config.split = u32::try_from(largest).unwrap_or(u32::MAX);
+    let below = initial.slice(&architecture, 0..largest)?;
+    let rule = rule(aggregation, &below.layout)?;
     let assignment = Assignment {
         run: RunId(rand::random()),
         number: 0,
@@ -615,8 +659,9 @@ fn prepare(
         model_config: architecture.to_json(),
         weights: parts.clone(),
         tokenizer: tokenizer_files,
-        adapter_len: AdapterLayout::new(&architecture, &training.spec, 0..largest)?.len() as u64,
+        adapter_len: below.layout.trained_len() as u64,
         alphas: alphas(&training.spec),
+        trained: training.spec.trained,
     };
     let (identity, placement, side, resumed) = match history {
         History::New => {
@@ -629,7 +674,11 @@ fn prepare(
                     _ => None,
                 },
             };
-            let placement = Placement::new(assignment, initial.slice(&architecture, 0..cut)?.values);
+            let placement = Placement {
+                rule,
+                ranks: ranks.clone(),
+                ..Placement::new(assignment, below.layout.gather(&below.values))
+            };
             let side = Side::new(initial.slice(&architecture, cut..architecture.blocks)?.values);
             (identity, placement, side, None)
         }
@@ -640,6 +689,7 @@ fn prepare(
                 placement,
                 adapter,
                 moments,
+                exact,
             } = interrupted.checkpoint.clone();
             let before = &placement.assignment;
             let same = Assignment {
@@ -647,7 +697,8 @@ fn prepare(
                 number: before.number,
                 ..assignment
             };
-            if same != *before || identity.run != before.run {
+            let is_same = same == *before && (&placement.rule, &placement.ranks) == (&rule, &ranks);
+            if !is_same || identity.run != before.run {
                 return Err(Error::OtherModel {
                     path,
                     reason: "the model, its tokenizer, the way its weights are held or an option is not what the run began with".to_owned(),
@@ -656,6 +707,7 @@ fn prepare(
             let side = Side {
                 values: adapter,
                 moments,
+                exact,
             };
             (identity, placement, side, Some((round, interrupted)))
         }
@@ -700,6 +752,7 @@ fn prepare(
         model: name.clone(),
         architecture: architecture.clone(),
         training: training.clone(),
+        aggregation,
         weights: weights.format(holding),
         rounds,
         local_steps,
@@ -717,7 +770,7 @@ fn prepare(
             initial,
             beginning: Beginning {
                 side: side.clone(),
-                client_values: placement.adapter,
+                client_values: below.values,
                 cuts: (placement.cuts.into_iter())
                     .map(|(client, cut)| (client, cut as usize))
                     .collect(),
@@ -726,6 +779,8 @@ fn prepare(
             parts,
             blobs: blobs.clone(),
             planner,
+            aggregation,
+            ranks,
             validation,
             adapter_directory: directory.adapter(),
             base_model: name,
@@ -733,6 +788,14 @@ fn prepare(
         inputs,
     )?;
     Ok((MainRun::new(session, work, about, side, keeping), blobs, bearers))
+}
+
+/// How adapters of this layout are aggregated. Adapters whose blocks differ have a mean, and nothing else.
+fn rule(aggregation: Aggregation, layout: &AdapterLayout) -> Result<Option<Rule>, Error> {
+    match layout.shape().and_then(|shape| Rule::new(aggregation, shape)) {
+        None if aggregation != Aggregation::Mean => Err(Error::Aggregation(aggregation)),
+        rule => Ok(rule),
+    }
 }
 
 /// Numbers in the largest update that a planner's choices lead to: of all blocks but one, each value with two moments.
@@ -775,7 +838,7 @@ fn run_config(run: &Run) -> RunConfig {
         local_steps: run.local_steps,
         rounds: run.rounds,
         optimizer: training.optimizer,
-        moments: MomentPolicy::Keep,
+        moments: run.aggregation.moments(),
     }
 }
 

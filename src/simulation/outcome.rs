@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use super::network::Traffic;
+use crate::federated::Exact;
 use crate::protocol::message::ExclusionReason;
 use crate::protocol::{ClientFailure, CollectTime, FinishReason, RunEnd, StepTimes};
 use crate::terms::ids::{ClientId, RoundKey, StepKey};
@@ -23,6 +24,8 @@ pub struct RoundRecord {
     pub average: Vec<f32>,
     /// Of the blocks that left the clients.
     pub moments: Option<Moments>,
+    /// What is saved instead of the average, where that is more.
+    pub exact: Option<Exact>,
     pub collected: Vec<CollectTime>,
 }
 

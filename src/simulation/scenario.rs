@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::network::Weather;
 use crate::protocol::message::LinkRates;
 use crate::protocol::{Deadline, Endpoint};
+use crate::terms::aggregation::Aggregation;
 
 /// A thing that goes wrong, or a decision of somebody.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +60,7 @@ pub struct Scenario {
     /// Blocks of each client that is there when the first round is planned, by its number; the cut then stays. Without any
     /// `splits` says.
     pub cuts: Vec<u32>,
+    pub aggregation: Aggregation,
     /// Of every client's emulated uplinks, where there is a plan.
     pub rates: Option<LinkRates>,
     pub faults: Vec<(Duration, Fault)>,
@@ -92,6 +94,7 @@ impl Scenario {
             quorum: None,
             splits: Vec::new(),
             cuts: Vec::new(),
+            aggregation: Aggregation::Mean,
             rates: None,
             faults: Vec::new(),
             kept_and_killed: Vec::new(),

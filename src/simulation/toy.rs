@@ -4,7 +4,11 @@
 //! Separate because it is all that is not real in a simulated run.
 
 use super::scenario::Scenario;
+use crate::federated::Rule;
 use crate::protocol::message::{Assignment, RunConfig};
+use crate::terms;
+use crate::terms::adapter::{AdapterShape, MatrixShape};
+use crate::terms::aggregation::Aggregation;
 use crate::terms::ids::RunId;
 use crate::terms::moments::Moments;
 use crate::terms::optimizer::OptimizerSettings;
@@ -88,7 +92,7 @@ pub(super) fn initial_adapter() -> Vec<f32> {
 
 pub(super) fn assignment(scenario: &Scenario, split: u32) -> Assignment {
     let config = RunConfig {
-        rank: 4,
+        rank: 1,
         alpha: 8.0,
         wire: WireForm::F32,
         seed: scenario.seed,
@@ -100,12 +104,25 @@ pub(super) fn assignment(scenario: &Scenario, split: u32) -> Assignment {
             total_steps: u64::from(scenario.rounds * scenario.local_steps),
             ..OptimizerSettings::default()
         },
+        moments: scenario.aggregation.moments(),
         ..RunConfig::new(split, (BATCH, SEQ), (WIDTH, VOCAB), ["c_attn"])
     };
     Assignment {
         adapter_len: u64::from(split) * NUMBERS as u64,
+        trained: scenario.aggregation.trained(),
         ..Assignment::new(RunId([3; 16]), config, "{}".to_owned())
     }
+}
+
+/// How the toy's adapters are aggregated: a block has one matrix of rank 1.
+pub(super) fn rule(aggregation: Aggregation) -> Rule {
+    let (inputs, outputs) = match aggregation.trained() {
+        terms::adapter::Trained::Both => (NUMBERS as u32 / 2, NUMBERS as u32 / 2),
+        terms::adapter::Trained::B => (1, NUMBERS as u32),
+    };
+    AdapterShape::new(1, aggregation.trained(), vec![MatrixShape { inputs, outputs }])
+        .and_then(|shape| Rule::new(aggregation, shape))
+        .expect("the toy has a matrix")
 }
 
 pub(super) fn to_tensor(values: &[f32]) -> WireTensor {

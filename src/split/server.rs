@@ -494,6 +494,26 @@ impl ServerPart {
         client_adapter: &[f32],
         batches: &mut dyn Iterator<Item = (Vec<u32>, Vec<i32>, usize)>,
     ) -> Result<Evaluation, Error> {
+        let model = self.stack.model();
+        let spec = &self.training.spec;
+        let server_values = self.stack.adapter().await?;
+        let adapter = Adapter::from_values(model, spec, 0..self.cut, client_adapter.to_vec())?.merge(
+            model,
+            &Adapter::from_values(model, spec, self.cut..model.blocks, server_values)?,
+        )?;
+        self.evaluate_with(units, &adapter, batches).await
+    }
+
+    /// The same with this adapter of the whole model, whatever ranks it has.
+    ///
+    /// # Panics
+    /// If it is not of the whole model.
+    pub async fn evaluate_with(
+        &self,
+        units: &mut dyn UnitSource,
+        adapter: &Adapter,
+        batches: &mut dyn Iterator<Item = (Vec<u32>, Vec<i32>, usize)>,
+    ) -> Result<Evaluation, Error> {
         let (engine, model) = (self.stack.engine(), self.stack.model());
         let own = self.stack.weights();
         let mut blocks = StackWeights::load_blocks(engine, model, units, 0..self.cut)?;
@@ -504,13 +524,7 @@ impl ServerPart {
             first_block: 0,
             head: own.head.clone(),
         };
-        let spec = &self.training.spec;
-        let server_values = self.stack.adapter().await?;
-        let adapter = Adapter::from_values(model, spec, 0..self.cut, client_adapter.to_vec())?.merge(
-            model,
-            &Adapter::from_values(model, spec, self.cut..model.blocks, server_values)?,
-        )?;
-        let mut whole = Central::new(engine, model, weights, Some(&adapter), self.stack.extent(), None)?;
+        let mut whole = Central::new(engine, model, weights, Some(adapter), self.stack.extent(), None)?;
         let mut counted = Counted::default();
         for (tokens, targets, seq) in batches {
             counted += whole.loss(&tokens, &targets, seq).await?;

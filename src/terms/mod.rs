@@ -6,6 +6,7 @@
 //! | file | words |
 //! |---|---|
 //! | `tensor` | how numbers travel, and a tensor that has come |
+//! | `adapter`, `aggregation` | the shape of an adapter's matrices, and how clients' adapters become one |
 //! | `format` | how frozen weights are held |
 //! | `optimizer` | AdamW's settings and its learning rate |
 //! | `moments` | what AdamW keeps, and what becomes of it |
@@ -13,6 +14,8 @@
 //! | `phases` | the parts of a client's step |
 //! | `ids` | clients, runs, rounds and steps |
 
+pub mod adapter;
+pub mod aggregation;
 pub mod format;
 pub mod ids;
 pub mod moments;

@@ -6,11 +6,14 @@ use std::time::Duration;
 use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
+use sflllm::federated::{Errors, Exact, Rule};
 use sflllm::protocol::codec::{
     Answer, DecodeError, Frame, GreetingError, decode_answer, decode_frame, decode_hello, decode_message,
     encode_answer, encode_checked_frame, encode_frame, encode_hello, encode_message, encode_message_frame,
 };
 use sflllm::protocol::message::*;
+use sflllm::terms::adapter::{AdapterShape, MatrixShape, Trained};
+use sflllm::terms::aggregation::Aggregation;
 use sflllm::terms::format::Format;
 use sflllm::terms::ids::{ClientId, RoundKey, RunId, StepKey};
 use sflllm::terms::moments::{MomentPolicy, Moments};
@@ -142,10 +145,11 @@ fn rates() -> impl Strategy<Value = LinkRates> {
 }
 
 fn member() -> impl Strategy<Value = Member> {
-    (client(), digest(), any::<u64>()).prop_map(|(client, base, adapter_len)| Member {
+    (client(), digest(), any::<u64>(), option::of(any::<u32>())).prop_map(|(client, base, adapter_len, rank)| Member {
         client,
         base,
         adapter_len,
+        rank,
     })
 }
 
@@ -192,6 +196,7 @@ fn control() -> impl Strategy<Value = Control> {
         (round(), client()).prop_map(|(round, client)| Control::Departed { round, client }),
         Just(Control::CloseRun),
         vec(number(), 0..9).prop_map(|values| Control::Base { values }),
+        rule().prop_map(Control::Rule),
     ]
 }
 
@@ -210,6 +215,24 @@ fn exclusion() -> impl Strategy<Value = Exclusion> {
     (client(), prop::sample::select(reasons)).prop_map(|(client, reason)| Exclusion { client, reason })
 }
 
+fn exact() -> impl Strategy<Value = Exact> {
+    (vec(any::<u32>(), 0..4), numbers()).prop_map(|(ranks, values)| Exact { ranks, values })
+}
+
+fn errors() -> impl Strategy<Value = Errors> {
+    (0.0..2.0_f64, 0.0..2.0_f64).prop_map(|(averaging, start)| Errors { averaging, start })
+}
+
+fn rule() -> impl Strategy<Value = Rule> {
+    let matrix = (1_u32..99, 1_u32..99).prop_map(|(inputs, outputs)| MatrixShape { inputs, outputs });
+    (prop::sample::select(Aggregation::ALL), 1_usize..99, vec(matrix, 1..4)).prop_map(
+        |(aggregation, rank, matrices)| {
+            let shape = AdapterShape::new(rank, aggregation.trained(), matrices).unwrap();
+            Rule::new(aggregation, shape).unwrap()
+        },
+    )
+}
+
 fn reply() -> impl Strategy<Value = ControlReply> {
     let inclusion = (client(), any::<u64>()).prop_map(|(client, examples)| Inclusion { client, examples });
     prop_oneof![
@@ -224,11 +247,20 @@ fn reply() -> impl Strategy<Value = ControlReply> {
             vec(inclusion, 0..4),
             vec(exclusion(), 0..4),
             option::of(
-                (digest(), numbers(), option::of(moments())).prop_map(|(digest, values, moments)| Mean {
-                    digest,
-                    values,
-                    moments
-                })
+                (
+                    digest(),
+                    numbers(),
+                    option::of(moments()),
+                    option::of(exact()),
+                    option::of(errors())
+                )
+                    .prop_map(|(digest, values, moments, exact, errors)| Mean {
+                        digest,
+                        values,
+                        moments,
+                        exact: exact.map(Box::new),
+                        errors,
+                    })
             )
         )
             .prop_map(|(round, included, excluded, average)| {
@@ -268,10 +300,17 @@ fn message() -> impl Strategy<Value = Message> {
     prop_oneof![
         (
             (run(), any::<u32>(), config()),
-            (text(), blobs(), blobs(), any::<u64>(), alphas())
+            (
+                text(),
+                blobs(),
+                blobs(),
+                any::<u64>(),
+                alphas(),
+                prop::sample::select(Trained::ALL)
+            )
         )
             .prop_map(
-                |((run, number, config), (model_config, weights, tokenizer, adapter_len, alphas))| {
+                |((run, number, config), (model_config, weights, tokenizer, adapter_len, alphas, trained))| {
                     Message::Assignment(Box::new(Assignment {
                         run,
                         number,
@@ -281,6 +320,7 @@ fn message() -> impl Strategy<Value = Message> {
                         tokenizer,
                         adapter_len,
                         alphas,
+                        trained,
                     }))
                 }
             ),
@@ -781,6 +821,7 @@ fn the_bytes_of_a_step_and_of_an_assignment_are_those_of_this_version() {
         tokenizer: Vec::new(),
         adapter_len: 13,
         alphas: Vec::new(),
+        trained: Trained::Both,
     };
     let expected = [
         vec![4; 16],
@@ -801,6 +842,19 @@ fn the_bytes_of_a_step_and_of_an_assignment_are_those_of_this_version() {
     ];
     let (kind, body) = encode_message(&Message::Assignment(Box::new(assignment.clone())));
     assert_eq!((kind, body), (16, expected.concat()));
+
+    // Where not all is trained it is a kind of its own, which came with 3.2.
+    let frozen = Assignment {
+        trained: Trained::B,
+        ..assignment.clone()
+    };
+    let body = [expected.concat(), words(&[0]), vec![1]].concat();
+    assert_eq!(encode_message(&Message::Assignment(Box::new(frozen))), (34, body));
+    let nothing = [expected.concat(), words(&[0]), vec![0]].concat();
+    assert_eq!(
+        decode_message(34, &nothing),
+        Err(DecodeError::Range("an assignment that freezes nothing"))
+    );
 
     // With alphas it is a kind of its own, which came with 3.1.
     let with_alphas = Assignment {
@@ -860,6 +914,96 @@ fn the_bytes_of_what_is_late_or_too_far_are_those_of_this_version() {
     // Magic, kind and version come before the reason.
     let bytes = encode_answer(&Answer::Refused(refused));
     assert_eq!(bytes[bytes.len() - 6..], [16, 0, 0, 0, 0, 0]);
+}
+
+/// What came with 3.2: a run says how adapters are aggregated, and who has a rank of its own.
+#[test]
+fn the_bytes_of_aggregation_are_those_of_this_version() {
+    let (kind, _) = encode_message(&Message::Control(Control::CloseRun));
+    let body = |control| {
+        let (found, body) = encode_message(&Message::Control(control));
+        assert_eq!(found, kind);
+        body
+    };
+    let matrices = vec![MatrixShape { inputs: 3, outputs: 2 }];
+    let shape = AdapterShape::new(4, Trained::Both, matrices).unwrap();
+    let rule = body(Control::Rule(Rule::new(Aggregation::Flora, shape).unwrap()));
+    let expected = [&[6, 3][..], &[4, 0, 0, 0], &[1, 0, 0, 0], &[3, 0, 0, 0], &[2, 0, 0, 0]].concat();
+    assert_eq!(rule, expected);
+    // A rank of zero, no matrix, more matrices than there are bytes.
+    for (position, value) in [(2, 0), (6, 0)] {
+        let mut wrong = expected[..if position == 6 { 10 } else { 18 }].to_vec();
+        wrong[position] = value;
+        let range = DecodeError::Range("the shape of an adapter");
+        assert_eq!(decode_message(kind, &wrong), Err(range));
+    }
+    let mut endless = expected;
+    endless[6..10].fill(255);
+    assert!(matches!(decode_message(kind, &endless), Err(DecodeError::Truncated(_))));
+
+    let member = |client, rank| Member {
+        client: ClientId(client),
+        base: Digest([7; 32]),
+        adapter_len: 5,
+        rank,
+    };
+    let open = |members| Control::OpenRound {
+        round: RoundKey { round: 1, attempt: 2 },
+        members,
+        adapter_len: 9,
+        max_examples: 8,
+    };
+    let plain = body(open(vec![member(1, None), member(2, None)]));
+    let ranked = body(open(vec![member(1, None), member(2, Some(4))]));
+    assert_eq!((plain[0], ranked[0]), (1, 7));
+    assert_eq!(ranked[1..plain.len()], plain[1..]);
+    assert_eq!(ranked[plain.len()..], [0, 1, 4, 0, 0, 0]);
+    let unranked = [&[7][..], &plain[1..], &[0, 0]].concat();
+    assert_eq!(
+        decode_message(kind, &unranked),
+        Err(DecodeError::Range("a list of no ranks"))
+    );
+
+    let closed = |exact: Option<Exact>, errors| {
+        let mean = Mean {
+            digest: Digest([9; 32]),
+            values: vec![1.5],
+            moments: None,
+            exact: exact.map(Box::new),
+            errors,
+        };
+        let closed = RoundClosed {
+            round: RoundKey { round: 1, attempt: 2 },
+            included: Vec::new(),
+            excluded: Vec::new(),
+            average: Some(mean),
+        };
+        encode_message(&Message::ControlReply(ControlReply::RoundClosed(closed))).1
+    };
+    let plain = closed(None, None);
+    let exact = Exact {
+        ranks: vec![1],
+        values: vec![0.5],
+    };
+    let errors = Errors {
+        averaging: 0.25,
+        start: 0.5,
+    };
+    let more = closed(Some(exact), Some(errors));
+    assert_eq!((plain[0], more[0]), (2, 3));
+    assert_eq!(more[1..plain.len()], plain[1..]);
+    let one = 1_u32.to_le_bytes();
+    let appended = [
+        &[1][..],
+        &one,
+        &one,
+        &one,
+        &0.5_f32.to_le_bytes(),
+        &[1],
+        &0.25_f64.to_le_bytes(),
+        &0.5_f64.to_le_bytes(),
+    ];
+    assert_eq!(more[plain.len()..], appended.concat());
 }
 
 #[test]

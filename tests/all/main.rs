@@ -6,6 +6,7 @@ mod engines;
 #[path = "../support/weights/mod.rs"]
 mod weights;
 
+mod aggregation;
 mod calibrate;
 mod codec;
 mod cost;

@@ -23,6 +23,8 @@ use sflllm::runs::directory::RunDirectory;
 use sflllm::server::planner::{ClientPrediction, Decision, Planner, RoundFacts, RoundPrediction, StartFacts};
 use sflllm::server::{Limits, Model, Role, Run, Server, Settings, Summary};
 use sflllm::split::Training;
+use sflllm::terms::adapter::Trained;
+use sflllm::terms::aggregation::Aggregation;
 use sflllm::terms::format::Format;
 use sflllm::terms::ids::{RoundKey, RunId, StepKey};
 use sflllm::terms::optimizer::{OptimizerSettings, Schedule};
@@ -211,6 +213,25 @@ fn run_on(
     planner: Option<Fixed>,
     clients: Vec<Vec<Example>>,
 ) -> Ran {
+    run_by(
+        (Aggregation::Mean, &[]),
+        engine,
+        (cut, rounds),
+        initial,
+        planner,
+        clients,
+    )
+}
+
+/// The same with a way to aggregate, and clients' own ranks.
+fn run_by(
+    (aggregation, ranks): (Aggregation, &[u32]),
+    engine: &Engine,
+    (cut, rounds): (usize, u32),
+    initial: Adapter,
+    planner: Option<Fixed>,
+    clients: Vec<Vec<Example>>,
+) -> Ran {
     let home = tempfile::tempdir().unwrap();
     let config = config();
     let mut examples = examples(&config);
@@ -237,6 +258,8 @@ fn run_on(
         wait: Duration::from_secs(60),
         deadline: Deadline::Auto,
         quorum: None,
+        aggregation,
+        ranks: ranks.to_vec(),
         planner: planner.map(|planner| Box::new(planner) as Box<dyn Planner>),
     };
     let directory = RunDirectory::create(Some(&home.path().join("run")), "plan").unwrap();
@@ -823,4 +846,185 @@ fn what_was_measured_stands_beside_what_was_predicted() {
         (&plans[0]["reason"], plans[0]["rates"][1]["main_bits_per_s"].as_f64()),
         (&"as the test says".into(), Some(2e8))
     );
+}
+
+/// A fresh adapter of rank 4, of which these matrices are trained.
+fn fresh(trained: Trained) -> Adapter {
+    let config = config();
+    let spec = LoraSpec {
+        trained,
+        ..LoraSpec::new(4, 8.0, [Target::AttnQkv, Target::MlpProj]).unwrap()
+    };
+    Adapter::init(&config, &spec, 0..config.blocks, SEED).unwrap()
+}
+
+/// So many clients' parts of the examples.
+fn parts(count: usize) -> Vec<Vec<Example>> {
+    let examples = examples(&config());
+    examples
+        .chunks(examples.len().div_ceil(count))
+        .map(<[Example]>::to_vec)
+        .collect()
+}
+
+/// Mean loss of the validation examples on one device.
+fn valid_loss(adapter: &Adapter) -> f64 {
+    let config = config();
+    let source = weights(&config);
+    let mut units = HeldUnits {
+        weights: &source,
+        holding: Holding::As(Format::F32),
+    };
+    let loaded = StackWeights::load(&Engine::cpu(), &config, &mut units).unwrap();
+    let extent = Extent {
+        batch: BATCH,
+        seq: config.positions,
+    };
+    let mut whole = Central::new(&Engine::cpu(), &config, loaded, Some(adapter), extent, None).unwrap();
+    let mut examples = examples(&config);
+    examples.truncate(3);
+    let (mut loss, mut tokens) = (0.0, 0);
+    for batch in sflllm::data::pass(&examples, BATCH, config.positions).unwrap() {
+        let counted = block_on(whole.loss(&batch.tokens, &batch.targets, batch.seq)).unwrap();
+        loss += counted.loss_sum;
+        tokens += counted.tokens;
+    }
+    loss / tokens as f64
+}
+
+#[test]
+fn with_frozen_a_wherever_the_cut_moves_one_clients_training_is_that_of_one_device() {
+    const ROUNDS: u32 = 4;
+    let initial = fresh(Trained::B);
+    for engine in [Some(Engine::cpu()), Engine::gpu_for_tests()].into_iter().flatten() {
+        let (losses, trained) = centralised(&engine, &initial, ROUNDS);
+        let ffa = (Aggregation::Ffa, &[][..]);
+        let planner = Some(Fixed::cuts(&[1, 3, 2, 1]));
+        let one = vec![examples(&config())];
+        let moved = run_by(ffa, &engine, (1, ROUNDS), initial.clone(), planner, one);
+        assert_same(&moved, &losses, &trained, "frozen A");
+        for entry in initial.layout.entries() {
+            assert_eq!(
+                trained[entry.range_a()],
+                initial.values[entry.range_a()],
+                "not a bit of A"
+            );
+            assert_eq!(moved.adapter().values[entry.range_a()], initial.values[entry.range_a()]);
+            assert!(
+                moved.adapter().values[entry.range_b()]
+                    .iter()
+                    .any(|value| *value != 0.0)
+            );
+        }
+    }
+}
+
+#[test]
+fn with_frozen_a_only_b_crosses_and_its_mean_misses_nothing() {
+    let ran = |aggregation: Aggregation| {
+        let initial = fresh(aggregation.trained());
+        run_by((aggregation, &[]), &Engine::cpu(), (2, 2), initial, None, parts(3))
+    };
+    let (mean, ffa) = (ran(Aggregation::Mean), ran(Aggregation::Ffa));
+    let last = |ran: &Ran| ran.lines("round").last().copied().cloned().unwrap();
+    assert_eq!(
+        (&last(&ffa)["aggregation"], &last(&ffa)["averaging_error"]),
+        (&"ffa".into(), &0.0.into())
+    );
+    assert!(last(&mean)["averaging_error"].as_f64().unwrap() > 1e-3);
+    // Of every block 4 · (64 + 192 + 256 + 64) values, of which 4 · (192 + 64) are B's.
+    let values = |ran: &Ran| last(ran)["adapter_bytes"].as_u64().unwrap() / 3 / 4;
+    let (all, of_b) = (2 * 4 * (64 + 192 + 256 + 64), 2 * 4 * (192 + 64));
+    assert!((all..all + 64).contains(&values(&mean)) && (of_b..of_b + 64).contains(&values(&ffa)));
+}
+
+#[test]
+fn what_is_exact_is_saved_and_validated_at_the_rank_it_takes() {
+    for aggregation in [Aggregation::Flora, Aggregation::Fedex] {
+        let initial = fresh(Trained::Both);
+        let clients = parts(3);
+        let ran = run_by((aggregation, &[]), &Engine::cpu(), (2, 3), initial, None, clients);
+        assert!(ran.summary.is_ok(), "{:?}", ran.summary.err());
+        for entry in ran.adapter().layout.entries() {
+            let expected = if entry.block < 2 { 12 } else { 4 };
+            assert_eq!(
+                (entry.rank, entry.scale),
+                (expected, 2.0),
+                "{aggregation}, block {}",
+                entry.block
+            );
+        }
+        let line = ran.lines("round").last().copied().cloned().unwrap();
+        let (found, expected) = (line["valid_loss"].as_f64().unwrap(), valid_loss(ran.adapter()));
+        assert!((found - expected).abs() < 1e-6 * expected, "{found}, not {expected}");
+        let error = |name: &str| line[name].as_f64().unwrap();
+        let (averaging, start) = (error("averaging_error"), error("start_error"));
+        assert!(averaging > 1e-4, "{averaging}");
+        match aggregation {
+            Aggregation::Flora => assert!(start < averaging, "{start}, not below {averaging}"),
+            _ => assert_eq!(start, averaging),
+        }
+    }
+}
+
+#[test]
+fn clients_of_other_ranks_train_together_and_keep_their_own() {
+    for aggregation in Aggregation::ALL.iter().copied() {
+        let initial = fresh(aggregation.trained());
+        let by = (aggregation, &[4, 1, 2][..]);
+        let mut ran = run_by(by, &Engine::cpu(), (1, 2), initial, None, parts(3));
+        let summary = ran.summary.as_ref().unwrap();
+        assert!(
+            summary.rounds == 2
+                && ran
+                    .clients
+                    .iter()
+                    .all(|client| client.reason == FinishReason::Completed)
+        );
+        ran.kept.sort_by_key(|kept| kept.spec.rank);
+        let kept: Vec<(usize, f32)> = ran.kept.iter().map(|kept| (kept.spec.rank, kept.spec.alpha)).collect();
+        assert_eq!(kept, [(1, 2.0), (2, 4.0), (4, 8.0)], "{aggregation}");
+        let line = ran.lines("round").last().copied().cloned().unwrap();
+        assert_eq!(line["adapters"], 3);
+        assert!(line["excluded"].as_array().unwrap().is_empty(), "{line}");
+        // Each has the first rows and columns of the widest.
+        let widest = &ran.kept[2];
+        let shape = widest.layout.shape().unwrap();
+        for narrow in &ran.kept[..2] {
+            let expected = shape.narrow(&widest.values, 1, narrow.spec.rank);
+            assert_eq!(narrow.values, expected, "{aggregation}, rank {}", narrow.spec.rank);
+        }
+    }
+}
+
+#[test]
+fn products_of_any_rank_take_the_place_of_an_adapters_first_blocks() {
+    let config = config();
+    let adapter = fresh(Trained::Both);
+    // Two blocks of (64 to 192) and (256 to 64), one of them without any product.
+    let ranks = [3, 0, 1, 2];
+    let len = 3 * (64 + 192) + (64 + 192) + 2 * (256 + 64);
+    let values: Vec<f32> = (0..len).map(|index| index as f32 / len as f32).collect();
+    let with = adapter.with_products(&config, &ranks, &values).unwrap();
+    let found: Vec<(usize, usize, f32)> = (with.layout.entries().iter())
+        .map(|entry| (entry.block, entry.rank, entry.scale))
+        .collect();
+    assert_eq!(found[..3], [(0, 3, 2.0), (1, 1, 2.0), (1, 2, 2.0)]);
+    assert!(
+        found[3..]
+            .iter()
+            .all(|&(block, rank, scale)| block >= 2 && (rank, scale) == (4, 2.0))
+    );
+    let above = adapter.layout.range(2..4);
+    assert_eq!(with.values, [values.as_slice(), &adapter.values[above]].concat());
+    let home = tempfile::tempdir().unwrap();
+    with.save(home.path(), &config, "").unwrap();
+    let loaded = Adapter::load(home.path(), &config).unwrap();
+    assert_eq!(
+        (loaded.layout.entries(), &loaded.values),
+        (with.layout.entries(), &with.values)
+    );
+    assert!(adapter.with_products(&config, &ranks, &values[1..]).is_err());
+    assert!(adapter.with_products(&config, &[1; 9], &values).is_err());
+    assert!(with.layout.shape().is_none(), "its blocks differ");
 }

@@ -28,6 +28,7 @@ use sflllm::runs::directory::RunDirectory;
 use sflllm::server::planner::{Decision, Planner, RoundFacts, StartFacts};
 use sflllm::server::{self, Model, Role, Run, Settings};
 use sflllm::split::Training;
+use sflllm::terms::aggregation::Aggregation;
 use sflllm::terms::format::Format;
 use sflllm::terms::optimizer::OptimizerSettings;
 use sflllm::terms::tensor::WireForm;
@@ -399,6 +400,8 @@ fn a_tab_whose_blocks_come_and_go_trains_to_the_end() {
         wait: PATIENCE,
         deadline: Deadline::Auto,
         quorum: None,
+        aggregation: Aggregation::Mean,
+        ranks: Vec::new(),
         planner: Some(Box::new(Moving([2, 3, 1]))),
     };
     let settings = Settings {

@@ -26,6 +26,7 @@ use sflllm::protocol::{Deadline, DepartureReason, PING_INTERVAL};
 use sflllm::runs::directory::RunDirectory;
 use sflllm::server::{Ending, Limits, Model, Report, Role, Run, Server, Settings, Stopper, Summary};
 use sflllm::split::Training;
+use sflllm::terms::aggregation::Aggregation;
 use sflllm::terms::format::Format;
 use sflllm::terms::optimizer::OptimizerSettings;
 use sflllm::terms::tensor::WireForm;
@@ -82,6 +83,8 @@ fn main_run() -> Run {
         wait: NEVER,
         deadline: Deadline::Auto,
         quorum: None,
+        aggregation: Aggregation::Mean,
+        ranks: Vec::new(),
         planner: None,
     }
 }
@@ -593,6 +596,7 @@ fn tls_is_1_3() {
 fn a_clients_token_is_no_key_to_the_federated_server() {
     let role = Role::Federated {
         control_key: "lighthouse".to_owned(),
+        aggregation: None,
     };
     let server = Serving::start("http://127.0.0.1:0", role, None, patient());
     let mut control = server.socket("federated");

@@ -1,5 +1,6 @@
 //! What is true of the program as it is used: processes, sockets, browsers and files.
 
+mod aggregate;
 mod browser;
 mod coming_back;
 mod compare;

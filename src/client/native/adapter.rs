@@ -8,7 +8,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::super::edge::Report;
 use super::super::{self as client, Plan};
 use super::Error;
-use crate::model::adapter::Adapter;
 
 /// Where the adapter goes, if it is wanted.
 pub(super) struct AdapterOut {
@@ -62,7 +61,7 @@ impl AdapterOut {
         let Some(directory) = &self.directory else {
             return Ok(());
         };
-        Adapter::from_values(&plan.architecture, &plan.training.spec, 0..plan.cut, values.to_vec())
+        plan.adapter(values)
             .and_then(|adapter| adapter.save(directory, &plan.architecture, ""))
             .map_err(|error| client::Error::from(error).into())
     }

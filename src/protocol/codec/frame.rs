@@ -5,6 +5,7 @@
 use super::super::message::*;
 use super::wire::{Reader, Wire};
 use super::{DecodeError, HEADER_BYTES};
+use crate::terms::adapter::Trained;
 
 const PING: u8 = 1;
 const PONG: u8 = 2;
@@ -172,11 +173,32 @@ fn take_scaled_assignment(body: &[u8]) -> Result<Message, DecodeError> {
     }
 }
 
+/// An assignment, its alphas, and what is trained.
+const FROZEN_ASSIGNMENT: u8 = 34;
+
+fn take_frozen_assignment(body: &[u8]) -> Result<Message, DecodeError> {
+    let mut reader = Reader { bytes: body };
+    let mut assignment = Assignment::take(&mut reader)?;
+    assignment.alphas = Wire::take(&mut reader)?;
+    assignment.trained = Wire::take(&mut reader)?;
+    reader.finish()?;
+    match assignment.trained {
+        Trained::Both => Err(DecodeError::Range("an assignment that freezes nothing")),
+        Trained::B => Ok(Message::Assignment(Box::new(assignment))),
+    }
+}
+
 macro_rules! messages {
     ($($name:ident($kind:ty) = $value:literal),* ; $($bare:ident = $bare_value:literal),*) => {
         /// Appends a message's body and returns its kind.
         fn put_message(message: &Message, out: &mut Vec<u8>) -> u8 {
             match message {
+                Message::Assignment(assignment) if assignment.trained != Trained::Both => {
+                    assignment.put(out);
+                    assignment.alphas.put(out);
+                    assignment.trained.put(out);
+                    FROZEN_ASSIGNMENT
+                }
                 Message::Assignment(assignment) if !assignment.alphas.is_empty() => {
                     assignment.put(out);
                     assignment.alphas.put(out);
@@ -199,6 +221,7 @@ macro_rules! messages {
             let message = match kind {
                 $($value => Message::$name(<$kind as Wire>::take(&mut reader)?.into()),)*
                 $($bare_value => Message::$bare,)*
+                FROZEN_ASSIGNMENT => return take_frozen_assignment(body),
                 SCALED_ASSIGNMENT => return take_scaled_assignment(body),
                 CHECKED => return take_checked(body),
                 kind => return Err(DecodeError::Unknown { what: "message kind", value: kind.into() }),

@@ -6,6 +6,7 @@ use super::super::main_server::{Checkpoint, ClientState, Placement, RunState};
 use super::super::message::Assignment;
 use super::DecodeError;
 use super::wire::{Reader, Wire, put_bytes, put_length, wire_list, wire_struct};
+use crate::federated::Exact;
 use crate::terms::ids::{ClientId, RoundKey};
 use crate::terms::moments::Moments;
 
@@ -39,7 +40,7 @@ wire_struct!(OwnCut {
 wire_list!(OwnCut);
 
 impl Wire for Placement {
-    const MIN_BYTES: usize = 4 + 4 + 1 + 4;
+    const MIN_BYTES: usize = 4 + 4 + 1 + 4 + 1 + 4;
 
     fn put(&self, out: &mut Vec<u8>) {
         // As a message, because what an assignment consists of depends on the kind.
@@ -55,6 +56,8 @@ impl Wire for Placement {
         self.moments.put(out);
         let cuts = self.cuts.iter().map(|(&client, &cut)| OwnCut { client, cut });
         cuts.collect::<Vec<_>>().put(out);
+        self.rule.put(out);
+        self.ranks.put(out);
     }
 
     fn take(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
@@ -67,6 +70,8 @@ impl Wire for Placement {
                 .into_iter()
                 .map(|own| (own.client, own.cut))
                 .collect(),
+            rule: Wire::take(reader)?,
+            ranks: Wire::take(reader)?,
         })
     }
 }
@@ -93,6 +98,7 @@ wire_struct!(Checkpoint {
     placement: Placement,
     adapter: Vec<f32>,
     moments: Moments,
+    exact: Option<Exact>,
 });
 
 fn encode(value: &impl Wire) -> Vec<u8> {

@@ -8,6 +8,7 @@ use super::super::message::*;
 use super::DecodeError;
 use super::wire::{Reader, Wire, put_bytes, put_length, wire_enum, wire_list, wire_struct};
 use super::word::take_tensor;
+use crate::terms::adapter::Trained;
 use crate::terms::format::Format;
 use crate::terms::ids::{RoundKey, RunId, StepKey};
 use crate::terms::moments::{MomentPolicy, Moments};
@@ -45,7 +46,8 @@ wire_struct!(OwnAlpha {
     alpha: f32
 });
 
-/// Without its alphas: they follow in a kind of message of their own, which came with protocol 3.1, where there are any.
+/// Without its alphas: they follow in a kind of message of their own, which came with protocol 3.1, where there are any. What is
+/// trained follows them in another, which came with protocol 3.2, where that is not all.
 impl Wire for Assignment {
     const MIN_BYTES: usize =
         <RunId as Wire>::MIN_BYTES + <u32 as Wire>::MIN_BYTES + <RunConfig as Wire>::MIN_BYTES + 3 * 4 + 8;
@@ -70,6 +72,7 @@ impl Wire for Assignment {
             tokenizer: Wire::take(reader)?,
             adapter_len: Wire::take(reader)?,
             alphas: Vec::new(),
+            trained: Trained::Both,
         })
     }
 }

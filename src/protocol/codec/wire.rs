@@ -195,7 +195,7 @@ macro_rules! wire_bulk {
     )*};
 }
 
-wire_bulk!(f32, i32);
+wire_bulk!(f32, i32, u32);
 
 /// Implements `Wire` for structs, field by field in the order given.
 macro_rules! wire_struct {

@@ -5,6 +5,7 @@
 use super::super::message::{Digest, LinkRates, Version};
 use super::DecodeError;
 use super::wire::{Reader, Wire, put_length, wire_checked, wire_enum, wire_list, wire_struct};
+use crate::terms::adapter::Trained;
 use crate::terms::format::Format;
 use crate::terms::ids::{ClientId, RoundKey, RunId, StepKey};
 use crate::terms::moments::{MomentPolicy, Moments};
@@ -51,6 +52,7 @@ impl Wire for ClientId {
 wire_enum!(WireForm { F32 = 0, F16 = 1, Int8 = 2 });
 wire_enum!(Format { F16 = 0, F32 = 1, Q8 = 2, Q4 = 3 });
 wire_enum!(Schedule { Constant = 0, Linear = 1 });
+wire_enum!(Trained { Both = 0, B = 1 });
 wire_enum!(MomentPolicy { Keep = 0, Reset = 1 });
 wire_list!(WireForm);
 

@@ -9,7 +9,7 @@ use super::super::message::*;
 use super::FederatedServerSession;
 use super::event::{ControlAccess, FederatedEvent};
 use super::membership::Guest;
-use super::round::{Closed, OpenRound, Participant, Update};
+use super::round::{OpenRound, Part, Participant, Update};
 use crate::terms::ids::{ClientId, RoundKey};
 
 impl FederatedServerSession {
@@ -28,7 +28,7 @@ impl FederatedServerSession {
             .filter(|open| open.round == round && open.members.contains_key(&client))
         else {
             return match &self.last {
-                Some(last) if last.told.round == round && last.lengths.contains_key(&client) => {
+                Some(last) if last.told.round == round && last.parts.contains_key(&client) => {
                     // It did not hear of the average.
                     self.send_average(&[client]);
                 }
@@ -172,7 +172,7 @@ impl FederatedServerSession {
             self.expel(Guest::Client(client), StopReason::BadUpdate, reason.to_string(), now);
         }
         let distances = self.usual.distances(&open);
-        let closed = open.close();
+        let closed = open.close(self.usual.base());
         let average = closed.told.average.as_ref().map(|average| average.values.as_slice());
         self.usual.close(round, distances, average);
         let told = closed.told.clone();
@@ -181,41 +181,33 @@ impl FederatedServerSession {
             included: told.included.clone(),
             excluded: told.excluded.clone(),
         });
-        let members: Vec<ClientId> = closed.lengths.keys().copied().collect();
+        let members: Vec<ClientId> = closed.parts.keys().copied().collect();
         self.reply(ControlReply::RoundClosed(told));
         self.last = Some(closed);
         self.send_average(&members);
     }
 
     fn send_average(&mut self, clients: &[ClientId]) {
-        let Some(Closed {
-            told:
-                RoundClosed {
-                    round,
-                    average: Some(Mean { digest, values, .. }),
-                    ..
-                },
-            lengths,
-        }) = &self.last
-        else {
+        let Some(last) = &self.last else { return };
+        let (round, Some(Mean { digest, values, .. })) = (last.told.round, &last.told.average) else {
             return;
         };
-        let mut averages: BTreeMap<usize, Message> = BTreeMap::new();
+        let mut averages: BTreeMap<Part, Message> = BTreeMap::new();
         for client in clients {
-            let (Some(connection), Some(length)) = (self.connection_of(Guest::Client(*client)), lengths.get(client))
+            let (Some(connection), Some(part)) = (self.connection_of(Guest::Client(*client)), last.parts.get(client))
             else {
                 continue;
             };
-            let own = values.get(..*length).unwrap_or(values);
-            let average = averages.entry(own.len()).or_insert_with(|| {
+            let average = averages.entry(*part).or_insert_with(|| {
+                let own = last.part_of(*part, values);
                 let digest = match own.len() == values.len() {
                     true => *digest,
-                    false => Digest::of_values(own),
+                    false => Digest::of_values(&own),
                 };
                 Message::Average(Average {
-                    round: *round,
+                    round,
                     digest,
-                    values: own.to_vec(),
+                    values: own,
                 })
             });
             self.door.send(connection, average);

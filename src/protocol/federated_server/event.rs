@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::super::message::{Exclusion, ExclusionReason, Inclusion, PROTOCOL_VERSION, RefusalReason, Version};
 use super::super::{ConnectionId, DepartureReason, MAX_CLIENTS, PING_INTERVAL};
+use crate::terms::aggregation::Aggregation;
 use crate::terms::ids::{ClientId, RoundKey};
 
 /// Where the main server is.
@@ -22,6 +23,8 @@ pub struct FederatedConfig {
     /// What this server speaks: `PROTOCOL_VERSION`.
     pub version: Version,
     pub control: ControlAccess,
+    /// What a main server's runs are to be aggregated by; another is refused. `None` leaves it to the main server.
+    pub aggregation: Option<Aggregation>,
     /// More clients than these are refused.
     pub max_clients: u32,
     pub ping_interval: Duration,
@@ -33,6 +36,7 @@ impl Default for FederatedConfig {
         FederatedConfig {
             version: PROTOCOL_VERSION,
             control: ControlAccess::Local,
+            aggregation: None,
             max_clients: MAX_CLIENTS,
             ping_interval: PING_INTERVAL,
         }

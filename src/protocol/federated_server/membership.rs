@@ -240,6 +240,7 @@ impl FederatedServerSession {
         self.last = None;
         self.early.clear();
         self.usual = Usual::default();
+        self.rule = None;
         for connection in std::mem::take(&mut self.clients)
             .into_values()
             .filter_map(|client| client.connection)

@@ -33,6 +33,7 @@ use super::door::{Door, Heard};
 use super::frame::adapter_frame_bytes;
 use super::message::*;
 use super::{ConnectionId, DepartureReason, MAX_FRAME_BYTES, Transmit, earlier};
+use crate::federated::Rule;
 use crate::terms::ids::ClientId;
 
 struct Run {
@@ -66,6 +67,8 @@ pub struct FederatedServerSession {
     /// one a client at most.
     early: BTreeMap<ClientId, (AdapterUpdate, u64)>,
     usual: Usual,
+    /// How the rounds that are opened now are aggregated; `None` is the mean.
+    rule: Option<Rule>,
     replies: VecDeque<ControlReply>,
     events: VecDeque<FederatedEvent>,
 }
@@ -83,6 +86,7 @@ impl FederatedServerSession {
             last: None,
             early: BTreeMap::new(),
             usual: Usual::default(),
+            rule: None,
             replies: VecDeque::new(),
             events: VecDeque::new(),
         }
@@ -209,6 +213,17 @@ impl FederatedServerSession {
                 });
             }
             Control::Base { values } => self.usual.start_from(values),
+            Control::Rule(rule) => match self.config.aggregation.filter(|own| *own != rule.aggregation()) {
+                Some(own) => {
+                    let detail = format!(
+                        "the run aggregates by `{}`, and the federated server was started with --aggregate {own}: start one of \
+                         them otherwise",
+                        rule.aggregation()
+                    );
+                    self.expel(Guest::Control, StopReason::Unexpected, detail, now);
+                }
+                None => self.rule = Some(rule),
+            },
             Control::OpenRound {
                 round,
                 members,
@@ -220,16 +235,19 @@ impl FederatedServerSession {
                         client,
                         base,
                         adapter_len,
+                        rank,
                     } = member;
                     let participant = Participant {
                         base,
                         adapter_len,
+                        rank,
                         update: None,
                     };
                     (client, participant)
                 };
                 let opening = OpenRound {
                     round,
+                    rule: self.rule.clone(),
                     adapter_len,
                     max_examples,
                     asked: None,
@@ -323,7 +341,7 @@ impl FederatedServerSession {
             (ControlAccess::Local, _) => self.replies.push_back(reply),
             (ControlAccess::Remote { .. }, Some(Controller { connection, version })) => {
                 if *version < DEADLINES_SINCE {
-                    without_new_reasons(&mut reply);
+                    without_new_words(&mut reply);
                 }
                 self.door.send(*connection, &Message::ControlReply(reply));
             }
@@ -334,7 +352,13 @@ impl FederatedServerSession {
 }
 
 /// Says it in the words of a main server before [`DEADLINES_SINCE`].
-fn without_new_reasons(reply: &mut ControlReply) {
+fn without_new_words(reply: &mut ControlReply) {
+    if let ControlReply::RoundClosed(RoundClosed {
+        average: Some(mean), ..
+    }) = reply
+    {
+        (mean.exact, mean.errors) = (None, None);
+    }
     let exclusions = match reply {
         ControlReply::Excluded { exclusion, .. } => std::slice::from_mut(exclusion),
         ControlReply::RoundClosed(closed) => closed.excluded.as_mut_slice(),

@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use super::round::OpenRound;
+use super::round::{OpenRound, Part};
 use crate::protocol::message::Digest;
 use crate::terms::ids::{ClientId, RoundKey};
 
@@ -33,6 +33,11 @@ impl Usual {
     /// Rounds start from this.
     pub(crate) fn start_from(&mut self, values: Vec<f32>) {
         self.base = values;
+    }
+
+    /// What rounds start from, as far as it is known.
+    pub(crate) fn base(&self) -> &[f32] {
+        &self.base
     }
 
     /// A round is opened.
@@ -74,15 +79,16 @@ impl Usual {
 
     /// How far members have moved who started from what is known here.
     pub(crate) fn distances(&self, open: &OpenRound) -> BTreeMap<ClientId, f64> {
-        let mut digests: BTreeMap<usize, Digest> = BTreeMap::new();
+        let mut bases: BTreeMap<Part, (Vec<f32>, Digest)> = BTreeMap::new();
         let mut distances = BTreeMap::new();
         for (client, member) in &open.members {
             let Some(update) = &member.update else { continue };
-            let Some(base) = self.base.get(..update.values.len()).filter(|base| !base.is_empty()) else {
-                continue;
-            };
-            let digest = digests.entry(base.len()).or_insert_with(|| Digest::of_values(base));
-            if *digest == member.base {
+            let (base, digest) = bases.entry(member.part()).or_insert_with(|| {
+                let base = member.part().of(open.rule.as_ref(), &self.base);
+                let digest = Digest::of_values(&base);
+                (base, digest)
+            });
+            if !base.is_empty() && base.len() == update.values.len() && *digest == member.base {
                 distances.insert(*client, distance(&update.values, base));
             }
         }

@@ -70,6 +70,10 @@ pub enum MainError {
     Moments,
     #[error("{client} is to have {cut} blocks, where the assignment has {largest}")]
     Cut { client: ClientId, cut: u32, largest: u32 },
+    #[error("the shape of the run's adapters is not that of the placement")]
+    Shape,
+    #[error("a client is to have rank {rank}, where the run has {most}")]
+    Rank { rank: u32, most: u32 },
     #[error("a copy of {given} values, where the clients' cuts differ by {expected}")]
     CopyLength { given: usize, expected: usize },
     #[error("the main server's copy has a value that is not finite")]
@@ -191,6 +195,24 @@ impl MainConfig {
         if let Some((&client, &cut)) = placement.cuts.iter().find(|(_, cut)| !(1..=largest).contains(*cut)) {
             return Err(MainError::Cut { client, cut, largest });
         }
+        if let Some(rule) = &placement.rule {
+            let (shape, rank) = (rule.shape(), config.rank as usize);
+            if shape.rank() != rank
+                || shape.len(config.split as usize, rank) != len
+                || shape.trained() != placement.assignment.trained
+            {
+                return Err(MainError::Shape);
+            }
+        }
+        if let Some(&rank) = placement.ranks.iter().find(|rank| !(1..=config.rank).contains(*rank)) {
+            return Err(MainError::Rank {
+                rank,
+                most: config.rank,
+            });
+        }
+        if placement.rule.is_none() && !placement.ranks.is_empty() {
+            return Err(MainError::Shape);
+        }
         // Frames, steps and rounds stay as they were announced.
         let first = &self.placement.assignment;
         let same = RunConfig {
@@ -200,7 +222,8 @@ impl MainConfig {
             ..config.clone()
         };
         let next = &placement.assignment;
-        if same != first.config || next.run != first.run || next.alphas != first.alphas {
+        if same != first.config || next.run != first.run || next.alphas != first.alphas || next.trained != first.trained
+        {
             return Err(MainError::Fixed);
         }
         Ok(())

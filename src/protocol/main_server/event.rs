@@ -9,6 +9,7 @@ use super::super::ConnectionId;
 use super::super::message::{Exclusion, ExclusionReason, Inclusion, LinkRates, RefusalReason};
 use super::lateness::MISSES;
 use super::placement::Placement;
+use crate::federated::{Errors, Exact};
 use crate::terms::ids::{ClientId, RoundKey, StepKey};
 use crate::terms::moments::Moments;
 use crate::terms::phases::Phases;
@@ -209,6 +210,10 @@ pub enum MainEvent {
         average: Vec<f32>,
         /// Of the blocks that leave the clients.
         moments: Option<Moments>,
+        /// What is validated and saved, where that is more than the average.
+        exact: Option<Exact>,
+        /// What averages miss, where that is known.
+        errors: Option<Errors>,
         split: u32,
         included: Vec<Inclusion>,
         excluded: Vec<Exclusion>,

@@ -7,15 +7,17 @@ use std::time::Duration;
 use super::super::ConnectionId;
 use super::super::admission::{Admission, Pass, check_secret};
 use super::super::message::{
-    ALPHAS_SINCE, Control, Credential, Digest, Exclusion, ExclusionReason, Hello, Message, RefusalReason, Service,
-    Stop, StopReason, Welcome,
+    AGGREGATION_SINCE, ALPHAS_SINCE, Control, Credential, Digest, Exclusion, ExclusionReason, Hello, Message,
+    RefusalReason, Service, Stop, StopReason, Welcome,
 };
 use super::MainServerSession;
 use super::event::{DepartureReason, MainEvent};
 use super::lateness::MISSES;
 use super::round::Phase;
 use super::step::Awaited;
+use crate::terms::adapter::Trained;
 use crate::terms::ids::ClientId;
+use crate::terms::moments::MomentPolicy;
 
 impl MainServerSession {
     pub(super) fn greet(&mut self, connection: ConnectionId, now: Duration, hello: &Hello) {
@@ -73,6 +75,13 @@ impl MainServerSession {
         }
         if !self.placement.assignment.alphas.is_empty() && hello.version < ALPHAS_SINCE {
             let detail = format!("this run's adapter has alphas of its own, which need protocol {ALPHAS_SINCE}");
+            return Err((RefusalReason::Version, detail));
+        }
+        let assignment = &self.placement.assignment;
+        if hello.version < AGGREGATION_SINCE
+            && (assignment.trained != Trained::Both || assignment.config.moments != MomentPolicy::Keep)
+        {
+            let detail = format!("how this run aggregates adapters needs protocol {AGGREGATION_SINCE}");
             return Err((RefusalReason::Version, detail));
         }
         let replaces = match admission {

@@ -68,6 +68,7 @@ use super::door::{Door, Heard};
 use super::link::silence_limit;
 use super::message::{Control, ControlReply, Digest, Message, Ready, RunConfig, StopReason};
 use super::{ConnectionId, Transmit, earlier};
+use crate::federated::Rule;
 use crate::terms::ids::{ClientId, RoundKey};
 
 /// The main server's state machine.
@@ -103,6 +104,8 @@ pub struct MainServerSession {
     control_lost: bool,
     /// Digest of the adapter that the federated server takes for what the round starts from.
     told_base: Option<Digest>,
+    /// What the federated server takes for how adapters are aggregated.
+    told_rule: Option<Rule>,
     timing: Timing,
     planning: Planning,
     frame_limit: usize,
@@ -141,6 +144,7 @@ impl MainServerSession {
             adapter_patience: Patience::new(config.deadline),
             control_lost: false,
             told_base: None,
+            told_rule: None,
             timing: Timing::default(),
             planning: Planning::new(config.plans),
             frame_limit,
@@ -294,6 +298,7 @@ impl MainServerSession {
         }
         self.controls.clear();
         self.told_base = None;
+        self.told_rule = None;
         self.open_run(now);
         let members = self.phase.members();
         if !members.is_empty() {

@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::super::message::{Assignment, Digest};
+use crate::federated::Rule;
 use crate::terms::ids::ClientId;
 use crate::terms::moments::Moments;
 
@@ -20,9 +21,21 @@ pub struct Placement {
     pub moments: Option<Moments>,
     /// Clients' own cuts, up to the assignment's. Without any that is everybody's; else who has none gets the smallest.
     pub cuts: BTreeMap<ClientId, u32>,
+    /// How adapters are aggregated; `None` is the mean of adapters of one rank.
+    pub rule: Option<Rule>,
+    /// Clients' own ranks, up to the assignment's, in turn by their numbers. Without any that is everybody's. Only with a rule.
+    pub ranks: Vec<u32>,
 }
+
+/// What of the client side a client has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Part {
+    pub split: u32,
+    pub rank: u32,
+}
+
 impl Placement {
-    /// One cut for everybody, from the beginning: the assignment's, whose `adapter_len` becomes the length of `adapter`.
+    /// One cut for everybody and the mean, from the beginning: the assignment's, whose `adapter_len` becomes the length of `adapter`.
     pub fn new(assignment: Assignment, adapter: Vec<f32>) -> Placement {
         Placement {
             assignment: Assignment {
@@ -32,6 +45,8 @@ impl Placement {
             adapter,
             moments: None,
             cuts: BTreeMap::new(),
+            rule: None,
+            ranks: Vec::new(),
         }
     }
 
@@ -49,12 +64,24 @@ impl Placement {
         self.cuts.get(&client).copied().unwrap_or_else(|| self.split())
     }
 
+    /// What this client has.
+    pub(super) fn part_of(&self, client: ClientId) -> Part {
+        let turn = match self.ranks.len() as u64 {
+            0 => None,
+            ranks => self.ranks.get((client.0.wrapping_sub(1) % ranks) as usize),
+        };
+        Part {
+            split: self.split_of(client),
+            rank: turn.copied().unwrap_or(self.assignment.config.rank),
+        }
+    }
+
     /// Values of one block's adapter.
     pub(super) fn block_len(&self) -> u64 {
         self.assignment.adapter_len / u64::from(self.assignment.config.split.max(1))
     }
 
-    /// Values in the adapter of a client with so many blocks.
+    /// Values in so many blocks' adapters.
     pub(super) fn len_at(&self, split: u32) -> u64 {
         u64::from(split) * self.block_len()
     }
@@ -65,27 +92,60 @@ impl Placement {
         self.adapter.len().saturating_sub(len)
     }
 
-    /// The adapter of a client with so many blocks.
-    pub(super) fn adapter_at(&self, split: u32) -> &[f32] {
-        let len = usize::try_from(self.len_at(split)).unwrap_or(usize::MAX);
-        self.adapter.get(..len).unwrap_or(&self.adapter)
+    /// The adapter of a client that has this part.
+    pub(super) fn adapter_at(&self, part: Part) -> Vec<f32> {
+        match &self.rule {
+            Some(rule) if self.is_narrow(part) => {
+                rule.shape()
+                    .narrow(&self.adapter, part.split as usize, part.rank as usize)
+            }
+            _ => {
+                let len = usize::try_from(self.len_at(part.split)).unwrap_or(usize::MAX);
+                self.adapter.get(..len).unwrap_or(&self.adapter).to_vec()
+            }
+        }
+    }
+
+    /// Values in it.
+    pub(super) fn len_of(&self, part: Part) -> u64 {
+        match &self.rule {
+            Some(rule) if self.is_narrow(part) => rule.shape().len(part.split as usize, part.rank as usize) as u64,
+            _ => self.len_at(part.split),
+        }
+    }
+
+    /// Whether this is a smaller rank than the run's.
+    pub(super) fn is_narrow(&self, part: Part) -> bool {
+        part.rank != self.assignment.config.rank
     }
 
     pub(super) fn assignment_of(&self, client: ClientId) -> Assignment {
-        let split = self.split_of(client);
+        let part = self.part_of(client);
         let mut assignment = self.assignment.clone();
         // The embedding comes before the blocks.
-        assignment.weights.truncate(split as usize + 1);
-        assignment.adapter_len = self.len_at(split);
-        assignment.config.split = split;
+        assignment.weights.truncate(part.split as usize + 1);
+        assignment.adapter_len = self.len_of(part);
+        assignment.config.split = part.split;
+        if self.is_narrow(part) {
+            // The same scale: it is alpha / rank.
+            let share = part.rank as f32 / self.assignment.config.rank as f32;
+            assignment.config.rank = part.rank;
+            assignment.config.alpha *= share;
+            assignment.alphas.iter_mut().for_each(|own| own.alpha *= share);
+        }
         assignment
     }
 
-    /// Digests of the clients' adapters, by cut.
-    pub(super) fn bases(&self) -> BTreeMap<u32, Digest> {
+    /// Digests of the clients' adapters.
+    fn bases(&self) -> BTreeMap<Part, Digest> {
         let splits: BTreeSet<u32> = self.cuts.values().copied().chain([self.split()]).collect();
+        let ranks: BTreeSet<u32> = match self.ranks[..] {
+            [] => BTreeSet::from([self.assignment.config.rank]),
+            ref ranks => ranks.iter().copied().collect(),
+        };
         (splits.into_iter())
-            .map(|split| (split, Digest::of_values(self.adapter_at(split))))
+            .flat_map(|split| ranks.iter().map(move |&rank| Part { split, rank }))
+            .map(|part| (part, Digest::of_values(&self.adapter_at(part))))
             .collect()
     }
 }
@@ -93,8 +153,8 @@ impl Placement {
 /// The placement that holds, with the digests of what clients start a round from.
 pub(super) struct Current {
     placement: Placement,
-    /// Digests of the adapters that clients start the next round from, by cut.
-    bases: BTreeMap<u32, Digest>,
+    /// Digests of the adapters that clients start the next round from.
+    bases: BTreeMap<Part, Digest>,
 }
 
 impl Current {
@@ -123,9 +183,9 @@ impl Current {
         self.placement.moments = None;
     }
 
-    /// Digest of the adapter that a client with so many blocks starts from; `None` when no client has so many.
-    pub(crate) fn base_at(&self, split: u32) -> Option<Digest> {
-        self.bases.get(&split).copied()
+    /// Digest of the adapter that a client with this part starts from; `None` when no client has it.
+    pub(super) fn base_at(&self, part: Part) -> Option<Digest> {
+        self.bases.get(&part).copied()
     }
 }
 

@@ -89,7 +89,9 @@ impl MainServerSession {
         };
         let current = self.placement.split();
         let split = plan.as_ref().and_then(|plan| plan.split).unwrap_or(current);
-        let movable = matches!(occasion, Occasion::Boundary(_)) && self.placement.copy_len() == 0;
+        let movable = matches!(occasion, Occasion::Boundary(_))
+            && self.placement.copy_len() == 0
+            && self.placement.ranks.is_empty();
         let moved = split.abs_diff(current);
         let largest = u64::from(split.max(current)) + 2 * u64::from(moved);
         if split == 0 || moved != 0 && (!movable || largest * self.placement.block_len() > self.config.largest_update) {

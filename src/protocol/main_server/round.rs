@@ -15,6 +15,7 @@ use super::event::{CollectTime, DepartureReason, MainEvent, Occasion, RunEnd};
 use super::lateness::Wait;
 use super::placement::Placement;
 use super::step::{Awaited, Step};
+use crate::federated::{Exact, Rule};
 use crate::terms::ids::{ClientId, RoundKey, StepKey};
 
 /// What the run is doing.
@@ -130,12 +131,19 @@ impl Phase {
 }
 
 /// What is wrong with an average, if something is: of how many values it should be, what leaves with it, after how many steps.
-fn average_fault(average: &Mean, expected: usize, leaving: Option<Leaving>) -> Option<String> {
+fn average_fault(average: &Mean, placement: &Placement, leaving: Option<Leaving>) -> Option<String> {
     let Mean {
         digest,
         values,
         moments,
+        exact,
+        errors,
     } = average;
+    let expected = placement.adapter.len();
+    let exact_fault = |exact: &Exact| match &placement.rule {
+        Some(rule) => exact.fault(rule.shape(), placement.assignment.config.split as usize),
+        None => Some("exact products, which nobody asked for".to_owned()),
+    };
     if values.len() != expected {
         Some(format!("an average of {} values, not {expected}", values.len()))
     } else if !values.iter().all(|value| value.is_finite()) {
@@ -149,8 +157,10 @@ fn average_fault(average: &Mean, expected: usize, leaving: Option<Leaving>) -> O
         (moments, leaving) => moments.is_some() == leaving.is_some(),
     } {
         Some("an average without the moments of the blocks that leave".to_owned())
+    } else if errors.is_some_and(|errors| !(errors.averaging >= 0.0 && errors.start >= 0.0)) {
+        Some("an average with errors that cannot be".to_owned())
     } else {
-        None
+        exact.as_deref().and_then(exact_fault)
     }
 }
 
@@ -189,8 +199,8 @@ impl MainServerSession {
             members: ready.iter().copied().collect(),
         });
         for id in &ready {
-            let split = self.placement.split_of(*id);
-            let Some(base) = self.placement.base_at(split) else {
+            let part = self.placement.part_of(*id);
+            let Some(base) = self.placement.base_at(part) else {
                 continue;
             };
             let Some(needs) = self.roster.start(*id, base) else {
@@ -201,7 +211,7 @@ impl MainServerSession {
                     round,
                     base,
                     members: count,
-                    adapter: needs.adapter.then(|| self.placement.adapter_at(split).to_vec()),
+                    adapter: needs.adapter.then(|| self.placement.adapter_at(part)),
                     moments: self.placement.moments.clone().filter(|_| needs.moments),
                     rates: self.planning.rates_of(*id),
                 };
@@ -217,6 +227,12 @@ impl MainServerSession {
     }
 
     pub(super) fn open_round(&mut self, members: BTreeSet<ClientId>) {
+        if let Some(rule) = &self.placement.rule
+            && self.told_rule.as_ref() != Some(rule)
+        {
+            self.told_rule = Some(rule.clone());
+            self.controls.push_back(Control::Rule(rule.clone()));
+        }
         let base = Digest::of_values(&self.placement.adapter);
         if self.told_base.replace(base) != Some(base) {
             let values = self.placement.adapter.clone();
@@ -224,11 +240,12 @@ impl MainServerSession {
         }
         let config = self.config();
         let member = |client: ClientId| {
-            let split = self.placement.split_of(client);
+            let part = self.placement.part_of(client);
             Some(Member {
                 client,
-                base: self.placement.base_at(split)?,
-                adapter_len: self.placement.len_at(split),
+                base: self.placement.base_at(part)?,
+                adapter_len: self.placement.len_of(part),
+                rank: self.placement.is_narrow(part).then_some(part.rank),
             })
         };
         self.controls.push_back(Control::OpenRound {
@@ -445,22 +462,26 @@ impl MainServerSession {
     /// Why no training of this round can have led to this average, if none can. AdamW moves a value in a step by no more than
     /// `lr · (1 - β₁) / √((1 - β₂)(1 - β₁²/β₂))`, which is 7.3 times the learning rate (the Cauchy-Schwarz inequality between its two
     /// moments), and by the decay. What is beyond twice that was not trained, whoever sent it.
-    fn impossible_step(&self, average: &[f32]) -> Option<String> {
+    fn impossible_step(&self, average: &[f32], exact: Option<&Exact>) -> Option<String> {
         const MOST: f64 = 2.0 * 7.3;
         let RunConfig {
-            optimizer, local_steps, ..
+            optimizer,
+            local_steps,
+            split,
+            ..
         } = self.config();
         let lr = f64::from(optimizer.lr) * f64::from(*local_steps);
-        let (moved, most) = (average.iter().zip(&self.placement.adapter))
-            .map(|(value, base)| {
-                let (value, base) = (f64::from(*value), f64::from(*base));
-                let most = lr * (MOST + 2.0 * f64::from(optimizer.weight_decay) * base.abs());
-                ((value - base).abs(), most + 1e-6)
-            })
-            .find(|(moved, most)| moved > most)?;
+        let most = |base: f32| lr * (MOST + 2.0 * f64::from(optimizer.weight_decay) * f64::from(base).abs()) + 1e-6;
+        let base = &self.placement.adapter;
+        let moved = match &self.placement.rule {
+            Some(rule) => {
+                let is_narrow = !self.placement.ranks.is_empty();
+                rule.impossible(*split as usize, base, (average, exact), most, is_narrow)
+            }
+            None => Rule::impossible_value(base, average, most),
+        }?;
         Some(format!(
-            "the average of the adapters is {moved:.3e} from where the round began in one value, where {local_steps} steps \
-             can move it by {most:.3e} at most"
+            "the average of the adapters is {moved}, for {local_steps} steps of training"
         ))
     }
 
@@ -479,25 +500,27 @@ impl MainServerSession {
             }
             return;
         };
-        if let Some(fault) = average_fault(&average, self.placement.adapter.len(), self.leaving(split)) {
+        if let Some(fault) = average_fault(&average, &self.placement, self.leaving(split)) {
             return self.finish(RunEnd::FederatedFault(fault), now);
         }
         let Mean {
             values,
             moments,
             digest,
+            exact,
+            errors,
         } = average;
         self.told_base = Some(digest);
         for exclusion in &closed.excluded {
             self.exclude(exclusion);
         }
-        if let Some(reason) = self.impossible_step(&values) {
+        if let Some(reason) = self.impossible_step(&values, exact.as_deref()) {
             return self.reject_round(reason, now);
         }
         let before = self.placement.adapter.clone();
         self.placement.install(&values);
         for inclusion in &closed.included {
-            let base = self.placement.base_at(self.placement.split_of(inclusion.client));
+            let base = self.placement.base_at(self.placement.part_of(inclusion.client));
             self.roster.hold(inclusion.client, base);
         }
         let round = closed.round;
@@ -518,6 +541,8 @@ impl MainServerSession {
             round,
             average: values,
             moments,
+            exact: exact.map(|exact| *exact),
+            errors,
             split,
             included,
             excluded,

@@ -12,6 +12,7 @@ use super::config::{MainConfig, MainError};
 use super::event::{MainEvent, RunEnd};
 use super::placement::Placement;
 use super::round::Phase;
+use crate::federated::Exact;
 use crate::terms::ids::{ClientId, RoundKey};
 use crate::terms::moments::Moments;
 
@@ -54,6 +55,8 @@ pub struct Checkpoint {
     pub adapter: Vec<f32>,
     /// And its optimiser's moments.
     pub moments: Moments,
+    /// The exact products of the last round, where the run saves more than the average.
+    pub exact: Option<Exact>,
 }
 
 impl RunState {

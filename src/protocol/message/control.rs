@@ -6,6 +6,7 @@ use std::fmt;
 use std::time::Duration;
 
 use super::Digest;
+use crate::federated::{Errors, Exact, Rule};
 use crate::terms::ids::{ClientId, RoundKey, RunId};
 use crate::terms::moments::Moments;
 
@@ -21,8 +22,10 @@ pub struct Leaving {
 pub struct Member {
     pub client: ClientId,
     pub base: Digest,
-    /// Numbers in its adapter, which are the first of the round's.
+    /// Numbers in its adapter, which are the first of the round's; at a rank of its own the first of every matrix'.
     pub adapter_len: u64,
+    /// Where it is smaller than the run's.
+    pub rank: Option<u32>,
 }
 
 /// Main → federated server. In one process the driver hands these over as values.
@@ -42,6 +45,8 @@ pub enum Control {
         model: Digest,
         tokenizer: Digest,
     },
+    /// How adapters are aggregated from the next round on, and what they look like. Without it, by their mean.
+    Rule(Rule),
     /// What rounds start from until there is an average: where that is not the last average. In the length of the average.
     Base { values: Vec<f32> },
     OpenRound {
@@ -72,6 +77,7 @@ impl fmt::Debug for Control {
             Control::OpenRun {
                 run, largest_update, ..
             } => write!(f, "OpenRun({run}, at most {largest_update} numbers)"),
+            Control::Rule(rule) => write!(f, "Rule({}, rank {})", rule.aggregation(), rule.shape().rank()),
             Control::Base { values } => write!(f, "Base({} values)", values.len()),
             Control::OpenRound { round, members, .. } => write!(f, "OpenRound({round}, {members:?})"),
             Control::Collect { round, moments, copy } => {
@@ -151,14 +157,19 @@ pub enum ControlReply {
     RoundClosed(RoundClosed),
 }
 
-/// What members' adapters come to, each weighted by its examples.
+/// What members' adapters come to.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Mean {
     /// Of `values`.
     pub digest: Digest,
+    /// What members go on with.
     pub values: Vec<f32>,
     /// Of the blocks that leave the clients.
     pub moments: Option<Moments>,
+    /// What is validated and saved, where that is more than `values`.
+    pub exact: Option<Box<Exact>>,
+    /// What averages miss, where that is known.
+    pub errors: Option<Errors>,
 }
 
 /// The outcome of a round at the federated server.

@@ -24,6 +24,11 @@ pub const DEADLINES_SINCE: Version = Version { major: 3, minor: 2 };
 /// The first version in which messages with tensors and adapters carry a digest of themselves.
 pub const DIGESTS_SINCE: Version = Version { major: 3, minor: 2 };
 
+/// The first version in which a run says how adapters are aggregated ([`Control::Rule`](super::Control::Rule)): of what a client
+/// trains ([`Assignment::trained`](super::Assignment::trained)), of moments that begin anew
+/// ([`MomentPolicy::Reset`](crate::terms::moments::MomentPolicy)), and of members with ranks of their own.
+pub const AGGREGATION_SINCE: Version = Version { major: 3, minor: 2 };
+
 /// A protocol version. Minor versions only append fields and message kinds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Version {

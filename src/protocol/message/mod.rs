@@ -11,8 +11,8 @@ mod training;
 pub use control::{Control, ControlReply, Exclusion, ExclusionReason, Inclusion, Leaving, Mean, Member, RoundClosed};
 pub use digest::{Digest, ParseDigestError};
 pub use greeting::{
-    ALPHAS_SINCE, Capabilities, Credential, DEADLINES_SINCE, DIGESTS_SINCE, Hello, PROTOCOL_VERSION, RefusalReason,
-    Refused, Service, Ticket, Version, Welcome,
+    AGGREGATION_SINCE, ALPHAS_SINCE, Capabilities, Credential, DEADLINES_SINCE, DIGESTS_SINCE, Hello, PROTOCOL_VERSION,
+    RefusalReason, Refused, Service, Ticket, Version, Welcome,
 };
 pub use training::{
     Activations, AdapterUpdate, Assignment, Average, Blob, Gradient, LinkRates, OwnAlpha, Ready, RoundEnd, RoundResult,

@@ -6,6 +6,7 @@ use std::fmt;
 use std::time::Duration;
 
 use super::Digest;
+use crate::terms::adapter::Trained;
 use crate::terms::format::Format;
 use crate::terms::ids::{RoundKey, RunId, StepKey};
 use crate::terms::moments::{MomentPolicy, Moments};
@@ -123,6 +124,9 @@ pub struct Assignment {
     /// Of the whole model, ordered by block and target; where there are any, a client speaks
     /// [`ALPHAS_SINCE`](super::ALPHAS_SINCE).
     pub alphas: Vec<OwnAlpha>,
+    /// Which matrices the client trains and sends: all flat adapters of the run are of these. The others are what the run's seed makes
+    /// them. Where they are not all, a client speaks [`AGGREGATION_SINCE`](super::AGGREGATION_SINCE).
+    pub trained: Trained,
 }
 
 impl Assignment {
@@ -137,6 +141,7 @@ impl Assignment {
             tokenizer: Vec::new(),
             adapter_len: 0,
             alphas: Vec::new(),
+            trained: Trained::Both,
         }
     }
 }

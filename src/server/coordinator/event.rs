@@ -128,6 +128,8 @@ impl Coordinator {
                 round,
                 average,
                 moments,
+                exact,
+                errors,
                 split,
                 included,
                 excluded,
@@ -140,6 +142,7 @@ impl Coordinator {
                     predicted_s: prediction.map(|prediction| prediction.server_s),
                     measured_s: main.measured.server_s(),
                 };
+                let adapter_bytes = collected.iter().map(|time| time.bytes).sum();
                 main.measured.collected = collected;
                 main.pending_round = Some(RoundRecord {
                     round: round.round + 1,
@@ -158,11 +161,16 @@ impl Coordinator {
                     measured_s: measured_s.as_secs_f64(),
                     phases,
                     server,
+                    aggregation: Some(main.about.aggregation),
+                    averaging_error: errors.map(|errors| errors.averaging),
+                    start_error: errors.map(|errors| errors.start),
+                    adapter_bytes,
                     ..RoundRecord::default()
                 });
                 main.compute(Work::Close {
                     round,
                     average,
+                    exact,
                     moments,
                     split: split as usize,
                 })?;

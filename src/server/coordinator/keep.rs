@@ -65,6 +65,7 @@ impl Coordinator {
             placement,
             adapter: main.side.values.clone(),
             moments: main.side.moments.clone(),
+            exact: main.side.exact.clone(),
         };
         let written = kept.round(&checkpoint, &totals);
         self.unwritten.note("its state", written, &self.parts.report);

@@ -18,6 +18,7 @@ use super::measure::RoundMeasure;
 use crate::model::architecture::Architecture;
 use crate::protocol::{LeftOut, MainServerSession, Occasion, RunEnd};
 use crate::split::Training;
+use crate::terms::aggregation::Aggregation;
 use crate::terms::format::Format;
 use crate::terms::ids::{ClientId, StepKey};
 
@@ -178,6 +179,7 @@ pub struct About {
     pub model: String,
     pub architecture: Architecture,
     pub training: Training,
+    pub aggregation: Aggregation,
     /// How matrices of blocks are held.
     pub weights: Format,
     pub rounds: u32,

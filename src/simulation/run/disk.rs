@@ -45,6 +45,7 @@ impl World {
                 first,
                 second,
             },
+            exact: self.exact.clone(),
         };
         self.disk.checkpoint = Some(Kept {
             checkpoint: checkpoint.encode(),
@@ -121,6 +122,7 @@ impl World {
             placement,
             adapter,
             moments,
+            exact,
         } = checkpoint;
         (self.server, self.outcome.steps) = (kept.server, kept.steps);
         self.blocks = Trained {
@@ -132,6 +134,13 @@ impl World {
         self.average.clone_from(&placement.adapter);
         (self.split, self.cuts) = (placement.split(), placement.cuts.clone());
         self.outcome.rounds.retain(|record| record.round.round < round);
+        let last = self.outcome.rounds.last();
+        if last.is_some_and(|last| last.exact != exact) {
+            self.violation(format!(
+                "what was kept before round {round} has other products than that round"
+            ));
+        }
+        self.exact = exact;
         self.outcome.end = None;
         self.present.clear();
         self.departed.clear();

@@ -25,8 +25,9 @@ use disk::Disk;
 use super::network::{End, Happening, Network, SocketId, Traffic};
 use super::outcome::{ClientOutcome, Outcome};
 use super::scenario::{Fault, Scenario};
-use super::toy::{BLOCKS, NUMBERS, Trained, assignment, initial_adapter};
+use super::toy::{BLOCKS, NUMBERS, Trained, assignment, initial_adapter, rule};
 use crate::client::edge::{Edge, Task};
+use crate::federated::Exact;
 use crate::protocol::message::PROTOCOL_VERSION;
 use crate::protocol::{
     AdapterInput, ControlAccess, ControlConfig, ControlSession, FederatedConfig, FederatedServerSession,
@@ -147,6 +148,8 @@ struct World {
     cuts: BTreeMap<ClientId, u32>,
     /// Of the blocks that some client has.
     average: Vec<f32>,
+    /// What is saved instead of it, where that is more.
+    exact: Option<Exact>,
     /// The main server's blocks.
     blocks: Trained,
     server: f64,
@@ -225,7 +228,10 @@ fn control(scenario: &Scenario, now: Duration) -> Option<ControlSession> {
 
 impl World {
     fn new(scenario: Scenario) -> World {
-        let placement = Placement::new(assignment(&scenario, 1), initial_adapter()[..NUMBERS].to_vec());
+        let placement = Placement {
+            rule: Some(rule(scenario.aggregation)),
+            ..Placement::new(assignment(&scenario, 1), initial_adapter()[..NUMBERS].to_vec())
+        };
         let main = MainServerSession::new(main_config(&scenario, placement), skew(Node::Main))
             .expect("the toy run is well configured");
         let federated = federated_server(&scenario);
@@ -293,6 +299,7 @@ impl World {
             blocks: Trained::new(initial_adapter()[NUMBERS..].to_vec()),
             server: 1.0,
             before: (Trained::default(), 0.0),
+            exact: None,
             outcome: Outcome {
                 end: None,
                 drained: false,

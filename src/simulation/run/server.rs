@@ -5,9 +5,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::super::outcome::{Phase, RoundRecord};
-use super::super::toy::{NUMBERS, Trained, assignment, from_tensor, initial_adapter, to_tensor};
+use super::super::toy::{NUMBERS, Trained, assignment, from_tensor, initial_adapter, rule, to_tensor};
 use super::{Lane, Node, Own, World};
-use crate::federated::{mean_of_prefixes, weighted_mean};
+use crate::federated::ClientAdapter;
 use crate::protocol::message::{Exclusion, Inclusion};
 use crate::protocol::{AdapterInput, Contribution, GradientOutput, LeftOut, MainEvent, Occasion, Placement, RoundPlan};
 use crate::terms::ids::{ClientId, StepKey};
@@ -66,6 +66,8 @@ impl World {
             adapter: self.average.clone(),
             moments: None,
             cuts: self.cuts.clone(),
+            rule: Some(rule(self.scenario.aggregation)),
+            ranks: Vec::new(),
         }
     }
 
@@ -95,6 +97,8 @@ impl World {
             adapter: self.average.clone(),
             moments: going,
             cuts: BTreeMap::new(),
+            rule: Some(rule(self.scenario.aggregation)),
+            ranks: Vec::new(),
         })
     }
 
@@ -141,6 +145,8 @@ impl World {
                 round,
                 average,
                 moments,
+                exact,
+                errors: _,
                 split,
                 included,
                 excluded,
@@ -154,12 +160,14 @@ impl World {
                     excluded: Vec::new(),
                     average: average.clone(),
                     moments: moments.clone(),
+                    exact: exact.clone(),
                     collected,
                 };
                 self.check_round(record, &included, &excluded);
                 let shared = &average[self.split as usize * NUMBERS..];
                 self.blocks.values[..shared.len()].copy_from_slice(shared);
                 self.average = average;
+                self.exact = exact;
                 let placement = self.recut(split, moments).map(Box::new);
                 let at = at + self.network.pause(self.scenario.compute);
                 self.schedule_of_server(at, Own::Validated { round, placement });
@@ -268,6 +276,7 @@ impl World {
             round,
             average,
             moments,
+            exact,
             ..
         } = &record;
         let round = *round;
@@ -294,8 +303,14 @@ impl World {
             None => found.push(format!("{round} has an adapter that was never sent")),
             Some(uploads) => {
                 let copy = self.copies.get(&round).map_or(&[][..], Vec::as_slice);
-                let values: Vec<(u64, &[f32])> = (uploads.iter())
-                    .map(|input| (input.examples, input.values.as_slice()))
+                let rule = rule(self.scenario.aggregation);
+                let contributions: Vec<ClientAdapter<'_>> = (uploads.iter())
+                    .map(|input| ClientAdapter {
+                        weight: input.examples,
+                        blocks: input.values.len() / NUMBERS,
+                        rank: 1,
+                        values: &input.values,
+                    })
                     .collect();
                 let mean = |part: &dyn Fn(&AdapterInput) -> Option<Vec<f32>>| {
                     let parts: Option<Vec<(u64, Vec<f32>)>> = uploads
@@ -307,10 +322,17 @@ impl World {
                         .iter()
                         .map(|(examples, values)| (*examples, values.as_slice()))
                         .collect();
-                    weighted_mean(&weighted).ok()
+                    rule.moments(&weighted).ok()
                 };
+                let blocks = self.average.len() / NUMBERS;
+                let aggregate = rule.aggregate(blocks, &[], &contributions, copy).ok();
+                if aggregate.as_ref().is_none_or(|aggregate| aggregate.exact != *exact) {
+                    found.push(format!(
+                        "the products of {round} are {exact:?}, not those of {aggregate:?}"
+                    ));
+                }
                 let expected = [
-                    mean_of_prefixes(&values, self.average.len(), copy).ok(),
+                    aggregate.map(|aggregate| aggregate.values),
                     mean(&|input| Some(input.moments.as_ref()?.first.clone())),
                     mean(&|input| Some(input.moments.as_ref()?.second.clone())),
                 ];

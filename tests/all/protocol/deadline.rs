@@ -322,6 +322,8 @@ fn a_round_is_averaged_at_the_deadline_and_who_was_late_starts_the_next_from_the
             digest: Digest::of_values(&average),
             values: average.clone(),
             moments: None,
+            exact: None,
+            errors: None,
         }),
     };
     run.main.handle_control(run.now, ControlReply::RoundClosed(closed));
@@ -401,6 +403,8 @@ fn an_average_that_no_training_leads_to_is_not_taken() {
                 digest: Digest::of_values(&poison),
                 values: poison,
                 moments: None,
+                exact: None,
+                errors: None,
             }),
         };
         run.main.handle_control(run.now, ControlReply::RoundClosed(closed));
@@ -451,6 +455,8 @@ fn a_validation_loss_that_is_not_finite_begins_the_round_again_from_what_it_bega
                 digest: Digest::of_values(&values),
                 values,
                 moments: None,
+                exact: None,
+                errors: None,
             }),
         };
         run.main.handle_control(run.now, ControlReply::RoundClosed(closed));

@@ -17,6 +17,7 @@ fn member(client: u64) -> Member {
         client: ClientId(client),
         base: Digest::of_values(&ADAPTER),
         adapter_len: 4,
+        rank: None,
     }
 }
 
@@ -106,6 +107,8 @@ fn the_average_goes_to_its_members_and_to_the_main_server() {
             digest,
             values,
             moments: None,
+            exact: None,
+            errors: None,
         }),
     };
     assert_eq!(replies(&mut federated), [ControlReply::RoundClosed(closed)]);
@@ -142,6 +145,7 @@ fn open_prefixes(lengths: [u64; 3], adapter_len: u64) -> Control {
                 client: ClientId(client),
                 base: Digest::of_values(&ADAPTER[..length as usize]),
                 adapter_len: length,
+                rank: None,
             })
             .collect(),
         adapter_len,

@@ -3,6 +3,7 @@
 //! Some tests talk to one session frame by frame, as a `peer` that need not be honest. Others run whole training runs in virtual
 //! time, over networks that lose, repeat and reorder.
 
+mod aggregation;
 mod cut;
 mod deadline;
 mod edge;

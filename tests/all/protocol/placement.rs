@@ -38,6 +38,8 @@ fn placement() -> Placement {
         adapter: vec![0.25; 8],
         moments: None,
         cuts: BTreeMap::new(),
+        rule: None,
+        ranks: Vec::new(),
     }
 }
 

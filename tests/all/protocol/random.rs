@@ -7,6 +7,8 @@ use sflllm::protocol::message::*;
 use sflllm::protocol::*;
 use sflllm::simulation::{Fault, Scenario, Weather, simulate};
 
+use sflllm::terms::aggregation::Aggregation;
+
 use super::peer::*;
 
 fn fault(clients: usize) -> impl Strategy<Value = Fault> {
@@ -30,7 +32,10 @@ fn scenario() -> impl Strategy<Value = Scenario> {
         prop::collection::vec(1_u32..4, 0..4),
         prop_oneof![2 => Just(Vec::new()), 1 => prop::collection::vec(1_u32..4, 1..5)],
         prop::option::of((1e4..1e7_f64, 1e4..1e7_f64)),
-        prop::collection::vec((3_u32..12, (1_u64..40).prop_map(seconds)), 0..3),
+        (
+            prop::sample::select(Aggregation::ALL),
+            prop::collection::vec((3_u32..12, (1_u64..40).prop_map(seconds)), 0..3),
+        ),
     );
     (
         any::<u64>(),
@@ -42,7 +47,8 @@ fn scenario() -> impl Strategy<Value = Scenario> {
         plan,
     )
         .prop_flat_map(
-            |(seed, weather, clients, rounds, local_steps, remote_control, (splits, cuts, rates, kept_and_killed))| {
+            |(seed, weather, clients, rounds, local_steps, remote_control, (splits, cuts, rates, last))| {
+                let (aggregation, kept_and_killed) = last;
                 let moment = (0_u64..60_000).prop_map(Duration::from_millis);
                 (
                     1..=clients as u32,
@@ -62,6 +68,7 @@ fn scenario() -> impl Strategy<Value = Scenario> {
                             faults,
                             splits: splits.clone(),
                             cuts: cuts.clone(),
+                            aggregation,
                             kept_and_killed: kept_and_killed.clone(),
                             rates: rates.and_then(|(main, federated)| LinkRates::new(main, federated)),
                             wait_for_client: seconds(400),
@@ -76,8 +83,8 @@ fn scenario() -> impl Strategy<Value = Scenario> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(4000))]
 
-    /// Whatever happens, the weights of every step add up to 1, nobody who has left contributes, every average is the
-    /// mean of what its members sent (`violations`), and the run ends.
+    /// Whatever happens, the weights of every step add up to 1, nobody who has left contributes, every average is
+    /// what its rule makes of what its members sent (`violations`), and the run ends.
     #[test]
     fn whoever_joins_and_leaves_when_the_run_ends_and_every_average_is_right(scenario in scenario()) {
         let outcome = simulate(&scenario);

@@ -3,9 +3,12 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use sflllm::federated::{Exact, Rule};
 use sflllm::protocol::message::*;
 use sflllm::protocol::*;
 use sflllm::simulation::{Fault, Outcome, Phase, Scenario, simulate};
+use sflllm::terms::adapter::{AdapterShape, MatrixShape, Trained};
+use sflllm::terms::aggregation::Aggregation;
 use sflllm::terms::ids::{ClientId, RoundKey};
 use sflllm::terms::moments::Moments;
 
@@ -151,6 +154,8 @@ fn numbers_are_kept_before_they_run_out() {
 }
 
 fn checkpoint() -> Checkpoint {
+    let matrix = MatrixShape { inputs: 2, outputs: 1 };
+    let shape = AdapterShape::new(2, Trained::Both, vec![matrix]).unwrap();
     Checkpoint {
         round: 7,
         placement: Placement {
@@ -174,17 +179,27 @@ fn checkpoint() -> Checkpoint {
                 second: vec![0.25],
             }),
             cuts: BTreeMap::from([(ClientId(4), 2), (ClientId(u64::MAX), 1)]),
+            rule: Rule::new(Aggregation::Flora, shape),
+            ranks: vec![2, 1],
         },
         adapter: vec![0.125; 3],
         moments: Moments::zero(3),
+        exact: Some(Exact {
+            ranks: vec![1, 0],
+            values: vec![0.5, -0.25, f32::MIN_POSITIVE],
+        }),
     }
 }
 
 #[test]
 fn what_is_kept_is_read_as_it_was_and_nothing_else_is_read() {
     let checkpoint = checkpoint();
+    assert!(checkpoint.placement.rule.is_some());
     let bytes = checkpoint.encode();
     assert_eq!(Checkpoint::decode(&bytes).unwrap(), checkpoint);
+    let mut plain = checkpoint.clone();
+    (plain.placement.rule, plain.placement.ranks, plain.exact) = (None, Vec::new(), None);
+    assert_eq!(Checkpoint::decode(&plain.encode()).unwrap(), plain);
     let (_, _, state) = started(3);
     let members = state.encode();
     assert_eq!(RunState::decode(&members).unwrap(), state);
