@@ -70,7 +70,11 @@ struct Whole<'a> {
 impl<'a> Whole<'a> {
     /// Clients join one after the other, because the order in which they are summed is that of their numbers.
     fn start(place: &'a Place, name: &str) -> Self {
-        let server = Serving::start(place.program(&format!("{BEGIN} --out @{name}")));
+        Self::start_with(place, name, "")
+    }
+
+    fn start_with(place: &'a Place, name: &str, more: &str) -> Self {
+        let server = Serving::start(place.program(&format!("{BEGIN} --out @{name} {more}")));
         let mut whole = Self {
             place,
             name: name.to_owned(),
@@ -151,6 +155,36 @@ fn a_server_that_is_killed_anywhere_goes_on_and_ends_as_one_that_is_not() {
         let what = format!("killed at {points:?}");
         whole.end(&what);
         assert_same(&run, &undisturbed, &what);
+    }
+}
+
+#[test]
+fn however_adapters_become_one_a_killed_server_goes_on_as_if_it_had_not_been() {
+    let place = place();
+    let mut random = ChaCha8Rng::seed_from_u64(12);
+    for (number, more) in [
+        "--aggregate flora",
+        "--aggregate fedex --client-ranks 2,1,2",
+        "--aggregate ffa",
+        "--aggregate trimmed --wire int8",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let whole = format!("undisturbed-{number}");
+        Whole::start_with(&place, &whole, more).end(more);
+        let undisturbed = place.path(&whole);
+        let most = logged(&undisturbed);
+        let name = format!("killed-{number}");
+        let run = place.path(&name);
+        let mut whole = Whole::start_with(&place, &name, more);
+        let point = random.random_range(most / 2..most - 4);
+        until("a line", || logged(&run) >= point || has_ended(&run));
+        if !has_ended(&run) {
+            whole.kill_server();
+        }
+        whole.end(more);
+        assert_same(&run, &undisturbed, &format!("{more}, killed at {point}"));
     }
 }
 
