@@ -244,6 +244,7 @@ impl Claim {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) if tries > 1 => {
                     tries -= 1;
+                    // The holder may be about to go; nobody tells who waits for a lock with a limit.
                     std::thread::sleep(PAUSE);
                     continue;
                 }

@@ -202,7 +202,7 @@ impl ExactBuilder {
 pub struct Errors {
     /// `‖mean(B)·mean(A) − Σ w B A‖ / ‖Σ w B A‖`: what plain averaging would lose, or loses.
     pub averaging: f64,
-    /// The same of what clients go on with.
+    /// By how much what clients go on with misses it: `‖B·A − Σ w B A‖ / ‖Σ w B A‖`.
     pub start: f64,
 }
 
@@ -422,8 +422,8 @@ impl Rule {
         })
     }
 
-    /// The same of values that lie between the clients', whatever their shape: none can have moved further than one can have been
-    /// trained.
+    /// What is impossible in `values` that were made from clients' of the same place, as means, trimmed means and medians are: none lies
+    /// further from its `base` than training can have moved it, which `most` says of a base value.
     pub fn impossible_value(base: &[f32], values: &[f32], most: impl Fn(f32) -> f64) -> Option<String> {
         values.iter().zip(base).find_map(|(value, base)| {
             let (moved, most) = ((f64::from(*value) - f64::from(*base)).abs(), most(*base));

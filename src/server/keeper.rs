@@ -17,6 +17,7 @@ use super::store::Blobs;
 use crate::compute::Engine;
 use crate::data::{self, Example};
 use crate::federated::Exact;
+use crate::federated::Rule;
 use crate::model::adapter::{Adapter, AdapterLayout, LoraSpec};
 use crate::model::architecture::Architecture;
 use crate::model::unit::Unit;
@@ -70,6 +71,14 @@ impl KeeperSettings {
             weights: &self.weights,
             holding: self.holding,
         }
+    }
+}
+
+/// How adapters of this layout are aggregated. Adapters whose blocks differ have a mean, and nothing else.
+pub fn rule(aggregation: Aggregation, layout: &AdapterLayout) -> Result<Option<Rule>, Error> {
+    match layout.shape().and_then(|shape| Rule::new(aggregation, shape)) {
+        None if aggregation != Aggregation::Mean => Err(Error::Aggregation(aggregation)),
+        rule => Ok(rule),
     }
 }
 
@@ -405,7 +414,7 @@ impl Keeper {
     fn placement(&mut self, moments: Option<Moments>) -> Result<Placement, Error> {
         let largest = self.largest();
         let layout = self.layout(0..largest)?;
-        let rule = super::rule(self.settings.aggregation, &layout)?;
+        let rule = rule(self.settings.aggregation, &layout)?;
         let KeeperSettings {
             training,
             assignment,
@@ -482,7 +491,7 @@ impl Keeper {
         self.adapter_with(&self.side.values, self.side.exact.as_ref())
     }
 
-    /// The same with these values on this side, and these products.
+    /// The whole model's adapter with these values on this side; with `exact`, its matrices have those products.
     fn adapter_with(&self, values: &[f32], exact: Option<&Exact>) -> Result<Adapter, Error> {
         let cut = self.part.cut();
         let KeeperSettings {

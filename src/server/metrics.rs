@@ -130,7 +130,7 @@ pub struct RoundRecord {
     pub aggregation: Option<Aggregation>,
     /// `‖mean(B)·mean(A) − mean(B·A)‖ / ‖mean(B·A)‖` over all adapted matrices; nothing where it takes too long to tell.
     pub averaging_error: Option<f64>,
-    /// The same of what clients go on with.
+    /// `‖B·A − mean(B·A)‖ / ‖mean(B·A)‖` of what clients go on with; nothing where it takes too long to tell.
     pub start_error: Option<f64>,
     /// In the frames with the members' adapters.
     pub adapter_bytes: u64,

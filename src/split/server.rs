@@ -504,7 +504,8 @@ impl ServerPart {
         self.evaluate_with(units, &adapter, batches).await
     }
 
-    /// The same with this adapter of the whole model, whatever ranks it has.
+    /// Loss of the whole model with this adapter, whatever ranks it has, over batches of (tokens, targets, seq). The client's blocks are
+    /// loaded for the time of the call.
     ///
     /// # Panics
     /// If it is not of the whole model.

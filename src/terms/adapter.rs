@@ -103,7 +103,7 @@ impl AdapterShape {
         &self.matrices
     }
 
-    /// The same matrices with another rank; `None` for one above this.
+    /// The shape of an adapter of these matrices with a smaller rank; `None` for a rank of 0 or above this one's.
     pub fn with_rank(&self, rank: usize) -> Option<Self> {
         let shape = Self { rank, ..self.clone() };
         (1..=self.rank).contains(&rank).then_some(shape)

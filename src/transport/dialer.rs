@@ -274,6 +274,7 @@ async fn carry<T: Copy>(tag: T, socket: WebSocketStream<ByteStream>, events: &mp
     let feeling = async {
         let mut known = 0;
         loop {
+            // How often the session is told that bytes of an unfinished frame come; the stream itself speaks of whole ones only.
             tokio::time::sleep(PART_INTERVAL).await;
             let count = received.load(std::sync::atomic::Ordering::Relaxed);
             if std::mem::replace(&mut known, count) != count && events.send((tag, SocketEvent::Part)).await.is_err() {

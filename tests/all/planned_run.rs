@@ -223,7 +223,7 @@ fn run_on(
     )
 }
 
-/// The same with a way to aggregate, and clients' own ranks.
+/// Runs the servers with these clients to the end, aggregating in this way, with clients' own ranks where any are given.
 fn run_by(
     (aggregation, ranks): (Aggregation, &[u32]),
     engine: &Engine,

@@ -478,6 +478,7 @@ fn a_tab_that_is_loaded_again_in_mid_run_goes_on_as_the_same_client_from_where_i
                 shown(),
                 server.said.lock().unwrap()
             );
+            // WebDriver only answers questions.
             thread::sleep(Duration::from_millis(20));
         }
         shown()
@@ -492,6 +493,7 @@ fn a_tab_that_is_loaded_again_in_mid_run_goes_on_as_the_same_client_from_where_i
         );
         match label.as_str() {
             Some(label) if !label.is_empty() => break label.to_owned(),
+            // As above: the page tells WebDriver nothing by itself.
             _ => thread::sleep(Duration::from_millis(100)),
         }
     };

@@ -2,36 +2,16 @@
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use serde_json::Value;
 
+use super::running::Running;
+
 const DATA: &str = include_str!("../../assets/demo/train.txt");
 const ROUNDS: usize = 3;
 const LOCAL_STEPS: usize = 60;
-
-/// A process that is ended with its test.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // It has ended by itself unless the test failed.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-impl Running {
-    /// Waits for the end; gives what was said.
-    fn finish(mut self) -> (ExitStatus, String) {
-        let mut said = String::new();
-        if let Some(mut stderr) = self.0.stderr.take() {
-            stderr.read_to_string(&mut said).unwrap();
-        }
-        (self.0.wait().unwrap(), said)
-    }
-}
 
 /// One run of one client, and what it keeps.
 struct Stage {
@@ -136,6 +116,7 @@ impl Stage {
                 client.0.stderr.take().unwrap().read_to_string(&mut said).unwrap();
                 panic!("the client ended with {status}: {said}");
             }
+            // A file that another process writes tells nobody.
             std::thread::sleep(Duration::from_millis(2));
         }
     }

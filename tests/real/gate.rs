@@ -665,6 +665,7 @@ fn whose_bytes_still_come_is_not_silent_however_long_its_frame_takes() {
             stream.write_all(&bytes).await.unwrap();
         });
         bytes = vec![0];
+        // It is the slow line itself: the time between its bytes.
         thread::sleep(Duration::from_millis(500));
     }
     let metrics = server.stop();

@@ -15,6 +15,7 @@ mod place;
 mod plan_command;
 mod real_model;
 mod resume;
+mod running;
 mod runs;
 mod tls;
 mod uneven_adapters;

@@ -4,12 +4,14 @@
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::process::{Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use sflllm::model::adapter::Adapter;
 use sflllm::model::architecture::Architecture;
+
+pub use super::running::Running;
 
 /// Generous: a machine may be slow. Nothing is asserted about time but where a process must end at once.
 pub const LIMIT: Duration = Duration::from_secs(120);
@@ -73,17 +75,6 @@ pub fn told(output: Output) -> (Option<i32>, String, String) {
 /// A pipe that nobody reads from.
 pub fn gone() -> Stdio {
     std::io::pipe().unwrap().1.into()
-}
-
-/// A process that is ended with its test.
-pub struct Running(pub Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // It has ended by itself unless the test failed.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 impl Running {

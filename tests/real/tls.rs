@@ -1,15 +1,17 @@
 //! Real runs over TLS: the program serves, other processes of it join with parts of the demo data, and the run directory holds
 //! what it should.
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::sync::mpsc;
 use std::time::Duration;
 
 use serde_json::Value;
 use sflllm::model::adapter::Adapter;
 use sflllm::model::architecture::Architecture;
+
+use super::running::Running;
 
 const DATA: &str = include_str!("../../assets/demo/train.txt");
 const VALID: &str = include_str!("../../assets/demo/valid.txt");
@@ -19,28 +21,6 @@ const LIMIT: Duration = Duration::from_secs(300);
 
 const ROUNDS: u64 = 2;
 const LOCAL_STEPS: u64 = 4;
-
-/// A process that is ended with its test.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // It has ended by itself unless the test failed.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-impl Running {
-    /// Waits for the end; gives what was written to the piped streams that nobody has taken.
-    fn finish(mut self) -> (std::process::ExitStatus, String) {
-        let mut text = String::new();
-        if let Some(mut stderr) = self.0.stderr.take() {
-            stderr.read_to_string(&mut text).unwrap();
-        }
-        (self.0.wait().unwrap(), text)
-    }
-}
 
 fn program(home: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_sflllm"));

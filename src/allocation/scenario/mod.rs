@@ -111,7 +111,7 @@ pub struct Propagation {
     /// `[client][subchannel]`, or `[client]` of one entry for all subchannels: signal-to-noise ratios per watt, in 1/W, instead
     /// of geometry.
     pub main_snr_per_watt: Option<Vec<Vec<f64>>>,
-    /// The same of the federated link.
+    /// Signal-to-noise ratios per watt on the federated link, in 1/W and in the form of `main_snr_per_watt`, instead of geometry.
     pub federated_snr_per_watt: Option<Vec<Vec<f64>>>,
 }
 

@@ -16,7 +16,9 @@ impl Coordinator {
     /// From here on the directory holds a run, which can be gone on with.
     pub fn begin(&mut self) -> Result<(), Error> {
         match &self.parts.main {
-            Some(main) if main.is_resumed => self.parts.directory.go_on(Some(main.session.status().round.into()))?,
+            Some(main) if matches!(main.keeping, Keeping::Kept(_)) => {
+                self.parts.directory.go_on(Some(main.session.status().round.into()))?
+            }
             _ => self.parts.directory.begin()?,
         }
         self.parts.metrics.open();

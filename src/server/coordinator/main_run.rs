@@ -51,8 +51,6 @@ pub struct MainRun {
     pub(super) prediction: Option<RoundPrediction>,
     pub(super) next_prediction: Option<RoundPrediction>,
     pub(super) pending_round: Option<RoundRecord>,
-    /// The run was interrupted, and goes on.
-    pub(super) is_resumed: bool,
     /// What the main server's side began the round from, and what is kept of the session.
     pub(super) side: Arc<Side>,
     pub(super) keeping: Keeping,
@@ -89,7 +87,6 @@ impl MainRun {
             measured: RoundMeasure::default(),
             planning_since: None,
             planning: Duration::ZERO,
-            is_resumed: matches!(keeping, Keeping::Kept(_)),
             side,
             keeping,
             session,

@@ -1,29 +1,27 @@
 //! `sflllm serve`: the main and federated servers, with clients in the same process if wanted.
+//!
+//! | file | holds |
+//! |---|---|
+//! | `resume` | a run that goes on |
+//! | `host` | a server in this process, with its local clients |
+//! | `shown` | what people are told of it |
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use clap::ValueEnum;
-use serde_json::{Value, json};
-use tokio::sync::watch;
-use tokio::task::JoinSet;
+use serde_json::json;
 
-use super::console::{self, Console};
-use super::given::{self, Given, Recording};
-use super::human::bytes;
-use super::interrupt;
+use super::console;
+use super::defaults;
+use super::given::{self, Given};
 use super::options::{BatchOptions, Choice, DeviceOptions, LoraOptions, ModelOptions, OptimizerOptions, OutputOptions};
 use super::scenario::ScenarioOptions;
 use super::secret::{CONTROL_KEY, TOKEN};
 use super::source::{DEMO_TRAIN, Source};
-use super::train::{self, absolute};
-use super::{defaults, desktop};
 use crate::allocation::Method;
 use crate::allocation::scenario::Scenario;
-use crate::client::native;
-use crate::compute::Engine;
 use crate::data::{Dataset, Example, Sharding};
 use crate::model::adapter::Adapter;
 use crate::model::rounds::RoundsTable;
@@ -31,16 +29,20 @@ use crate::protocol::Deadline;
 use crate::protocol::message::Digest;
 use crate::runs::directory::RunDirectory;
 use crate::server::allocator::{self, Allocator};
-use crate::server::listen::{join_link, link_fragment, qr_code};
-use crate::server::metrics::RoundRecord;
-use crate::server::{
-    self, Address, Ending, HostName, Interrupted, Limits, Listen, Report, Role, Run, Server, Settings, Summary,
-};
+use crate::server::{self, Ending, HostName, Listen, Role, Run};
 use crate::split::Training;
 use crate::terms::adapter::Trained;
 use crate::terms::aggregation::Aggregation;
 use crate::terms::tensor::WireForm;
-use crate::transport::{self, Dialer, Fingerprint, JoinLink, Trust};
+use crate::transport::{Dialer, JoinLink, Trust};
+
+mod host;
+mod resume;
+mod shown;
+
+pub(super) use host::{Hosting, host, runtime};
+use resume::{RECORDING, Resumed, resume};
+pub(super) use shown::conclude;
 
 /// Serve a run: the main server, the federated server and the web page, on one port.
 #[derive(clap::Args, Debug)]
@@ -196,103 +198,6 @@ pub fn run(options: Options) -> anyhow::Result<()> {
         Some(directory) => resume(&directory.clone(), options),
         None => begin(options, None),
     }
-}
-
-/// A run to be taken up again, and its directory.
-struct Resumed {
-    directory: RunDirectory,
-    interrupted: Box<Interrupted>,
-}
-
-/// Takes up the run in a directory.
-fn resume(path: &Path, given: Options) -> anyhow::Result<()> {
-    let directory = RunDirectory::resume(path)?;
-    let shown = path.display();
-    let said = |name: &str| directory.run().get(name).and_then(Value::as_str);
-    ensure!(
-        said("command") == Some(COMMAND),
-        "the run in {shown} was not begun by `sflllm serve`, which cannot go on with it"
-    );
-    ensure!(
-        said("role") != Some("federated"),
-        "{shown} is that of a federated server, which keeps nothing: start it again with the same --listen and --control-key, and the \
-         main server tells it all it has to know"
-    );
-    if said("ended") == Some("completed") {
-        if given.output.json {
-            return Ok(console::print_kept(serde_json::to_string(directory.run())?)?);
-        }
-        let adapter = directory.adapter();
-        let text = format!(
-            "the run in {shown} is complete; its adapter is in {}",
-            adapter.display()
-        );
-        return Ok(console::print_kept(text)?);
-    }
-    let mut options: Options = RECORDING.resumed(COMMAND, directory.run(), &given.given, path)?;
-    let interrupted = Box::new(Interrupted::open(&directory)?);
-    (options.output, options.open) = (given.output, given.open);
-    options.token.clone_from(&interrupted.identity.token);
-    options.control_key.clone_from(&interrupted.identity.control_key);
-    options.listen = listen_again(&options, &directory)?;
-    begin(options, Some(Resumed { directory, interrupted }))
-}
-
-/// How the options are kept in `run.json`. Secrets are not: they are in `state/`, which only the owner may look into.
-const RECORDING: Recording = Recording {
-    left_out: &[
-        "resume",
-        "out",
-        "json",
-        "quiet",
-        "open",
-        "token",
-        "token-file",
-        "control-key",
-        "control-key-file",
-    ],
-    may_change: &[
-        ("device", &[]),
-        ("wait", &[]),
-        ("deadline", &[]),
-        ("quorum", &[]),
-        ("host", &[]),
-        ("federated-url", &[]),
-        ("data", &[]),
-        ("valid", &[]),
-    ],
-    placed,
-};
-
-/// What an option's text means in whatever directory it is read.
-fn placed(option: &str, text: &str) -> String {
-    match option {
-        "scenario" if !Path::new(text).exists() => text.to_owned(),
-        "ca" | "scenario" | "calibration" => absolute(text),
-        _ => train::placed(option, text),
-    }
-}
-
-/// The addresses of the run, with the ports that were free when it began.
-fn listen_again(options: &Options, directory: &RunDirectory) -> anyhow::Result<Vec<Listen>> {
-    let bound = directory.run().get("addresses").and_then(Value::as_array);
-    let bound = bound
-        .into_iter()
-        .flatten()
-        .filter_map(Value::as_str)
-        .map(str::parse::<Listen>);
-    let bound = bound.collect::<Result<Vec<_>, _>>()?;
-    let asked = listened(options)?;
-    Ok(asked
-        .into_iter()
-        .enumerate()
-        .map(|(position, mut asked)| {
-            if let (0, Some(bound)) = (asked.port, bound.get(position)) {
-                asked.port = bound.port;
-            }
-            asked
-        })
-        .collect())
 }
 
 /// Where to listen.
@@ -609,443 +514,5 @@ fn divide(mut files: Vec<Vec<Example>>, clients: usize) -> anyhow::Result<Vec<Ve
         1 => Ok(Sharding::Strided.divide(files.swap_remove(0), clients)?),
         count if count == clients => Ok(files),
         count => bail!("--data was given {count} times for {clients} local clients; give it once, or once for each"),
-    }
-}
-
-/// How a server is reached and shown.
-pub(super) struct Hosting {
-    pub token: Option<String>,
-    /// Names besides its own by which it may be called.
-    pub hosts: Vec<HostName>,
-    pub listen: Vec<Listen>,
-    pub open: bool,
-    pub quiet: bool,
-    /// For tabs that join without a file of their own.
-    pub demo_data: Vec<u8>,
-}
-
-/// A tokio runtime for servers and clients. Computing happens in threads of its own.
-pub(super) fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .context("cannot start the network threads")
-}
-
-/// Serves a run with its local clients until it is over.
-pub(super) fn host(
-    hosting: Hosting,
-    role: Role,
-    directory: RunDirectory,
-    run: Option<Run>,
-    local: Vec<Vec<Example>>,
-    interrupted: Option<Box<Interrupted>>,
-) -> anyhow::Result<Summary> {
-    let runtime = runtime()?;
-    let result = runtime.block_on(host_here(hosting, role, directory, run, local, interrupted));
-    // Downloads that still run have no reader any more.
-    runtime.shutdown_timeout(Duration::from_secs(1));
-    result
-}
-
-async fn host_here(
-    hosting: Hosting,
-    role: Role,
-    directory: RunDirectory,
-    run: Option<Run>,
-    local: Vec<Vec<Example>>,
-    interrupted: Option<Box<Interrupted>>,
-) -> anyhow::Result<Summary> {
-    let console = Console::new(hosting.quiet);
-    let mut interrupt = interrupt::watch("stopping")?;
-    let engine = run.as_ref().map(|run| run.engine.clone());
-    let steps = run
-        .as_ref()
-        .map_or(0, |run| u64::from(run.rounds) * u64::from(run.local_steps));
-    let clients = run.as_ref().map_or(0, |run| run.clients);
-    let path = directory.path().to_owned();
-    let home = transport::data_directory()?;
-    if let Some(engine) = &engine {
-        console.line(format!("loading the model on {}", engine.name()));
-    }
-    let shown = Shown {
-        console: console.clone(),
-        steps,
-        plan: Mutex::new(String::new()),
-    };
-    let control_key = match &role {
-        Role::Federated { control_key, .. } => Some(control_key.clone()),
-        _ => None,
-    };
-    let is_page = control_key.is_none();
-    let operator = server::generate_token();
-    let settings = Settings {
-        role,
-        listen: hosting.listen,
-        token: hosting.token.clone(),
-        operator: Some(operator.clone()),
-        hosts: hosting.hosts,
-        limits: Limits::default(),
-        home,
-        directory,
-        demo_data: hosting.demo_data.into(),
-        run,
-        interrupted,
-    };
-    let server = Server::start(settings, Box::new(move |report| shown.report(report))).await?;
-    announce(&server, &console, hosting.token.as_deref(), control_key.as_deref());
-    if let Some(address) = server.addresses().last() {
-        console.line(format!("status: {}/status?operator={operator}", address.local_url));
-    }
-    console.line(format!("run directory: {}", path.display()));
-    if is_page {
-        console.waiting(format!("waiting for {clients} client{}", plural(clients as usize)));
-    }
-    if hosting.open
-        && let Some(address) = server.addresses().last()
-    {
-        desktop::open(&join_page(&address.local_url, hosting.token.as_deref(), None));
-    }
-
-    let stopper = server.stopper();
-    let (stop_sender, stop) = watch::channel(false);
-    let stopped = stopper.clone();
-    let watcher = tokio::spawn(async move {
-        interrupt.wait().await;
-        stopped.stop("the server was stopped").await;
-    });
-    let mut joined = JoinSet::new();
-    if let Some(engine) = engine {
-        for (number, examples) in local.into_iter().enumerate() {
-            let settings = local_client(&server, &hosting.token, &engine, number, examples)?;
-            joined.spawn(native::join(settings, stop.clone(), |_| {}));
-        }
-    }
-    let failure = Arc::new(Mutex::new(None));
-    let noted = failure.clone();
-    let local_failures = tokio::spawn(async move {
-        while let Some(ended) = joined.join_next().await {
-            let error = match ended {
-                Ok(Ok(_)) => continue,
-                Ok(Err(error)) => anyhow::Error::from(error),
-                Err(error) => anyhow::Error::from(error),
-            };
-            noted
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .get_or_insert(error);
-            stopper.stop("a client of the server's own process failed").await;
-        }
-    });
-    let summary = server.serve().await;
-    // The clients have been told; this is for one that has lost its connection meanwhile.
-    let _ = stop_sender.send(true);
-    if tokio::time::timeout(Duration::from_secs(3), local_failures)
-        .await
-        .is_err()
-    {
-        tracing::warn!("a local client did not end in time");
-    }
-    watcher.abort();
-    console.finish();
-    let failure = failure.lock().unwrap_or_else(PoisonError::into_inner).take();
-    match failure {
-        Some(error) => Err(error.context("a local client failed")),
-        None => Ok(summary?),
-    }
-}
-
-fn local_client(
-    server: &Server,
-    token: &Option<String>,
-    engine: &Engine,
-    number: usize,
-    examples: Vec<Example>,
-) -> anyhow::Result<native::Settings> {
-    let address = server.addresses().last().context("the server listens nowhere")?;
-    let link: JoinLink = local_link(address)?;
-    let trust = match server.certificate_file() {
-        Some(file) if link.origin.secure => Trust::Authority(file.to_owned()),
-        _ => Trust::Known,
-    };
-    Ok(native::Settings {
-        server: link.origin,
-        token: token.clone(),
-        dialer: Dialer::new(&trust)?,
-        name: format!("local {}", number + 1),
-        engine: engine.clone(),
-        source: native::Source::Examples(examples),
-        cache: server
-            .blobs()
-            .context("only a main server has local clients")?
-            .to_owned(),
-        adapter_out: None,
-        // It is in the server's own process.
-        give_up: Duration::from_secs(60),
-        keep: None,
-    })
-}
-
-fn local_link(address: &Address) -> anyhow::Result<JoinLink> {
-    Ok(address.local_url.parse()?)
-}
-
-fn join_page(url: &str, token: Option<&str>, fingerprint: Option<Fingerprint>) -> String {
-    match link_fragment(token, fingerprint).as_str() {
-        "" => url.to_owned(),
-        fragment => format!("{url}/{fragment}"),
-    }
-}
-
-/// Says where the server is and how to join it.
-fn announce(server: &Server, console: &Console, token: Option<&str>, control_key: Option<&str>) {
-    let pin = |url: &str| server.fingerprint().filter(|_| url.starts_with("https://"));
-    for address in server.addresses() {
-        console.line(format!("listening on {}", address.url));
-    }
-    if let Some(file) = server.certificate_file() {
-        console.line(format!("certificate: {} (for --ca on other machines)", file.display()));
-    }
-    if let Some(token) = token {
-        console.line(format!("join token: {token}"));
-    }
-    if let Some(key) = control_key {
-        for address in server.addresses() {
-            let url = address.network_urls.first().unwrap_or(&address.local_url);
-            let page = join_page(url, None, pin(url));
-            console.line(format!("for the main server: --federated-url '{page}'"));
-        }
-        console.line(format!(
-            "control key: {key} (for the main server's {})",
-            CONTROL_KEY.option
-        ));
-        return;
-    }
-    for address in server
-        .addresses()
-        .iter()
-        .filter(|address| address.network_urls.is_empty())
-    {
-        let url = &address.local_url;
-        console.line(format!("on this machine: {}", join_page(url, token, pin(url))));
-    }
-    let network: Vec<&String> = server
-        .addresses()
-        .iter()
-        .flat_map(|address| &address.network_urls)
-        .collect();
-    for (position, url) in network.iter().enumerate() {
-        let link = join_link(url, token, pin(url));
-        console.line(format!("on the network: {link}"));
-        if position == 0
-            && std::io::IsTerminal::is_terminal(&std::io::stderr())
-            && let Some(code) = qr_code(&link)
-        {
-            console.line(code);
-        }
-    }
-}
-
-fn plural(count: usize) -> &'static str {
-    if count == 1 { "" } else { "s" }
-}
-
-/// Says how the run ended.
-pub(super) fn conclude(summary: &Summary, adapter: Option<&Path>, output: &OutputOptions) -> anyhow::Result<()> {
-    let printed = if output.json {
-        let line = json!({
-            "rounds": summary.rounds, "steps": summary.steps, "tokens": summary.tokens, "seconds": summary.seconds,
-            "bytes_up": summary.bytes_up, "bytes_down": summary.bytes_down,
-            "first_valid_perplexity": summary.baseline.map(|evaluation| evaluation.perplexity),
-            "last_valid_perplexity": summary.last.map(|evaluation| evaluation.perplexity),
-            "adapter": adapter, "completed": summary.ending == Ending::Completed,
-        });
-        console::print_kept(line)
-    } else {
-        Ok(())
-    };
-    let saved = adapter
-        .map(|adapter| format!("; adapter in {}", adapter.display()))
-        .unwrap_or_default();
-    let text = format!(
-        "{} rounds, {} steps in {:.1} s, {} received, {} sent{saved}",
-        summary.rounds,
-        summary.steps,
-        summary.seconds,
-        bytes(summary.bytes_up),
-        bytes(summary.bytes_down)
-    );
-    match &summary.ending {
-        Ending::Completed => console::say(format!("the run is complete: {text}")),
-        Ending::RunClosed => console::say(format!(
-            "the main server ended the run: {} rounds averaged",
-            summary.rounds
-        )),
-        Ending::Stopped(_) => console::say(format!("stopped: {text}")),
-        Ending::Diverged(reason) => bail!("{reason}; {text}"),
-        Ending::NoClients => bail!("all clients left and none came back in time; {text}"),
-    }
-    Ok(printed?)
-}
-
-/// What plain averaging misses of the mean change, and what the round's own way does.
-fn missed(round: &RoundRecord) -> String {
-    let (Some(averaging), Some(start), Some(aggregation)) =
-        (round.averaging_error, round.start_error, round.aggregation)
-    else {
-        return String::new();
-    };
-    let percent = |error: f64| format!("{:.2} %", 100.0 * error);
-    let own = match aggregation {
-        Aggregation::Mean | Aggregation::Ffa => String::new(),
-        Aggregation::Trimmed | Aggregation::Median | Aggregation::Flora => {
-            format!(
-                ", {aggregation} {}{}",
-                percent(start),
-                if aggregation == Aggregation::Flora {
-                    " at the clients"
-                } else {
-                    ""
-                }
-            )
-        }
-        Aggregation::Fedex => String::from(", fedex none in what is saved"),
-    };
-    format!(", averaging error {}{own}", percent(averaging))
-}
-
-struct Shown {
-    console: Console,
-    steps: u64,
-    /// Cut and rank of the last plan that was shown.
-    plan: Mutex<String>,
-}
-
-impl Shown {
-    fn report(&self, report: Report) {
-        let console = &self.console;
-        match report {
-            Report::Joined { client, name, device } => {
-                let device = if device.is_empty() {
-                    device
-                } else {
-                    format!(", {device}")
-                };
-                console.line(format!("client {client} ({name}{device}) joined"));
-            }
-            Report::Left { client, name, reason } => {
-                let name = if name.is_empty() { name } else { format!(" ({name})") };
-                console.line(format!("client {client}{name} is gone: {reason}"));
-            }
-            Report::Refused { address, reason } => console.line(format!("refused {address}: {reason}")),
-            Report::RefusedMore { count, reasons } => {
-                let reasons: Vec<String> = (reasons.iter())
-                    .map(|(reason, count)| format!("{count} times: {reason}"))
-                    .collect();
-                console.line(format!(
-                    "refused {count} more in the last minute; {}",
-                    reasons.join("; ")
-                ));
-            }
-            Report::Baseline(evaluation) => console.line(format!(
-                "before training: validation loss {:.4}, perplexity {:.3}",
-                evaluation.loss, evaluation.perplexity
-            )),
-            Report::Resumed { round, awaited } => {
-                let awaited = match awaited {
-                    0 => String::new(),
-                    count => format!("; waiting for {count} client{} to come back", plural(count)),
-                };
-                console.line(format!("the run goes on at the beginning of round {round}{awaited}"));
-            }
-            Report::RoundStarted { round, members } => {
-                console.waiting(format!("round {round} with {members} client{}", plural(members)));
-            }
-            Report::RoundLost { round } => console.line(format!(
-                "round {round} has lost its clients, or more than --quorum allows: it is begun again"
-            )),
-            Report::RoundRejected { round, reason } => {
-                console.important(format!("round {round} cannot be used and is begun again: {reason}"));
-            }
-            Report::Step(step) => {
-                let partial = match step.excluded.len() {
-                    0 => String::new(),
-                    count => format!(", without {count}"),
-                };
-                console.step(
-                    u64::from(step.step),
-                    self.steps,
-                    format!(
-                        "round {}  loss {:.3}  {} client{}{partial}",
-                        step.round,
-                        step.loss,
-                        step.clients,
-                        plural(step.clients)
-                    ),
-                );
-            }
-            Report::Planned {
-                round,
-                cut,
-                cuts,
-                rank,
-                reason,
-            } => {
-                let deepest = cuts.values().copied().max().unwrap_or(cut);
-                let text = match deepest == cut {
-                    true => format!("cut after {cut} block{}", plural(cut)),
-                    false => format!("clients' own cuts, after {cut} to {deepest} blocks"),
-                };
-                let plan = format!("{text}, rank {rank}");
-                let mut shown = self.plan.lock().unwrap_or_else(PoisonError::into_inner);
-                if *shown != plan {
-                    console.line(format!("plan from round {round}: {plan}; {reason}"));
-                    *shown = plan;
-                }
-            }
-            Report::Round(round) => {
-                let validation = match (round.valid_loss, round.valid_perplexity) {
-                    (Some(loss), Some(perplexity)) => {
-                        format!(", validation loss {loss:.4}, perplexity {perplexity:.3}")
-                    }
-                    _ => String::new(),
-                };
-                let predicted = round
-                    .predicted_s
-                    .map(|predicted| format!(" ({predicted:.1} s predicted)"))
-                    .unwrap_or_default();
-                let partial = match round.excluded.len() {
-                    0 => String::new(),
-                    count => format!(", without {count}"),
-                };
-                let missed = missed(&round);
-                console.line(format!(
-                    "round {}: {} adapter{} averaged in {:.1} s{predicted}{partial}{missed}{validation}",
-                    round.round,
-                    round.adapters,
-                    plural(round.adapters),
-                    round.measured_s
-                ));
-            }
-            Report::Waiting { limit } => {
-                console.important(format!(
-                    "no clients left; waiting {:.0} s for one to return",
-                    limit.as_secs_f64()
-                ));
-            }
-            Report::Link {
-                connected: true,
-                detail,
-            } => console.line(format!("linked with {detail}")),
-            Report::Link {
-                connected: false,
-                detail,
-            } => console.important(detail),
-            Report::Averaged { round, adapters } => {
-                console.line(format!("round {round}: {adapters} adapters averaged"));
-            }
-            Report::Trouble { detail } => console.important(detail),
-        }
     }
 }
